@@ -1,0 +1,137 @@
+"""Attention over packed documents, and over a KV cache.
+
+Shapes: N packed tokens, S documents, B rows of a cache, T positions of a cache, H query heads, G key/value heads,
+K width of a head.
+
+Packed tokens of several documents lie in one stream, cut by `cu_seqlens` [S+1]; no query sees a key of another
+document. On CUDA in bf16 or fp16 this is one `varlen_attn` kernel. Elsewhere documents of like length are stacked and
+padded on the right: under a causal mask no real query sees the padding, so the result is exact, and a batch of five
+hundred short documents costs a few calls instead of five hundred.
+"""
+import inspect
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+
+class Packing:
+    """Where the documents of a packed stream lie: worked out once for a batch, used by every layer.
+
+    cu_seqlens: int32 [S+1], starts at 0 and ends at N. max_seqlen: longest document.
+    """
+
+    def __init__(self, cu_seqlens, max_seqlen: int):
+        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
+        self.stacks, self.inverse_N = None, None
+
+    def stack(self):
+        """Documents grouped by like length: [(rows, L, index or None)], and the way back to the packed order."""
+        if self.stacks is None:
+            start = self.cu_seqlens.cpu().long()
+            length, order = (start[1:] - start[:-1]).sort(descending=True, stable=True)
+            self.stacks, placed, first = [], [], 0
+            lengths = length.tolist()
+            for i in range(1, len(lengths) + 1):
+                # A document joins a stack if padding costs it at most a quarter of its length.
+                if i == len(lengths) or lengths[i] * 5 < lengths[first] * 4:
+                    offset_L = torch.arange(lengths[first])
+                    index_BL = start[order[first:i], None] + offset_L
+                    real_BL = offset_L < length[first:i, None]
+                    index_BL = torch.where(real_BL, index_BL, start[order[first:i], None])
+                    self.stacks.append(index_BL.to(self.cu_seqlens.device))
+                    placed.append(torch.where(real_BL, index_BL, -1).flatten())
+                    first = i
+            placed = torch.cat(placed)
+            inverse_N = torch.empty(int(start[-1]), dtype=torch.long)
+            inverse_N[placed[placed >= 0]] = (placed >= 0).nonzero()[:, 0]
+            self.inverse_N = inverse_N.to(self.cu_seqlens.device)
+        return self.stacks, self.inverse_N
+
+
+def packed_attention(q_NHK, k_NGK, v_NGK, packing: Packing, window: int | None = None):
+    """Causal attention inside each document -> [N, H, K], in the input's dtype.
+
+    window: a query sees this many keys, itself included (Mistral's sliding window); None: all before it.
+    """
+    if q_NHK.is_cuda and q_NHK.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(q_NHK, k_NGK, v_NGK, packing, window)
+    return _stacked(q_NHK, k_NGK, v_NGK, packing, window)
+
+
+def _varlen(q_NHK, k_NGK, v_NGK, packing, window):
+    from torch.nn.attention.varlen import varlen_attn
+    gqa = {}
+    if q_NHK.shape[1] != k_NGK.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            gqa = {"enable_gqa": True}
+        else:  # torch 2.11: one key head for each query head
+            repeat = q_NHK.shape[1] // k_NGK.shape[1]
+            k_NGK, v_NGK = k_NGK.repeat_interleave(repeat, 1), v_NGK.repeat_interleave(repeat, 1)
+    cu, longest = packing.cu_seqlens, packing.max_seqlen
+    left = -1 if window is None else window - 1
+    return varlen_attn(q_NHK, k_NGK, v_NGK, cu, cu, longest, longest, window_size=(left, 0), **gqa)
+
+
+@torch.compiler.disable
+def _stacked(q_NHK, k_NGK, v_NGK, packing, window):
+    stacks, inverse_N = packing.stack()
+    out = []
+    for index_BL in stacks:
+        rows, longest = index_BL.shape
+        q, k, v = (x.index_select(0, index_BL.flatten()).view(rows, longest, *x.shape[1:]).transpose(1, 2)
+                   for x in (q_NHK, k_NGK, v_NGK))
+        band = None
+        if window is not None and longest > window:
+            at = torch.arange(longest, device=q.device)
+            band = (at[:, None] >= at) & (at[:, None] - at < window)
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=band, is_causal=band is None, enable_gqa=True)
+        out.append(o.transpose(1, 2).flatten(0, 1))
+    return torch.cat(out).index_select(0, inverse_N)
+
+
+def cached_attention(q_BHK, k_BGTK, v_BGTK, length_B, window: int | None = None):
+    """One query a row over that row's cache -> [B, H, K]. length_B: keys in use, the query's own included."""
+    rows, groups, longest, width = k_BGTK.shape
+    at_T = torch.arange(longest, device=q_BHK.device)
+    seen_BT = at_T < length_B[:, None]
+    if window is not None:
+        seen_BT &= at_T >= length_B[:, None] - window
+    # The query heads that share a key head stand where query positions would: nothing is repeated.
+    q_BGRK = q_BHK.view(rows, groups, -1, width)
+    return F.scaled_dot_product_attention(q_BGRK, k_BGTK, v_BGTK, attn_mask=seen_BT[:, None, None]).view_as(q_BHK)
+
+
+class Cache:
+    """Keys and values of B rows in every layer, `copies` rows to a prompt, room for `capacity` tokens a row.
+
+    length_B: tokens in use in each row. longest: the most that any row uses.
+    """
+
+    def __init__(self, layers, rows, copies, groups, capacity, width, dtype, device):
+        self.k, self.v = ([torch.zeros(rows, groups, capacity, width, dtype=dtype, device=device)
+                           for _ in range(layers)] for _ in "kv")
+        self.copies, self.longest = copies, 0
+        self.length_B = torch.zeros(rows, dtype=torch.long, device=device)
+
+    def write_prompts(self, layer, k_NGK, v_NGK, cu_seqlens, max_seqlen):
+        start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        index_PT = torch.minimum(start[:, None] + torch.arange(max_seqlen, device=start.device), end[:, None] - 1)
+        for new_NGK, cache_BGTK in ((k_NGK, self.k[layer]), (v_NGK, self.v[layer])):
+            new_PGTK = rearrange(new_NGK[index_PT], "p t g k -> p g t k")
+            cache_BGTK[:, :, :max_seqlen] = new_PGTK.repeat_interleave(self.copies, 0)
+        self.length_B, self.longest = (end - start).repeat_interleave(self.copies), max_seqlen
+
+    def append(self, layer, k_BGK, v_BGK):
+        """Write one token a row behind those in use -> the part of the cache that any row uses."""
+        row_B = torch.arange(len(k_BGK), device=k_BGK.device)
+        self.k[layer][row_B, :, self.length_B] = k_BGK
+        self.v[layer][row_B, :, self.length_B] = v_BGK
+        return self.k[layer][:, :, :self.longest], self.v[layer][:, :, :self.longest]
+
+    def keep(self, row_A):
+        """Only these rows stay: what the others held is free."""
+        self.k = [k.index_select(0, row_A) for k in self.k]
+        self.v = [v.index_select(0, row_A) for v in self.v]
+        self.length_B = self.length_B[row_A]
+        self.longest = int(self.length_B.max())

@@ -1,0 +1,94 @@
+"""Saving a run so that it can be killed at any instant, and taking it up again.
+
+OUT/checkpoints/step-000120/ holds the shards of weights and optimizer (torch.distributed.checkpoint: another number of
+processes may load them), each rank's random state, and state.json (step, rows or prompts consumed, arguments). It is
+written beside its name and renamed when whole: what bears the name is complete.
+"""
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from nanopost import InputError
+
+
+def save(out, step: int, model, optimizer, state: dict, keep: int = 1):
+    """Write the checkpoint of `step`, then delete all but the newest `keep`. A collective: every rank calls it."""
+    folder = Path(out) / "checkpoints"
+    final, beside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    dist.barrier()
+    weights, moments = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)
+    torch.save(_random_state(), beside / f"random-{dist.get_rank()}.pt")
+    dist.barrier()
+    if first:
+        (beside / "state.json").write_text(json.dumps({"step": step, "ranks": dist.get_world_size(), **state}))
+        for path in beside.iterdir():
+            _to_disk(path)
+        shutil.rmtree(final, ignore_errors=True)
+        beside.rename(final)
+        _to_disk(folder)
+        for old in _complete(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def latest(out) -> Path | None:
+    """The newest complete checkpoint under OUT, or None."""
+    return next(reversed(_complete(Path(out) / "checkpoints")), None)
+
+
+def load(path: Path, model, optimizer) -> dict:
+    """Fill model and optimizer from a checkpoint and restore the random state -> its state.json."""
+    state = json.loads((path / "state.json").read_text())
+    weights, moments = get_state_dict(model, optimizer)
+    stored = {"model": weights, "optimizer": moments}
+    try:
+        dcp.load(stored, checkpoint_id=path)
+    except dcp.api.CheckpointException as error:
+        raise InputError(f"{path} does not fit this model or is damaged; remove it to start from the checkpoint "
+                         f"before it ({next(iter(error.failures.values()))[0]}).") from error
+    set_state_dict(model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"])
+    if state["ranks"] == dist.get_world_size():
+        _set_random_state(torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=False))
+    return state
+
+
+def changed_arguments(saved: dict, now: dict) -> list[str]:
+    """What a resumed run was told differently: ["lr: 0.001 -> 0.002", ...]."""
+    return [f"{k}: {saved.get(k)} -> {now.get(k)}" for k in {**saved, **now} if saved.get(k) != now.get(k)]
+
+
+def _complete(folder):
+    return sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
+
+
+def _random_state():
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+
+
+def _set_random_state(state):
+    random.setstate(state["python"]), np.random.set_state(state["numpy"]), torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def _to_disk(path):
+    """Files and folder entries reach the disk before the name that vouches for them does."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,136 @@
+"""torchrun, FSDP2, reductions over ranks, and full weights out of the shards.
+
+A run always has a process group, of one process if need be, so no call site asks whether there is one.
+"""
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from nanopost import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    size: int
+    device: torch.device
+
+
+def init(device: str = "auto", timeout_minutes: float = 30) -> World:
+    """Join the processes that torchrun started, or be one alone. device: auto, cpu or cuda."""
+    sys.excepthook = _one_sentence
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            raise InputError(f"rank {rank} wants GPU {local} and this machine has {torch.cuda.device_count()}: "
+                             "lower --nproc_per_node or add --device cpu.")
+        torch.cuda.set_device(local)
+    else:
+        torch.set_flush_denormal(True)  # late in training, denormals slow some CPUs down tenfold
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore()}
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes), **alone)
+    return World(rank, size, torch.device(device, local) if device == "cuda" else torch.device("cpu"))
+
+
+def _one_sentence(kind, error, trace):
+    """A person's mistake is answered with its sentence alone; a bug keeps its traceback."""
+    if issubclass(kind, InputError):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(1)  # a rank that waits for the others' clean-up would keep all of them waiting for it
+
+
+def finish():
+    dist.destroy_process_group()
+
+
+def shard(model, world: World, bf16: bool, checkpointing: bool = False, compile: bool = False):
+    """Apply activation checkpointing, compilation and FSDP2 to a CausalLM, block by block, and return it.
+
+    On a CPU in fp32 with one process the model stays as it is. Else every block and the root are sharded over all
+    ranks: fp32 master weights, compute in bf16 where `bf16` says so, gradients reduced in fp32 and averaged over
+    ranks (a loop multiplies its loss by world.size to undo that). The root is resharded after forward too: nothing
+    outside its forward may read a weight.
+    """
+    model.model.checkpointing = checkpointing
+    if compile:
+        for block in model.model.layers:
+            block.compile()
+    if world.size == 1 and not bf16:
+        return model
+    mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
+                                     cast_forward_inputs=False)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+    return model
+
+
+def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+    """(checkpoint name, whole fp32 tensor), one after the other, on every rank: a collective, so all must iterate.
+
+    A tied head is not among them (the model has none). Both the saved folder and an engine's copy are made from this.
+    """
+    for name, p in model.state_dict().items():
+        yield name, (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+
+
+def clip_grad_norm(model, max_norm: float) -> float:
+    """Scale the gradients to a global L2 norm of at most max_norm -> the norm before, over all ranks.
+
+    A norm that is not finite raises FloatingPointError before the optimizer can spread it.
+    """
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if not norm < float("inf"):
+        raise FloatingPointError(f"gradient norm is {norm}")
+    return norm
+
+
+def all_sum(*values: float) -> list[float]:
+    """Each value summed over ranks, in float64."""
+    return _reduce(values, dist.ReduceOp.SUM)
+
+
+def all_max(*values: float) -> list[float]:
+    """Each value's maximum over ranks."""
+    return _reduce(values, dist.ReduceOp.MAX)
+
+
+def _reduce(values, op):
+    total = torch.tensor([float(v) for v in values], dtype=torch.float64)
+    dist.all_reduce(total, op)  # on the CPU (gloo), so that no GPU waits for a number
+    return total.tolist()
+
+
+def even(micro_batches: list[list]) -> list[list]:
+    """A rank's micro-batches, with empty ones behind until it has as many as the rank with most.
+
+    Each forward and backward pass is a collective: a rank that ran fewer would leave the others waiting for ever.
+    """
+    return micro_batches + [[]] * (int(all_max(len(micro_batches))[0]) - len(micro_batches))
+
+
+def sum_metrics(sums: dict[str, float]) -> dict[str, float]:
+    """A dictionary of sums, added up over ranks; every rank has the same keys."""
+    return dict(zip(sums, all_sum(*sums.values()))) if sums else {}
+
+
+def gather(values: list) -> list:
+    """The lists of all ranks as one, rank by rank, on every rank."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [v for part in parts for v in part]

@@ -1,0 +1,85 @@
+"""A run's record: a line a step on stdout, metrics.jsonl, samples.jsonl, and run.json with what the run was."""
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from nanopost import InputError
+
+
+class Logger:
+    """Writes on rank 0 and does nothing elsewhere, so that no call site asks for the rank."""
+
+    def __init__(self, out, rank: int, steps: int, shown: list[str], verbose: bool = False):
+        """shown: names of the metrics on the printed line. verbose: say when each phase begins."""
+        self.out, self.on, self.steps, self.shown, self.verbose = Path(out), rank == 0, steps, shown, verbose
+        self.began, self.first = None, 0
+
+    def open(self, resumed_at: int | None, overwrite: bool, manifest: dict):
+        """Begin a run, or go on from a checkpoint: what was logged after it will be logged again, so it goes."""
+        if not self.on:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            path = self.out / name
+            if resumed_at is None and not overwrite and path.exists():
+                raise InputError(f"{self.out} already holds a run: add --resume to continue it, --overwrite to "
+                                 "replace it, or choose another --out.")
+            lines = path.read_text().splitlines() if resumed_at is not None and path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_at]
+            path.write_text("".join(line + "\n" for line in kept))
+        record = {"command": " ".join(sys.argv), "resumed_at": resumed_at, "git": _git_commit(),
+                  "python": platform.python_version(), "torch": torch.__version__,
+                  "cuda": torch.version.cuda, "started": time.strftime("%Y-%m-%dT%H:%M:%S"), **manifest}
+        path = self.out / "run.json"
+        starts = json.loads(path.read_text()) if resumed_at is not None and path.exists() else []
+        path.write_text(json.dumps([*starts, record], indent=1, default=str) + "\n")
+
+    def say(self, text: str):
+        if self.on:
+            print(text, flush=True)
+
+    def phase(self, name: str, step: int):
+        """With verbose, a line as each phase begins: where a hanging run hangs."""
+        if self.verbose:
+            self.say(f"# step {step} {name}")
+
+    def log(self, step: int, metrics: dict[str, float]):
+        """One object a step in metrics.jsonl, one line on stdout, with the time left."""
+        if not self.on:
+            return
+        with open(self.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        now = time.monotonic()
+        if self.began is None:
+            self.began, self.first, left = now, step, ""
+        else:
+            left = f"  left {_duration((now - self.began) / max(1, step - self.first) * (self.steps - step))}"
+        shown = [k for k in (*self.shown, *metrics) if k in metrics and (k in self.shown or k.startswith("eval/"))]
+        text = "  ".join(f"{k} {_number(metrics[k])}" for k in dict.fromkeys(shown))
+        print(f"step {step}/{self.steps}  {text}{left}", flush=True)
+
+    def samples(self, step: int, rows: list[dict]):
+        """Decoded text beside what was made of it, one object a line in samples.jsonl."""
+        if self.on:
+            with open(self.out / "samples.jsonl", "a") as file:
+                file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _number(x):
+    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" if abs(x) < 1e-2 else f"{x:.3f}"
+
+
+def _duration(seconds):
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}h{rest // 60:02d}m" if hours else f"{rest // 60}m{rest % 60:02d}s"
+
+
+def _git_commit():
+    here = Path(__file__).parent
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return done.stdout.strip() or None

@@ -1,0 +1,30 @@
+"""Parameter groups and the learning rate as a function of the step."""
+import math
+
+from torch import nn
+from torch.optim import AdamW
+
+
+def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float]) -> AdamW:
+    """AdamW (1711.05101) that decays matrices and leaves norms and biases alone; the rate is set at each step."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
+    """The rate of step 1..steps: linear from 0 to the peak over `warmup` steps, then constant, linear or cosine.
+
+    A pure function of the step, so a resumed run needs no scheduler state. linear and cosine end one step above 0.
+    """
+    if step <= warmup:
+        return peak * step / warmup
+    left = (steps - step + 1) / max(1, steps - warmup)
+    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
+    return peak * shape[schedule]
+
+
+def set_learning_rate(optimizer: AdamW, rate: float):
+    for group in optimizer.param_groups:
+        group["lr"] = rate

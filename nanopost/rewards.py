@@ -1,0 +1,267 @@
+"""Rewards: verifiers of answers, and the loading of a user's own function.
+
+A reward is f(completions, **columns) -> list[float | None], TRL's signature. completions: strings, or message
+lists of which the last is read. columns: those of the rows and what the loop adds (prompts, completion_ids),
+each a list as long as completions. None says that the reward does not apply to a completion.
+"""
+import importlib.util
+import inspect
+import math
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+from nanopost import InputError
+from nanopost.advantages import soft_overlong_penalty
+
+
+class Reward(NamedTuple):
+    name: str  # in the metrics: rewards/NAME/mean
+    function: Callable
+
+
+# ---------------------------------------------------------------------------------------- loading and calling
+def load_reward(spec: str) -> Reward:
+    """A --reward: gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER or file.py:function.
+
+    A class is made once, without arguments, so that its instance can hold state; the instance is called.
+    """
+    built_in = {"gsm8k": gsm8k, "boxed": boxed, "exact": exact, "format": gsm8k_format}
+    if spec in built_in:
+        return Reward(spec, built_in[spec])
+    kind, _, argument = spec.partition(":")
+    if kind == "regex":
+        return Reward(spec, full_match(argument))
+    if kind == "length":
+        return Reward(kind, overlong(argument))
+    path, _, name = (spec + ":").rpartition(":") if spec.endswith(".py") else spec.rpartition(":")
+    if path.endswith(".py"):
+        return Reward(name, _from_file(Path(path), name))
+    raise InputError(f"--reward {spec!r} is unknown: built in are {', '.join(built_in)}, regex:PATTERN and "
+                     f"length:MAX:BUFFER; one of your own is file.py:function.")
+
+
+def _from_file(path, name):
+    if not path.is_file():
+        raise InputError(f"--reward {path}:{name}: there is no file {path}.")
+    spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)  # what the file raises is shown as it is: its own traceback says it best
+    own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == spec.name]
+    function = vars(module).get(name)
+    if not callable(function):
+        raise InputError(f"--reward {path}:{name}: {path} has no function {name!r}; it has "
+                         f"{', '.join(own) or 'none'}.")
+    function = function() if inspect.isclass(function) else function
+    if not callable(function):
+        raise InputError(f"--reward {path}:{name}: an instance of the class {name} cannot be called; give it "
+                         f"__call__(self, completions, **columns).")
+    return function
+
+
+def score(reward: Reward, completions: list, columns: dict[str, list]) -> list[float | None]:
+    """One float or None for each completion; anything else is an InputError that names the completion."""
+    if not completions:
+        return []
+    _check_arguments(reward, completions, columns)
+    try:
+        values = reward.function(completions=completions, **columns)
+    except InputError:
+        raise
+    except Exception as error:  # a user's function raises anything: it is named and chained
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(f"Reward {reward.name} raised {type(error).__name__}: {error} ({at.filename}:"
+                         f"{at.lineno}) {_culprit(reward, completions, columns, error)}") from error
+    if not hasattr(values, "__len__"):
+        raise InputError(f"Reward {reward.name} returned {type(values).__name__}, no list of float | None.")
+    if len(values) != len(completions):
+        raise InputError(f"Reward {reward.name} returned {len(values)} values for {len(completions)} "
+                         f"completions: return one for each, None where it does not apply.")
+    return [_number(reward, value, i, completions[i]) for i, value in enumerate(values)]
+
+
+def _check_arguments(reward, completions, columns):
+    try:
+        inspect.signature(reward.function).bind(completions=completions, **columns)
+    except TypeError as error:
+        raise InputError(f"Reward {reward.name} cannot be called with completions and the columns "
+                         f"{', '.join(columns) or '(none)'}: {error}; it takes completions, the columns it "
+                         f"needs and **columns, and --rename renames those of the data.") from error
+
+
+def _culprit(reward, completions, columns, error):
+    """Which completion a batch failed on: the first that fails in the same way when it is alone."""
+    for i, completion in enumerate(completions):
+        try:
+            reward.function(completions=[completion], **{name: c[i:i + 1] for name, c in columns.items()})
+        except type(error):
+            return f"on completion {i} of {len(completions)}, called alone: {_excerpt(completion)}."
+        except Exception:  # not the failure to be explained
+            continue
+    return f"on the batch of {len(completions)} completions; none of them fails like that alone."
+
+
+def _number(reward, value, i, completion):
+    if value is None:
+        return None
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise InputError(f"Reward {reward.name} returned {value!r}, no number, for completion {i}: "
+                         f"{_excerpt(completion)}.")
+    if not math.isfinite(value):
+        raise InputError(f"Reward {reward.name} returned {float(value)} for completion {i}, "
+                         f"{_excerpt(completion)}: return None where it does not apply.")
+    return float(value)
+
+
+def _excerpt(completion, length=120):
+    text = text_of(completion)
+    return repr(text if len(text) <= length else text[:length] + "...")
+
+
+def text_of(completion) -> str:
+    """The text of a completion: itself, or the content of its last message."""
+    return completion if isinstance(completion, str) else completion[-1]["content"] or ""
+
+
+# ---------------------------------------------------------------------------------- plain match, form, length
+def exact(completions, answer, **columns):
+    """1 where the completion equals the column answer, white space at the ends aside."""
+    return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, answer)]
+
+
+def full_match(pattern: str) -> Callable:
+    """1 where the whole completion matches the regular expression; its dot matches line ends too."""
+    try:
+        compiled = re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise InputError(f"--reward regex:{pattern}: not a regular expression: {error}.") from error
+    return lambda completions, **columns: [float(bool(compiled.fullmatch(text_of(c)))) for c in completions]
+
+
+def gsm8k_format(completions, **columns):
+    """1 where a completion has the form of GSM8K: some text, and a last line "#### number", the only ####."""
+    parts = [text_of(c).partition("####") for c in completions]
+    last_line = re.compile(r" -?\$?[0-9][0-9,]*(\.[0-9]+)?\s*")
+    return [float(bool(head.strip() and head.endswith("\n") and last_line.fullmatch(tail)))
+            for head, _, tail in parts]
+
+
+def overlong(limits: str) -> Callable:
+    """soft_overlong_penalty of the tokens in the column completion_ids; limits: "MAX:BUFFER"."""
+    if not re.fullmatch(r"\d+:\d+", limits):
+        raise InputError(f"--reward length:{limits}: write length:MAX:BUFFER in tokens, as length:1024:256.")
+    longest, buffer = map(int, limits.split(":"))
+    soft_overlong_penalty(0, longest, buffer)  # refuses a buffer that does not fit before the run
+    return lambda completions, completion_ids, **columns: [
+        soft_overlong_penalty(len(ids), longest, buffer) for ids in completion_ids]
+
+
+# ------------------------------------------------------------------------------------------------------ gsm8k
+# A minus is a sign where no operand stands before it (10-3 ends in 3); commas stand before three digits.
+NUMBER = re.compile(r"((?<![\w.)])-)?[$€£]?"
+                    r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+
+
+def gsm8k(completions, answer, **columns):
+    """1 where the number after the last ####, or else the last one, is exactly that of the column answer."""
+    gold = [final_number(str(a)) for a in answer]
+    if None in gold:
+        i = gold.index(None)
+        raise InputError(f"Reward gsm8k: the answer {str(answer[i])[:80]!r} to completion {i} has no number; "
+                         f"name the right column with --rename.")
+    return [float(final_number(text_of(c)) == number) for c, number in zip(completions, gold)]
+
+
+def final_number(text: str) -> Decimal | None:
+    """Number after the last ####, or else the last number; None without one. -$1,234.50 is -1234.5."""
+    text = text.replace("\u2212", "-").replace("\\$", "$").replace("{,}", ",").replace("\\!", "")
+    _, marker, tail = text.rpartition("####")
+    found = list(NUMBER.finditer(tail))[:1] if marker else []
+    for number in found or list(NUMBER.finditer(text))[-1:]:
+        return Decimal((number[1] or "") + number[2].replace(",", ""))
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------ boxed
+ARGUMENT = r"(\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-z]+|\w)"
+REWRITES = [(re.compile(pattern), new) for pattern, new in [
+    (r"\\(text|mbox|mathrm)\s*\{\s*(or|and)\s*\}", ","),
+    (r"(?:(?<=[\d})])|(?<=\\pi))\s*\\(text|mbox|mathrm)\s*\{[^{}]*\}(\s*\^\s*\{?\d\}?)?\s*$", ""),  # units
+    (r"\\(text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\2"),
+    (r"\\[$%]|[$%]|\\(left|right|displaystyle)(?![a-zA-Z])|\^\s*\{?\s*\\circ\s*\}?|\\degree|°", ""),
+    (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
+    (r"\\[!,;: ]|\\q?quad(?![a-zA-Z])|~|\s+", ""),
+    (r"\{,\}", ","),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+    (r"([_^])\{(\w)\}", r"\1\2"),
+    (r"(?<![\w}.])(\d*\\pi|\d+)/(\d+)(?![\w{\\]|\.\d)", r"\\frac{\1}{\2}"),
+    (r"(?<![\d.])\.(?=\d)", "0."),
+    (r"^\w{1,2}(=|\\in(?![a-zA-Z]))(?!.*=)", ""),  # x = 5, x \in [0, 1]
+    (r"\.+$", ""),
+    (r"^\((\w)\)$", r"\1"),  # (C)
+]]
+
+
+def boxed(completions, answer, **columns):
+    r"""1 where the last \boxed{} says what the column answer says: that is bare or has a \boxed{} of its own.
+
+    Equal are equal numbers, and LaTeX that is the same after the rewriting of plain_latex, which goes a bit
+    further than is_equiv of the MATH data set (2103.03874). It knows no algebra: 2x + 1 is not 1 + 2x.
+    """
+    return [float(same_answer(last_boxed(text_of(c)), last_boxed(str(a)) or str(a)))
+            for c, a in zip(completions, answer)]
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What stands in the last \boxed{...} or \fbox{...}, braces nested; None without one or its end."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    head = re.compile(r"\\(?:boxed|fbox)\s*(\{?)").match(text, start)
+    if not head[1]:
+        return re.compile(r"[^$\n]*").match(text, head.end())[0]  # \boxed 5$
+    depth = 1
+    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, head.end()):
+        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if depth == 0:
+            return text[head.end():brace.start()]
+    return None
+
+
+def same_answer(given: str | None, answer: str) -> bool:
+    """Whether two LaTeX answers are equal, as exact numbers or as rewritten text."""
+    if given is None:
+        return False
+    given, answer = plain_latex(given), plain_latex(answer)
+    number = exact_value(given)
+    return given == answer or number is not None and number == exact_value(answer)
+
+
+def plain_latex(text: str) -> str:
+    r"""One spelling for the many of an answer: no spaces, units, sized brackets; \frac{a}{b} in full."""
+    for pattern, new in REWRITES:
+        text = pattern.sub(new, text.strip())
+    if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text):
+        text = text.replace(",", "")
+    return re.sub(r"\\frac" + ARGUMENT + ARGUMENT, lambda m: f"\\frac{_braced(m[1])}{_braced(m[2])}", text)
+
+
+def _braced(argument):
+    return argument if argument[0] == "{" else "{" + argument + "}"
+
+
+def exact_value(text: str) -> Fraction | None:
+    r"""Value of 3, -0.25, \frac{1}{2} or the mixed 1\frac{4}{5}; None of anything else."""
+    if re.fullmatch(r"-?\d{1,99}(\.\d{1,99})?", text):
+        return Fraction(text)
+    mixed = re.fullmatch(r"(-?)(\d{0,99})\\frac\{(-?\d{1,99})\}\{(-?\d{1,99})\}", text)
+    if not mixed or not int(mixed[4]):
+        return None
+    value = int(mixed[2] or 0) + Fraction(int(mixed[3]), int(mixed[4]))
+    return -value if mixed[1] else value

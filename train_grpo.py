@@ -1,0 +1,210 @@
+"""GRPO and its family: sample a group of answers to each prompt, reward them, make the better ones likelier.
+
+    A_i  = (R_i - mean(R_group)) / (std(R_group) + 1e-4)                            2402.03300, eq. 3 (outcome form)
+    r_t  = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
+    loss = - sum_i sum_t w_it min(r_t A_i, clip(r_t, 1 - low, 1 + high) A_i) + beta sum_it w_it KL_it
+
+    --adv    group: as above; mean: without the std (Dr. GRPO 2503.20783); loo: leave-one-out (RLOO 2402.14740);
+             batch: the std of the whole batch
+    --ratio  token; sequence: exp of the mean over tokens (GSPO 2507.18071); sequence_sum: of the sum (RLOO)
+    --agg    w_it = sequence: 1 / (|y_i| sequences) (GRPO); token: 1 / tokens of the whole optimizer step
+             (DAPO 2503.14476, the default); constant: 1 / (sequences * --max_new_tokens) (Dr. GRPO)
+    --loss   clip: as above, with --delta capping the ratio on the other side too; cispo: 2506.13585
+Deviations from the GRPO paper: no KL by default (--beta 0, DAPO), aggregation by token, and old log-probs that are
+the engine's own. There is no critic and no padding; prompt tokens are context and never targets.
+
+    python train_sft.py && torchrun --nproc_per_node 1 train_grpo.py            # the toy, about two minutes
+    torchrun --nproc_per_node 8 train_grpo.py --model out/sft --data prompts.jsonl --reward gsm8k
+"""
+import argparse
+import json
+import math
+import time
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+from nanopost import InputError, advantages, checkpoint, data, dist, hf, losses, optim, rewards, toy
+from nanopost.chat import Tokenizer, check_stage, fingerprint
+from nanopost.data import Example
+from nanopost.logger import Logger
+from nanopost.logprob import logprobs_of
+from nanopost.model import CausalLM
+from nanopost.rollout import Engine, Sampling, prompt_seed
+
+# N packed tokens of a micro-batch, S its sequences, P prompts, G samples of a prompt, F reward functions.
+
+# ------------------------------------------------------------------------------------------------------- arguments
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+add = parser.add_argument
+add("--model", default="out/sft", help="folder of a Hugging Face checkpoint; default: what train_sft.py writes")
+add("--data", default="toy", help="rows: JSONL, .jsonl.gz, .json or Parquet, or toy")
+add("--eval_data", help="held-out rows; without it --holdout rows of --data are kept back")
+add("--holdout", type=int, default=100, help="rows of --data kept for evaluation, if there is no --eval_data")
+add("--rename", nargs="*", default=[], metavar="THEIRS=OURS", help="columns, such as question=prompt")
+add("--out", default="out/grpo", help="folder of the run; the trained model is written here")
+add("--chat_template", help="a Jinja file used instead of the model's own template")
+add("--seed", type=int, default=0)
+add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the computation; auto: bf16 on CUDA, else fp32")
+add("--compile", action="store_true", help="torch.compile each block")
+add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
+add("--lr", type=float, default=3e-4)
+add("--schedule", default="constant", choices=["constant", "linear", "cosine"])
+add("--warmup", type=int, default=0, help="optimizer steps from 0 to --lr")
+add("--weight_decay", type=float, default=0.0)
+add("--betas", type=float, nargs=2, default=(0.9, 0.95))
+add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient")
+add("--eval_every", type=int, default=50, help="steps")
+add("--save_every", type=int, default=100, help="steps between checkpoints to resume from; 0: none")
+add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+add("--overwrite", action="store_true", help="replace the run that --out holds")
+add("--verbose", action="store_true", help="say when each phase begins")
+# Of this algorithm alone:
+add("--steps", type=int, default=150, help="rollout batches; each is --minibatches optimizer steps")
+add("--prompts", type=int, default=64, help="prompts of a rollout batch, over all ranks")
+add("--group", type=int, default=8, help="samples of a prompt")
+add("--minibatches", type=int, default=2, help="optimizer steps on a rollout batch")
+add("--max_new_tokens", type=int, default=8)
+add("--temperature", type=float, default=1.0)
+add("--stop", nargs="*", default=[], help="strings that end a completion")
+add("--reward", nargs="+", default=["exact"], help="exact, gsm8k, boxed, format, regex:PATTERN, length or file.py:function")
+add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1")
+add("--resample", type=int, default=0, help="rounds of new prompts that replace groups with equal rewards; 0: they stay")
+add("--overlong", default="keep", choices=["keep", "mask", "soft"], help="completions without an end: in, out of the loss, or punished")
+add("--overlong_buffer", type=int, default=0, help="soft: tokens before --max_new_tokens where the punishment begins")
+add("--adv", default="group", choices=["group", "mean", "loo", "batch"], help="advantage")
+add("--ratio", default="token", choices=["token", "sequence", "sequence_sum"], help="importance ratio")
+add("--loss", default="clip", choices=["clip", "cispo"])
+add("--clip_low", type=float, default=0.2)
+add("--clip_high", type=float, default=0.2)
+add("--delta", type=float, help="clip: largest ratio whatever the sign of the advantage (two-sided)")
+add("--cispo_cap", type=float, default=5.0, help="cispo: largest ratio")
+add("--agg", default="token", choices=["sequence", "token", "constant"], help="how token losses are averaged")
+add("--beta", type=float, default=0.0, help="weight of the KL to the model as it was; 0: no reference model")
+add("--kl", default="k3", choices=["k1", "k2", "k3"], help="estimator of that KL")
+add("--kl_in", default="loss", choices=["loss", "reward"])
+add("--old_logp", default="engine", choices=["engine", "trainer"], help="whose log-probs the ratio divides by")
+add("--correct", default="none", choices=["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"], help="importance weights trainer / engine; needs --old_logp trainer")
+add("--correct_cap", type=float, default=3.0, help="largest such weight")
+add("--max_logp_gap", type=float, help="mean |trainer - engine| log-prob that stops the run; default 1e-3, in bf16 0.1")
+add("--engine_rows", type=int, default=512, help="completions sampled at once on a rank")
+args = parser.parse_args()
+
+# ------------------------------------------------------------------------------------------------------- processes
+world = dist.init(args.device)
+torch.manual_seed(args.seed)
+bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
+
+# --------------------------------------------------------------------------------------------- tokenizer and model
+tokenizer = Tokenizer.load(args.model, args.chat_template)
+stage = check_stage(args.model, tokenizer)
+
+
+def load_policy():
+    with torch.device("meta"):
+        model = CausalLM(hf.read_config(args.model))
+    model = dist.shard(model, world, bf16, args.checkpointing, args.compile).to_empty(device=world.device)
+    hf.load_weights(model, args.model)
+    return model
+
+
+model = load_policy()
+reference = load_policy().requires_grad_(False) if args.beta else None
+if world.size == 1 and not bf16:
+    engine_model = model  # the engine samples with the trainer's own tensors
+else:
+    engine_model = hf.load_model(args.model, world.device, torch.bfloat16 if bf16 else torch.float32)
+engine = Engine(engine_model, tokenizer.stop_ids, tokenizer.decode, args.engine_rows)
+
+# ------------------------------------------------------------------------------------------------------------ data
+if args.data == "toy":
+    rows, eval_rows = toy.prompt_rows(held_out=False), toy.prompt_rows(held_out=True)
+else:
+    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename, args.seed)
+for row in (*rows, *eval_rows):
+    data.check_prompt_row(row)
+reward_functions = [rewards.load_reward(spec) for spec in args.reward]
+reward_weights = args.reward_weights or [1.0] * len(args.reward)
+divisor = world.size * args.minibatches
+if args.prompts % divisor:
+    below = args.prompts // divisor * divisor
+    raise InputError(f"--prompts {args.prompts} does not divide into {world.size} ranks x {args.minibatches} "
+                     f"minibatches: {f'{below} or ' if below else ''}{below + divisor} would.")
+if args.correct != "none" and args.old_logp != "trainer":
+    raise InputError(f"--correct {args.correct} compares trainer and engine: add --old_logp trainer.")
+
+# ------------------------------------------------------------------------------------------------------- optimizer
+optimizer = optim.adamw(model, args.weight_decay, args.betas)
+found = checkpoint.latest(args.out) if args.resume else None
+state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0}
+logger = Logger(args.out, world.rank, args.steps, ["reward", "reward_std", "kl", "entropy", "loss", "grad_norm",
+                "completions/mean_length", "tokens_per_second"], args.verbose)
+logger.open(state["step"] if found else None, args.overwrite, {"args": vars(args), **fingerprint(tokenizer)})
+for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
+    logger.say(f"resumed with another {change}")
+logger.say(stage)
+logger.say(f"{len(rows):,} prompts to train on, {len(eval_rows):,} held out; the first as the model sees it:\n"
+           f"{tokenizer.decode(tokenizer.prompt_ids(rows[0]['prompt']))}")
+
+
+def rollout(rows, serials, n, sampling):
+    """n completions of each row's prompt, decoded and scored -> (rollouts [P][G], reward of each function [F, P, G])."""
+    prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
+    groups = engine.generate(prompts, n, sampling, [prompt_seed(args.seed, serial) for serial in serials])
+    flat, flat_rows = [r for group in groups for r in group], [row for row in rows for _ in range(n)]
+    texts = [tokenizer.decode(r.ids, skip_special=True) for r in flat]
+    chat = [isinstance(row["prompt"], list) for row in flat_rows]
+    completions = [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat)]
+    columns = {k: [row[k] for row in flat_rows] for k in rows[0] if k != "prompt"} if rows else {}
+    columns |= {"prompts": [row["prompt"] for row in flat_rows], "completion_ids": [r.ids for r in flat]}
+    scores = [rewards.score(f, completions, columns) for f in reward_functions]
+    return groups, np.array(scores, np.float64).reshape(len(scores), len(rows), n)
+
+
+def evaluate():
+    """Held-out prompts, sampled once at temperature 1 and greedily: the mean of each reward, and of the first one."""
+    metrics = {}
+    mine = range(len(eval_rows))[world.rank::world.size]
+    for name, temperature in (("accuracy", 1.0), ("greedy", 0.0)):
+        sampling = Sampling(args.max_new_tokens, temperature, stop=tuple(args.stop))
+        _, reward_FPG = rollout([eval_rows[i] for i in mine], [2**32 + i for i in mine], 1, sampling)
+        *sums, count = dist.all_sum(*np.nansum(reward_FPG, (1, 2)), len(mine))
+        metrics[f"eval/{name}"] = sums[0] / count
+        metrics |= {f"eval/{f.name}/{name}": s / count for f, s in zip(reward_functions, sums)} if len(sums) > 1 else {}
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------------ loop
+training_sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
+max_logp_gap = args.max_logp_gap or (0.1 if bf16 else 1e-3)
+consumed, seen = state["consumed"], state.get("seen", 0)
+engine.sync_weights(dist.full_weights(model), state["step"])
+if not found:
+    logger.log(0, evaluate())
+for step in range(state["step"] + 1, args.steps + 1):
+    # ---- rollout: until there are --prompts groups worth learning from
+    logger.phase("rollout", step)
+    began = time.perf_counter()
+    groups, scores, drawn, missing = [], [], 0, args.prompts
+    for _ in range(args.resample + 1):
+        count = math.ceil(missing / world.size) * world.size
+        serials = range(consumed + drawn, consumed + drawn + count)[world.rank::world.size]
+        indices = data.take(len(rows), args.seed, consumed + drawn, count)[world.rank::world.size]
+        new_groups, reward_FPG = rollout([rows[i] for i in indices], serials, args.group, training_sampling)
+        drawn += count
+        for p, group in enumerate(new_groups):
+            reward_FG = reward_FPG[:, p]
+            if args.resample == 0 or reward_total(reward_FG).std() > 0:
+                groups.append(group)
+                scores.append(reward_FG)
+        missing = args.prompts - int(dist.all_sum(len(groups))[0])
+        if missing <= 0:
+            break
+    if missing == args.prompts:
+        raise InputError(f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group of "
+                         f"{args.group} had equal rewards, so there is nothing to learn from: warm the model up with "
+                         "train_sft.py, give easier prompts or a finer --reward, or raise --group or --temperature.")
+    consumed += drawn

@@ -1,0 +1,179 @@
+"""Supervised fine-tuning: raise the probability of the answers, token by token.
+
+    loss = - sum_t log p(y_t | x, y_<t) / T          T: trained tokens of the whole optimizer step, over all ranks
+
+--loss dft weighs each token by its own probability, held constant (2508.05629). Rows are rendered and encoded once,
+packed without padding, and no document sees another; --train_on says which of their tokens are targets.
+
+    python train_sft.py                                              # the toy: 0.8 M parameters, two-digit sums
+    torchrun --nproc_per_node 8 train_sft.py --model Qwen2.5-1.5B --data chats.jsonl --chat_template chatml.jinja
+"""
+import argparse
+import math
+import time
+
+import torch
+
+from nanopost import checkpoint, data, dist, hf, losses, optim, toy
+from nanopost.chat import Tokenizer, check_stage, fingerprint, report, tokenizer_files
+from nanopost.logger import Logger
+from nanopost.model import CausalLM
+
+# N packed tokens of a micro-batch.
+
+# ------------------------------------------------------------------------------------------------------- arguments
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+add = parser.add_argument
+add("--model", default="toy", help="folder of a Hugging Face checkpoint, or toy: a fresh tiny one")
+add("--data", default="toy", help="rows: JSONL, .jsonl.gz, .json or Parquet, or toy")
+add("--eval_data", help="held-out rows; without it --holdout rows of --data are kept back")
+add("--holdout", type=int, default=100, help="rows of --data kept for evaluation, if there is no --eval_data")
+add("--rename", nargs="*", default=[], metavar="THEIRS=OURS", help="columns, such as question=prompt answer=completion")
+add("--out", default="out/sft", help="folder of the run; the trained model is written here")
+add("--chat_template", help="a Jinja file used instead of the model's own template")
+add("--seed", type=int, default=0)
+add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the computation; auto: bf16 on CUDA, else fp32")
+add("--compile", action="store_true", help="torch.compile each block")
+add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
+add("--lr", type=float, default=2e-3)
+add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
+add("--warmup", type=int, default=20, help="steps from 0 to --lr")
+add("--weight_decay", type=float, default=0.01)
+add("--betas", type=float, nargs=2, default=(0.9, 0.95))
+add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient")
+add("--eval_every", type=int, default=100, help="steps")
+add("--save_every", type=int, default=100, help="steps between checkpoints to resume from; 0: none")
+add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+add("--overwrite", action="store_true", help="replace the run that --out holds")
+add("--verbose", action="store_true", help="say when each phase begins")
+# Of this algorithm alone:
+add("--steps", type=int, default=260, help="optimizer steps")
+add("--epochs", type=float, help="instead of --steps: times over the rows")
+add("--rows", type=int, default=256, help="rows of an optimizer step, over all ranks")
+add("--bins", type=int, default=0, help="instead of --rows: bins of --tokens tokens, packed over the whole epoch")
+add("--loss", default="nll", choices=["nll", "dft"])
+add("--train_on", default="assistant", choices=["assistant", "last", "completion", "all"], help="tokens that are targets")
+add("--max_length", type=int, help="longest row in tokens; default: --tokens")
+add("--overlong", default="truncate", choices=["truncate", "split", "drop"], help="what becomes of longer rows")
+args = parser.parse_args()
+
+# ------------------------------------------------------------------------------------------------------- processes
+world = dist.init(args.device)
+torch.manual_seed(args.seed)
+bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
+
+# --------------------------------------------------------------------------------------------- tokenizer and model
+if args.model == "toy":
+    args.model = toy.make(f"{args.out}/toy")
+tokenizer = Tokenizer.load(args.model, args.chat_template)
+stage = check_stage(args.model, tokenizer)
+with torch.device("meta"):
+    model = CausalLM(hf.read_config(args.model))
+model = dist.shard(model, world, bf16, args.checkpointing, args.compile).to_empty(device=world.device)
+hf.load_weights(model, args.model)
+
+# ------------------------------------------------------------------------------------------------------------ data
+if args.data == "toy":
+    rows, eval_rows = toy.sft_rows(), toy.sft_rows(held_out=True, noise=0.0)
+else:
+    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename, args.seed)
+
+
+def encode(rows):
+    for row in rows:
+        data.check_sft_row(row)
+    examples = [tokenizer.example(row, args.train_on) for row in rows]
+    text = report(examples, tokenizer)
+    return *data.overlong(examples, args.max_length or args.tokens, args.overlong), text
+
+
+examples, cut, text = encode(rows)
+eval_examples, eval_cut, _ = encode(eval_rows)
+lengths = [len(e) for e in examples]
+bins = data.pack(lengths, args.tokens)
+unit, per_step, per_epoch = ("bins", args.bins, len(bins)) if args.bins else ("rows", args.rows, len(examples))
+if args.epochs:
+    args.steps = math.ceil(args.epochs * per_epoch / per_step)
+
+# ------------------------------------------------------------------------------------------------------- optimizer
+optimizer = optim.adamw(model, args.weight_decay, args.betas)
+found = checkpoint.latest(args.out) if args.resume else None
+state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0}
+logger = Logger(args.out, world.rank, args.steps, ["loss", "grad_norm", "lr", "tokens_per_second"], args.verbose)
+logger.open(state["step"] if found else None, args.overwrite, {"args": vars(args), **fingerprint(tokenizer)})
+for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
+    logger.say(f"resumed with another {change}")
+logger.say(stage)
+logger.say(f"{args.data}: {text}")
+logger.say(f"overlong rows: {cut}; of those held out: {eval_cut}")
+logger.say(f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, {args.tokens}-token bins "
+           f"would be filled to {data.fill_rate(lengths, bins, args.tokens):.1%}")
+
+
+@torch.no_grad()
+def evaluate():
+    """Mean loss and entropy of a trained token of the held-out rows."""
+    mine = eval_examples[world.rank::world.size]
+    sums = {"eval/loss": 0.0, "eval/entropy": 0.0, "tokens": 0}
+    for part in dist.even(data.micro_batches(mine, args.tokens)):
+        batch = data.batch_of(part, world.device)
+        logp_N, entropy_N = model(batch)
+        sums["eval/loss"] -= float(logp_N.sum())
+        sums["eval/entropy"] += float(entropy_N.sum())
+        sums["tokens"] += int(batch.mask_N.sum())
+    sums = dist.sum_metrics(sums)
+    tokens = sums.pop("tokens")
+    return {k: v / tokens for k, v in sums.items()}
+
+
+# ------------------------------------------------------------------------------------------------------------ loop
+loss_function = {"nll": losses.sft_nll, "dft": losses.sft_dft}[args.loss]
+consumed, seen = state["consumed"], state.get("seen", 0)
+row_source = data.steps(lengths, args.tokens, args.seed, consumed, 0 if args.bins else args.rows, args.bins, world.size)
+if not found:
+    logger.log(0, evaluate())
+for step in range(state["step"] + 1, args.steps + 1):
+    # ---- update
+    logger.phase("update", step)
+    began = time.perf_counter()
+    micro_batches = next(row_source)[world.rank::world.size]
+    consumed += per_step
+    batches = [data.batch_of([examples[i] for i in part], world.device) for part in micro_batches]
+    trained, tokens = dist.all_sum(sum(int(b.mask_N.sum()) for b in batches),
+                                   sum(lengths[i] for part in micro_batches for i in part))
+    sums = {"loss": 0.0, "entropy": 0.0}
+    for batch in batches:
+        logp_N, entropy_N = model(batch)
+        loss, _ = loss_function(logp_N, batch.mask_N)
+        (loss * world.size / trained).backward()  # FSDP averages gradients over ranks: world.size undoes it
+        sums["loss"] += float(loss.detach())
+        sums["entropy"] += float(entropy_N.detach().sum())
+    sums = {k: v / trained for k, v in dist.sum_metrics(sums).items()}
+    grad_norm = dist.clip_grad_norm(model, args.grad_clip)
+    lr = optim.learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
+    optim.set_learning_rate(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    # ---- log
+    seen += tokens
+    metrics = {**sums, "grad_norm": grad_norm, "lr": lr, "epoch": consumed / per_epoch, "num_tokens": seen,
+               "tokens_per_second": tokens / (time.perf_counter() - began)}
+    if step % args.eval_every == 0 or step == args.steps:
+        logger.phase("eval", step)
+        metrics |= evaluate()
+    logger.log(step, metrics)
+
+    # ---- save
+    if args.save_every and step % args.save_every == 0 and step < args.steps:
+        logger.phase("save", step)
+        state = {"consumed": consumed, "seen": seen, "args": vars(args)}
+        checkpoint.save(args.out, step, model, optimizer, state)
+
+# ------------------------------------------------------------------------------------------------------------ save
+hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),
+              write=world.rank == 0)
+logger.say(f"the model is in {args.out}")
+dist.finish()
