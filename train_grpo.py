@@ -17,7 +17,6 @@ the engine's own. There is no critic and no padding; prompt tokens are context a
     torchrun --nproc_per_node 8 train_grpo.py --model out/sft --data prompts.jsonl --reward gsm8k
 """
 import argparse
-import json
 import math
 import time
 from collections import defaultdict
@@ -26,7 +25,7 @@ import numpy as np
 import torch
 
 from nanopost import InputError, advantages, checkpoint, data, dist, hf, losses, optim, rewards, toy
-from nanopost.chat import Tokenizer, check_stage, fingerprint
+from nanopost.chat import Tokenizer, check_stage, fingerprint, tokenizer_files
 from nanopost.data import Example
 from nanopost.logger import Logger
 from nanopost.logprob import logprobs_of
@@ -151,55 +150,58 @@ logger.say(f"{len(rows):,} prompts to train on, {len(eval_rows):,} held out; the
 
 
 def rollout(rows, serials, n, sampling):
-    """n completions of each row's prompt, decoded and scored -> (rollouts [P][G], reward of each function [F, P, G])."""
+    """n completions of each row's prompt, decoded and scored -> (rollouts [P][G], float64 reward_FPG, NaN: None)."""
     prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
     groups = engine.generate(prompts, n, sampling, [prompt_seed(args.seed, serial) for serial in serials])
     flat, flat_rows = [r for group in groups for r in group], [row for row in rows for _ in range(n)]
     texts = [tokenizer.decode(r.ids, skip_special=True) for r in flat]
-    chat = [isinstance(row["prompt"], list) for row in flat_rows]
-    completions = [[{"role": "assistant", "content": t}] if c else t for t, c in zip(texts, chat)]
-    columns = {k: [row[k] for row in flat_rows] for k in rows[0] if k != "prompt"} if rows else {}
+    completions = [[{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
+                   for text, row in zip(texts, flat_rows)]
+    columns = {k: [row.get(k) for row in flat_rows] for k in rows[0] if k not in ("prompt", "__line__")} if rows else {}
     columns |= {"prompts": [row["prompt"] for row in flat_rows], "completion_ids": [r.ids for r in flat]}
-    scores = [rewards.score(f, completions, columns) for f in reward_functions]
-    return groups, np.array(scores, np.float64).reshape(len(scores), len(rows), n)
+    scores = [rewards.score(f, completions, columns) for f in reward_functions] if rows else [[]] * len(args.reward)
+    return groups, torch.tensor(np.array(scores, np.float64).reshape(len(scores), len(rows), n))
 
 
 def evaluate():
-    """Held-out prompts, sampled once at temperature 1 and greedily: the mean of each reward, and of the first one."""
-    metrics = {}
-    mine = range(len(eval_rows))[world.rank::world.size]
+    """Held-out prompts, one completion each, sampled at temperature 1 and greedy: the mean of every reward.
+
+    eval/accuracy and eval/greedy are those of the first reward function.
+    """
+    metrics, mine = {}, range(len(eval_rows))[world.rank::world.size]
     for name, temperature in (("accuracy", 1.0), ("greedy", 0.0)):
         sampling = Sampling(args.max_new_tokens, temperature, stop=tuple(args.stop))
         _, reward_FPG = rollout([eval_rows[i] for i in mine], [2**32 + i for i in mine], 1, sampling)
-        *sums, count = dist.all_sum(*np.nansum(reward_FPG, (1, 2)), len(mine))
-        metrics[f"eval/{name}"] = sums[0] / count
-        metrics |= {f"eval/{f.name}/{name}": s / count for f, s in zip(reward_functions, sums)} if len(sums) > 1 else {}
+        sums = dist.all_sum(*reward_FPG.nansum((1, 2)), *(~reward_FPG.isnan()).sum((1, 2)))
+        means = [total / max(1, count) for total, count in zip(sums, sums[len(args.reward):])]
+        metrics |= {f"eval/{name}": means[0]}
+        metrics |= {f"eval/{name}/{f.name}": m for f, m in zip(reward_functions[1:], means[1:])}
     return metrics
 
 
 # ------------------------------------------------------------------------------------------------------------ loop
-training_sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
+sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
 max_logp_gap = args.max_logp_gap or (0.1 if bf16 else 1e-3)
 consumed, seen = state["consumed"], state.get("seen", 0)
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not found:
     logger.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
-    # ---- rollout: until there are --prompts groups worth learning from
+    # ---- rollout and reward, until --prompts groups have something to teach
     logger.phase("rollout", step)
     began = time.perf_counter()
-    groups, scores, drawn, missing = [], [], 0, args.prompts
+    groups, rewards_of, drawn, zero_std, missing = [], [], 0, 0, args.prompts
     for _ in range(args.resample + 1):
         count = math.ceil(missing / world.size) * world.size
         serials = range(consumed + drawn, consumed + drawn + count)[world.rank::world.size]
         indices = data.take(len(rows), args.seed, consumed + drawn, count)[world.rank::world.size]
-        new_groups, reward_FPG = rollout([rows[i] for i in indices], serials, args.group, training_sampling)
         drawn += count
-        for p, group in enumerate(new_groups):
-            reward_FG = reward_FPG[:, p]
-            if args.resample == 0 or reward_total(reward_FG).std() > 0:
-                groups.append(group)
-                scores.append(reward_FG)
+        new_groups, reward_FPG = rollout([rows[i] for i in indices], serials, args.group, sampling)
+        total_PG = advantages.combine_rewards(reward_FPG.flatten(1).tolist(), reward_weights).view(-1, args.group)
+        zero_std += int((total_PG.std(1) == 0).sum())
+        keep_P = (total_PG.std(1) > 0) | (args.resample == 0)
+        groups += [group for group, keep in zip(new_groups, keep_P) if keep]
+        rewards_of.append(torch.cat([reward_FPG, total_PG[None]])[:, keep_P])
         missing = args.prompts - int(dist.all_sum(len(groups))[0])
         if missing <= 0:
             break
@@ -208,3 +210,126 @@ for step in range(state["step"] + 1, args.steps + 1):
                          f"{args.group} had equal rewards, so there is nothing to learn from: warm the model up with "
                          "train_sft.py, give easier prompts or a finer --reward, or raise --group or --temperature.")
     consumed += drawn
+    *reward_FPG, reward_PG = torch.cat(rewards_of, 1)
+    flat = [r for group in groups for r in group]
+    length_B = [len(r.ids) for r in flat]
+    rollout_seconds = time.perf_counter() - began
+
+    # ---- advantage
+    if args.overlong == "soft":
+        penalty = [advantages.soft_overlong_penalty(n, args.max_new_tokens, args.overlong_buffer) for n in length_B]
+        reward_PG = reward_PG + torch.tensor(penalty).view_as(reward_PG)
+    examples = []
+    for r in flat:
+        context = np.zeros(len(r.prompt))
+        trained = args.overlong != "mask" or r.finish == "stop"
+        mask = np.concatenate([context, np.full(len(r.ids), trained)]).astype(bool)
+        examples.append(Example(r.prompt + r.ids, mask, {"engine_logp": np.concatenate([context, r.logp])}))
+    if args.old_logp == "trainer":
+        logger.phase("old log-probs", step)
+        for e, logp in zip(examples, logprobs_of(model, examples, args.tokens, args.temperature, world.device)):
+            e.columns["old_logp"] = logp
+    if reference is not None:
+        logger.phase("reference log-probs", step)
+        for e, logp in zip(examples, logprobs_of(reference, examples, args.tokens, args.temperature, world.device)):
+            e.columns["ref_logp"] = logp
+    if reference is not None and args.kl_in == "reward":
+        kl_B = [losses.kl_estimate(torch.tensor(e.columns.get("old_logp", e.columns["engine_logp"]))[e.mask],
+                                   torch.tensor(e.columns["ref_logp"])[e.mask], args.kl).sum() for e in examples]
+        reward_PG = reward_PG - args.beta * torch.stack(kl_B).view_as(reward_PG)
+    total, squares, count = dist.all_sum(reward_PG.sum(), reward_PG.square().sum(), reward_PG.numel())
+    batch_std = max(0.0, (squares - total**2 / count) / max(1, count - 1)) ** 0.5
+    adv_PG = advantages.group_advantage(reward_PG, args.adv, batch_std)
+    for e, adv in zip(examples, adv_PG.flatten().tolist()):
+        e.columns["adv"] = adv
+
+    # ---- update: --minibatches optimizer steps, whole groups in each
+    logger.phase("update", step)
+    sums, loss_sum, gap_max = defaultdict(float), 0.0, 0.0
+    for k, part in enumerate(np.array_split(np.arange(len(examples)).reshape(-1, args.group), args.minibatches)):
+        minibatch = [examples[i] for i in part.flatten()]
+        micro_batches = dist.even(data.micro_batches([len(e) for e in minibatch], args.tokens))
+        batches = [data.batch_of([minibatch[i] for i in m], world.device) for m in micro_batches]
+        trained, sequences = dist.all_sum(sum(int(b.mask_N.sum()) for b in batches), len(minibatch))
+        divisor = {"token": trained, "sequence": sequences, "constant": sequences * args.max_new_tokens}[args.agg]
+        for batch in batches:
+            logp_N, entropy_N = model(batch, args.temperature)
+            layout = batch.mask_N, batch.seq_N, batch.num_sequences
+            engine_logp_N, adv_N = batch["engine_logp"], batch["adv"][batch.seq_N] * batch.mask_N
+            old_logp_N = batch["old_logp"] if args.old_logp == "trainer" else engine_logp_N
+            weight_N, metrics = losses.token_weights(*layout, args.agg), {}
+            if args.correct != "none":
+                correction_N, metrics = losses.importance_weight(old_logp_N, engine_logp_N, *layout,
+                                                                 *args.correct.split("-"), args.correct_cap)
+                weight_N = weight_N * correction_N
+            log_ratio_N = losses.log_ratio(logp_N, old_logp_N, *layout, args.ratio)
+            if args.loss == "cispo":
+                loss, more = losses.policy_loss_cispo(log_ratio_N, logp_N, adv_N, weight_N, args.cispo_cap)
+            else:
+                loss, more = losses.policy_loss_clip(log_ratio_N, adv_N, weight_N, args.clip_low, args.clip_high, args.delta)
+            metrics |= more
+            if reference is not None:
+                kl_N = losses.kl_estimate(logp_N, batch["ref_logp"], args.kl)
+                metrics["kl"] = kl_N.detach().sum()
+                loss = loss + (args.beta * (weight_N * kl_N).sum() if args.kl_in == "loss" else 0.0)
+            (loss * world.size / divisor).backward()  # FSDP averages gradients over ranks: world.size undoes it
+            loss_sum += float(loss.detach()) / divisor
+            gap_N = (logp_N.detach() - engine_logp_N).abs() * (k == 0)  # before the first update they are one policy
+            gap_max = max(gap_max, float(gap_N.max()))
+            metrics |= {"entropy": entropy_N.detach().sum(), "gap": gap_N.sum(), "tokens": batch.mask_N.sum()}
+            metrics["gap_tokens"] = metrics["tokens"] * (k == 0)
+            for name, value in metrics.items():
+                sums[name] += float(value)
+        grad_norm = dist.clip_grad_norm(model, args.grad_clip)
+        update = (step - 1) * args.minibatches + k + 1
+        lr = optim.learning_rate(update, args.steps * args.minibatches, args.lr, args.warmup, args.schedule)
+        optim.set_learning_rate(optimizer, lr)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    # ---- sync
+    logger.phase("sync", step)
+    engine.sync_weights(dist.full_weights(model), step)
+
+    # ---- log
+    sums = dist.sum_metrics(sums)
+    tokens, gap = sums.pop("tokens"), sums.pop("gap") / max(1, sums.pop("gap_tokens"))
+    gap_max, longest, shortest = dist.all_max(gap_max, max(length_B, default=0), -min(length_B, default=1e9))
+    loss_sum, zero_std, groups_kept, reward_sum, std_sum, length_sum, cut, *by_function = dist.all_sum(
+        loss_sum, zero_std, len(groups), reward_PG.sum(), reward_PG.std(1).sum(), sum(length_B),
+        sum(r.finish == "length" for r in flat), *(x for r in reward_FPG for x in (r.nansum(), (~r.isnan()).sum())))
+    samples = groups_kept * args.group
+    seen += length_sum
+    metrics = {
+        "reward": reward_sum / samples, "reward_std": std_sum / groups_kept, "frac_reward_zero_std": zero_std / drawn,
+        **{f"rewards/{f.name}/mean": total / max(1, count)
+           for f, total, count in zip(reward_functions, by_function[::2], by_function[1::2])},
+        "loss": loss_sum / args.minibatches, **{name: value / max(1, tokens) for name, value in sums.items()},
+        "grad_norm": grad_norm, "lr": lr, "prompts_drawn": drawn, "groups": groups_kept, "num_tokens": seen,
+        "completions/mean_length": length_sum / samples, "completions/min_length": -shortest,
+        "completions/max_length": longest, "completions/clipped_ratio": cut / samples,
+        "sampling/sampling_logp_difference/mean": gap, "sampling/sampling_logp_difference/max": gap_max,
+        "time/rollout": rollout_seconds, "time/step": time.perf_counter() - began,
+        "tokens_per_second": length_sum / (time.perf_counter() - began)}
+    if step % args.eval_every == 0 or step == args.steps:
+        logger.phase("eval", step)
+        metrics |= evaluate()
+    logger.log(step, metrics)
+    logger.samples(step, [{"prompt": tokenizer.decode(r.prompt), "completion": tokenizer.decode(r.ids), "reward": float(x),
+                           "advantage": float(a), "finish": r.finish}
+                          for r, x, a in zip(flat[:args.group], reward_PG.flatten(), adv_PG.flatten())])
+    if gap > max_logp_gap:
+        raise RuntimeError(f"step {step}: engine and trainer disagree by {gap:.2g} in mean log-prob (--max_logp_gap "
+                           f"{max_logp_gap:g}): the engine's weights are stale, or its precision is too low.")
+
+    # ---- save
+    if args.save_every and step % args.save_every == 0 and step < args.steps:
+        logger.phase("save", step)
+        state = {"consumed": consumed, "seen": seen, "args": vars(args)}
+        checkpoint.save(args.out, step, model, optimizer, state)
+
+# ------------------------------------------------------------------------------------------------------------ save
+hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),
+              write=world.rank == 0)
+logger.say(f"the model is in {args.out}")
+dist.finish()

@@ -66,7 +66,7 @@ bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "c
 
 # --------------------------------------------------------------------------------------------- tokenizer and model
 if args.model == "toy":
-    args.model = toy.make(f"{args.out}/toy")
+    args.model = str(toy.make(f"{args.out}/toy"))
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 stage = check_stage(args.model, tokenizer)
 with torch.device("meta"):
@@ -92,8 +92,8 @@ def encode(rows):
 examples, cut, text = encode(rows)
 eval_examples, eval_cut, _ = encode(eval_rows)
 lengths = [len(e) for e in examples]
-bins = data.pack(lengths, args.tokens)
-unit, per_step, per_epoch = ("bins", args.bins, len(bins)) if args.bins else ("rows", args.rows, len(examples))
+per_step, unit = (args.bins, "bins") if args.bins else (args.rows, "rows")
+per_epoch, micro_batches_of_step = (data.by_bins if args.bins else data.by_rows)(lengths, args.tokens, args.seed)
 if args.epochs:
     args.steps = math.ceil(args.epochs * per_epoch / per_step)
 
@@ -109,7 +109,7 @@ logger.say(stage)
 logger.say(f"{args.data}: {text}")
 logger.say(f"overlong rows: {cut}; of those held out: {eval_cut}")
 logger.say(f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, {args.tokens}-token bins "
-           f"would be filled to {data.fill_rate(lengths, bins, args.tokens):.1%}")
+           f"would be filled to {data.fill_rate(lengths, data.pack(lengths, args.tokens), args.tokens):.1%}")
 
 
 @torch.no_grad()
@@ -117,8 +117,8 @@ def evaluate():
     """Mean loss and entropy of a trained token of the held-out rows."""
     mine = eval_examples[world.rank::world.size]
     sums = {"eval/loss": 0.0, "eval/entropy": 0.0, "tokens": 0}
-    for part in dist.even(data.micro_batches(mine, args.tokens)):
-        batch = data.batch_of(part, world.device)
+    for part in dist.even(data.micro_batches([len(e) for e in mine], args.tokens)):
+        batch = data.batch_of([mine[i] for i in part], world.device)
         logp_N, entropy_N = model(batch)
         sums["eval/loss"] -= float(logp_N.sum())
         sums["eval/entropy"] += float(entropy_N.sum())
@@ -131,14 +131,13 @@ def evaluate():
 # ------------------------------------------------------------------------------------------------------------ loop
 loss_function = {"nll": losses.sft_nll, "dft": losses.sft_dft}[args.loss]
 consumed, seen = state["consumed"], state.get("seen", 0)
-row_source = data.steps(lengths, args.tokens, args.seed, consumed, 0 if args.bins else args.rows, args.bins, world.size)
 if not found:
     logger.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- update
     logger.phase("update", step)
     began = time.perf_counter()
-    micro_batches = next(row_source)[world.rank::world.size]
+    micro_batches = micro_batches_of_step(consumed, per_step, world.rank, world.size)
     consumed += per_step
     batches = [data.batch_of([examples[i] for i in part], world.device) for part in micro_batches]
     trained, tokens = dist.all_sum(sum(int(b.mask_N.sum()) for b in batches),

@@ -3,14 +3,15 @@
 Shapes: P prompts, G samples of each, F reward functions.
 """
 import numpy as np
+import torch
 
 from nanopost import InputError
 
 
 def combine_rewards(rewards, weights):
-    """Weighted sum over reward functions; None or NaN (does not apply) adds nothing -> float64 array.
+    """Weighted sum over reward functions; None or NaN (does not apply) adds nothing -> float64 tensor [...].
 
-    rewards: [F, ...], an array or nested lists; weights: F numbers. InputError names a completion that has no reward.
+    rewards: [F, ...], a tensor or nested lists; weights: F numbers. InputError names a completion that has no reward.
     """
     if len(weights) != len(rewards):
         raise InputError(f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each.")
@@ -19,7 +20,7 @@ def combine_rewards(rewards, weights):
     if len(lost):
         raise InputError(f"No reward applies to completion {', '.join(map(str, lost[0]))}, nor to {len(lost) - 1} "
                          f"others of {rewards[0].size}: all returned None; add a --reward that scores such rows.")
-    return np.tensordot(np.array(weights, np.float64), np.nan_to_num(rewards), 1)
+    return torch.from_numpy(np.tensordot(np.array(weights, np.float64), np.nan_to_num(rewards), 1))
 
 
 def group_advantage(reward_PG, how: str, batch_std: float | None = None):

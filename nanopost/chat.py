@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, processors
 
 from nanopost import InputError
-from nanopost.data import Example, where
+from nanopost.data import Example
 
 PROBE, OPEN, CLOSE = "\U000f5a5a", "\U000f5a5b", "\U000f5a5c"  # private use: in no text and in no vocabulary
 MARKED = "mark the template's answers with {% generation %} ... {% endgeneration %} (--chat_template FILE)"

@@ -134,11 +134,13 @@ def _shift(value_N, end_S):
 # ------------------------------------------------------------------------------------------------ order and packing
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation of n rows in an epoch -> int64 [n]."""
-    return np.random.default_rng((seed, epoch)).permutation(n)
+    return _random(seed, epoch).permutation(n)
 
 
 def take(n: int, seed: int, consumed: int, count: int) -> list[int]:
     """The `count` row indices that come after `consumed` of them, epoch after epoch."""
+    if count < 1:
+        raise InputError(f"a step of {count} rows: give --rows or --prompts 1 or more.")
     epochs = {e: order(n, seed, e) for e in range(consumed // n, (consumed + count - 1) // n + 1)}
     return [int(epochs[i // n][i % n]) for i in range(consumed, consumed + count)]
 
@@ -148,12 +150,12 @@ def pack(lengths, budget: int) -> list[list[int]]:
 
     -> the indices in each bin. Over all lengths at once, in O(n log n). InputError if one is above the budget.
     """
-    lengths = np.asarray(lengths, np.int64)
-    if lengths.max(initial=0) > budget:
-        raise InputError(f"a sequence of {lengths.max()} tokens does not fit into --tokens {budget}: raise --tokens, "
+    lengths = np.asarray(lengths).tolist()
+    if max(lengths, default=0) > budget:
+        raise InputError(f"a sequence of {max(lengths)} tokens does not fit into --tokens {budget}: raise --tokens, "
                          "or shorten the sequences (--max_length, --max_new_tokens).")
     bins, rooms, bins_with = [], [], defaultdict(list)  # rooms: the numbers of slots free in some bin, sorted
-    for i in np.argsort(-lengths, kind="stable").tolist():
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect_left(rooms, lengths[i])
         if at == len(rooms):
             room, chosen = budget, []
@@ -164,7 +166,7 @@ def pack(lengths, budget: int) -> list[list[int]]:
             if not bins_with[room]:
                 del rooms[at]
         chosen.append(i)
-        room -= int(lengths[i])
+        room -= lengths[i]
         if not bins_with[room]:
             insort(rooms, room)
         bins_with[room].append(chosen)
@@ -176,10 +178,16 @@ def packed_epoch(lengths, budget: int, seed: int, epoch: int) -> list[list[int]]
 
     Rows of equal length trade places from epoch to epoch, so the number of bins is the same in all of them.
     """
-    rng = np.random.default_rng((seed, epoch))
+    rng = _random(seed, epoch)
     shuffled = rng.permutation(len(lengths))
     bins = pack(np.asarray(lengths)[shuffled], budget)
     return [shuffled[bins[b]].tolist() for b in rng.permutation(len(bins))]
+
+
+def _random(seed, epoch):
+    if seed < 0:
+        raise InputError(f"--seed {seed}: give 0 or more.")
+    return np.random.default_rng((seed, epoch))
 
 
 def fill_rate(lengths, bins: list[list[int]], budget: int) -> float:
@@ -218,8 +226,8 @@ def by_rows(lengths, tokens: int, seed: int):
 
 def by_bins(lengths, tokens: int, seed: int):
     """-> bins in an epoch, and f as that of by_rows, of the next `count` bins, of which each is a micro-batch."""
-    num_bins = len(pack(lengths, tokens))
     epoch_bins = lru_cache(2)(lambda epoch: packed_epoch(lengths, tokens, seed, epoch))
+    num_bins = len(epoch_bins(0))
 
     def of_step(consumed, count, rank=0, size=1):
         bins = [epoch_bins(i // num_bins)[i % num_bins] for i in range(consumed, consumed + count)]
@@ -331,7 +339,8 @@ def _read_json(path, opener):
             file.seek(0)
             if first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
                 return [_row(v, f"{path}: row {i}") for i, v in enumerate(_json(file.read(), path, 1), 1)]
-            return [_row(_json(line, path, i), f"{path}:{i}") for i, line in enumerate(file, 1) if line.strip()]
+            return [_row(_json(line.rstrip(), path, i), f"{path}:{i}")
+                    for i, line in enumerate(file, 1) if line.strip()]
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: a damaged gzip file ({error}): copy it again.") from error
 

@@ -1,13 +1,18 @@
 """Hugging Face folders: config.json and sharded safetensors, in and out.
 
-Reading streams tensor by tensor, and of each only this rank's slice. Writing streams too, and is atomic: at any instant
-the folder holds one complete model, the old one or the new one.
+Reading streams tensor by tensor, and of each only this rank's slice. Writing streams too, and is atomic: whatever takes
+long or can fail (a full disk) happens in FOLDER/.saving, and only renames follow. A save that changes the weights alone
+(each save of a run after its first) is one rename: killed at any instant, the folder holds the old model or the new
+one, whole. Where config.json or a tokenizer file changes as well, config.json leaves first and comes back last: killed
+between these renames, the folder says that it is not complete, and is never a mixture. Other files there are not touched.
 """
 import errno
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -17,30 +22,28 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanopost import InputError
-from nanopost.model import CausalLM, Config
+from nanopost.model import FAMILIES, CausalLM, Config
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SINGLE, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def read_config(folder) -> Config:
     """The Config of a checkpoint folder. InputError for a hub name, another kind of folder, or an unknown model."""
     folder = Path(folder)
-    path = folder / "config.json"
-    if path.is_file():
-        try:
-            return Config.of(json.loads(path.read_text()), str(path))
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path}: not valid JSON (line {error.lineno}: {error.msg}).") from error
+    if (folder / "config.json").is_file():
+        return Config.of(_read_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "adapter_config.json").is_file():
         raise InputError(f"{folder} holds a LoRA adapter, not a model: merge it into its base model first.")
+    if (folder / ".saving").is_dir():
+        raise InputError(f"{folder} has no config.json: a save was cut off here; --resume the run that wrote it.")
     if folder.is_dir():
         raise InputError(f"{folder} has no config.json: it is not a Hugging Face checkpoint.")
-    name = str(folder)
-    if name.count("/") == 1 and not name.startswith((".", "/")):
-        local = name.split("/")[1]
-        raise InputError(f"{name} is no folder here; if it is a hub name, run 'hf download {name} --local-dir {local}' "
-                         f"and pass --model {local}.")
-    raise InputError(f"there is no folder {name}: make it (python train_sft.py writes out/sft) or mend --model.")
+    sentence = f"{folder} is no folder: mend --model, or make it first (python train_sft.py writes out/sft)"
+    if str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
+        sentence += (f"; if it is a hub name, run 'hf download {folder} --local-dir {folder.name}' and pass "
+                     f"--model {folder.name}")
+    raise InputError(sentence + ".")
 
 
 def load_model(folder, device="cpu", dtype=torch.float32) -> CausalLM:
@@ -56,22 +59,24 @@ def load_model(folder, device="cpu", dtype=torch.float32) -> CausalLM:
 def load_weights(model: CausalLM, folder):
     """Fill the model's parameters, plain tensors or FSDP2 shards, from a folder, cast to the parameters' dtype.
 
-    Names and shapes must be those of the model; a head beside a tied embedding and rotary buffers are passed over.
+    Names and shapes must be those of the model. A tied head's copy and rotary buffers are passed over.
     """
-    folder = Path(folder)
+    folder, wanted = Path(folder), dict(model.named_parameters())
     file_of = _weight_files(folder)
-    wanted = dict(model.named_parameters())
-    passed_over = {"lm_head.weight"} if model.config.tied else set()
-    extra = {n for n in file_of if n not in wanted and n not in passed_over and not n.endswith("rotary_emb.inv_freq")}
+    redundant = {"lm_head.weight"} if model.config.tied else set()
+    extra = {n for n in file_of if n not in wanted and n not in redundant and not n.endswith("rotary_emb.inv_freq")}
     missing = set(wanted) - set(file_of)
     if missing or extra:
         tie = " (config.json says the head is not tied to the embedding)" if "lm_head.weight" in missing else ""
         raise InputError(f"{folder}: the weights do not match config.json{tie}; missing: {_some(missing)}; "
                          f"unexpected: {_some(extra)}.")
-    for path in sorted(set(file_of.values())):
+    for path in sorted({file_of[n] for n in wanted}):
         with _opened(path) as file:
             for name in (n for n in wanted if file_of[n] == path):
                 _fill(wanted[name], file.get_slice(name), name, path)
+    if redundant & set(file_of) and not torch.equal(_whole(file_of, "lm_head.weight"), _whole(file_of, EMBEDDING)):
+        raise InputError(f"{folder}: config.json ties the head to the embedding and the weights hold a lm_head.weight "
+                         "that differs from it: set tie_word_embeddings to false in config.json to use it.")
 
 
 def _fill(p, source, name, path):
@@ -84,6 +89,11 @@ def _fill(p, source, name, path):
         p.copy_(source[:])
 
 
+def _whole(file_of, name):
+    with _opened(file_of[name]) as file:
+        return file.get_tensor(name)
+
+
 def _weight_files(folder) -> dict[str, Path]:
     """name -> file. A single model.safetensors goes before an index, as in transformers."""
     if (folder / SINGLE).is_file():
@@ -93,18 +103,27 @@ def _weight_files(folder) -> dict[str, Path]:
         other = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".gguf", ".pth", ".pt"))
         there = f"only {_some(other)}; convert it to safetensors" if other else "no weights at all"
         raise InputError(f"{folder}: neither {SINGLE} nor {INDEX}, {there}.")
-    file_of = {n: folder / f for n, f in json.loads((folder / INDEX).read_text())["weight_map"].items()}
-    gone = sorted({p.name for p in file_of.values() if not p.is_file()})
+    file_of = {n: folder / f for n, f in _read_json(folder / INDEX)["weight_map"].items()}
+    gone = {p.name for p in file_of.values() if not p.is_file()}
     if gone:
         raise InputError(f"{folder}: {INDEX} names {_some(gone)}, which is not there; copy the folder again.")
     return file_of
 
 
+@contextmanager
 def _opened(path):
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt") as file:
+            yield file
     except SafetensorError as error:
         raise InputError(f"{path}: damaged or incomplete ({error}); copy it again.") from error
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); copy it again.") from error
 
 
 def _some(names):
@@ -118,75 +137,93 @@ def save_model(folder, named_tensors: Iterable[tuple[str, torch.Tensor]], config
     """Write a folder that transformers and vLLM load: weights, config.json, and `files` (name -> content) beside them.
 
     named_tensors is consumed one by one and held up to max_shard_bytes; dtype casts. Every rank must call this when the
-    tensors come out of shards; only the one with write=True writes. A kill leaves the old model or the new one: shards
-    get names of their own, then one rename makes them the model, then the old ones go.
+    tensors come out of shards; only the one with write=True writes. What a kill or a full disk leaves: see above.
     """
-    folder = Path(folder)
-    beside = folder / ".saving"
-    if write:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+    if not write:
+        for _ in named_tensors:  # each is a collective
+            pass
+        return
+    beside = Path(folder) / ".saving"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
     try:
-        shards, names, size, saved_dtype, total = [], {}, 0, None, 0
-        for name, tensor in named_tensors:
-            if not write:
-                continue
-            tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-            saved_dtype = tensor.dtype
-            if names and size + tensor.nbytes > max_shard_bytes:
-                shards.append(_write_shard(beside, len(shards), names))
-                names, size = {}, 0
-            names[name] = tensor
-            size += tensor.nbytes
-            total += tensor.nbytes
-        if write:
-            shards.append(_write_shard(beside, len(shards), names))
-            kind = str(saved_dtype).removeprefix("torch.")
-            written = json.dumps({**config.hf, "dtype": kind, "torch_dtype": kind}, indent=2) + "\n"
-            _install(folder, beside, shards, {**(files or {}), "config.json": written}, total)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
+        shards, kind = [], None
+        for tensors in _shards(named_tensors, dtype, max_shard_bytes):
+            path = beside / f"{len(shards)}.safetensors"
+            save_file(tensors, path, metadata={"format": "pt"})
+            shards.append((path, {n: t.nbytes for n, t in tensors.items()}))
+            kind = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+        # torch_dtype is what transformers 4 reads, dtype what 5 does.
+        hf = {"architectures": [FAMILIES[config.hf["model_type"]]], **config.hf, "dtype": kind, "torch_dtype": kind}
+        _install(Path(folder), beside, shards, {**(files or {}), "config.json": json.dumps(hf, indent=2) + "\n"})
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
-        raise InputError(f"{folder}: the disk is full; the last complete checkpoint is untouched: make room and "
-                         "--resume.") from error
+        if _full_disk(error):
+            raise InputError(f"{folder}: the disk is full; the model that was there is untouched: make room, then "
+                             "--resume from the last checkpoint.") from error
+        raise
 
 
-def _write_shard(beside, number, tensors):
-    path = beside / f"{number}.safetensors"
-    save_file(tensors, path, metadata={"format": "pt"})
-    _to_disk(path)
-    return path, list(tensors)
+def _shards(named_tensors, dtype, max_bytes) -> Iterator[dict[str, torch.Tensor]]:
+    shard, size = {}, 0
+    for name, tensor in named_tensors:
+        tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        if shard and size + tensor.nbytes > max_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += tensor.nbytes
+    yield shard
 
 
-def _install(folder, beside, shards, texts, total):
-    for name, content in texts.items():
-        path = beside / name
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+def _install(folder, beside, shards, files):
+    """Make the shards the folder's model: everything reaches the disk in `beside`, then it is moved."""
+    names, index = _names(folder, shards)
+    if index:
+        files = {**files, INDEX: index}
+    for name, content in files.items():
+        (beside / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    for path in beside.iterdir():
         _to_disk(path)
-        os.replace(path, folder / name)
-    old = {p for p in folder.glob("model*.safetensors")}
-    if len(shards) == 1:
-        os.replace(shards[0][0], folder / SINGLE)
-        (folder / INDEX).unlink(missing_ok=True)
-        new = {folder / SINGLE}
-    else:
-        names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-        if any((folder / n).exists() for n in names):  # never write into a shard of the model that is there
-            names = [n.replace("model-", f"model-{os.urandom(4).hex()}-") for n in names]
-        new = {folder / n for n in names}
-        weight_map = {}
-        for (path, held), name in zip(shards, names):
-            os.replace(path, folder / name)
-            weight_map.update(dict.fromkeys(held, name))
-        index = beside / INDEX
-        index.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n")
-        _to_disk(index)
-        os.replace(index, folder / INDEX)
-    for path in old - new:
-        path.unlink()
+    changed = [n for n in files if n != INDEX and not _same(folder / n, beside / n)]
+    if changed:
+        (folder / "config.json").unlink(missing_ok=True)
+    for (path, _), name in zip(shards, names):
+        os.replace(path, folder / name)  # a single shard: this is the instant of change
+    if index:
+        os.replace(beside / INDEX, folder / INDEX)  # ... several: this is; or, where there was one,
+    _to_disk(folder)
+    for name in (SINGLE, INDEX, *(p.name for p in folder.glob(SHARDS))):
+        if name not in names and not (index and name == INDEX):
+            (folder / name).unlink(missing_ok=True)  # ... the unlinking of this file
+    for name in sorted(changed, key="config.json".__eq__):
+        os.replace(beside / name, folder / name)
     shutil.rmtree(beside)
     _to_disk(folder)
+
+
+def _names(folder, shards):
+    """File names for the shards, and the index's text if there are several. Never those of the model that is there."""
+    if len(shards) == 1:
+        return [SINGLE], None
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if any((folder / n).exists() for n in names):
+        tag = os.urandom(4).hex()
+        names = [n.replace("model-", f"model-{tag}-") for n in names]
+    weight_map = {tensor: name for (_, sizes), name in zip(shards, names) for tensor in sizes}
+    total = sum(sum(sizes.values()) for _, sizes in shards)
+    return names, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+
+
+def _same(path, other):
+    return path.is_file() and path.read_bytes() == other.read_bytes()
+
+
+def _full_disk(error):
+    """safetensors reports the operating system's errors as text."""
+    found = re.search(r"os error (\d+)", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _to_disk(path):

@@ -118,8 +118,8 @@ def importance_weight(trainer_logp_N, engine_logp_N, mask_N, seq_N, num_sequence
 
     level  token: exp(trainer - engine); sequence: exp of the SUM over the sequence, at each of its tokens
     mode   truncate: min(ratio, cap) (TIS); mask: 0 above the cap (MIS)
-    weight_N: detached, 0 where masked; multiply it into token_weights. Metrics are sums over tokens of the
-    ratios BEFORE the cap; sampling/capped counts those above it.
+    weight_N: detached, 0 where masked; multiply it into the weights of the policy loss (not of a KL). Metrics are sums
+    over tokens of the ratios BEFORE the cap; sampling/capped counts those above it.
     """
     if level not in ("token", "sequence") or mode not in ("truncate", "mask"):
         raise InputError(f"Importance correction {level}-{mode}: token or sequence, and truncate or mask.")

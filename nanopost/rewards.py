@@ -195,12 +195,12 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in [
     (r"\\(text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\2"),
     (r"\\[$%]|[$%]|\\(left|right|displaystyle)(?![a-zA-Z])|\^\s*\{?\s*\\circ\s*\}?|\\degree|°", ""),
     (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
-    (r"\\[!,;: ]|\\q?quad(?![a-zA-Z])|~|\s+", ""),
+    (r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-zA-Z])|~|\s+", ""),  # but \\ ends the row of a matrix
     (r"\{,\}", ","),
     (r"\\[dtc]frac", r"\\frac"),
     (r"\\sqrt(\w)", r"\\sqrt{\1}"),
     (r"([_^])\{(\w)\}", r"\1\2"),
-    (r"(?<![\w}.])(\d*\\pi|\d+)/(\d+)(?![\w{\\]|\.\d)", r"\\frac{\1}{\2}"),
+    (r"(?<![\w}.])(\d*\\pi|\d+)/(\d+)(?![\w{]|\\(?!\\|end)|\.\d)", r"\\frac{\1}{\2}"),
     (r"(?<![\d.])\.(?=\d)", "0."),
     (r"^\w{1,2}(=|\\in(?![a-zA-Z]))(?!.*=)", ""),  # x = 5, x \in [0, 1]
     (r"\.+$", ""),
