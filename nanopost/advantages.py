@@ -15,7 +15,7 @@ def combine_rewards(rewards, weights):
     """
     if len(weights) != len(rewards):
         raise InputError(f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each.")
-    rewards = np.array(rewards, np.float64)
+    rewards = np.asarray(rewards, np.float64)
     lost = np.argwhere(np.isnan(rewards).all(0))
     if len(lost):
         raise InputError(f"No reward applies to completion {', '.join(map(str, lost[0]))}, nor to {len(lost) - 1} "

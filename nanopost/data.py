@@ -241,7 +241,7 @@ def overlong(examples: list[Example], max_length: int, how: str) -> tuple[list[E
 
     how: truncate (cut the end off), split (into pieces, each a sequence by itself) or drop. What has no trained token
     is left out as well, and counted apart: examples that had none before, and pieces that have none after a cut.
-    InputError if nothing is left.
+    InputError if nothing is left of any.
     """
     if max_length < 2:
         raise InputError(f"--max_length {max_length}: give 2 or more, since the first token is nobody's target.")
@@ -260,7 +260,7 @@ def overlong(examples: list[Example], max_length: int, how: str) -> tuple[list[E
         trained = [p for p in pieces if p.mask[1:].any()]
         counts["untrained_after"] += len(pieces) - len(trained)
         kept += trained
-    if not kept:
+    if examples and not kept:
         raise InputError(f"none of {len(examples)} examples has a trained token within --max_length {max_length} "
                          f"(--overlong {how}), and {counts['untrained_before']} had none before: see --train_on.")
     return kept, counts

@@ -39,6 +39,7 @@ def init(device: str = "auto", timeout_minutes: float = 30) -> World:
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore()}
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes), **alone)
+    sys.excepthook = _one_sentence  # again: init_process_group put its own in place
     return World(rank, size, torch.device(device, local) if device == "cuda" else torch.device("cpu"))
 
 

@@ -2,9 +2,9 @@
 
 Reading streams tensor by tensor, and of each only this rank's slice. Writing streams too, and is atomic: whatever takes
 long or can fail (a full disk) happens in FOLDER/.saving, and only renames follow. A save that changes the weights alone
-(each save of a run after its first) is one rename: killed at any instant, the folder holds the old model or the new
-one, whole. Where config.json or a tokenizer file changes as well, config.json leaves first and comes back last: killed
-between these renames, the folder says that it is not complete, and is never a mixture. Other files there are not touched.
+(each of a run after its first) is one rename: killed at any instant, the folder holds the old model or the new one,
+whole. Where config.json or a tokenizer file changes as well, config.json leaves first and comes back last: killed
+between these renames, the folder says that it is not complete, and is never a mixture. Other files in it stay.
 """
 import errno
 import json

@@ -313,14 +313,15 @@ def overlong_examples():
     return [Example(np.arange(4), [False, True, True, True]),
             Example(np.arange(10), [False] * 7 + [True] * 3, {"logp": np.arange(10.), "adv": 1.0}),
             Example(np.arange(9), [False, True] + [False] * 7, {"logp": np.arange(9.), "adv": 2.0}),
-            Example(np.arange(5), [True] + [False] * 4)]  # the first token has nothing before it to be predicted from
+            Example(np.arange(5), [True] + [False] * 4),  # the first token has nothing before it to be predicted from
+            Example(np.arange(9), [False] * 4 + [True] + [False] * 4)]  # nor has this one where split begins a piece
 
 
 @pytest.mark.parametrize("how, kept, counts", [
-    ("truncate", [[0, 1, 2, 3], [0, 1, 2, 3]], dict(overlong=2, pieces=2, tokens_cut=11, untrained_after=1)),
+    ("truncate", [[0, 1, 2, 3], [0, 1, 2, 3]], dict(overlong=3, pieces=3, tokens_cut=16, untrained_after=2)),
     ("split", [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], [0, 1, 2, 3]],
-     dict(overlong=2, pieces=6, tokens_cut=0, untrained_after=3)),
-    ("drop", [[0, 1, 2, 3]], dict(overlong=2, pieces=0, tokens_cut=19, untrained_after=0))])
+     dict(overlong=3, pieces=9, tokens_cut=0, untrained_after=6)),
+    ("drop", [[0, 1, 2, 3]], dict(overlong=3, pieces=0, tokens_cut=28, untrained_after=0))])
 def test_overlong_cuts_and_counts(how, kept, counts):
     examples = overlong_examples()
     got, count = data.overlong(examples, 4, how)
@@ -347,6 +348,7 @@ def test_overlong_refuses_to_leave_nothing():
         data.overlong(overlong_examples()[1:2], 4, "truncate")
     with pytest.raises(InputError, match="--max_length 1: give 2 or more"):
         data.overlong(overlong_examples(), 1, "split")
+    assert data.overlong([], 4, "drop")[0] == []
 
 
 # ------------------------------------------------------------------------------------------------------------ files

@@ -247,6 +247,9 @@ def pairs(completions, **columns):
     assert len(completions) % 2 == 1, "an odd number"
     return [0.0] * len(completions)
 
+def together(completions, **columns):
+    raise ValueError("together") if len(completions) > 1 else KeyError("alone")
+
 def gives(completions, value, **columns):
     return value[0]
 
@@ -273,7 +276,7 @@ def test_a_class_is_made_once_and_keeps_its_state(user):
 
 
 @pytest.mark.parametrize("name, message", [
-    ("start", "mine.py has no function 'start'; it has Counter, Useless, starts, no_columns, divides, pairs, gives"),
+    ("start", "mine.py has no function 'start'; it has Counter, Useless, starts, no_columns, divides, pairs, together, gives"),
     ("LIMIT", "has no function 'LIMIT'"),
     ("", "has no function ''; it has Counter"),
     ("Useless", "an instance of the class Useless cannot be called")])
@@ -303,6 +306,8 @@ def test_an_exception_names_the_completion_the_line_and_keeps_its_cause(user):
 def test_an_exception_of_the_batch_alone_is_not_blamed_on_a_completion(user):
     with pytest.raises(InputError, match="AssertionError: an odd number .* on the batch of 2 completions; none"):
         score(load_reward(user("pairs")), ["a", "b"], {})
+    with pytest.raises(InputError, match="ValueError: together .* none of them fails like that alone"):
+        score(load_reward(user("together")), ["a", "b"], {})
 
 
 @pytest.mark.parametrize("value, message", [
