@@ -20,6 +20,7 @@ import argparse
 import math
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -46,11 +47,11 @@ add("--out", default="out/grpo", help="folder of the run; the trained model is w
 add("--chat_template", help="a Jinja file used instead of the model's own template")
 add("--seed", type=int, default=0)
 add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the computation; auto: bf16 on CUDA, else fp32")
+add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to compute in; auto: bf16 on CUDA, else fp32")
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
-add("--lr", type=float, default=3e-4)
+add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 3e-4")
 add("--schedule", default="constant", choices=["constant", "linear", "cosine"])
 add("--warmup", type=int, default=0, help="optimizer steps from 0 to --lr")
 add("--weight_decay", type=float, default=0.0)
@@ -66,13 +67,15 @@ add("--steps", type=int, default=150, help="rollout batches; each is --minibatch
 add("--prompts", type=int, default=64, help="prompts of a rollout batch, over all ranks")
 add("--group", type=int, default=8, help="samples of a prompt")
 add("--minibatches", type=int, default=2, help="optimizer steps on a rollout batch")
-add("--max_new_tokens", type=int, default=8)
+add("--max_new_tokens", type=int, help="longest completion; default 512, for the toy 8")
 add("--temperature", type=float, default=1.0)
 add("--stop", nargs="*", default=[], help="strings that end a completion")
-add("--reward", nargs="+", default=["exact"], help="exact, gsm8k, boxed, format, regex:PATTERN, length or file.py:function")
+add("--reward", nargs="+", default=["exact"], metavar="REWARD",
+    help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER or file.py:function")
 add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1")
 add("--resample", type=int, default=0, help="rounds of new prompts that replace groups with equal rewards; 0: they stay")
-add("--overlong", default="keep", choices=["keep", "mask", "soft"], help="completions without an end: in, out of the loss, or punished")
+add("--overlong", default="keep", choices=["keep", "mask", "soft"],
+    help="completions without an end: kept, out of the loss, or punished")
 add("--overlong_buffer", type=int, default=0, help="soft: tokens before --max_new_tokens where the punishment begins")
 add("--adv", default="group", choices=["group", "mean", "loo", "batch"], help="advantage")
 add("--ratio", default="token", choices=["token", "sequence", "sequence_sum"], help="importance ratio")
@@ -86,11 +89,14 @@ add("--beta", type=float, default=0.0, help="weight of the KL to the model as it
 add("--kl", default="k3", choices=["k1", "k2", "k3"], help="estimator of that KL")
 add("--kl_in", default="loss", choices=["loss", "reward"])
 add("--old_logp", default="engine", choices=["engine", "trainer"], help="whose log-probs the ratio divides by")
-add("--correct", default="none", choices=["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"], help="importance weights trainer / engine; needs --old_logp trainer")
+add("--correct", default="none", choices=["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"],
+    help="importance weights trainer / engine; needs --old_logp trainer")
 add("--correct_cap", type=float, default=3.0, help="largest such weight")
 add("--max_logp_gap", type=float, help="mean |trainer - engine| log-prob that stops the run; default 1e-3, in bf16 0.1")
 add("--engine_rows", type=int, default=512, help="completions sampled at once on a rank")
 args = parser.parse_args()
+args.lr = args.lr or (3e-4 if args.data == "toy" else 1e-6)
+args.max_new_tokens = args.max_new_tokens or (8 if args.data == "toy" else 512)
 
 # ------------------------------------------------------------------------------------------------------- processes
 world = dist.init(args.device)
@@ -122,7 +128,7 @@ engine = Engine(engine_model, tokenizer.stop_ids, tokenizer.decode, args.engine_
 if args.data == "toy":
     rows, eval_rows = toy.prompt_rows(held_out=False), toy.prompt_rows(held_out=True)
 else:
-    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename, args.seed)
+    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
 for row in (*rows, *eval_rows):
     data.check_prompt_row(row)
 reward_functions = [rewards.load_reward(spec) for spec in args.reward]
@@ -138,10 +144,11 @@ if args.correct != "none" and args.old_logp != "trainer":
 # ------------------------------------------------------------------------------------------------------- optimizer
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
 found = checkpoint.latest(args.out) if args.resume else None
-state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0}
+state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
 logger = Logger(args.out, world.rank, args.steps, ["reward", "reward_std", "kl", "entropy", "loss", "grad_norm",
                 "completions/mean_length", "tokens_per_second"], args.verbose)
-logger.open(state["step"] if found else None, args.overwrite, {"args": vars(args), **fingerprint(tokenizer)})
+unfinished = args.resume and not Path(args.out, "config.json").exists()  # killed before its first checkpoint
+logger.open(state["step"] if found else None, args.overwrite or unfinished, {"args": vars(args), **fingerprint(tokenizer)})
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
@@ -182,10 +189,11 @@ def evaluate():
 # ------------------------------------------------------------------------------------------------------------ loop
 sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
 max_logp_gap = args.max_logp_gap or (0.1 if bf16 else 1e-3)
-consumed, seen = state["consumed"], state.get("seen", 0)
+consumed, seen = state["consumed"], state["seen"]
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not found:
-    logger.log(0, evaluate())
+    state["first"] = evaluate()
+    logger.log(0, state["first"])
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- rollout and reward, until --prompts groups have something to teach
     logger.phase("rollout", step)
@@ -197,7 +205,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         indices = data.take(len(rows), args.seed, consumed + drawn, count)[world.rank::world.size]
         drawn += count
         new_groups, reward_FPG = rollout([rows[i] for i in indices], serials, args.group, sampling)
-        total_PG = advantages.combine_rewards(reward_FPG.flatten(1).tolist(), reward_weights).view(-1, args.group)
+        total_PG = advantages.combine_rewards(reward_FPG, reward_weights)
         zero_std += int((total_PG.std(1) == 0).sum())
         keep_P = (total_PG.std(1) > 0) | (args.resample == 0)
         groups += [group for group, keep in zip(new_groups, keep_P) if keep]
@@ -224,7 +232,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         context = np.zeros(len(r.prompt))
         trained = args.overlong != "mask" or r.finish == "stop"
         mask = np.concatenate([context, np.full(len(r.ids), trained)]).astype(bool)
-        examples.append(Example(r.prompt + r.ids, mask, {"engine_logp": np.concatenate([context, r.logp])}))
+        examples.append(Example(r.prompt + r.ids, mask, {"engine_logp": np.concatenate([context, r.logp]) * mask}))
     if args.old_logp == "trainer":
         logger.phase("old log-probs", step)
         for e, logp in zip(examples, logprobs_of(model, examples, args.tokens, args.temperature, world.device)):
@@ -257,16 +265,17 @@ for step in range(state["step"] + 1, args.steps + 1):
             layout = batch.mask_N, batch.seq_N, batch.num_sequences
             engine_logp_N, adv_N = batch["engine_logp"], batch["adv"][batch.seq_N] * batch.mask_N
             old_logp_N = batch["old_logp"] if args.old_logp == "trainer" else engine_logp_N
-            weight_N, metrics = losses.token_weights(*layout, args.agg), {}
+            weight_N = policy_weight_N = losses.token_weights(*layout, args.agg)
+            log_ratio_N, metrics = losses.log_ratio(logp_N, old_logp_N, *layout, args.ratio), {}
             if args.correct != "none":
                 correction_N, metrics = losses.importance_weight(old_logp_N, engine_logp_N, *layout,
                                                                  *args.correct.split("-"), args.correct_cap)
-                weight_N = weight_N * correction_N
-            log_ratio_N = losses.log_ratio(logp_N, old_logp_N, *layout, args.ratio)
+                policy_weight_N = weight_N * correction_N
             if args.loss == "cispo":
-                loss, more = losses.policy_loss_cispo(log_ratio_N, logp_N, adv_N, weight_N, args.cispo_cap)
+                loss, more = losses.policy_loss_cispo(log_ratio_N, logp_N, adv_N, policy_weight_N, args.cispo_cap)
             else:
-                loss, more = losses.policy_loss_clip(log_ratio_N, adv_N, weight_N, args.clip_low, args.clip_high, args.delta)
+                loss, more = losses.policy_loss_clip(log_ratio_N, adv_N, policy_weight_N, args.clip_low,
+                                                     args.clip_high, args.delta)
             metrics |= more
             if reference is not None:
                 kl_N = losses.kl_estimate(logp_N, batch["ref_logp"], args.kl)
@@ -313,7 +322,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         "tokens_per_second": length_sum / (time.perf_counter() - began)}
     if step % args.eval_every == 0 or step == args.steps:
         logger.phase("eval", step)
-        metrics |= evaluate()
+        metrics |= (last := evaluate())
     logger.log(step, metrics)
     logger.samples(step, [{"prompt": tokenizer.decode(r.prompt), "completion": tokenizer.decode(r.ids), "reward": float(x),
                            "advantage": float(a), "finish": r.finish}
@@ -325,11 +334,14 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- save
     if args.save_every and step % args.save_every == 0 and step < args.steps:
         logger.phase("save", step)
-        state = {"consumed": consumed, "seen": seen, "args": vars(args)}
+        state |= {"consumed": consumed, "seen": seen, "args": vars(args)}
         checkpoint.save(args.out, step, model, optimizer, state)
 
 # ------------------------------------------------------------------------------------------------------------ save
 hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),
               write=world.rank == 0)
 logger.say(f"the model is in {args.out}")
+if state["step"] < args.steps:
+    logger.say("held out, before and after:  " + "   ".join(
+        f"{name} {state['first'][name]:.3f} -> {last[name]:.3f}" for name in state["first"]))
 dist.finish()

@@ -11,6 +11,7 @@ packed without padding, and no document sees another; --train_on says which of t
 import argparse
 import math
 import time
+from pathlib import Path
 
 import torch
 
@@ -33,11 +34,11 @@ add("--out", default="out/sft", help="folder of the run; the trained model is wr
 add("--chat_template", help="a Jinja file used instead of the model's own template")
 add("--seed", type=int, default=0)
 add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="of the computation; auto: bf16 on CUDA, else fp32")
+add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to compute in; auto: bf16 on CUDA, else fp32")
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
-add("--lr", type=float, default=2e-3)
+add("--lr", type=float, help="peak learning rate; default 1e-5, for the toy 3e-3")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
 add("--warmup", type=int, default=20, help="steps from 0 to --lr")
 add("--weight_decay", type=float, default=0.01)
@@ -49,15 +50,16 @@ add("--resume", action="store_true", help="go on from the newest checkpoint in -
 add("--overwrite", action="store_true", help="replace the run that --out holds")
 add("--verbose", action="store_true", help="say when each phase begins")
 # Of this algorithm alone:
-add("--steps", type=int, default=260, help="optimizer steps")
+add("--steps", type=int, default=300, help="optimizer steps")
 add("--epochs", type=float, help="instead of --steps: times over the rows")
-add("--rows", type=int, default=256, help="rows of an optimizer step, over all ranks")
+add("--rows", type=int, default=128, help="rows of an optimizer step, over all ranks")
 add("--bins", type=int, default=0, help="instead of --rows: bins of --tokens tokens, packed over the whole epoch")
 add("--loss", default="nll", choices=["nll", "dft"])
-add("--train_on", default="assistant", choices=["assistant", "last", "completion", "all"], help="tokens that are targets")
+add("--train_on", default="assistant", choices=["assistant", "last", "completion", "all"], help="what is a target")
 add("--max_length", type=int, help="longest row in tokens; default: --tokens")
 add("--overlong", default="truncate", choices=["truncate", "split", "drop"], help="what becomes of longer rows")
 args = parser.parse_args()
+args.lr = args.lr or (3e-3 if args.data == "toy" else 1e-5)
 
 # ------------------------------------------------------------------------------------------------------- processes
 world = dist.init(args.device)
@@ -78,7 +80,7 @@ hf.load_weights(model, args.model)
 if args.data == "toy":
     rows, eval_rows = toy.sft_rows(), toy.sft_rows(held_out=True, noise=0.0)
 else:
-    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename, args.seed)
+    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
 
 
 def encode(rows):
@@ -100,9 +102,10 @@ if args.epochs:
 # ------------------------------------------------------------------------------------------------------- optimizer
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
 found = checkpoint.latest(args.out) if args.resume else None
-state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0}
+state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
 logger = Logger(args.out, world.rank, args.steps, ["loss", "grad_norm", "lr", "tokens_per_second"], args.verbose)
-logger.open(state["step"] if found else None, args.overwrite, {"args": vars(args), **fingerprint(tokenizer)})
+unfinished = args.resume and not Path(args.out, "config.json").exists()  # killed before its first checkpoint
+logger.open(state["step"] if found else None, args.overwrite or unfinished, {"args": vars(args), **fingerprint(tokenizer)})
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
@@ -130,7 +133,7 @@ def evaluate():
 
 # ------------------------------------------------------------------------------------------------------------ loop
 loss_function = {"nll": losses.sft_nll, "dft": losses.sft_dft}[args.loss]
-consumed, seen = state["consumed"], state.get("seen", 0)
+consumed, seen = state["consumed"], state["seen"]
 if not found:
     logger.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -168,7 +171,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- save
     if args.save_every and step % args.save_every == 0 and step < args.steps:
         logger.phase("save", step)
-        state = {"consumed": consumed, "seen": seen, "args": vars(args)}
+        state |= {"consumed": consumed, "seen": seen, "args": vars(args)}
         checkpoint.save(args.out, step, model, optimizer, state)
 
 # ------------------------------------------------------------------------------------------------------------ save

@@ -23,30 +23,32 @@ class Packing:
 
     def __init__(self, cu_seqlens, max_seqlen: int):
         self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
-        self.stacks, self.inverse_N = None, None
+        self.stacked = None
 
-    def stack(self):
-        """Documents grouped by like length: [(rows, L, index or None)], and the way back to the packed order."""
-        if self.stacks is None:
+    def stacks(self):
+        """Documents grouped by like length -> shapes [(rows, L)], index_M of what lies in them, and inverse_N back.
+
+        The indices are None where the stacks lie as the packed stream does: one document, or documents of one length.
+        """
+        if self.stacked is None:
             start = self.cu_seqlens.cpu().long()
-            length, order = (start[1:] - start[:-1]).sort(descending=True, stable=True)
-            self.stacks, placed, first = [], [], 0
-            lengths = length.tolist()
+            length, order = start.diff().sort(descending=True, stable=True)
+            lengths, shapes, index, first = length.tolist(), [], [], 0
             for i in range(1, len(lengths) + 1):
-                # A document joins a stack if padding costs it at most a quarter of its length.
-                if i == len(lengths) or lengths[i] * 5 < lengths[first] * 4:
+                # A document joins a stack if padding adds less than a sixteenth to its length.
+                if i == len(lengths) or lengths[i] * 17 < lengths[first] * 16:
                     offset_L = torch.arange(lengths[first])
                     index_BL = start[order[first:i], None] + offset_L
-                    real_BL = offset_L < length[first:i, None]
-                    index_BL = torch.where(real_BL, index_BL, start[order[first:i], None])
-                    self.stacks.append(index_BL.to(self.cu_seqlens.device))
-                    placed.append(torch.where(real_BL, index_BL, -1).flatten())
+                    shapes.append(index_BL.shape)
+                    index.append(index_BL.where(offset_L < length[first:i, None], -1).flatten())
                     first = i
-            placed = torch.cat(placed)
-            inverse_N = torch.empty(int(start[-1]), dtype=torch.long)
-            inverse_N[placed[placed >= 0]] = (placed >= 0).nonzero()[:, 0]
-            self.inverse_N = inverse_N.to(self.cu_seqlens.device)
-        return self.stacks, self.inverse_N
+            index_M = torch.cat(index)
+            real_R = (index_M >= 0).nonzero()[:, 0]
+            inverse_N = torch.empty_like(real_R).index_copy_(0, index_M[real_R], real_R)
+            moved = not index_M.equal(torch.arange(len(index_M)))
+            device = self.cu_seqlens.device
+            self.stacked = shapes, *((index_M.clamp(min=0).to(device), inverse_N.to(device)) if moved else (None, None))
+        return self.stacked
 
 
 def packed_attention(q_NHK, k_NGK, v_NGK, packing: Packing, window: int | None = None):
@@ -75,19 +77,21 @@ def _varlen(q_NHK, k_NGK, v_NGK, packing, window):
 
 @torch.compiler.disable
 def _stacked(q_NHK, k_NGK, v_NGK, packing, window):
-    stacks, inverse_N = packing.stack()
-    out = []
-    for index_BL in stacks:
-        rows, longest = index_BL.shape
-        q, k, v = (x.index_select(0, index_BL.flatten()).view(rows, longest, *x.shape[1:]).transpose(1, 2)
-                   for x in (q_NHK, k_NGK, v_NGK))
-        band = None
-        if window is not None and longest > window:
-            at = torch.arange(longest, device=q.device)
-            band = (at[:, None] >= at) & (at[:, None] - at < window)
+    shapes, index_M, inverse_N = packing.stacks()
+    q_MHK, k_MGK, v_MGK = (x if index_M is None else x.index_select(0, index_M) for x in (q_NHK, k_NGK, v_NGK))
+    sizes, out = [rows * longest for rows, longest in shapes], []
+    for shape, *qkv in zip(shapes, q_MHK.split(sizes), k_MGK.split(sizes), v_MGK.split(sizes)):
+        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)
+        band = None if window is None or shape[1] <= window else _band(shape[1], window, q.device)
         o = F.scaled_dot_product_attention(q, k, v, attn_mask=band, is_causal=band is None, enable_gqa=True)
         out.append(o.transpose(1, 2).flatten(0, 1))
-    return torch.cat(out).index_select(0, inverse_N)
+    out_MHK = torch.cat(out)
+    return out_MHK if inverse_N is None else out_MHK.index_select(0, inverse_N)
+
+
+def _band(length, window, device):
+    at = torch.arange(length, device=device)
+    return (at[:, None] >= at) & (at[:, None] - at < window)
 
 
 def cached_attention(q_BHK, k_BGTK, v_BGTK, length_B, window: int | None = None):

@@ -1,22 +1,24 @@
-r"""Tokeniser and chat template: from rows to token ids and to the mask of what is trained.
+r"""Tokenizer and chat template: from rows to token ids, and to the mask of what is trained.
 
 A row is rendered once and encoded once with no special tokens added, so that BOS stands there at most once. Which
-tokens are trained follows from character spans of the rendering, carried over by the tokeniser's offsets:
+tokens are trained follows from character spans of the rendering, carried over by the tokenizer's offsets:
 
     <|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello<|im_end|>\n
                                                          ~~~~~~~~~~~~~~~
-
 A span begins where the generation prompt ends, because from there on the model must write by itself, and ends with the
-token that ends the turn, because it must learn to stop. `{% generation %}` blocks say where that is. Without them it is
-found by experiment: render again with a character that occurs nowhere put behind (or before) a message, and see where
-in the text it lands. That stands firm where templates trim, drop earlier thinking or write blocks nobody asked for.
+token that closes the turn, because it must learn to stop. `{% generation %}` blocks say where that is. Without them it
+is found by experiment: render again with a character that occurs nowhere (PROBE) beside a message's content, and see
+where in the text it lands. That holds where templates trim, drop earlier thinking or write blocks nobody asked for.
+What cannot be found this way is refused, never guessed.
 """
 import hashlib
 import json
+import os
 import re
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jinja2
@@ -29,67 +31,67 @@ from tokenizers import AddedToken, processors
 from nanopost import InputError
 from nanopost.data import Example
 
-PROBE, OPEN, CLOSE = "\U000f5a5a", "\U000f5a5b", "\U000f5a5c"  # private use: in no text and in no vocabulary
-MARKED = "mark the template's answers with {% generation %} ... {% endgeneration %} (--chat_template FILE)"
-# What ends an assistant's turn in the families at hand, beside eos_token and what follows an answer in the template.
-TURN_ENDS = ("<|eom_id|>", "<|call|>", "<|return|>", "<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+PROBE, OPEN, CLOSE = "\U000f5a5a", "\U000f5a5b", "\U000f5a5c"  # private use; a text that has one is refused
+TOOL = "nanopost_QxZ"  # a tool of this name is nowhere
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+         "merges.txt", "tokenizer.model", "generation_config.json")
+MARK_THEM = "mark the answers in the template with {% generation %} ... {% endgeneration %} (--chat_template FILE)"
 
 
 class Tokenizer:
-    """A folder's tokenizer.json, tokenizer_config.json and chat template."""
+    """A folder's tokenizer.json, tokenizer_config.json and chat template.
+
+    bos_id, eos_id, pad_id: int, or None where none is declared. stop_ids: what ends a completion, namely eos_token,
+    generation_config.json's eos_token_id and the token that the template writes behind an answer.
+    """
 
     def __init__(self, raw: tokenizers.Tokenizer, config: dict, template: str | None, extra_stops=()):
-        """raw: the tokeniser. config: tokenizer_config.json. template: Jinja source, or None for a base model."""
-        self.raw, self.config, self.template = raw, config, template
+        """raw: the tokenizer. config: tokenizer_config.json. template: Jinja source, or None for a base model."""
+        self.raw, self.template = raw, template
         raw.no_truncation(), raw.no_padding()
-        self.special = {k: _content(config[k]) for k in ("bos_token", "eos_token", "pad_token", "unk_token")
-                        if config.get(k)}
-        self.bos_id, self.eos_id, self.pad_id = (self._id(self.special.get(k)) for k in
+        self.named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
+        self.bos_id, self.eos_id, self.pad_id = (raw.token_to_id(self.named.get(name, "")) for name in
                                                  ("bos_token", "eos_token", "pad_token"))
+        added = raw.get_added_tokens_decoder()
+        self.special = {token.content: i for i, token in added.items() if token.special}
         with_special, plain = raw.encode("a").ids, raw.encode("a", add_special_tokens=False).ids
         self.prefix = with_special[:with_special.index(plain[0])] if plain else []  # what stands before any text
-        if not self.prefix and config.get("add_bos_token") and self.bos_id is not None:
-            self.prefix = [self.bos_id]
-        # A post-processor may trim the offsets (GPT-2's does), and adds only what `prefix` already says.
-        raw.post_processor = processors.Sequence([])
-        stops = {self.eos_id, *extra_stops, self._id(self._turn_end) if self.template else None}
-        self.stop_ids = frozenset(stops - {None})
-        if not self.stop_ids:
-            print("warning: this tokeniser declares no end-of-sequence token, so nothing can learn to stop.", file=sys.stderr)
+        raw.post_processor = processors.Sequence([])  # adds no more than that, and may cut spaces off offsets (GPT-2's)
+        self.stop_ids = frozenset({self.eos_id, self.special.get(self.turn_end), *extra_stops} - {None})
 
     @classmethod
     def load(cls, folder, chat_template=None) -> "Tokenizer":
-        """Read a folder; chat_template: a file that replaces the model's template. InputError says what is missing."""
+        """Read a folder; chat_template: a file that replaces the model's template. InputError says what is wrong.
+
+        Ids are those of transformers' AutoTokenizer: the post-processor of tokenizer.json alone says whether BOS is
+        added (add_bos_token is not read), and added_tokens_decoder adds tokens and overrules how they are matched.
+        """
         folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise InputError(f"{folder} has no tokenizer.json: load the tokeniser in transformers and save_pretrained "
-                             "it into this folder." if folder.is_dir() else f"there is no folder {folder}: make it "
-                             "(python train_sft.py writes out/sft) or mend --model.")
-        try:
-            raw = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise InputError(f"{path}: not a tokeniser that this version of tokenizers reads ({error}).") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        for name, token in _read_json(folder / "special_tokens_map.json").items():
-            config.setdefault(name, token)
-        for i, token in sorted(config.get("added_tokens_decoder", {}).items(), key=lambda kv: int(kv[0])):
-            if raw.token_to_id(token["content"]) is None:
-                raw.add_tokens([AddedToken(**{k: v for k, v in token.items() if k != "__type"})])
-                if raw.token_to_id(token["content"]) != int(i):
-                    raise InputError(f"{folder}: tokenizer_config.json gives {token['content']!r} the id {i}, and in "
-                                     f"tokenizer.json the next free one is {raw.token_to_id(token['content'])}: these "
-                                     "two files do not belong together.")
+        raw, config = _raw(folder), _read_json(folder / "tokenizer_config.json")
+        added = {int(i): AddedToken(**token) for i, token in config.get("added_tokens_decoder", {}).items()}
+        if not added:
+            config |= _read_json(folder / "special_tokens_map.json")
+        for i, token in sorted(added.items()):
+            (raw.add_special_tokens if token.special else raw.add_tokens)([token])
+            if raw.token_to_id(token.content) != i:
+                raise InputError(f"{folder}: {token.content!r} has the id {i} in tokenizer_config.json and "
+                                 f"{raw.token_to_id(token.content)} in tokenizer.json: they do not belong together.")
+        known = {token.content for token in raw.get_added_tokens_decoder().values()}
+        for name in NAMED_TOKENS:
+            token = _content(config.get(name) or "")
+            if token and raw.token_to_id(token) is None and name in ("bos_token", "eos_token"):
+                raise InputError(f"{folder}: tokenizer_config.json names {token!r} as {name}, and tokenizer.json has no "
+                                 "such token: mend one of them.")
+            if raw.token_to_id(token) is not None and token not in known:
+                raw.add_special_tokens([AddedToken(token, normalized=False)])
         stops = _read_json(folder / "generation_config.json").get("eos_token_id")
-        stops = stops if isinstance(stops, list) else [stops]
-        return cls(raw, config, _template(folder, config, chat_template), stops)
+        return cls(raw, config, _template(folder, config, chat_template), stops if isinstance(stops, list) else [stops])
 
     # ------------------------------------------------------------------------------------------------------------ text
-    def _id(self, token):
-        return None if token is None else self.raw.token_to_id(token)
-
     @property
     def vocab_size(self) -> int:
+        """Tokens known, added ones included; a model may have more rows."""
         return self.raw.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
@@ -100,235 +102,353 @@ class Tokenizer:
         return self.raw.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def text_ids(self, text: str) -> list[int]:
-        """Plain text with the BOS that this tokeniser puts before a text, unless the text brings it along."""
+        """Plain text with the BOS that this tokenizer puts before a text, unless the text brings it along."""
         ids = self.encode(text)
         return ids if ids[:len(self.prefix)] == self.prefix else self.prefix + ids
 
     def render(self, messages: list[dict], tools=None, add_generation_prompt=False, **variables) -> str:
         """The conversation as text, by the chat template. InputError quotes what the template itself refuses."""
-        return self._render(self._jinja, messages, tools, add_generation_prompt, variables)
+        return self._render(self._jinja, messages, tools, add_generation_prompt, **variables)
 
-    def _render(self, jinja, messages, tools, add_generation_prompt, variables):
+    def _render(self, jinja, messages, tools=None, add_generation_prompt=False, **variables):
         try:
-            return jinja.render(messages=[_reasoning(m) for m in messages], tools=tools, documents=None,
-                                add_generation_prompt=add_generation_prompt, **{**self.special, **variables})
+            return jinja.render({**self.named, "messages": [_as_templates_know_it(m) for m in messages], "tools": tools,
+                                 "documents": None, "add_generation_prompt": add_generation_prompt, **variables})
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template refuses this conversation: {error}.") from error
-        except (TypeError, AttributeError, KeyError, ValueError, IndexError) as error:
-            raise InputError(f"the chat template fails on this conversation ({type(error).__name__}: {error}).") from error
+        except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError) as error:
+            raise InputError(f"the chat template fails here ({type(error).__name__}: {error}).") from error
 
     @cached_property
     def _jinja(self):
         if self.template is None:
-            raise InputError("this model has no chat template, and rows with messages need one: give one with "
-                             "--chat_template FILE.")
-        return _compile(self.template, marks=False)
+            raise InputError("this model has no chat template, which messages need: give one with --chat_template FILE.")
+        return _compile(self.template, "", "")
 
     @cached_property
     def _marking_jinja(self):
-        return _compile(self.template, marks=True)
+        return _compile(self.template, OPEN, CLOSE)
 
-    @cached_property
-    def has_generation_tags(self) -> bool:
-        return self.template is not None and re.search(r"\{%-?\s*generation\b", self.template) is not None
-
-    # ----------------------------------------------------------------------------------------------------------- rows
-    def prompt_ids(self, prompt, tools=None, **variables) -> list[int]:
+    # ------------------------------------------------------------------------------------------------------------ rows
+    def prompt_ids(self, prompt: str | list[dict], tools=None, **variables) -> list[int]:
         """What a rollout starts from: messages with the generation prompt, or plain text (with its BOS)."""
         if isinstance(prompt, str):
             return self.text_ids(prompt)
-        return self.encode(self.render(prompt, tools, add_generation_prompt=True, **variables))
+        text = self.render(prompt, tools, add_generation_prompt=True, **variables)
+        if self.unprompted:
+            raise InputError("the chat template has no generation prompt, so a rollout would have to write "
+                             f"{self.unprompted!r} itself: give one that has (--chat_template FILE).")
+        return self.encode(text)
 
     def example(self, row: dict, train_on: str = "assistant") -> Example:
-        """A row {"messages"}, {"prompt", "completion"} or {"text"} (with "tools", "chat_template_kwargs") -> Example.
+        """A row {"messages"}, {"prompt", "completion"} or {"text"}, maybe with "tools" and "chat_template_kwargs".
 
-        train_on: assistant (every assistant turn), last (the last one), completion (the row's completion; in a row of
-        messages what follows the last user turn), all. Plain text is trained whole, a plain completion alone, and both
-        with an EOS behind them.
+        train_on: assistant (every assistant turn), last (the last one), completion (those behind the last user turn),
+        all. Only `all` trains what a row has as its prompt. Plain text is trained whole, a plain completion alone, both
+        with an EOS behind them. InputError names the row.
         """
         try:
-            if isinstance(row.get("prompt"), str):
-                return self._completion_example(row["prompt"], row["completion"], train_on)
-            if "messages" in row or "prompt" in row:
+            if "messages" in row or isinstance(row.get("prompt"), list):
                 return self._chat_example(row, train_on)
-            return self._completion_example("", row["text"], train_on)
+            prompt, text = (row["prompt"], row["completion"]) if "prompt" in row else ("", row["text"])
+            return self._text_example(prompt, text, train_on)
         except InputError as error:
             raise InputError(f"{row.get('__line__', 'row')}: {error}") from error
 
-    def _completion_example(self, prompt, completion, train_on):
-        # Encoded apart, so that training sees the prompt's tokens just as a rollout will.
-        prompt_ids = self.text_ids(prompt)
-        ids = prompt_ids + self.encode(completion)
+    def _text_example(self, prompt, completion, train_on):
+        # One encoding of the whole, as in TRL; but where a token reaches across the boundary each part by itself, so
+        # that the prompt's tokens are those of a rollout. (Always apart, SentencePiece would put a space between them.)
+        prompt_ids, ids = self.text_ids(prompt), self.text_ids(prompt + completion)
+        if ids[:len(prompt_ids)] != prompt_ids:
+            ids = prompt_ids + self.encode(completion)
         if self.eos_id is not None and ids[-1:] != [self.eos_id]:
             ids.append(self.eos_id)
-        return _example(ids, np.arange(len(ids)) >= (0 if train_on == "all" else len(prompt_ids)))
+        return Example(ids, np.arange(len(ids)) >= (0 if train_on == "all" else len(prompt_ids)))
 
     def _chat_example(self, row, train_on):
-        messages = row.get("messages") or row["prompt"] + row["completion"]
-        variables = row.get("chat_template_kwargs") or {}
-        text = self.render(messages, row.get("tools"), **variables)
+        messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+        variables = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+        text = self.render(messages, **variables)
         encoding = self.raw.encode(text, add_special_tokens=False)
         if train_on == "all":
-            return _example(encoding.ids, np.ones(len(encoding.ids), bool))
-        spans = self.assistant_spans(messages, text, row.get("tools"), **variables)
-        turns = [k for k, m in enumerate(messages) if m["role"] == "assistant"]
-        if train_on == "last":
-            spans = spans[-1:]
-        elif train_on == "completion" or "completion" in row:
-            first = len(row["prompt"]) if "completion" in row else 1 + max(
-                (k for k, m in enumerate(messages) if m["role"] == "user"), default=-1)
-            if len(spans) != len(turns):
-                raise InputError(f"the template's {{% generation %}} blocks gave {len(spans)} spans for {len(turns)} "
-                                 "assistant turns, so which of them the completion is cannot be told: use --train_on "
-                                 "assistant or last.")
-            spans = [s for s, k in zip(spans, turns) if k >= first]
-        return _example(encoding.ids, _tokens_in(encoding.offsets, spans))
+            return Example(encoding.ids, np.ones(len(encoding.ids)))
+        behind = 0
+        if "messages" not in row:
+            behind = len(row["prompt"])
+        elif train_on == "completion":
+            behind = max((k for k, m in enumerate(messages) if m["role"] == "user"), default=0)
+        turns = [k for k, m in enumerate(messages) if m["role"] == "assistant" and k >= behind]
+        spans = self.spans(messages, text, turns[-1:] if train_on == "last" else turns, **variables)
+        return Example(encoding.ids, self._tokens_in(encoding, spans))
 
-    # ---------------------------------------------------------------------------------------------------------- spans
-    def assistant_spans(self, messages, text, tools=None, **variables) -> list[tuple[int, int]]:
-        """Character spans of `text`, the rendering of `messages`, that the assistant wrote, one a turn, in order."""
-        def around(k, shown, prepend=False, **more):
-            """Text before and after a probe put behind (before) message k's content; (None, None) if it is not shown."""
-            content = messages[k].get("content") or ""
-            probed = {**messages[k], "content": PROBE + content if prepend else content + PROBE}
-            rendered = self.render([*shown[:k], probed, *shown[k + 1:]], tools, **more, **variables)
-            before, found, after = rendered.rpartition(PROBE)
-            return (before, after) if found else (None, None)
+    def _tokens_in(self, encoding, spans):
+        """Tokens that share a character with a span, but for a special one before it that swallows spaces -> bool [T]."""
+        start_T, end_T = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        special_T = np.isin(encoding.ids, list(self.special.values()))
+        mask_T = np.zeros(len(start_T), bool)
+        for start, end in spans:
+            mask_T |= (start_T < end) & (end_T > start) & ~(special_T & (start_T < start))
+        return mask_T
 
-        def content_end(k):
-            _, after = around(k, messages)
-            return len(text) - len(after) if after is not None and text.endswith(after) else None
+    # ----------------------------------------------------------------------------------------------------------- spans
+    def spans(self, messages: list[dict], text: str, turns: list[int], **variables) -> list[tuple[int, int]]:
+        """Where `text`, the rendering of messages, has those with the indices `turns` -> (start, end) in characters.
 
-        for name in (_call_name(c) for m in messages for c in m.get("tool_calls") or ()):
-            if name not in text:
-                raise InputError(f"the chat template leaves the tool call {name!r} out: this model's template knows no "
-                                 "tool calls.")
-        if self.has_generation_tags:
-            return [self._narrowed(text, *span) for span in self._marked_spans(messages, text, tools, variables)]
-        spans = []
-        for k in (k for k, m in enumerate(messages) if m["role"] == "assistant"):
-            start, limit = None, content_end(k)
-            past = content_end(k - 1) if k else None
-            if past is not None:
-                try:
-                    _, prompt = around(k - 1, messages[:k], add_generation_prompt=True)
-                except InputError:
-                    prompt = None  # some templates refuse a conversation that stops here
-                start = self._behind(prompt, text, past)
-            if start is None:
-                before, _ = around(k, messages, prepend=True)
-                start = len(before) if before is not None and text.startswith(before) else None
-            if start is None:
-                raise InputError(f"where the answer of message {k} begins in the rendering cannot be found: {MARKED}.")
-            spans.append((start, self._answer_end(text, start, limit, k, messages[k])))
-        return spans
-
-    def _behind(self, prompt, text, past):
-        """Where text goes on behind `prompt`, which a rollout would see from `past` on: behind all of it, or, where the
-        prompt says more than the turn does (DeepSeek R1 opens <think>, ChatML may add a newline), behind the last
-        special token or white space up to which they agree."""
-        if prompt is None:
-            return None
-        if text.startswith(prompt, past):
-            return past + len(prompt)
-        agreed = next((i for i, (a, b) in enumerate(zip(prompt, text[past:])) if a != b), 0)
-        ends = [m.end() for m in re.finditer("|".join([r"\s", *map(re.escape, self._special_tokens)]), prompt[:agreed])]
-        return past + ends[-1] if ends else None
-
-    def _answer_end(self, text, start, limit, k, message):
-        if message.get("tool_calls"):
-            found = re.compile(self._ends(more=False)).search(text, max(start, limit or 0))
-            end = found.end() if found else len(text.rstrip())
-            lost = [n for n in map(_call_name, message["tool_calls"]) if n not in text[start:end]]
-            if lost:
-                raise InputError(f"the tool call {lost[0]!r} of message {k} is not inside its turn: {MARKED}.")
-            return end
-        if limit is None or limit < start:
-            raise InputError(f"where the answer of message {k} ends in the rendering cannot be found: {MARKED}.")
-        return self._turn_end_at(text, limit) or limit
-
-    def _narrowed(self, text, start, end):
-        """A {% generation %} block from behind the generation prompt, if it holds that too, to the turn's end token,
-        which may stand behind the block; white space behind it is not trained."""
-        header = self._generation_prompt
-        start += len(header) if text.startswith(header, start, end) else 0
-        inside = re.compile(rf"(?:{self._ends()})(?=\s*$)").search(text[:end], start)
-        return start, inside.end() if inside else self._turn_end_at(text, end) or end
-
-    @cached_property
-    def _generation_prompt(self):
-        user = [{"role": "user", "content": PROBE}]
-        try:
-            return self.render(user, add_generation_prompt=True).removeprefix(self.render(user))
-        except InputError:
-            return ""
-
-    @cached_property
-    def _special_tokens(self):
-        return [t.content for t in self.raw.get_added_tokens_decoder().values() if t.special]
-
-    @cached_property
-    def _turn_end(self) -> str | None:
-        """The token that the template writes behind an answer, or None."""
-        try:
-            probed = self.render([{"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}])
-        except InputError:
-            return None
-        after = probed.rpartition(PROBE)[2].lstrip()
-        found = [t for t in {*self._special_tokens, self.special.get("eos_token", "")} if t and after.startswith(t)]
-        return max(found, key=len, default=None)
-
-    def _ends(self, more=True):
-        """A pattern of the tokens that end a turn. Without `more`, only those that end one with tool calls."""
-        known = [t for t in TURN_ENDS if t in self._special_tokens and (more or t in ("<|eom_id|>", "<|call|>"))]
-        ends = {self._turn_end, self.special.get("eos_token"), *known} - {None}
-        return "|".join(map(re.escape, sorted(ends, key=len, reverse=True))) or "(?!)"
-
-    def _turn_end_at(self, text, at):
-        """Behind the end-of-turn token that stands at `at`, white space before it included; None if there is none."""
-        found = re.compile(rf"\s*(?:{self._ends()})").match(text, at)
-        return found and found.end()
-
-    @cached_property
-    def prompt_begins_answers(self) -> bool:
-        """Whether a conversation with an answer begins with the prompt that a rollout of that answer gets."""
-        user, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": PROBE}
-        try:
-            return self.render([user, answer]).startswith(self.render([user], add_generation_prompt=True))
-        except InputError:
-            return True
-
-    def _marked_spans(self, messages, text, tools, variables):
-        marked = self._render(self._marking_jinja, messages, tools, False, variables)
+        InputError if that cannot be found, or if the template leaves something out: a tool, a call, a turn.
+        """
+        if any(c in text for c in (PROBE, OPEN, CLOSE)):
+            raise InputError("the text holds one of U+F5A5A to U+F5A5C, by which answers are found: remove it.")
+        self._check_tools(messages, **variables)
+        found = _Turns(self, messages, text, partial(self.render, **variables))
+        if not re.search(r"\{%[-+]?\s*generation\b", self.template):
+            return [found.span(k) for k in turns]
+        marked = self._render(self._marking_jinja, messages, **variables)
         if marked.replace(OPEN, "").replace(CLOSE, "") != text:
-            raise InputError("the {% generation %} blocks of the chat template change what it renders: let them hold "
-                             "whole pieces of text.")
+            raise InputError("the template's {% generation %} blocks change what it writes: mark whole pieces of text.")
+        return found.marked_spans(marked, turns)
+
+    def _check_tools(self, messages, tools=None, **variables):
+        """InputError if the template shows no tools, or not every tool call. A name may stand anywhere, a new one not."""
+        calls = [call for m in messages for call in m.get("tool_calls") or ()]
+        if tools and TOOL not in self.render(messages, _renamed(tools), **variables):
+            raise InputError("the chat template leaves the tools out: take the column tools away, or give another one.")
+        renamed = [{**m, "tool_calls": _renamed(m["tool_calls"])} if m.get("tool_calls") else m for m in messages]
+        if calls and self.render(renamed, tools, **variables).count(TOOL) < len(calls):
+            raise InputError(f"the chat template leaves out some of the {len(calls)} tool calls: it knows none, or one a "
+                             "turn.")
+
+    @cached_property
+    def _trial(self) -> tuple[str, str, str, str]:
+        """What the template writes between a question and its answer, behind the answer, and behind a question that is
+        the last message, with and without generation prompt. Empty if it refuses so plain a conversation."""
+        question, answer = {"role": "user", "content": OPEN}, {"role": "assistant", "content": PROBE}
+        try:
+            both, prompt, asked = (self.render(messages, add_generation_prompt=add).rpartition(OPEN)[2] for messages, add
+                                   in (([question, answer], False), ([question], True), ([question], False)))
+        except InputError:
+            return "", "", "", ""
+        between, _, behind = both.partition(PROBE)
+        return between, behind, prompt, asked
+
+    @cached_property
+    def unprompted(self) -> str:
+        """The header of an answer, if it stands in no prompt because the template knows no generation prompt."""
+        between, _, prompt, asked = self._trial
+        return between.removeprefix(asked).strip() if prompt == asked else ""
+
+    @cached_property
+    def turn_end(self) -> str | None:
+        """The special token that the template writes behind an answer."""
+        return None if self.template is None else self._first_closing(self._trial[1])
+
+    @cached_property
+    def answer_end(self) -> re.Pattern:
+        """What closes an answer: all that the template writes up to turn_end, another stop token, or what closes a
+        question (gpt-oss closes the last answer otherwise than earlier ones)."""
+        behind = self._trial[1]
+        whole = [re.escape(behind[:behind.index(self.turn_end) + len(self.turn_end)])] if self.turn_end else []
+        return re.compile("|".join([*whole, rf"\s*{self.stops}", rf"\s*{_any([self._first_closing(self._trial[3])])}"]))
+
+    @cached_property
+    def stops(self) -> str:
+        """A pattern of the stop tokens."""
+        return _any(self.raw.id_to_token(i) for i in self.stop_ids)
+
+    @cached_property
+    def closing(self) -> re.Pattern:
+        """The special tokens and white space in which a text ends."""
+        return re.compile(rf"(?:\s|{_any(self.special)})*$")
+
+    def _first_closing(self, text):
+        found = re.search(rf"(?:{_any(self.special)})+", self.closing.search(text).group())
+        return found and re.findall(_any(self.special), found.group())[-1]
+
+    # -------------------------------------------------------------------------------------------------------- identity
+    @property
+    def template_hash(self) -> str | None:
+        return self.template and hashlib.sha256(self.template.encode()).hexdigest()[:16]
+
+    @cached_property
+    def tokenizer_hash(self) -> str:
+        return hashlib.sha256(f"{self.raw.to_str()}{self.prefix}".encode()).hexdigest()[:16]
+
+    def doubts(self) -> list[str]:
+        """What is doubtful about tokenizer and template by themselves, in sentences."""
+        between, _, prompt, _ = self._trial if self.template is not None else [""] * 4
+        said = {
+            "no end-of-sequence token is declared, so nothing can learn to stop.": not self.stop_ids,
+            "the template writes no end-of-turn token behind an answer.": between and not self.turn_end,
+            f"the template has no generation prompt: rollouts would have to write {self.unprompted!r}.": self.unprompted,
+            f"the template's prompt goes on with {prompt!r}, an answer follows {between!r}: rollouts start from text that "
+            "training does not show.": not between.startswith(prompt),
+            "the template writes today's date, so tokens change from day to day (chat_template_kwargs may set it).":
+                "strftime_now" in (self.template or "")}
+        return [sentence for sentence, true in said.items() if true]
+
+
+@dataclass
+class _Turns:
+    """Finds where messages stand in `text`, their rendering. A place is an index of a character, or None."""
+    tokenizer: Tokenizer
+    messages: list[dict]
+    text: str
+    render: Callable[..., str]  # of other messages in the same way
+
+    def span(self, k: int) -> tuple[int, int]:
+        """From the end of the generation prompt before answer k to behind what closes it."""
+        start = self.start(k)
+        if start is None:
+            raise InputError(f"where the answer of message {k} begins in the rendering cannot be found: {MARK_THEM}.")
+        end = self.end_of_calls(k, start) if self.messages[k].get("tool_calls") else self.end(k, start)
+        if end is None:
+            raise InputError(f"where the answer of message {k} ends in the rendering cannot be found: {MARK_THEM}.")
+        return start, end
+
+    def around(self, k, content, upto=None, add_generation_prompt=False):
+        """What the rendering of messages[:upto] has before and behind the PROBE in `content`, put in as message k's."""
+        messages = [*self.messages[:k], {**self.messages[k], "content": content}, *self.messages[k + 1:upto]]
+        try:
+            text = self.render(messages, add_generation_prompt=add_generation_prompt)
+        except InputError:  # some templates refuse a conversation that stops there
+            return None, None
+        before, _, behind = text.partition(PROBE)
+        return (before, behind) if text.count(PROBE) == 1 else (None, None)
+
+    def content(self, k):
+        content = self.messages[k].get("content")
+        return content if isinstance(content, str) else ""
+
+    def content_end(self, k):
+        _, behind = self.around(k, self.content(k) + PROBE)
+        return len(self.text) - len(behind) if behind is not None and self.text.endswith(behind) else None
+
+    def start(self, k):
+        """Behind the generation prompt, or where there is none (Mistral's "[INST]Hi[/INST]") before the content."""
+        places = [self.prompt_end, self.content_start]
+        found = (place(k) for place in (places[::-1] if self.tokenizer.unprompted else places))
+        return next((at for at in found if at is not None), None)
+
+    def content_start(self, k):
+        before, _ = self.around(k, PROBE + self.content(k))
+        return len(before) if before is not None and self.text.startswith(before) else None
+
+    def prompt_end(self, k):
+        """How far text agrees with the prompt that a rollout of message k starts from."""
+        past = self.content_end(k - 1) if k else None
+        if past is None:
+            return None
+        _, prompt = self.around(k - 1, self.content(k - 1) + PROBE, upto=k, add_generation_prompt=True)
+        if prompt is None or self.text.startswith(prompt, past):
+            return None if prompt is None else past + len(prompt)
+        # The prompt says more than this turn (DeepSeek-R1's ends in <think>). The content may look alike: put it aside.
+        before, _ = self.around(k, PROBE)
+        if before is None or not before.startswith(self.text[:past]):
+            return None
+        if before[past:].split() == prompt.split() and self.text.startswith(before):  # they differ in white space alone
+            return len(before)
+        return past + len(os.path.commonprefix([prompt, before[past:], self.text[past:]]))
+
+    def end(self, k, start):
+        """Behind what closes the turn; if nothing does, behind the content."""
+        content_end = self.content_end(k)
+        if content_end is None:
+            return None
+        closed = self.tokenizer.answer_end.match(self.text, max(start, content_end))
+        return closed.end() if closed else max(start, content_end)
+
+    def end_of_calls(self, k, start):
+        """Behind what closes a turn with tool calls: from the last call's name on, it reads as in a conversation that
+        ends there, in which the closing token is among the special ones at the end."""
+        names = [_name(call) for call in self.messages[k]["tool_calls"]]
+        is_last = k + 1 == len(self.messages)
+        alone = self.text if is_last else self.render(self.messages[:k + 1])
+        tail = alone[alone.rfind(names[-1]):self.closed(alone)]
+        limit = None if is_last else self.content_end(k + 1)
+        at = self.text.find(tail, max(start, self.content_end(k) or 0), limit)
+        return at + len(tail) if at >= 0 else None
+
+    def closed(self, text):
+        closing = self.tokenizer.closing.search(text)
+        ends = [*re.finditer(_any(self.tokenizer.special), closing.group())]
+        chosen = next((m for m in ends if m.group() == self.tokenizer.turn_end), ends[-1] if ends else None)
+        return closing.start() + (chosen.end() if chosen else 0)
+
+    def marked_spans(self, marked, turns):
+        """The {% generation %} blocks of turns: from behind the generation prompt if they hold it too, up to a stop token
+        in or right behind them."""
+        past = {k: self.content_end(k - 1) if k else 0 for k, m in enumerate(self.messages) if m["role"] == "assistant"}
+        if None in past.values():
+            raise InputError("which {% generation %} block of the template belongs to which message cannot be told.")
         spans, at, start = [], 0, 0
         for piece in re.split(f"([{OPEN}{CLOSE}])", marked):
             if piece == OPEN:
                 start = at
             elif piece == CLOSE:
-                spans.append((start, at))
+                k = max((k for k in past if past[k] <= start), default=None)
+                spans += [self.to_stop(k, start, at)] if k in turns else []
             else:
                 at += len(piece)
         return spans
 
-    # ----------------------------------------------------------------------------------------------------- identity
-    @property
-    def template_hash(self) -> str | None:
-        return self.template and hashlib.sha256(self.template.encode()).hexdigest()[:16]
+    def to_stop(self, k, start, end):
+        prompt_end, stops = self.prompt_end(k) or 0, self.tokenizer.stops
+        inside = re.compile(rf"({stops})\s*$").search(self.text[:end], start)
+        behind = re.compile(rf"\s*{stops}").match(self.text, end)
+        return (prompt_end if start < prompt_end <= end else start,
+                inside.end(1) if inside else behind.end() if behind else end)
 
-    @property
-    def tokenizer_hash(self) -> str:
-        return hashlib.sha256(self.raw.to_str().encode()).hexdigest()[:16]
+
+# ------------------------------------------------------------------------------------------------ checks and identity
+def report(examples: list[Example], tokenizer: Tokenizer, rows: list[dict] | None = None, shown: int = 800) -> str:
+    """Checks before training -> a short report. InputError for what is surely wrong; what is doubtful is said in it.
+
+    rows: where the examples come from, so that they are named by file and line.
+    """
+    def places(indices):
+        named = [rows[i].get("__line__", f"row {i}") if rows else f"row {i}" for i in indices[:5]]
+        return f"{len(indices):,} of {len(examples):,} rows ({', '.join(named)}{', ...' if len(indices) > 5 else ''})"
+
+    def having(test):
+        return [i for i, e in enumerate(examples) if test(e)]
+
+    bos, stops = tokenizer.bos_id, list(tokenizer.stop_ids)
+    if bos is not None and (doubled := having(lambda e: e.ids[:2].tolist() == [bos, bos])):
+        raise InputError(f"{places(doubled)} begin with BOS twice: the text brings one along; take it out there.")
+    if len(empty := having(lambda e: not e.mask[1:].any())) == len(examples):
+        raise InputError(f"not one of {len(examples):,} rows has a token to train: --train_on and the template leave "
+                         "nothing of them.")
+    tokens, trained = sum(map(len, examples)), sum(int(e.mask.sum()) for e in examples)
+    bos_counts = [int((e.ids == bos).sum()) for e in examples] if bos is not None else []
+    longest = max(range(len(examples)), key=lambda i: len(examples[i]))
+    unended = having(lambda e: not np.isin(e.ids[e.mask], stops).any())
+    doubts = {"train nothing": empty, "train no stop token, so their answers never end": unended,
+              "begin without the BOS that the tokenizer gives a text":
+                  having(lambda e: e.ids[:len(tokenizer.prefix)].tolist() != tokenizer.prefix),
+              "have a BOS further on": having(lambda e: (e.ids[1:] == bos).any())
+              if bos_counts and min(bos_counts) < 2 and bos not in stops else []}
+    sentences = tokenizer.doubts() + [f"{places(found)} {what}." for what, found in doubts.items() if found]
+    example = marked_text(min((e for e in examples if e.mask[1:].any()), key=len), tokenizer)
+    return "\n".join([
+        f"rows {len(examples):,}   tokens {tokens:,}   trained {trained / tokens:.1%}   rows that train a stop token "
+        f"{1 - len(unended) / len(examples):.1%}   BOS a row "
+        f"{f'{min(bos_counts)} to {max(bos_counts)}' if bos_counts else 'none'}   longest {len(examples[longest]):,} "
+        f"({places([longest]).partition('(')[2]}",
+        *(f"doubtful: {sentence}" for sentence in sentences), "what is trained is between » and «:",
+        example if len(example) <= shown else f"{example[:shown // 2]} ... {example[-shown // 2:]}"])
+
+
+def marked_text(example: Example, tokenizer: Tokenizer) -> str:
+    """An example decoded, with » and « around what is trained."""
+    cuts = np.flatnonzero(np.diff(example.mask)) + 1
+    pieces = zip(np.split(example.ids, cuts), np.split(example.mask, cuts))
+    return "".join(f"»{tokenizer.decode(ids)}«" if mask[0] else tokenizer.decode(ids) for ids, mask in pieces)
 
 
 def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes]:
-    """What goes beside a checkpoint: the folder's tokeniser files and generation_config.json unchanged, the template
-    in force, and a fingerprint by which a later stage recognises it (check_stage)."""
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-             "merges.txt", "tokenizer.model", "generation_config.json")
-    files = {n: (Path(folder) / n).read_bytes() for n in names if (Path(folder) / n).is_file()}
+    """What goes beside a checkpoint: the folder's tokenizer files and generation_config.json as they are, the template
+    in force, and a fingerprint for check_stage."""
+    files = {name: (Path(folder) / name).read_bytes() for name in FILES if (Path(folder) / name).is_file()}
     if tokenizer.template is not None:
         files["chat_template.jinja"] = tokenizer.template
     return {**files, "nanopost.json": json.dumps(fingerprint(tokenizer), indent=1) + "\n"}
@@ -340,135 +460,122 @@ def fingerprint(tokenizer: Tokenizer) -> dict:
 
 
 def check_stage(folder, tokenizer: Tokenizer) -> str:
-    """A loud sentence if the checkpoint in `folder` was trained with another template or tokeniser, else ""."""
-    trained = _read_json(Path(folder) / "nanopost.json")
-    now = fingerprint(tokenizer)
-    changed = [k.removesuffix("_hash") for k in ("template_hash", "tokenizer_hash") if trained and trained[k] != now[k]]
-    return changed and (f"WARNING: {folder} was trained with another {' and '.join(changed)} than this run uses; its "
-                        "prompts will look different from those it knows. Drop --chat_template if that is not meant.") or ""
+    """A loud sentence if the checkpoint in `folder` was trained with another template or tokenizer, else ""."""
+    trained, now = _read_json(Path(folder) / "nanopost.json"), fingerprint(tokenizer)
+    changed = [name for name in ("template", "tokenizer") if trained and trained[f"{name}_hash"] != now[f"{name}_hash"]]
+    return changed and (f"WARNING: {folder} was trained with another {' and '.join(changed)} than this run uses, so "
+                        "prompts will look different from those it knows: was --chat_template meant?") or ""
 
 
-def report(examples: list[Example], tokenizer: Tokenizer, shown: int = 600) -> str:
-    """Checks before training -> a short report. InputError for what is surely wrong; what is doubtful is said in it."""
-    bos, stops = tokenizer.bos_id, np.array(sorted(tokenizer.stop_ids))
-    doubled = [i for i, e in enumerate(examples) if bos is not None and list(e.ids[:2]) == [bos, bos]]
-    if doubled:
-        raise InputError(f"row {doubled[0]} and {len(doubled) - 1} more begin with BOS twice: the template writes it "
-                         "and so does the text; take it out of the text.")
-    empty = [i for i, e in enumerate(examples) if not e.mask[1:].any()]
-    if len(empty) == len(examples):
-        raise InputError("no row has a token to train: --train_on and the template leave nothing of the answers.")
-    tokens, trained = sum(map(len, examples)), sum(int(e.mask.sum()) for e in examples)
-    ends = sum(bool(np.isin(e.ids[e.mask], stops).any()) for e in examples)
-    counts = [int((e.ids == bos).sum()) for e in examples]
-    longest = max(range(len(examples)), key=lambda i: len(examples[i]))
-    lines = [f"rows {len(examples):,}   tokens {tokens:,}   trained {trained / tokens:.1%}   "
-             f"BOS a row {f'{min(counts)}..{max(counts)}' if bos is not None else 'none declared'}   "
-             f"end-of-turn trained in {ends / len(examples):.1%} of rows   "
-             f"longest row {longest}: {len(examples[longest]):,} tokens"]
-    if empty:
-        lines.append(f"doubtful: {len(empty)} rows train nothing, such as row {empty[0]}.")
-    if tokenizer.template is not None and not tokenizer.prompt_begins_answers:
-        lines.append("doubtful: the template's generation prompt is not how its answers begin, so rollouts start from "
-                     "text that training never shows.")
-    if ends == 0:
-        lines.append("doubtful: no end-of-turn token is trained in any row, so the model will not learn to stop.")
-    first = next(e for e in examples if e.mask[1:].any())
-    return "\n".join([*lines, "trained text is between » and «:", marked_text(first, tokenizer)[:shown]])
+# ------------------------------------------------------------------------------------------------------------- folders
+def _raw(folder):
+    path = folder / "tokenizer.json"
+    if not folder.is_dir():
+        raise InputError(f"{folder} is no folder: mend --model (python train_sft.py writes out/sft; a hub name is "
+                         f"downloaded first: hf download {folder} --local-dir {folder.name}).")
+    if not path.is_file():
+        raise InputError(f"{folder} has no tokenizer.json: load its tokenizer in transformers and save_pretrained it "
+                         "there.")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+        raise InputError(f"{path}: not a tokenizer that tokenizers {tokenizers.__version__} reads ({error}).") from error
 
 
-def marked_text(example: Example, tokenizer: Tokenizer) -> str:
-    """An example decoded, with » and « around what is trained."""
-    cuts = np.flatnonzero(np.diff(example.mask.astype(int))) + 1
-    pieces = zip(np.split(example.ids, cuts), np.split(example.mask, cuts))
-    return "".join(f"»{tokenizer.decode(ids)}«" if mask[0] else tokenizer.decode(ids) for ids, mask in pieces)
+def _read_json(path):
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}).") from error
 
 
-def _example(ids, mask):
-    return Example(np.array(ids, np.int32), mask)
-
-
-def _tokens_in(offsets, spans):
-    """A token is trained if it shares a character with a span."""
-    start, end = np.array(offsets, np.int64).reshape(-1, 2).T
-    mask = np.zeros(len(start), bool)
-    for a, b in spans:
-        mask |= (start < b) & (end > a)
-    return mask
+def _template(folder, config, chat_template):
+    """The template in force: the file given, else chat_template.jinja, else tokenizer_config.json's."""
+    path = folder / "chat_template.jinja" if chat_template is None else Path(chat_template)
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    if chat_template is not None:
+        raise InputError(f"--chat_template {chat_template}: no such file.")
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        named = {t["name"]: t["template"] for t in template}
+        return named.get("default", next(iter(named.values()), None))
+    return template
 
 
 def _content(token):
     return token["content"] if isinstance(token, dict) else token
 
 
-def _call_name(call):
-    return call.get("function", call).get("name", "")
+def _name(tool):
+    """Of a tool or a tool call."""
+    return tool.get("function", tool).get("name", "")
 
 
-def _reasoning(message):
-    """Reasoning goes by three names; templates read the first, gpt-oss the second. As in transformers."""
-    given = next((message[k] for k in ("reasoning_content", "thinking", "reasoning") if message.get(k) is not None), None)
-    return message if given is None else {"thinking": given, **message, "reasoning_content": given}
+def _renamed(tools):
+    return [{**tool, "function": {**tool["function"], "name": TOOL}} if "function" in tool else {**tool, "name": TOOL}
+            for tool in tools]
 
 
-def _read_json(path):
-    return json.loads(path.read_text()) if path.is_file() else {}
+def _any(tokens):
+    """A pattern that matches any of the tokens, the longest first."""
+    return f"(?:{'|'.join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))) or '(?!)'})"
 
 
-def _template(folder, config, chat_template):
-    """The template in force: the file that was given, chat_template.jinja, or tokenizer_config.json's."""
-    if chat_template is not None:
-        if not Path(chat_template).is_file():
-            raise InputError(f"--chat_template {chat_template}: no such file.")
-        return Path(chat_template).read_text()
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text()
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {t["name"]: t["template"] for t in template}
-        return named.get("default", next(iter(named.values())))
-    return template
+def _as_templates_know_it(message):
+    """As in transformers: no key without a value, and reasoning by the two names that templates read."""
+    message = {key: value for key, value in message.items() if value is not None}
+    names = [key for key in ("reasoning_content", "thinking", "reasoning") if key in message]
+    return {"thinking": message[names[0]], **message, "reasoning_content": message[names[0]]} if names else message
 
 
 # ------------------------------------------------------------------------------------------------------------- sandbox
-class _Generation(Extension):
-    """{% generation %} ... {% endgeneration %}: marks its body's place in the text, or does nothing."""
-    tags = {"generation"}
+def _compile(template, begin, end):
+    """A template in the sandbox and with the helpers that transformers gives it; begin and end go around the text of each
+    {% generation %} block."""
+    class Generation(Extension):
+        tags = {"generation"}
 
-    def parse(self, parser):
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
 
-    def _marked(self, caller):
-        return OPEN + caller() + CLOSE if self.environment.nanopost_marks else caller()
-
-
-class _Namespace(jinja2.utils.Namespace):
-    """A template is untrusted: nothing that begins with an underscore is stored on a namespace."""
-
-    def __setitem__(self, name, value):
-        if name.startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"attribute {name!r} on a namespace")
-        super().__setitem__(name, value)
-
-
-def _compile(template, marks):
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    def strftime_now(pattern):
-        return datetime.now().strftime(pattern)
+        def mark(self, caller):
+            return begin + caller() + end
 
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                                extensions=[_Generation, "jinja2.ext.loopcontrols"])
-    environment.nanopost_marks = marks
-    environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now, namespace=_Namespace)
+                                                extensions=[Generation, "jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = _tojson
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "namespace": _Namespace,
+                            "dict": lambda *args, **more: dict(*args, **more)}  # the class itself would unlock mutation
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message}).") from error
+
+
+def _raise_exception(message):
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern):
+    return datetime.now().strftime(pattern)
+
+
+def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Namespace(jinja2.utils.Namespace):
+    """A template is untrusted: nothing whose name begins with an underscore is stored."""
+
+    def __init__(*args, **attributes):  # self is in args, so that an attribute may have that name
+        jinja2.utils.Namespace.__init__(args[0])
+        for name, value in dict(*args[1:], **attributes).items():
+            args[0][name] = value
+
+    def __setitem__(self, name, value):
+        if name.startswith("_"):
+            raise jinja2.exceptions.SecurityError(f"{name!r} on a namespace")
+        super().__setitem__(name, value)

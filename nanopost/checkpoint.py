@@ -33,7 +33,7 @@ def save(out, step: int, model, optimizer, state: dict, keep: int = 1):
     torch.save(_random_state(), beside / f"random-{dist.get_rank()}.pt")
     dist.barrier()
     if first:
-        (beside / "state.json").write_text(json.dumps({"step": step, "ranks": dist.get_world_size(), **state}))
+        (beside / "state.json").write_text(json.dumps({**state, "step": step, "ranks": dist.get_world_size()}))
         for path in beside.iterdir():
             _to_disk(path)
         shutil.rmtree(final, ignore_errors=True)

@@ -284,15 +284,18 @@ def read_rows(path, rename: dict[str, str] | list[str] = ()) -> list[dict]:
     return _renamed(rows, rename) if rename else rows
 
 
-def load(path, eval_path, holdout: int, rename, seed: int) -> tuple[list[dict], list[dict]]:
-    """Rows to train on, and rows held out: those of eval_path, or else `holdout` random rows of `path`."""
+def load(path, eval_path, holdout: int, rename) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and rows held out: those of eval_path, or else `holdout` random rows of `path`.
+
+    Which ones does not depend on a run's seed: what one stage held out, the next one must not train on.
+    """
     rows = read_rows(path, rename)
     if eval_path:
         return rows, read_rows(eval_path, rename)
     if not 0 <= holdout < len(rows):
         raise InputError(f"--holdout {holdout} of the {len(rows)} rows of {path} leaves none to train on: give at most "
                          f"{len(rows) - 1}, or --eval_data.")
-    held_out = {*order(len(rows), seed, 0)[:holdout].tolist()}
+    held_out = {*order(len(rows), 0, 0)[:holdout].tolist()}
     return [r for i, r in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
 
 

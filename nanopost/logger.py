@@ -20,7 +20,10 @@ class Logger:
         self.began, self.first = None, 0
 
     def open(self, resumed_at: int | None, overwrite: bool, manifest: dict):
-        """Begin a run, or go on from a checkpoint: what was logged after it will be logged again, so it goes."""
+        """Begin a run, or go on from a checkpoint: what was logged after it will be logged again, so it goes.
+
+        A run that is there is replaced only with overwrite, or if it ended before its first checkpoint.
+        """
         if not self.on:
             return
         self.out.mkdir(parents=True, exist_ok=True)

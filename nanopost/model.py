@@ -9,6 +9,7 @@ and stale after a backward. Sharding, compilation and checkpointing are applied 
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,8 @@ from nanopost.logprob import logprob, matmul_fp32
 
 FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
             "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+              "yarn": ("factor",)}
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,13 @@ def _rope(hf, source):
     """rope_theta and rope_scaling (or transformers 5's rope_parameters) as one dictionary with a `rope_type`."""
     given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     rope = {"rope_theta": hf.get("rope_theta", 10000.0), "max": hf.get("max_position_embeddings", 2048), **given}
-    rope["rope_type"] = given.get("rope_type", given.get("type", "default"))
-    if rope["rope_type"] not in ("default", "linear", "llama3", "yarn"):
-        raise InputError(f"{source}: rope type {rope['rope_type']!r} is not one of default, linear, llama3, yarn.")
+    kind = rope["rope_type"] = given.get("rope_type", given.get("type", "default"))
+    if kind not in ROPE_NEEDS or any(isinstance(v, dict) for v in given.values()):
+        kind = "one for each kind of layer" if kind in ROPE_NEEDS else repr(kind)
+        raise InputError(f"{source}: rope type {kind} is not one of {', '.join(ROPE_NEEDS)}.")
+    missing = [k for k in ROPE_NEEDS[kind] if rope.get(k) is None]
+    if missing:
+        raise InputError(f"{source}: rope type {kind!r} needs {', '.join(missing)} too, and config.json has none.")
     if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         raise InputError(f"{source}: a partial_rotary_factor other than 1 is not computed here.")
     return rope
@@ -87,7 +94,7 @@ def _rope(hf, source):
 
 def _windows(hf, family):
     """The sliding window of each layer, or None."""
-    layers, window = hf["num_hidden_layers"], hf.get("sliding_window")
+    layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
     if family == "llama" or window is None or (family != "mistral" and not hf.get("use_sliding_window", False)):
         return (None,) * layers
     kinds = hf.get("layer_types")
@@ -102,7 +109,7 @@ def rope_frequencies(rope: dict, head_dim: int, device=None):
     freq = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
     if kind == "default":
         return freq, 1.0
-    factor = rope.get("factor")
+    factor = rope["factor"]
     original = rope.get("original_max_position_embeddings") or rope["max"]
     if kind == "linear":
         return freq / factor, 1.0
@@ -111,7 +118,6 @@ def rope_frequencies(rope: dict, head_dim: int, device=None):
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         smooth = ((turns - low) / (high - low)).clamp(0, 1)
         return smooth * freq + (1 - smooth) * freq / factor, 1.0
-    factor = factor or rope["max"] / original
     magnitude = rope.get("attention_factor")
     if magnitude is None:
         def scale(m):
@@ -151,7 +157,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.layer, self.head_dim, self.window = layer, c.head_dim, c.windows[layer]
+        self.head_dim, self.window = c.head_dim, c.windows[layer]
         self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
         self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
         self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
@@ -163,7 +169,7 @@ class Attention(nn.Module):
         q, k, v = (rearrange(project(x_ND), "n (h k) -> n h k", k=self.head_dim)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(self.q_norm(q), cos_NK, sin_NK), rotate(self.k_norm(k), cos_NK, sin_NK)
-        return self.o_proj(attend(q, k, v, self.layer, self.window).flatten(1))
+        return self.o_proj(attend(q, k, v, self.window).flatten(1))
 
 
 class MLP(nn.Module):
@@ -200,16 +206,17 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.width, c.norm_eps)
 
     def forward(self, token_N, position_N, attend):
-        """-> hidden_ND. attend(q_NHK, k_NGK, v_NGK, layer, window) -> out_NHK is who sees whom."""
+        """-> hidden_ND. attend(layer, q_NHK, k_NGK, v_NGK, window) -> out_NHK is who sees whom."""
         x_ND = self.embed_tokens(token_N)
         freq, magnitude = rope_frequencies(self.config.rope, self.config.head_dim, token_N.device)
         angle_NK = position_N[:, None].float() * freq
         cos_NK, sin_NK = angle_NK.cos() * magnitude, angle_NK.sin() * magnitude
-        for block in self.layers:
+        for layer, block in enumerate(self.layers):
+            inputs = (x_ND, cos_NK, sin_NK, partial(attend, layer))
             if self.checkpointing and torch.is_grad_enabled():
-                x_ND = checkpoint(block, x_ND, cos_NK, sin_NK, attend, use_reentrant=False)
+                x_ND = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                x_ND = block(x_ND, cos_NK, sin_NK, attend)
+                x_ND = block(*inputs)
         return self.norm(x_ND)
 
 
@@ -232,7 +239,7 @@ class CausalLM(nn.Module):
         """Packed documents -> hidden_ND after the final norm."""
         packing = Packing(cu_seqlens, max_seqlen)
 
-        def attend(q, k, v, layer, window):
+        def attend(layer, q, k, v, window):
             return packed_attention(q, k, v, packing, window)
         return self.model(token_N, position_N, attend)
 
@@ -244,14 +251,14 @@ class CausalLM(nn.Module):
         """Packed prompts [P], each written to the rows of `cache` that it has -> hidden_PD of their last tokens."""
         packing = Packing(cu_seqlens, max_seqlen)
 
-        def attend(q, k, v, layer, window):
+        def attend(layer, q, k, v, window):
             cache.write_prompts(layer, k, v, cu_seqlens, max_seqlen)
             return packed_attention(q, k, v, packing, window)
         return self.model(token_N, position_N, attend)[cu_seqlens[1:].long() - 1]
 
     def decode(self, token_B, cache: Cache):
         """One further token a row -> hidden_BD; its keys and values join the cache."""
-        def attend(q, k, v, layer, window):
+        def attend(layer, q, k, v, window):
             return cached_attention(q, *cache.append(layer, k, v), cache.length_B + 1, window)
         cache.longest += 1
         hidden_BD = self.model(token_B, cache.length_B, attend)

@@ -33,7 +33,7 @@ def write_model(folder, seed: int = 0):
         "vocab_size": 264, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0, "max_position_embeddings": 512, "tie_word_embeddings": True, "attention_bias": False,
-        "initializer_range": 0.02, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None})
+        "initializer_range": 0.08, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None})
     model = CausalLM(config).init_weights(seed)
     hf.save_model(folder, model.state_dict().items(), config, files)
 

@@ -452,14 +452,14 @@ def test_a_rename_that_does_not_fit_names_the_columns(tmp_path, rename, said):
 
 def test_load_holds_rows_out_without_losing_one(tmp_path):
     path = write(tmp_path / "rows.jsonl", "\n".join(json.dumps({"id": i}) for i in range(20)))
-    ids = [[row["id"] for row in part] for part in data.load(path, None, 6, [], 1)]
+    ids = [[row["id"] for row in part] for part in data.load(path, None, 6, [])]
     assert sorted(ids[0] + ids[1]) == list(range(20)) and len(ids[1]) == 6
-    assert ids == [[row["id"] for row in part] for part in data.load(path, None, 6, [], 1)]
+    assert ids == [[row["id"] for row in part] for part in data.load(path, None, 6, [])]
     assert ids[1] != list(range(6)) and ids[1] != list(range(14, 20))
-    assert [len(part) for part in data.load(path, path, 6, [], 1)] == [20, 20]
-    assert [len(part) for part in data.load(path, None, 0, [], 1)] == [20, 0]
+    assert [len(part) for part in data.load(path, path, 6, [])] == [20, 20]
+    assert [len(part) for part in data.load(path, None, 0, [])] == [20, 0]
     with pytest.raises(InputError, match="--holdout 20 of the 20 rows .* at most 19, or --eval_data"):
-        data.load(path, None, 20, [], 1)
+        data.load(path, None, 20, [])
 
 
 # ------------------------------------------------------------------------------------------------------------- rows

@@ -30,11 +30,7 @@ def packed(seed=0, spread=0.5):
     seq_N = torch.tensor([s for s, mask in enumerate(masks) for _ in mask])
     at_N = torch.tensor([t for mask in masks for t in range(len(mask))])
 
-    def draw(shift=0.0):
-        logp_N = -torch.rand(len(mask_N), generator=rng) * 3 + spread * shift * torch.randn(len(mask_N), generator=rng)
-        return logp_N * mask_N
-
-    logp_N = draw()
+    logp_N = -3 * torch.rand(len(mask_N), generator=rng) * mask_N
     old_N, ref_N = (logp_N + spread * torch.randn(len(mask_N), generator=rng) * mask_N for _ in range(2))
     adv_S = torch.tensor([1.3, -0.7, 0.9, -1.1, 2.0, 0.4])
     return SimpleNamespace(logp_N=logp_N.requires_grad_(), old_N=old_N, ref_N=ref_N, mask_N=mask_N, seq_N=seq_N,

@@ -1,11 +1,14 @@
 """The decoder against transformers, on random weights large enough that attention looks at something."""
+import copy
+import shutil
+
 import pytest
 import torch
 
 from nanopost import InputError, hf
 from nanopost.attention import Cache
 from nanopost.data import Batch
-from nanopost.model import CausalLM, Config, rope_frequencies
+from nanopost.model import CausalLM, Config
 
 transformers = pytest.importorskip("transformers")
 
@@ -26,7 +29,8 @@ CASES = {
     "mistral": ("Mistral", {"sliding_window": 7, "num_key_value_heads": 1}),
     "mistral_v0.3": ("Mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2.5_yarn": ("Qwen2", {"rope_parameters": {**YARN, "rope_theta": 1e6}, "num_key_value_heads": 8}),
+    "qwen2.5_yarn": ("Qwen2", {"rope_parameters": {**YARN, "rope_theta": 1e6, "attention_factor": 1.3},
+                               "num_key_value_heads": 8}),
     "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
     "qwen3_untied_biases": ("Qwen3", {"head_dim": 16, "num_key_value_heads": 1, "attention_bias": True}),
@@ -39,7 +43,7 @@ def make_oracle(case):
     config = getattr(transformers, family + "Config")(**{
         "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
         "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "eos_token_id": None,
-        "bos_token_id": None, "pad_token_id": 0, **given})
+        "bos_token_id": None, "pad_token_id": None, **given})
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
@@ -133,10 +137,154 @@ def test_cached_logits_equal_those_of_transformers_while_rows_leave(pair, case):
 @torch.no_grad()
 def test_greedy_generation_is_token_identical_over_64_tokens(pair, case):
     oracle, model = pair(case)
-    prompts = documents([5, 23, 9], seed=2)
+    prompts = documents([5, 23], seed=2)
     expected = [oracle.generate(p[None], max_new_tokens=64, do_sample=False)[0, len(p):].tolist() for p in prompts]
     cache = new_cache(model, prompts, 1, 23 + 64)
     tokens = [model.logits(model.prefill(*packed(prompts), cache)).argmax(-1)]
     while len(tokens) < 64:
         tokens.append(model.logits(model.decode(tokens[-1], cache)).argmax(-1))
     assert torch.stack(tokens, 1).tolist() == expected
+
+
+def test_the_scaled_frequencies_are_used_beyond_the_original_context():
+    for name in ("llama3.1", "llama_yarn", "qwen2.5_yarn"):
+        assert CASES[name][1]["rope_parameters"]["original_max_position_embeddings"] < max(LENGTHS) / 3
+
+
+@pytest.mark.parametrize("case", ["llama3.1", "llama_yarn", "llama_linear", "qwen2_window"])
+def test_a_config_in_the_manner_of_transformers_4_is_read_alike(pair, case):
+    hf_dict = dict(pair(case)[1].config.hf)
+    rope = dict(hf_dict.pop("rope_parameters"))
+    hf_dict.pop("layer_types", None)
+    old = {**hf_dict, "rope_theta": rope.pop("rope_theta"), "rope_scaling": None}
+    if case != "qwen2_window":
+        old["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+    new, old = pair(case)[1].config, Config.of(old)
+    for field in ("windows", "head_dim", "kv_heads", "tied", "norm_eps", "qkv_bias"):
+        assert getattr(old, field) == getattr(new, field)
+    for key in new.rope:
+        assert new.rope[key] == old.rope[key]
+
+
+def tiny(case="qwen3", **given):
+    """The oracle's config with changes, and a random model of it, made here without transformers."""
+    oracle = make_oracle(case)
+    model = CausalLM(Config.of({**oracle.config.to_dict(), **given}))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(oracle.get_parameter(name))
+    return model
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*LlamaForCausalLM"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    ({"architectures": None, "model_type": "mixtral"}, "mixtral"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*llama3"),
+    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
+    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each kind of layer"),
+    ({"rope_scaling": {"type": "linear"}}, "'linear' needs factor"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_factor"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({"hidden_act": "gelu"}, "'gelu'"),
+    ({"quantization_config": {"quant_method": "awq"}}, "quantised .awq."),
+    ({"hidden_size": None}, "hidden_size missing"),
+])
+def test_what_is_not_computed_is_refused_in_one_sentence(change, words):
+    known = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97, "hidden_size": 64,
+             "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    assert Config.of(known).kv_heads == 4
+    with pytest.raises(InputError, match=f"^here: .*{words}.*[.]$"):
+        Config.of({**known, **change}, "here")
+
+
+def test_missing_keys_mean_what_they_mean_in_transformers():
+    bare = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2}
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+        theirs = getattr(transformers, family + "Config")(**bare)
+        ours = Config.of({"model_type": theirs.model_type, **bare})
+        assert ours.windows == (getattr(theirs, "sliding_window", None),) * 2
+        assert ours.rope["rope_theta"] == theirs.rope_parameters["rope_theta"]
+        assert (ours.norm_eps, ours.head_dim, ours.tied) == (theirs.rms_norm_eps, getattr(
+            theirs, "head_dim", 16), theirs.tie_word_embeddings)
+
+
+def test_init_weights_depends_on_the_seed_alone_and_has_the_configs_spread():
+    with torch.device("meta"):
+        model = CausalLM(tiny("qwen3_untied_biases", initializer_range=0.07).config)
+    fill = [dict(model.to_empty(device="cpu").init_weights(seed).named_parameters()) for seed in (1,)][0]
+    fill = {n: p.clone() for n, p in fill.items()}
+    again = dict(model.init_weights(1).named_parameters())
+    assert all(torch.equal(fill[n], again[n]) for n in fill)
+    other = dict(model.init_weights(2).named_parameters())
+    for name, p in fill.items():
+        if p.ndim == 2:
+            assert not torch.equal(p, other[name])
+            assert abs(p.std() - 0.07) < 0.01 and abs(p.mean()) < 0.01
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all()
+
+
+def loss_and_gradients(model, docs):
+    model.zero_grad()
+    logp_N, entropy_N = model(batch_of(docs))
+    loss = -logp_N.sum() - 0.1 * entropy_N.sum()
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+def assert_close(a, b, tolerance):
+    """Losses and gradients, relative to the size of each gradient's largest entry."""
+    assert abs(a[0] - b[0]) <= tolerance * abs(b[0])
+    for name in b[1]:
+        assert (a[1][name] - b[1][name]).abs().max() <= tolerance * b[1][name].abs().max(), name
+
+
+@pytest.mark.parametrize("case", ["llama3.1", "mistral", "qwen2_window", "qwen3", "llama2_tied_biases"])
+def test_packed_equals_alone_in_loss_and_gradient(case):
+    model, docs = tiny(case), documents()
+    parts = [loss_and_gradients(model, [d]) for d in docs]
+    alone = sum(p[0] for p in parts), {n: sum(p[1][n] for p in parts) for n in parts[0][1]}
+    assert_close(loss_and_gradients(model, docs), alone, 1e-5)
+
+
+@pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3_untied_biases"])
+def test_gradients_equal_those_of_transformers(case):
+    oracle, model, docs = make_oracle(case), tiny(case), documents()
+    loss = sum(torch.nn.functional.cross_entropy(oracle(d[None]).logits[0, :-1], d[1:], reduction="sum")
+               for d in docs if len(d) > 1)
+    loss.backward()
+    ours = -model(batch_of(docs))[0].sum()
+    ours.backward()
+    theirs = {n: oracle.get_parameter(n).grad for n, _ in model.named_parameters()}
+    assert_close((ours.detach(), {n: p.grad for n, p in model.named_parameters()}), (loss.detach(), theirs), 1e-4)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    model, docs = tiny("qwen2_window"), documents()
+    plain = loss_and_gradients(model, docs)
+    model.model.checkpointing = True
+    assert_close(loss_and_gradients(model, docs), plain, 1e-6)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_compiled_blocks_give_the_same_loss_and_gradients():
+    model, docs = tiny("qwen3"), documents([9, 4, 9])
+    compiled = copy.deepcopy(model)
+    for block in compiled.model.layers:
+        block.compile()
+    assert_close(loss_and_gradients(compiled, docs), loss_and_gradients(model, docs), 1e-5)
+
+
+def test_all_blocks_share_the_compiled_code():
+    """Code made for one layer must serve all: torch gives up compiling after eight variants, without an error."""
+    torch._dynamo.reset()
+    model = CausalLM(Config.of({**tiny("qwen3").config.hf, "num_hidden_layers": 10})).init_weights(0)
+    compiled = copy.deepcopy(model)
+    for block in compiled.model.layers:
+        block.compile(backend="eager")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True, recompile_limit=2):
+        for lengths in ([9, 4], [8, 2, 7], [20, 1]):
+            docs = documents(lengths)
+            assert_close(loss_and_gradients(compiled, docs), loss_and_gradients(model, docs), 1e-6)

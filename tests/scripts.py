@@ -1,0 +1,31 @@
+"""Running the training scripts as a person does: as subprocesses, by their command lines."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+
+
+def command(script, *arguments, ranks=0):
+    start = [*TORCHRUN, str(ranks)] if ranks else [sys.executable]
+    return [*start, str(ROOT / script), *map(str, arguments)]
+
+
+def run(script, *arguments, ranks=0, ok=True, timeout=300):
+    """-> CompletedProcess; with ok, its success is asserted."""
+    done = subprocess.run(command(script, *arguments, ranks=ranks), env=ENVIRONMENT, capture_output=True, text=True,
+                          timeout=timeout)
+    assert not ok or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(out) -> bytes:
+    return (Path(out) / "model.safetensors").read_bytes()

@@ -1,0 +1,129 @@
+"""Packed and cached attention against one dense masked softmax in float64."""
+import pytest
+import torch
+
+from nanopost.attention import Cache, Packing, _varlen, cached_attention, packed_attention
+
+PACKINGS = {
+    "one document": [37],
+    "single tokens": [1, 1, 1, 1],
+    "equal lengths": [8] * 6,
+    "very different": [1, 64, 2, 300, 7, 1],
+    "sorted, padded a little": [33, 32, 31, 31, 1],
+    "random": torch.randint(1, 40, (30,), generator=torch.Generator().manual_seed(5)).tolist(),
+}
+
+
+def dense(q_NHK, k_NGK, v_NGK, lengths, window):
+    """The definition: every query against every key, those of other documents, later ones and too early ones masked."""
+    repeat = q_NHK.shape[1] // k_NGK.shape[1]
+    k_NHK, v_NHK = k_NGK.repeat_interleave(repeat, 1), v_NGK.repeat_interleave(repeat, 1)
+    document_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    at_N = torch.arange(len(document_N))
+    back_NN = at_N[:, None] - at_N
+    sees_NN = (document_N[:, None] == document_N) & (back_NN >= 0) & (back_NN < (window or len(at_N)))
+    score_HNN = torch.einsum("nhk,mhk->hnm", q_NHK, k_NHK) / q_NHK.shape[2] ** 0.5
+    p_HNN = score_HNN.masked_fill(~sees_NN, -torch.inf).softmax(-1)
+    return torch.einsum("hnm,mhk->nhk", p_HNN, v_NHK)
+
+
+def inputs(N, H, G, K, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [(2 * torch.randn(N, heads, K, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+            for heads in (H, G, G)]
+
+
+def packing(lengths):
+    return Packing(torch.tensor([0, *lengths]).cumsum(0).int(), max(lengths))
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (8, 2), (8, 1)])
+@pytest.mark.parametrize("window", [None, 1, 5, 64])
+@pytest.mark.parametrize("lengths", PACKINGS.values(), ids=PACKINGS)
+def test_packed_equals_the_dense_block_diagonal_softmax_forward_and_backward(lengths, window, heads, groups):
+    qkv = inputs(sum(lengths), heads, groups, 8)
+    upstream = torch.randn(qkv[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    expected, got = dense(*qkv, lengths, window), packed_attention(*qkv, packing(lengths), window)
+    assert (got - expected).abs().max() <= 1e-12
+    for a, b in zip(torch.autograd.grad(got, qkv, upstream), torch.autograd.grad(expected, qkv, upstream)):
+        assert (a - b).abs().max() <= 1e-11
+
+
+def test_fp32_stays_within_rounding_of_float64():
+    lengths = PACKINGS["very different"]
+    qkv = inputs(sum(lengths), 8, 2, 32, torch.float32)
+    got = packed_attention(*qkv, packing(lengths))
+    expected = dense(*(x.double() for x in qkv), lengths, None)
+    assert got.dtype == torch.float32 and (got - expected).abs().max() <= 1e-5
+
+
+def test_no_document_feels_another_even_through_nan():
+    lengths = [5, 6, 5]
+    q, k, v = inputs(16, 4, 2, 8)
+    clean = packed_attention(q, k, v, packing(lengths))
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[5:11] = torch.nan
+    spoilt = packed_attention(q, k, v, packing(lengths))
+    outside = torch.tensor([*range(5), *range(11, 16)])
+    assert torch.equal(spoilt[outside], clean[outside]) and spoilt[5:11].isnan().all()
+
+
+def test_stacks_hold_every_token_once_and_little_padding():
+    lengths = torch.randint(1, 200, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+    shapes, index_M, inverse_N = packing(lengths).stacks()
+    assert index_M[inverse_N].equal(torch.arange(sum(lengths)))
+    assert sum(rows * longest for rows, longest in shapes) == len(index_M) < sum(lengths) * 17 / 16
+    assert len(shapes) < 80
+
+
+def test_one_document_and_equal_lengths_are_not_moved():
+    for lengths in ([37], [8] * 6):
+        assert packing(lengths).stacks() == ([(len(lengths), lengths[0])], None, None)
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (8, 2), (8, 1)])
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_cached_equals_the_last_row_of_packed(window, heads, groups):
+    lengths = [1, 9, 4, 30]
+    q, k, v = (x.detach() for x in inputs(sum(lengths), heads, groups, 8))
+    last = torch.tensor(lengths).cumsum(0) - 1
+    longest = max(lengths) + 3
+    cache_k, cache_v = torch.full((2, len(lengths), groups, longest, 8), 1e3, dtype=torch.float64)
+    for row, (kept_k, kept_v) in enumerate(zip(k.split(lengths), v.split(lengths))):
+        cache_k[row, :, :lengths[row]], cache_v[row, :, :lengths[row]] = kept_k.transpose(0, 1), kept_v.transpose(0, 1)
+    got = cached_attention(q[last], cache_k, cache_v, torch.tensor(lengths), window)
+    assert (got - packed_attention(q, k, v, packing(lengths), window)[last]).abs().max() <= 1e-12
+
+
+def test_a_cache_holds_each_prompt_once_a_copy_and_what_is_appended_behind_it():
+    lengths, copies = [2, 5], 3
+    k_NGK, v_NGK = torch.randn(2, sum(lengths), 2, 4)
+    cache = Cache(1, 6, copies, 2, 8, 4, torch.float32, "cpu")
+    cache.write_prompts(0, k_NGK, v_NGK, torch.tensor([0, 2, 7], dtype=torch.int32), 5)
+    assert cache.length_B.tolist() == [2, 2, 2, 5, 5, 5] and cache.longest == 5
+    new_k, new_v = torch.randn(2, 6, 2, 4)
+    cache.longest += 1
+    seen_k, seen_v = cache.append(0, new_k, new_v)
+    cache.length_B = cache.length_B + 1
+    for seen, given, new in ((seen_k, k_NGK, new_k), (seen_v, v_NGK, new_v)):
+        assert seen.shape == (6, 2, 6, 4)
+        for row, prompt in enumerate(given.split(lengths)[b] for b in (0, 0, 0, 1, 1, 1)):
+            assert torch.equal(seen[row, :, :len(prompt)], prompt.transpose(0, 1))
+            assert torch.equal(seen[row, :, len(prompt)], new[row])
+    cache.keep(torch.tensor([1, 2]))
+    assert cache.length_B.tolist() == [3, 3] and cache.longest == 3 and torch.equal(cache.k[0], cache.k[0][:2])
+    assert torch.equal(cache.k[0][:, :, 2], new_k[1:3]) and torch.equal(cache.v[0][:, :, 2], new_v[1:3])
+
+
+def test_the_cuda_kernel_is_called_in_a_way_it_accepts_and_compiles_without_a_break():
+    """On meta tensors: names, dtypes and shapes, forward and backward. Its numbers need a GPU."""
+    q, k, v = (torch.empty(10, heads, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+               for heads in (8, 2, 2))
+    p = Packing(torch.empty(4, dtype=torch.int32, device="meta"), 5)
+    compiled = torch.compile(_varlen, backend="eager", fullgraph=True)
+    for window in (None, 3):
+        for attend in (_varlen, compiled):
+            out = attend(q, k, v, p, window)
+            assert out.shape == q.shape
+            assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
