@@ -20,6 +20,7 @@ import argparse
 import math
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +28,8 @@ import torch
 
 from nanopost import InputError, advantages, checkpoint, data, dist, hf, losses, optim, rewards, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, tokenizer_files
-from nanopost.data import Example
 from nanopost.logger import Logger
 from nanopost.logprob import logprobs_of
-from nanopost.model import CausalLM
 from nanopost.rollout import Engine, Sampling, prompt_seed
 
 # N packed tokens of a micro-batch, S its sequences, P prompts, G samples of a prompt, F reward functions.
@@ -73,7 +72,7 @@ add("--stop", nargs="*", default=[], help="strings that end a completion")
 add("--reward", nargs="+", default=["exact"], metavar="REWARD",
     help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER or file.py:function")
 add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1")
-add("--resample", type=int, default=0, help="rounds of new prompts that replace groups with equal rewards; 0: they stay")
+add("--resample", type=int, default=0, help="rounds of prompts that replace groups with equal rewards; 0: they stay")
 add("--overlong", default="keep", choices=["keep", "mask", "soft"],
     help="completions without an end: kept, out of the loss, or punished")
 add("--overlong_buffer", type=int, default=0, help="soft: tokens before --max_new_tokens where the punishment begins")
@@ -106,23 +105,12 @@ bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "c
 # --------------------------------------------------------------------------------------------- tokenizer and model
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 stage = check_stage(args.model, tokenizer)
-
-
-def load_policy():
-    with torch.device("meta"):
-        model = CausalLM(hf.read_config(args.model))
-    model = dist.shard(model, world, bf16, args.checkpointing, args.compile).to_empty(device=world.device)
-    hf.load_weights(model, args.model)
-    return model
-
-
-model = load_policy()
-reference = load_policy().requires_grad_(False) if args.beta else None
-if world.size == 1 and not bf16:
-    engine_model = model  # the engine samples with the trainer's own tensors
-else:
-    engine_model = hf.load_model(args.model, world.device, torch.bfloat16 if bf16 else torch.float32)
-engine = Engine(engine_model, tokenizer.stop_ids, tokenizer.decode, args.engine_rows)
+shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile)
+model = hf.load_model(args.model, world.device, shard=shard)
+reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False) if args.beta else None
+shared = world.size == 1 and not bf16  # then the engine samples with the trainer's own tensors
+sampler = model if shared else hf.load_model(args.model, world.device, torch.bfloat16 if bf16 else torch.float32)
+engine = Engine(sampler, tokenizer.stop_ids, tokenizer.decode, args.engine_rows)
 
 # ------------------------------------------------------------------------------------------------------------ data
 if args.data == "toy":
@@ -148,7 +136,8 @@ state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "cons
 logger = Logger(args.out, world.rank, args.steps, ["reward", "reward_std", "kl", "entropy", "loss", "grad_norm",
                 "completions/mean_length", "tokens_per_second"], args.verbose)
 unfinished = args.resume and not Path(args.out, "config.json").exists()  # killed before its first checkpoint
-logger.open(state["step"] if found else None, args.overwrite or unfinished, {"args": vars(args), **fingerprint(tokenizer)})
+logger.open(state["step"] if found else None, args.overwrite or unfinished,
+            {"args": vars(args), **fingerprint(tokenizer)})
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
@@ -179,10 +168,8 @@ def evaluate():
     for name, temperature in (("accuracy", 1.0), ("greedy", 0.0)):
         sampling = Sampling(args.max_new_tokens, temperature, stop=tuple(args.stop))
         _, reward_FPG = rollout([eval_rows[i] for i in mine], [2**32 + i for i in mine], 1, sampling)
-        sums = dist.all_sum(*reward_FPG.nansum((1, 2)), *(~reward_FPG.isnan()).sum((1, 2)))
-        means = [total / max(1, count) for total, count in zip(sums, sums[len(args.reward):])]
-        metrics |= {f"eval/{name}": means[0]}
-        metrics |= {f"eval/{name}/{f.name}": m for f, m in zip(reward_functions[1:], means[1:])}
+        names = [f"eval/{name}", *(f"eval/{name}/{f.name}" for f in reward_functions[1:])]
+        metrics |= dist.means({n: (r.nansum(), (~r.isnan()).sum()) for n, r in zip(names, reward_FPG)})
     return metrics
 
 
@@ -227,12 +214,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if args.overlong == "soft":
         penalty = [advantages.soft_overlong_penalty(n, args.max_new_tokens, args.overlong_buffer) for n in length_B]
         reward_PG = reward_PG + torch.tensor(penalty).view_as(reward_PG)
-    examples = []
-    for r in flat:
-        context = np.zeros(len(r.prompt))
-        trained = args.overlong != "mask" or r.finish == "stop"
-        mask = np.concatenate([context, np.full(len(r.ids), trained)]).astype(bool)
-        examples.append(Example(r.prompt + r.ids, mask, {"engine_logp": np.concatenate([context, r.logp]) * mask}))
+    examples = [r.example(trained=args.overlong != "mask" or r.finish == "stop") for r in flat]
     if args.old_logp == "trainer":
         logger.phase("old log-probs", step)
         for e, logp in zip(examples, logprobs_of(model, examples, args.tokens, args.temperature, world.device)):
@@ -256,9 +238,11 @@ for step in range(state["step"] + 1, args.steps + 1):
     sums, loss_sum, gap_max = defaultdict(float), 0.0, 0.0
     for k, part in enumerate(np.array_split(np.arange(len(examples)).reshape(-1, args.group), args.minibatches)):
         minibatch = [examples[i] for i in part.flatten()]
+        trained, sequences = dist.all_sum(sum(int(e.mask.sum()) for e in minibatch), len(minibatch))
+        # Without a KL a sequence of advantage 0 has no gradient: it counts in the divisor and needs no forward pass.
+        minibatch = [e for e in minibatch if e.columns["adv"] or reference]
         micro_batches = dist.even(data.micro_batches([len(e) for e in minibatch], args.tokens))
         batches = [data.batch_of([minibatch[i] for i in m], world.device) for m in micro_batches]
-        trained, sequences = dist.all_sum(sum(int(b.mask_N.sum()) for b in batches), len(minibatch))
         divisor = {"token": trained, "sequence": sequences, "constant": sequences * args.max_new_tokens}[args.agg]
         for batch in batches:
             logp_N, entropy_N = model(batch, args.temperature)
@@ -301,33 +285,32 @@ for step in range(state["step"] + 1, args.steps + 1):
     engine.sync_weights(dist.full_weights(model), step)
 
     # ---- log
-    sums = dist.sum_metrics(sums)
-    tokens, gap = sums.pop("tokens"), sums.pop("gap") / max(1, sums.pop("gap_tokens"))
-    gap_max, longest, shortest = dist.all_max(gap_max, max(length_B, default=0), -min(length_B, default=1e9))
-    loss_sum, zero_std, groups_kept, reward_sum, std_sum, length_sum, cut, *by_function = dist.all_sum(
-        loss_sum, zero_std, len(groups), reward_PG.sum(), reward_PG.std(1).sum(), sum(length_B),
-        sum(r.finish == "length" for r in flat), *(x for r in reward_FPG for x in (r.nansum(), (~r.isnan()).sum())))
-    samples = groups_kept * args.group
-    seen += length_sum
-    metrics = {
-        "reward": reward_sum / samples, "reward_std": std_sum / groups_kept, "frac_reward_zero_std": zero_std / drawn,
-        **{f"rewards/{f.name}/mean": total / max(1, count)
-           for f, total, count in zip(reward_functions, by_function[::2], by_function[1::2])},
-        "loss": loss_sum / args.minibatches, **{name: value / max(1, tokens) for name, value in sums.items()},
-        "grad_norm": grad_norm, "lr": lr, "prompts_drawn": drawn, "groups": groups_kept, "num_tokens": seen,
-        "completions/mean_length": length_sum / samples, "completions/min_length": -shortest,
-        "completions/max_length": longest, "completions/clipped_ratio": cut / samples,
-        "sampling/sampling_logp_difference/mean": gap, "sampling/sampling_logp_difference/max": gap_max,
+    tokens, gap, gap_tokens = (sums.pop(name) for name in ("tokens", "gap", "gap_tokens"))
+    metrics = dist.means({
+        "reward": (reward_PG.sum(), reward_PG.numel()), "reward_std": (reward_PG.std(1).sum(), len(reward_PG)),
+        "frac_reward_zero_std": (zero_std, drawn / world.size),
+        **{f"rewards/{f.name}/mean": (r.nansum(), (~r.isnan()).sum()) for f, r in zip(reward_functions, reward_FPG)},
+        "loss": (loss_sum, args.minibatches / world.size), **{name: (value, tokens) for name, value in sums.items()},
+        "completions/mean_length": (sum(length_B), len(flat)),
+        "completions/clipped_ratio": (sum(r.finish == "length" for r in flat), len(flat)),
+        "sampling/sampling_logp_difference/mean": (gap, gap_tokens)})
+    gap_max, longest, shortest = dist.all_max(gap_max, max(length_B, default=0), -min(length_B, default=2**31))
+    sampled, kept = dist.all_sum(sum(length_B), len(groups))
+    seen += sampled
+    metrics |= {
+        "completions/min_length": -shortest, "completions/max_length": longest, "grad_norm": grad_norm, "lr": lr,
+        "sampling/sampling_logp_difference/max": gap_max, "groups": kept, "prompts_drawn": drawn, "num_tokens": seen,
         "time/rollout": rollout_seconds, "time/step": time.perf_counter() - began,
-        "tokens_per_second": length_sum / (time.perf_counter() - began)}
+        "tokens_per_second": sampled / (time.perf_counter() - began)}
     if step % args.eval_every == 0 or step == args.steps:
         logger.phase("eval", step)
         metrics |= (last := evaluate())
     logger.log(step, metrics)
-    logger.samples(step, [{"prompt": tokenizer.decode(r.prompt), "completion": tokenizer.decode(r.ids), "reward": float(x),
-                           "advantage": float(a), "finish": r.finish}
-                          for r, x, a in zip(flat[:args.group], reward_PG.flatten(), adv_PG.flatten())])
-    if gap > max_logp_gap:
+    logger.samples(step, [
+        {"prompt": tokenizer.decode(r.prompt), "completion": tokenizer.decode(r.ids), "finish": r.finish,
+         "reward": float(reward), "advantage": float(adv)}
+        for r, reward, adv in zip(flat[:args.group], reward_PG.flatten(), adv_PG.flatten())])
+    if (gap := metrics["sampling/sampling_logp_difference/mean"]) > max_logp_gap:
         raise RuntimeError(f"step {step}: engine and trainer disagree by {gap:.2g} in mean log-prob (--max_logp_gap "
                            f"{max_logp_gap:g}): the engine's weights are stale, or its precision is too low.")
 

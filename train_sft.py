@@ -11,6 +11,7 @@ packed without padding, and no document sees another; --train_on says which of t
 import argparse
 import math
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,6 @@ import torch
 from nanopost import checkpoint, data, dist, hf, losses, optim, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, report, tokenizer_files
 from nanopost.logger import Logger
-from nanopost.model import CausalLM
 
 # N packed tokens of a micro-batch.
 
@@ -71,10 +71,8 @@ if args.model == "toy":
     args.model = str(toy.make(f"{args.out}/toy"))
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 stage = check_stage(args.model, tokenizer)
-with torch.device("meta"):
-    model = CausalLM(hf.read_config(args.model))
-model = dist.shard(model, world, bf16, args.checkpointing, args.compile).to_empty(device=world.device)
-hf.load_weights(model, args.model)
+shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile)
+model = hf.load_model(args.model, world.device, shard=shard)
 
 # ------------------------------------------------------------------------------------------------------------ data
 if args.data == "toy":
@@ -105,7 +103,8 @@ found = checkpoint.latest(args.out) if args.resume else None
 state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
 logger = Logger(args.out, world.rank, args.steps, ["loss", "grad_norm", "lr", "tokens_per_second"], args.verbose)
 unfinished = args.resume and not Path(args.out, "config.json").exists()  # killed before its first checkpoint
-logger.open(state["step"] if found else None, args.overwrite or unfinished, {"args": vars(args), **fingerprint(tokenizer)})
+logger.open(state["step"] if found else None, args.overwrite or unfinished,
+            {"args": vars(args), **fingerprint(tokenizer)})
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
@@ -118,17 +117,13 @@ logger.say(f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch; packe
 @torch.no_grad()
 def evaluate():
     """Mean loss and entropy of a trained token of the held-out rows."""
-    mine = eval_examples[world.rank::world.size]
-    sums = {"eval/loss": 0.0, "eval/entropy": 0.0, "tokens": 0}
+    mine, loss, entropy = eval_examples[world.rank::world.size], 0.0, 0.0
     for part in dist.even(data.micro_batches([len(e) for e in mine], args.tokens)):
-        batch = data.batch_of([mine[i] for i in part], world.device)
-        logp_N, entropy_N = model(batch)
-        sums["eval/loss"] -= float(logp_N.sum())
-        sums["eval/entropy"] += float(entropy_N.sum())
-        sums["tokens"] += int(batch.mask_N.sum())
-    sums = dist.sum_metrics(sums)
-    tokens = sums.pop("tokens")
-    return {k: v / tokens for k, v in sums.items()}
+        logp_N, entropy_N = model(data.batch_of([mine[i] for i in part], world.device))
+        loss -= float(logp_N.sum())
+        entropy += float(entropy_N.sum())
+    tokens = sum(int(e.mask[1:].sum()) for e in mine)
+    return dist.means({"eval/loss": (loss, tokens), "eval/entropy": (entropy, tokens)})
 
 
 # ------------------------------------------------------------------------------------------------------------ loop
@@ -145,14 +140,13 @@ for step in range(state["step"] + 1, args.steps + 1):
     batches = [data.batch_of([examples[i] for i in part], world.device) for part in micro_batches]
     trained, tokens = dist.all_sum(sum(int(b.mask_N.sum()) for b in batches),
                                    sum(lengths[i] for part in micro_batches for i in part))
-    sums = {"loss": 0.0, "entropy": 0.0}
+    loss_sum = entropy_sum = 0.0
     for batch in batches:
         logp_N, entropy_N = model(batch)
         loss, _ = loss_function(logp_N, batch.mask_N)
         (loss * world.size / trained).backward()  # FSDP averages gradients over ranks: world.size undoes it
-        sums["loss"] += float(loss.detach())
-        sums["entropy"] += float(entropy_N.detach().sum())
-    sums = {k: v / trained for k, v in dist.sum_metrics(sums).items()}
+        loss_sum += float(loss.detach())
+        entropy_sum += float(entropy_N.detach().sum())
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
     optim.set_learning_rate(optimizer, lr)
@@ -161,7 +155,9 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- log
     seen += tokens
-    metrics = {**sums, "grad_norm": grad_norm, "lr": lr, "epoch": consumed / per_epoch, "num_tokens": seen,
+    share = trained / world.size
+    metrics = {**dist.means({"loss": (loss_sum, share), "entropy": (entropy_sum, share)}), "grad_norm": grad_norm,
+               "lr": lr, "epoch": consumed / per_epoch, "num_tokens": seen,
                "tokens_per_second": tokens / (time.perf_counter() - began)}
     if step % args.eval_every == 0 or step == args.steps:
         logger.phase("eval", step)

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import jinja2
@@ -32,11 +32,10 @@ from nanopost import InputError
 from nanopost.data import Example
 
 PROBE, OPEN, CLOSE = "\U000f5a5a", "\U000f5a5b", "\U000f5a5c"  # private use; a text that has one is refused
-TOOL = "nanopost_QxZ"  # a tool of this name is nowhere
+TOOL = "nanopost_QxZ"  # a name that no tool has
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
          "merges.txt", "tokenizer.model", "generation_config.json")
-MARK_THEM = "mark the answers in the template with {% generation %} ... {% endgeneration %} (--chat_template FILE)"
 
 
 class Tokenizer:
@@ -48,13 +47,11 @@ class Tokenizer:
 
     def __init__(self, raw: tokenizers.Tokenizer, config: dict, template: str | None, extra_stops=()):
         """raw: the tokenizer. config: tokenizer_config.json. template: Jinja source, or None for a base model."""
-        self.raw, self.template = raw, template
+        self.raw, self.template, self.named = raw, template, _named(config)
         raw.no_truncation(), raw.no_padding()
-        self.named = {name: _content(config[name]) for name in NAMED_TOKENS if config.get(name)}
         self.bos_id, self.eos_id, self.pad_id = (raw.token_to_id(self.named.get(name, "")) for name in
                                                  ("bos_token", "eos_token", "pad_token"))
-        added = raw.get_added_tokens_decoder()
-        self.special = {token.content: i for i, token in added.items() if token.special}
+        self.special = {token.content: i for i, token in raw.get_added_tokens_decoder().items() if token.special}
         with_special, plain = raw.encode("a").ids, raw.encode("a", add_special_tokens=False).ids
         self.prefix = with_special[:with_special.index(plain[0])] if plain else []  # what stands before any text
         raw.post_processor = processors.Sequence([])  # adds no more than that, and may cut spaces off offsets (GPT-2's)
@@ -78,15 +75,15 @@ class Tokenizer:
                 raise InputError(f"{folder}: {token.content!r} has the id {i} in tokenizer_config.json and "
                                  f"{raw.token_to_id(token.content)} in tokenizer.json: they do not belong together.")
         known = {token.content for token in raw.get_added_tokens_decoder().values()}
-        for name in NAMED_TOKENS:
-            token = _content(config.get(name) or "")
-            if token and raw.token_to_id(token) is None and name in ("bos_token", "eos_token"):
-                raise InputError(f"{folder}: tokenizer_config.json names {token!r} as {name}, and tokenizer.json has no "
-                                 "such token: mend one of them.")
+        for name, token in _named(config).items():
             if raw.token_to_id(token) is not None and token not in known:
                 raw.add_special_tokens([AddedToken(token, normalized=False)])
+            elif token not in known and name in ("bos_token", "eos_token"):
+                raise InputError(f"{folder}: tokenizer_config.json names {token!r} as {name}, and tokenizer.json has "
+                                 "no such token: mend one of them.")
         stops = _read_json(folder / "generation_config.json").get("eos_token_id")
-        return cls(raw, config, _template(folder, config, chat_template), stops if isinstance(stops, list) else [stops])
+        stops = stops if isinstance(stops, list) else [stops]
+        return cls(raw, config, _template(folder, config, chat_template), stops)
 
     # ------------------------------------------------------------------------------------------------------------ text
     @property
@@ -106,28 +103,28 @@ class Tokenizer:
         ids = self.encode(text)
         return ids if ids[:len(self.prefix)] == self.prefix else self.prefix + ids
 
-    def render(self, messages: list[dict], tools=None, add_generation_prompt=False, **variables) -> str:
-        """The conversation as text, by the chat template. InputError quotes what the template itself refuses."""
-        return self._render(self._jinja, messages, tools, add_generation_prompt, **variables)
+    def render(self, messages: list[dict], tools=None, add_generation_prompt=False, marks=("", ""), **variables) -> str:
+        """The conversation as text, by the chat template; `marks` go around what its {% generation %} blocks write.
 
-    def _render(self, jinja, messages, tools=None, add_generation_prompt=False, **variables):
+        InputError quotes what the template itself refuses.
+        """
+        if self.template is None:
+            raise InputError("messages need a chat template, and this model has none: give one (--chat_template FILE).")
         try:
-            return jinja.render({**self.named, "messages": [_as_templates_know_it(m) for m in messages], "tools": tools,
-                                 "documents": None, "add_generation_prompt": add_generation_prompt, **variables})
+            return _compile(self.template, *marks).render({
+                **self.named, "messages": [_as_templates_know_it(m) for m in messages], "tools": tools,
+                "documents": None, "add_generation_prompt": add_generation_prompt, **variables})
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template refuses this conversation: {error}.") from error
         except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError) as error:
             raise InputError(f"the chat template fails here ({type(error).__name__}: {error}).") from error
 
-    @cached_property
-    def _jinja(self):
-        if self.template is None:
-            raise InputError("this model has no chat template, which messages need: give one with --chat_template FILE.")
-        return _compile(self.template, "", "")
-
-    @cached_property
-    def _marking_jinja(self):
-        return _compile(self.template, OPEN, CLOSE)
+    def try_render(self, *args, **variables) -> str:
+        """The same, or "" where the template refuses: some want a conversation to go on."""
+        try:
+            return self.render(*args, **variables)
+        except InputError:
+            return ""
 
     # ------------------------------------------------------------------------------------------------------------ rows
     def prompt_ids(self, prompt: str | list[dict], tools=None, **variables) -> list[int]:
@@ -167,31 +164,31 @@ class Tokenizer:
 
     def _chat_example(self, row, train_on):
         messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-        tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
-        variables = {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+        variables = {"tools": _tools(row.get("tools")), **(row.get("chat_template_kwargs") or {})}
         text = self.render(messages, **variables)
         encoding = self.raw.encode(text, add_special_tokens=False)
         if train_on == "all":
             return Example(encoding.ids, np.ones(len(encoding.ids)))
-        behind = 0
+        first = 0
         if "messages" not in row:
-            behind = len(row["prompt"])
+            first = len(row["prompt"])
         elif train_on == "completion":
-            behind = max((k for k, m in enumerate(messages) if m["role"] == "user"), default=0)
-        turns = [k for k, m in enumerate(messages) if m["role"] == "assistant" and k >= behind]
+            first = max((k for k, m in enumerate(messages) if m["role"] == "user"), default=0)
+        turns = [k for k, m in enumerate(messages) if m["role"] == "assistant" and k >= first]
         spans = self.spans(messages, text, turns[-1:] if train_on == "last" else turns, **variables)
         return Example(encoding.ids, self._tokens_in(encoding, spans))
 
     def _tokens_in(self, encoding, spans):
-        """Tokens that share a character with a span, but for a special one before it that swallows spaces -> bool [T]."""
+        """Tokens that share a character with a span, save a special one before it that swallows spaces -> bool [T]."""
         start_T, end_T = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
-        special_T = np.isin(encoding.ids, list(self.special.values()))
         mask_T = np.zeros(len(start_T), bool)
         for start, end in spans:
-            mask_T |= (start_T < end) & (end_T > start) & ~(special_T & (start_T < start))
+            inside_T = (start_T < end) & (end_T > start)
+            first = inside_T.argmax()
+            inside_T[first] &= start_T[first] >= start or self.raw.id_to_token(encoding.ids[first]) not in self.special
+            mask_T |= inside_T
         return mask_T
 
-    # ----------------------------------------------------------------------------------------------------------- spans
     def spans(self, messages: list[dict], text: str, turns: list[int], **variables) -> list[tuple[int, int]]:
         """Where `text`, the rendering of messages, has those with the indices `turns` -> (start, end) in characters.
 
@@ -200,36 +197,31 @@ class Tokenizer:
         if any(c in text for c in (PROBE, OPEN, CLOSE)):
             raise InputError("the text holds one of U+F5A5A to U+F5A5C, by which answers are found: remove it.")
         self._check_tools(messages, **variables)
-        found = _Turns(self, messages, text, partial(self.render, **variables))
+        found = _Turns(self, messages, text, partial(self.try_render, **variables))
         if not re.search(r"\{%[-+]?\s*generation\b", self.template):
             return [found.span(k) for k in turns]
-        marked = self._render(self._marking_jinja, messages, **variables)
-        if marked.replace(OPEN, "").replace(CLOSE, "") != text:
-            raise InputError("the template's {% generation %} blocks change what it writes: mark whole pieces of text.")
-        return found.marked_spans(marked, turns)
+        return found.marked_spans(self.render(messages, marks=(OPEN, CLOSE), **variables), turns)
 
     def _check_tools(self, messages, tools=None, **variables):
-        """InputError if the template shows no tools, or not every tool call. A name may stand anywhere, a new one not."""
-        calls = [call for m in messages for call in m.get("tool_calls") or ()]
+        """InputError if the template shows no tools, or not every call: renamed, they must show up by the new name."""
         if tools and TOOL not in self.render(messages, _renamed(tools), **variables):
             raise InputError("the chat template leaves the tools out: take the column tools away, or give another one.")
+        calls = sum(len(m.get("tool_calls") or ()) for m in messages)
         renamed = [{**m, "tool_calls": _renamed(m["tool_calls"])} if m.get("tool_calls") else m for m in messages]
-        if calls and self.render(renamed, tools, **variables).count(TOOL) < len(calls):
-            raise InputError(f"the chat template leaves out some of the {len(calls)} tool calls: it knows none, or one a "
-                             "turn.")
+        if calls and self.render(renamed, tools, **variables).count(TOOL) < calls:
+            raise InputError(f"the chat template leaves out some of the {calls} tool calls: it knows none, or only one "
+                             "in a turn.")
 
+    # ------------------------------------------------------------------------------- what the template writes, by trial
     @cached_property
     def _trial(self) -> tuple[str, str, str, str]:
         """What the template writes between a question and its answer, behind the answer, and behind a question that is
         the last message, with and without generation prompt. Empty if it refuses so plain a conversation."""
         question, answer = {"role": "user", "content": OPEN}, {"role": "assistant", "content": PROBE}
-        try:
-            both, prompt, asked = (self.render(messages, add_generation_prompt=add).rpartition(OPEN)[2] for messages, add
-                                   in (([question, answer], False), ([question], True), ([question], False)))
-        except InputError:
-            return "", "", "", ""
-        between, _, behind = both.partition(PROBE)
-        return between, behind, prompt, asked
+        both = self.try_render([question, answer])
+        between, _, behind = both.rpartition(OPEN)[2].partition(PROBE)
+        prompt, asked = (self.try_render([question], add_generation_prompt=add) for add in (True, False))
+        return (between, behind, prompt.rpartition(OPEN)[2], asked.rpartition(OPEN)[2]) if both else ("",) * 4
 
     @cached_property
     def unprompted(self) -> str:
@@ -240,7 +232,7 @@ class Tokenizer:
     @cached_property
     def turn_end(self) -> str | None:
         """The special token that the template writes behind an answer."""
-        return None if self.template is None else self._first_closing(self._trial[1])
+        return self._first_closing(self._trial[1])
 
     @cached_property
     def answer_end(self) -> re.Pattern:
@@ -261,8 +253,26 @@ class Tokenizer:
         return re.compile(rf"(?:\s|{_any(self.special)})*$")
 
     def _first_closing(self, text):
+        """The last of the special tokens that come first in `closing`, with nothing between them."""
         found = re.search(rf"(?:{_any(self.special)})+", self.closing.search(text).group())
         return found and re.findall(_any(self.special), found.group())[-1]
+
+    def doubts(self) -> list[str]:
+        """What is doubtful about tokenizer and template by themselves, in sentences."""
+        between, _, prompt, _ = self._trial
+        roles = ("system", "user", "assistant")
+        answered = self.try_render([{"role": role, "content": role + PROBE} for role in roles])
+        said = {
+            "no end-of-sequence token is declared, so nothing can learn to stop.": not self.stop_ids,
+            "the template writes no end-of-turn token behind an answer.": between and not self.turn_end,
+            f"the template has no generation prompt: a rollout has to write {self.unprompted!r}.": self.unprompted,
+            f"the template's prompt goes on with {prompt!r} and an answer follows {between!r}: rollouts start from "
+            "text that training does not show.": not between.startswith(prompt),
+            "the template leaves a system message out once the question has an answer.":
+                answered and roles[0] + PROBE not in answered,
+            "the template writes today's date, so tokens change from day to day (chat_template_kwargs may set it).":
+                "strftime_now" in (self.template or "")}
+        return [sentence for sentence, true in said.items() if true]
 
     # -------------------------------------------------------------------------------------------------------- identity
     @property
@@ -273,65 +283,46 @@ class Tokenizer:
     def tokenizer_hash(self) -> str:
         return hashlib.sha256(f"{self.raw.to_str()}{self.prefix}".encode()).hexdigest()[:16]
 
-    def doubts(self) -> list[str]:
-        """What is doubtful about tokenizer and template by themselves, in sentences."""
-        between, _, prompt, _ = self._trial if self.template is not None else [""] * 4
-        said = {
-            "no end-of-sequence token is declared, so nothing can learn to stop.": not self.stop_ids,
-            "the template writes no end-of-turn token behind an answer.": between and not self.turn_end,
-            f"the template has no generation prompt: rollouts would have to write {self.unprompted!r}.": self.unprompted,
-            f"the template's prompt goes on with {prompt!r}, an answer follows {between!r}: rollouts start from text that "
-            "training does not show.": not between.startswith(prompt),
-            "the template writes today's date, so tokens change from day to day (chat_template_kwargs may set it).":
-                "strftime_now" in (self.template or "")}
-        return [sentence for sentence, true in said.items() if true]
-
 
 @dataclass
 class _Turns:
-    """Finds where messages stand in `text`, their rendering. A place is an index of a character, or None."""
+    """Finds where messages stand in `text`, their rendering. A place is the index of a character, or None."""
     tokenizer: Tokenizer
     messages: list[dict]
     text: str
-    render: Callable[..., str]  # of other messages in the same way
+    render: Callable[..., str]  # of other messages in the same way, or ""
 
     def span(self, k: int) -> tuple[int, int]:
         """From the end of the generation prompt before answer k to behind what closes it."""
-        start = self.start(k)
+        start = self.content_start(k) if self.tokenizer.unprompted else self.prompt_end(k)
         if start is None:
-            raise InputError(f"where the answer of message {k} begins in the rendering cannot be found: {MARK_THEM}.")
-        end = self.end_of_calls(k, start) if self.messages[k].get("tool_calls") else self.end(k, start)
+            start = self.prompt_end(k) if self.tokenizer.unprompted else self.content_start(k)
+        find_end = self.end_of_calls if self.messages[k].get("tool_calls") else self.end
+        end = None if start is None else find_end(k, start)
         if end is None:
-            raise InputError(f"where the answer of message {k} ends in the rendering cannot be found: {MARK_THEM}.")
+            raise InputError(f"where the answer of message {k} {'begins' if start is None else 'ends'} in the text "
+                             "cannot be found: mark the answers in the template with {% generation %} ... "
+                             "{% endgeneration %} (--chat_template FILE).")
         return start, end
-
-    def around(self, k, content, upto=None, add_generation_prompt=False):
-        """What the rendering of messages[:upto] has before and behind the PROBE in `content`, put in as message k's."""
-        messages = [*self.messages[:k], {**self.messages[k], "content": content}, *self.messages[k + 1:upto]]
-        try:
-            text = self.render(messages, add_generation_prompt=add_generation_prompt)
-        except InputError:  # some templates refuse a conversation that stops there
-            return None, None
-        before, _, behind = text.partition(PROBE)
-        return (before, behind) if text.count(PROBE) == 1 else (None, None)
 
     def content(self, k):
         content = self.messages[k].get("content")
         return content if isinstance(content, str) else ""
 
-    def content_end(self, k):
-        _, behind = self.around(k, self.content(k) + PROBE)
-        return len(self.text) - len(behind) if behind is not None and self.text.endswith(behind) else None
-
-    def start(self, k):
-        """Behind the generation prompt, or where there is none (Mistral's "[INST]Hi[/INST]") before the content."""
-        places = [self.prompt_end, self.content_start]
-        found = (place(k) for place in (places[::-1] if self.tokenizer.unprompted else places))
-        return next((at for at in found if at is not None), None)
+    def around(self, k, content, upto=None, **variables):
+        """What the rendering of messages[:upto] has before and behind the PROBE in `content`, put in as message k's."""
+        text = self.render([*self.messages[:k], {**self.messages[k], "content": content}, *self.messages[k + 1:upto]],
+                           **variables)
+        before, _, behind = text.partition(PROBE)
+        return (before, behind) if text.count(PROBE) == 1 else (None, None)
 
     def content_start(self, k):
         before, _ = self.around(k, PROBE + self.content(k))
         return len(before) if before is not None and self.text.startswith(before) else None
+
+    def content_end(self, k):
+        _, behind = self.around(k, self.content(k) + PROBE)
+        return len(self.text) - len(behind) if behind is not None and self.text.endswith(behind) else None
 
     def prompt_end(self, k):
         """How far text agrees with the prompt that a rollout of message k starts from."""
@@ -360,23 +351,19 @@ class _Turns:
     def end_of_calls(self, k, start):
         """Behind what closes a turn with tool calls: from the last call's name on, it reads as in a conversation that
         ends there, in which the closing token is among the special ones at the end."""
-        names = [_name(call) for call in self.messages[k]["tool_calls"]]
-        is_last = k + 1 == len(self.messages)
+        name, is_last = _tool(self.messages[k]["tool_calls"][-1])["name"], k + 1 == len(self.messages)
         alone = self.text if is_last else self.render(self.messages[:k + 1])
-        tail = alone[alone.rfind(names[-1]):self.closed(alone)]
-        limit = None if is_last else self.content_end(k + 1)
-        at = self.text.find(tail, max(start, self.content_end(k) or 0), limit)
-        return at + len(tail) if at >= 0 else None
-
-    def closed(self, text):
-        closing = self.tokenizer.closing.search(text)
+        closing = self.tokenizer.closing.search(alone)
         ends = [*re.finditer(_any(self.tokenizer.special), closing.group())]
         chosen = next((m for m in ends if m.group() == self.tokenizer.turn_end), ends[-1] if ends else None)
-        return closing.start() + (chosen.end() if chosen else 0)
+        tail = alone[alone.rfind(name):closing.start() + (chosen.end() if chosen else 0)] if name in alone else PROBE
+        at = self.text.find(tail, max(start, self.content_end(k) or 0), None if is_last else self.content_end(k + 1))
+        return at + len(tail) if at >= 0 else None
 
     def marked_spans(self, marked, turns):
-        """The {% generation %} blocks of turns: from behind the generation prompt if they hold it too, up to a stop token
-        in or right behind them."""
+        """The {% generation %} blocks that belong to turns, which stand between OPEN and CLOSE in `marked`."""
+        if marked.replace(OPEN, "").replace(CLOSE, "") != self.text:
+            raise InputError("the template's {% generation %} blocks change what it writes: mark whole pieces of text.")
         past = {k: self.content_end(k - 1) if k else 0 for k, m in enumerate(self.messages) if m["role"] == "assistant"}
         if None in past.values():
             raise InputError("which {% generation %} block of the template belongs to which message cannot be told.")
@@ -386,14 +373,16 @@ class _Turns:
                 start = at
             elif piece == CLOSE:
                 k = max((k for k in past if past[k] <= start), default=None)
-                spans += [self.to_stop(k, start, at)] if k in turns else []
+                spans += [self.trimmed(k, start, at)] if k in turns else []
             else:
                 at += len(piece)
         return spans
 
-    def to_stop(self, k, start, end):
+    def trimmed(self, k, start, end):
+        """A block of turn k from behind the generation prompt, if it holds that too, up to a stop token, be it at its
+        end (white space behind it is not trained) or right behind it."""
         prompt_end, stops = self.prompt_end(k) or 0, self.tokenizer.stops
-        inside = re.compile(rf"({stops})\s*$").search(self.text[:end], start)
+        inside = re.compile(rf"({stops})\s*$").search(self.text[:end], max(start, self.content_end(k) or start))
         behind = re.compile(rf"\s*{stops}").match(self.text, end)
         return (prompt_end if start < prompt_end <= end else start,
                 inside.end(1) if inside else behind.end() if behind else end)
@@ -412,29 +401,29 @@ def report(examples: list[Example], tokenizer: Tokenizer, rows: list[dict] | Non
     def having(test):
         return [i for i, e in enumerate(examples) if test(e)]
 
-    bos, stops = tokenizer.bos_id, list(tokenizer.stop_ids)
+    bos, prefix, stops = tokenizer.bos_id, tokenizer.prefix, list(tokenizer.stop_ids)
     if bos is not None and (doubled := having(lambda e: e.ids[:2].tolist() == [bos, bos])):
         raise InputError(f"{places(doubled)} begin with BOS twice: the text brings one along; take it out there.")
     if len(empty := having(lambda e: not e.mask[1:].any())) == len(examples):
         raise InputError(f"not one of {len(examples):,} rows has a token to train: --train_on and the template leave "
                          "nothing of them.")
-    tokens, trained = sum(map(len, examples)), sum(int(e.mask.sum()) for e in examples)
-    bos_counts = [int((e.ids == bos).sum()) for e in examples] if bos is not None else []
-    longest = max(range(len(examples)), key=lambda i: len(examples[i]))
     unended = having(lambda e: not np.isin(e.ids[e.mask], stops).any())
+    counts = [int((e.ids == bos).sum()) for e in examples] if bos is not None else [0]
+    twice = having(lambda e: (e.ids[1:] == bos).any()) if min(counts) < 2 and bos not in {None, *stops} else []
+    bare = having(lambda e: e.ids[:len(prefix)].tolist() != prefix)
     doubts = {"train nothing": empty, "train no stop token, so their answers never end": unended,
-              "begin without the BOS that the tokenizer gives a text":
-                  having(lambda e: e.ids[:len(tokenizer.prefix)].tolist() != tokenizer.prefix),
-              "have a BOS further on": having(lambda e: (e.ids[1:] == bos).any())
-              if bos_counts and min(bos_counts) < 2 and bos not in stops else []}
-    sentences = tokenizer.doubts() + [f"{places(found)} {what}." for what, found in doubts.items() if found]
+              "begin without the BOS that this tokenizer gives a text": bare, "have a BOS further on": twice}
+    tokens, trained = sum(map(len, examples)), sum(int(e.mask.sum()) for e in examples)
+    longest = max(range(len(examples)), key=lambda i: len(examples[i]))
     example = marked_text(min((e for e in examples if e.mask[1:].any()), key=len), tokenizer)
     return "\n".join([
-        f"rows {len(examples):,}   tokens {tokens:,}   trained {trained / tokens:.1%}   rows that train a stop token "
-        f"{1 - len(unended) / len(examples):.1%}   BOS a row "
-        f"{f'{min(bos_counts)} to {max(bos_counts)}' if bos_counts else 'none'}   longest {len(examples[longest]):,} "
-        f"({places([longest]).partition('(')[2]}",
-        *(f"doubtful: {sentence}" for sentence in sentences), "what is trained is between » and «:",
+        f"{len(examples):,} rows, {tokens:,} tokens, {trained / tokens:.1%} of them trained; a stop token trained in "
+        f"{1 - len(unended) / len(examples):.1%} of rows; "
+        f"{'no BOS declared' if bos is None else f'{min(counts)} to {max(counts)} BOS in a row'}; longest row: "
+        f"{len(examples[longest]):,} tokens ({places([longest]).partition('(')[2]}",
+        *(f"doubtful: {sentence}" for sentence in tokenizer.doubts()),
+        *(f"doubtful: {places(found)} {what}." for what, found in doubts.items() if found),
+        "what is trained stands between » and «:",
         example if len(example) <= shown else f"{example[:shown // 2]} ... {example[-shown // 2:]}"])
 
 
@@ -467,7 +456,7 @@ def check_stage(folder, tokenizer: Tokenizer) -> str:
                         "prompts will look different from those it knows: was --chat_template meant?") or ""
 
 
-# ------------------------------------------------------------------------------------------------------------- folders
+# ------------------------------------------------------------------------------------------------------------- reading
 def _raw(folder):
     path = folder / "tokenizer.json"
     if not folder.is_dir():
@@ -479,7 +468,7 @@ def _raw(folder):
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing narrower
-        raise InputError(f"{path}: not a tokenizer that tokenizers {tokenizers.__version__} reads ({error}).") from error
+        raise InputError(f"{path}: tokenizers {tokenizers.__version__} cannot read it ({error}).") from error
 
 
 def _read_json(path):
@@ -503,13 +492,22 @@ def _template(folder, config, chat_template):
     return template
 
 
-def _content(token):
-    return token["content"] if isinstance(token, dict) else token
+def _named(config):
+    """The special tokens that have a role, by which templates know them: {"eos_token": "</s>", ...}."""
+    tokens = {name: config[name] for name in NAMED_TOKENS if config.get(name)}
+    return {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
 
 
-def _name(tool):
-    """Of a tool or a tool call."""
-    return tool.get("function", tool).get("name", "")
+def _tools(tools):
+    """A row's tools, which may be JSON text."""
+    try:
+        return json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError as error:
+        raise InputError(f"tools is text, but not JSON ({error}): make it a list of tools.") from error
+
+
+def _tool(tool):
+    return tool.get("function", tool)
 
 
 def _renamed(tools):
@@ -530,9 +528,10 @@ def _as_templates_know_it(message):
 
 
 # ------------------------------------------------------------------------------------------------------------- sandbox
+@lru_cache(8)
 def _compile(template, begin, end):
-    """A template in the sandbox and with the helpers that transformers gives it; begin and end go around the text of each
-    {% generation %} block."""
+    """A template in the sandbox and with the helpers that transformers gives it. begin and end go around the text of
+    each {% generation %} block."""
     class Generation(Extension):
         tags = {"generation"}
 

@@ -125,9 +125,11 @@ def even(micro_batches: list[list]) -> list[list]:
     return micro_batches + [[]] * (int(all_max(len(micro_batches))[0]) - len(micro_batches))
 
 
-def sum_metrics(sums: dict[str, float]) -> dict[str, float]:
-    """A dictionary of sums, added up over ranks; every rank has the same keys."""
-    return dict(zip(sums, all_sum(*sums.values()))) if sums else {}
+def means(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
+    """{name: (sum, count)} -> {name: sum / count}, both added up over ranks first; 0 where the count is. Every rank has
+    the same names."""
+    total = all_sum(*(x for pair in metrics.values() for x in pair))
+    return {name: a / n if n else 0.0 for name, a, n in zip(metrics, total[::2], total[1::2])}
 
 
 def gather(values: list) -> list:

@@ -46,11 +46,11 @@ def read_config(folder) -> Config:
     raise InputError(sentence + ".")
 
 
-def load_model(folder, device="cpu", dtype=torch.float32) -> CausalLM:
-    """A whole model on one device."""
+def load_model(folder, device="cpu", dtype: torch.dtype = torch.float32, shard=lambda model: model) -> CausalLM:
+    """The model of a checkpoint folder. shard: applied to it while it holds no memory yet (dist.shard)."""
     with torch.device("meta"):
         model = CausalLM(read_config(folder)).to(dtype)
-    model = model.to_empty(device=device)
+    model = shard(model).to_empty(device=device)
     load_weights(model, folder)
     return model
 

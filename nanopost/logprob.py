@@ -15,7 +15,8 @@ import torch
 from nanopost.data import batch_of, pack
 from nanopost.dist import even
 
-CHUNK_ELEMENTS = {"cpu": 2**21, "cuda": 2**28}  # logits alive at once: on a CPU what its cache holds, on a GPU 1 GiB
+# Logits alive at once: on a CPU what its cache holds, on a GPU 1 GiB; and rows enough that reading the weight pays.
+CHUNK_ELEMENTS, CHUNK_ROWS = {"cpu": 2**21, "cuda": 2**28}, 64
 
 
 def logprob(hidden_ND, weight_VD, target_N, temperature: float = 1.0, chunk: int | None = None):
@@ -25,7 +26,7 @@ def logprob(hidden_ND, weight_VD, target_N, temperature: float = 1.0, chunk: int
     distribution: its row is dropped before the head and both results are 0 there. temperature > 0 divides the logits.
     chunk: rows whose logits are held at once; the default follows from V. Differentiable in hidden and weight, exactly.
     """
-    chunk = chunk or max(1, CHUNK_ELEMENTS[hidden_ND.device.type] // weight_VD.shape[0])
+    chunk = chunk or max(CHUNK_ROWS, CHUNK_ELEMENTS[hidden_ND.device.type] // weight_VD.shape[0])
     return _LogProb.apply(hidden_ND, weight_VD, target_N, temperature, chunk)
 
 
@@ -40,6 +41,11 @@ def _accumulator(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _ready(weight_VD):
+    """Converted once instead of in each chunk, where matmul_fp32 converts."""
+    return weight_VD if weight_VD.is_cuda else weight_VD.to(_accumulator(weight_VD))
+
+
 def _logits(hidden_CD, weight_VD, temperature):
     z_CV = matmul_fp32(hidden_CD, weight_VD.T)
     return z_CV if temperature == 1.0 else z_CV.div_(temperature)
@@ -50,14 +56,14 @@ class _LogProb(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, target_N, temperature, chunk):
         keep_M = (target_N >= 0).nonzero()[:, 0]
         hidden_MD, target_M = hidden_ND.index_select(0, keep_M), target_N.index_select(0, keep_M)
-        stats = []
+        stats, ready_VD = [], _ready(weight_VD)
         for h_CD, y_C in zip(hidden_MD.split(chunk), target_M.split(chunk)):
-            z_CV = _logits(h_CD, weight_VD, temperature)
+            z_CV = _logits(h_CD, ready_VD, temperature)
             lse_C = z_CV.logsumexp(-1)
             logp_C = z_CV.gather(1, y_C[:, None])[:, 0] - lse_C
             log_p_CV = z_CV.sub_(lse_C[:, None])
             stats.append(torch.stack([logp_C, -(log_p_CV.exp() * log_p_CV).sum(-1), lse_C]))
-        stats_3M = torch.cat(stats, 1) if len(stats) > 0 else hidden_ND.new_zeros(3, 0)
+        stats_3M = torch.cat(stats, 1)
         ctx.save_for_backward(hidden_MD, weight_VD, target_M, keep_M, stats_3M)
         ctx.temperature, ctx.chunk, ctx.num_tokens = temperature, chunk, len(target_N)
         ctx.set_materialize_grads(False)
@@ -68,12 +74,13 @@ class _LogProb(torch.autograd.Function):
     def backward(ctx, g_N, h_N):
         hidden_MD, weight_VD, target_M, keep_M, (_, entropy_M, lse_M) = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
+        ready_VD = _ready(weight_VD)
         g_M, h_M = (None if x is None else x.index_select(0, keep_M) for x in (g_N, h_N))
         d_hidden_MD = torch.empty_like(hidden_MD) if need_hidden else None
         d_weight_VD = torch.zeros_like(weight_VD, dtype=_accumulator(weight_VD)) if need_weight else None
-        for at in torch.arange(len(keep_M), device="cpu").split(ctx.chunk):
-            c = slice(int(at[0]), int(at[-1]) + 1) if len(at) else slice(0, 0)
-            log_p_CV = _logits(hidden_MD[c], weight_VD, ctx.temperature).sub_(lse_M[c, None])
+        for first in range(0, len(keep_M), ctx.chunk):
+            c = slice(first, first + ctx.chunk)
+            log_p_CV = _logits(hidden_MD[c], ready_VD, ctx.temperature).sub_(lse_M[c, None])
             p_CV = log_p_CV.exp()
             coefficient = 0.0 if g_M is None else -g_M[c, None]
             if h_M is not None:

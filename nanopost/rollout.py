@@ -15,6 +15,7 @@ import torch
 
 from nanopost import InputError
 from nanopost.attention import Cache
+from nanopost.data import Example
 
 
 @dataclass
@@ -25,6 +26,13 @@ class Rollout:
     logp: np.ndarray  # fp32, one for each of ids
     finish: str  # "stop": a stop token or string; "length": max_tokens reached
     version: int  # of the weights it was sampled with
+
+    def example(self, trained: bool = True) -> Example:
+        """Prompt and completion as one sequence. Its mask and the column engine_logp are on what was sampled, or, if it
+        is not to be trained, nowhere."""
+        mask = np.arange(len(self.prompt) + len(self.ids)) >= (len(self.prompt) if trained else np.inf)
+        logp = np.concatenate([np.zeros(len(self.prompt), np.float32), self.logp])
+        return Example(self.prompt + self.ids, mask, {"engine_logp": logp * mask})
 
 
 @dataclass(frozen=True)

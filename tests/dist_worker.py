@@ -50,8 +50,8 @@ def logp():
 
 before = logp()
 loss = step()
-gradient = {n: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad) for n, p in model.named_parameters()}
-gradient = {n: g.clone() for n, g in gradient.items()}
+gradient = {name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+            for name, p in model.named_parameters()}
 norm = dist.clip_grad_norm(model, 0.5)
 optimizer.step()
 optimizer.zero_grad()

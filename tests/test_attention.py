@@ -127,3 +127,20 @@ def test_the_cuda_kernel_is_called_in_a_way_it_accepts_and_compiles_without_a_br
             out = attend(q, k, v, p, window)
             assert out.shape == q.shape
             assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("heads, groups", [(4, 4), (8, 2)])
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_the_cuda_kernel_equals_the_dense_softmax_of_the_same_inputs(window, heads, groups):
+    lengths = PACKINGS["very different"]
+    exact = inputs(sum(lengths), heads, groups, 64)
+    on_gpu = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
+    exact = [x.detach().cpu().double().requires_grad_() for x in on_gpu]
+    cu = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    got, expected = packed_attention(*on_gpu, Packing(cu, max(lengths)), window), dense(*exact, lengths, window)
+    upstream = torch.randn(expected.shape, dtype=torch.float64).bfloat16()
+    pairs = [(got, expected), *zip(torch.autograd.grad(got, on_gpu, upstream.cuda()),
+                                   torch.autograd.grad(expected, exact, upstream.double()))]
+    for a, b in pairs:
+        assert (a.detach().cpu().double() - b.detach()).norm() <= 1e-2 * b.norm()

@@ -35,7 +35,8 @@ def place(tmp_path_factory):
 
 def grpo(place, out, *more):
     return ("--model", place / "sft", "--out", out, "--data", place / "prompts.jsonl", *GRPO,
-            place / "prompts.jsonl", "--reward", f"{place}/reward.py:Digits", "--max_new_tokens", 8, "--lr", 1e-3, *more)
+            place / "prompts.jsonl", "--reward", f"{place}/reward.py:Digits", "--max_new_tokens", 8, "--lr", 1e-3,
+            *more)
 
 
 def test_sft_writes_a_model_its_metrics_and_what_the_run_was(place):
@@ -72,8 +73,9 @@ def test_grpo_writes_metrics_samples_and_evaluations(grpo_run):
     lines = metrics(grpo_run)
     assert [m["step"] for m in lines] == list(range(7))
     assert [m["step"] for m in lines if "eval/accuracy" in m and "eval/greedy" in m] == [0, 3, 6]
-    names = {"reward", "reward_std", "frac_reward_zero_std", "rewards/Digits/mean", "entropy", "completions/mean_length",
-             "completions/clipped_ratio", "clip_ratio/region_mean", "sampling/sampling_logp_difference/max"}
+    names = {"reward", "reward_std", "frac_reward_zero_std", "rewards/Digits/mean", "entropy",
+             "completions/mean_length", "completions/clipped_ratio", "clip_ratio/region_mean",
+             "sampling/sampling_logp_difference/max"}
     assert all(names <= m.keys() for m in lines[1:])
     assert all(m["sampling/sampling_logp_difference/max"] < 1e-4 for m in lines[1:])
     samples = [json.loads(line) for line in (grpo_run / "samples.jsonl").read_text().splitlines()]

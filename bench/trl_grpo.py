@@ -1,0 +1,48 @@
+"""TRL's GRPOTrainer on a folder and prompts, as a command line like that of train_grpo.py; prints one JSON line.
+
+    python -m bench.trl_grpo --model DIR --data PROMPTS.jsonl --batch 16 --accumulate 4
+
+A step samples --batch x --accumulate completions with transformers' generate and trains on them once.
+"""
+import json
+import time
+
+from trl import GRPOConfig, GRPOTrainer
+
+from bench.reward import length_modulo_7
+from bench.trl_sft import Recorder, load, parser, rows_of, settings
+
+
+def generation_recorded(trainer):
+    """Seconds and completion tokens of every generation, appended to as the trainer generates -> two lists."""
+    seconds, tokens, generate = [], [], trainer._generate_single_turn
+
+    def recorded(*args, **more):
+        began = time.perf_counter()
+        completion_ids, logp = generate(*args, **more)
+        seconds.append(time.perf_counter() - began)
+        tokens.append(sum(map(len, completion_ids)))
+        return completion_ids, logp
+    trainer._generate_single_turn = recorded
+    return seconds, tokens
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--group", type=int, default=8)
+    p.add_argument("--max_new_tokens", type=int, default=128)
+    p.add_argument("--beta", type=float, default=0.0)
+    args = p.parse_args()
+    model, tokenizer = load(args.model)
+    recorder = Recorder()
+    config = GRPOConfig(**settings(args), num_generations=args.group, max_completion_length=args.max_new_tokens,
+                        temperature=1.0, beta=args.beta, loss_type="dapo")
+    trainer = GRPOTrainer(model=model, reward_funcs=length_modulo_7, args=config, train_dataset=rows_of(args.data),
+                          processing_class=tokenizer, callbacks=[recorder])
+    generate_seconds, tokens = generation_recorded(trainer)
+    trainer.train()
+    print(json.dumps({"seconds": recorder.seconds, "generate_seconds": generate_seconds, "tokens": tokens}))
+
+
+if __name__ == "__main__":
+    main()
