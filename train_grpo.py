@@ -10,8 +10,7 @@
     --agg    w_it = sequence: 1 / (|y_i| sequences) (GRPO); token: 1 / tokens of the whole optimizer step
              (DAPO 2503.14476, the default); constant: 1 / (sequences * --max_new_tokens) (Dr. GRPO)
     --loss   clip: as above, with --delta capping the ratio on the other side too; cispo: 2506.13585
-Deviations from the GRPO paper: no KL by default (--beta 0, DAPO), aggregation by token, and old log-probs that are
-the engine's own. There is no critic and no padding; prompt tokens are context and never targets.
+Deviations from the GRPO paper: no KL by default (--beta 0), aggregation by token, old log-probs that are the engine's.
 
     python train_sft.py && torchrun --nproc_per_node 1 train_grpo.py            # the toy, about two minutes
     torchrun --nproc_per_node 8 train_grpo.py --model out/sft --data prompts.jsonl --reward gsm8k
@@ -33,7 +32,6 @@ from nanopost.logprob import logprobs_of
 from nanopost.rollout import Engine, Sampling, prompt_seed
 
 # N packed tokens of a micro-batch, S its sequences, P prompts, G samples of a prompt, F reward functions.
-
 # ------------------------------------------------------------------------------------------------------- arguments
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 add = parser.add_argument
@@ -73,9 +71,7 @@ add("--reward", nargs="+", default=["exact"], metavar="REWARD",
     help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER or file.py:function")
 add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1")
 add("--resample", type=int, default=0, help="rounds of prompts that replace groups with equal rewards; 0: they stay")
-add("--overlong", default="keep", choices=["keep", "mask", "soft"],
-    help="completions without an end: kept, out of the loss, or punished")
-add("--overlong_buffer", type=int, default=0, help="soft: tokens before --max_new_tokens where the punishment begins")
+add("--mask_overlong", action="store_true", help="completions without an end stay out of the loss")
 add("--adv", default="group", choices=["group", "mean", "loo", "batch"], help="advantage")
 add("--ratio", default="token", choices=["token", "sequence", "sequence_sum"], help="importance ratio")
 add("--loss", default="clip", choices=["clip", "cispo"])
@@ -121,11 +117,11 @@ for row in (*rows, *eval_rows):
     data.check_prompt_row(row)
 reward_functions = [rewards.load_reward(spec) for spec in args.reward]
 reward_weights = args.reward_weights or [1.0] * len(args.reward)
-divisor = world.size * args.minibatches
-if args.prompts % divisor:
-    below = args.prompts // divisor * divisor
+share = world.size * args.minibatches
+if args.prompts % share:
+    fits = " or ".join(str(n) for n in (args.prompts // share * share, args.prompts // share * share + share) if n)
     raise InputError(f"--prompts {args.prompts} does not divide into {world.size} ranks x {args.minibatches} "
-                     f"minibatches: {f'{below} or ' if below else ''}{below + divisor} would.")
+                     f"minibatches: {fits} would.")
 if args.correct != "none" and args.old_logp != "trainer":
     raise InputError(f"--correct {args.correct} compares trainer and engine: add --old_logp trainer.")
 
@@ -133,11 +129,10 @@ if args.correct != "none" and args.old_logp != "trainer":
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
 found = checkpoint.latest(args.out) if args.resume else None
 state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
-logger = Logger(args.out, world.rank, args.steps, ["reward", "reward_std", "kl", "entropy", "loss", "grad_norm",
-                "completions/mean_length", "tokens_per_second"], args.verbose)
-unfinished = args.resume and not Path(args.out, "config.json").exists()  # killed before its first checkpoint
-logger.open(state["step"] if found else None, args.overwrite or unfinished,
-            {"args": vars(args), **fingerprint(tokenizer)})
+shown = ["reward", "reward_std", "kl", "entropy", "loss", "grad_norm", "completions/mean_length", "tokens_per_second"]
+logger = Logger(args.out, world.rank, args.steps, shown, args.verbose)
+replace = args.overwrite or args.resume and not Path(args.out, "config.json").exists()  # killed before a checkpoint
+logger.open(state["step"] if found else None, replace, {"args": vars(args), **fingerprint(tokenizer)})
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
@@ -178,6 +173,7 @@ sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop)
 max_logp_gap = args.max_logp_gap or (0.1 if bf16 else 1e-3)
 consumed, seen = state["consumed"], state["seen"]
 engine.sync_weights(dist.full_weights(model), state["step"])
+state["args"] = vars(args)
 if not found:
     state["first"] = evaluate()
     logger.log(0, state["first"])
@@ -193,36 +189,31 @@ for step in range(state["step"] + 1, args.steps + 1):
         drawn += count
         new_groups, reward_FPG = rollout([rows[i] for i in indices], serials, args.group, sampling)
         total_PG = advantages.combine_rewards(reward_FPG, reward_weights)
-        zero_std += int((total_PG.std(1) == 0).sum())
-        keep_P = (total_PG.std(1) > 0) | (args.resample == 0)
+        varied_P = total_PG.std(1) > 1e-8
+        zero_std += int((~varied_P).sum())
+        keep_P = varied_P | (args.resample == 0)
         groups += [group for group, keep in zip(new_groups, keep_P) if keep]
         rewards_of.append(torch.cat([reward_FPG, total_PG[None]])[:, keep_P])
         missing = args.prompts - int(dist.all_sum(len(groups))[0])
         if missing <= 0:
             break
     if missing == args.prompts:
+        checkpoint.save(args.out, step - 1, model, optimizer, state | {"consumed": consumed, "seen": seen})
         raise InputError(f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group of "
-                         f"{args.group} had equal rewards, so there is nothing to learn from: warm the model up with "
-                         "train_sft.py, give easier prompts or a finer --reward, or raise --group or --temperature.")
+                         f"{args.group} had equal rewards, so there is nothing to learn: warm up with train_sft.py, "
+                         "change prompts or --reward, or raise --group; the weights are saved for --resume.")
     consumed += drawn
     *reward_FPG, reward_PG = torch.cat(rewards_of, 1)
     flat = [r for group in groups for r in group]
-    length_B = [len(r.ids) for r in flat]
     rollout_seconds = time.perf_counter() - began
 
     # ---- advantage
-    if args.overlong == "soft":
-        penalty = [advantages.soft_overlong_penalty(n, args.max_new_tokens, args.overlong_buffer) for n in length_B]
-        reward_PG = reward_PG + torch.tensor(penalty).view_as(reward_PG)
-    examples = [r.example(trained=args.overlong != "mask" or r.finish == "stop") for r in flat]
-    if args.old_logp == "trainer":
-        logger.phase("old log-probs", step)
-        for e, logp in zip(examples, logprobs_of(model, examples, args.tokens, args.temperature, world.device)):
-            e.columns["old_logp"] = logp
-    if reference is not None:
-        logger.phase("reference log-probs", step)
-        for e, logp in zip(examples, logprobs_of(reference, examples, args.tokens, args.temperature, world.device)):
-            e.columns["ref_logp"] = logp
+    examples = [r.example(trained=r.finish == "stop" or not args.mask_overlong) for r in flat]
+    for name, scorer in (("old_logp", model if args.old_logp == "trainer" else None), ("ref_logp", reference)):
+        if scorer is not None:
+            logger.phase(name, step)
+            for e, logp in zip(examples, logprobs_of(scorer, examples, args.tokens, args.temperature, world.device)):
+                e.columns[name] = logp
     if reference is not None and args.kl_in == "reward":
         kl_B = [losses.kl_estimate(torch.tensor(e.columns.get("old_logp", e.columns["engine_logp"]))[e.mask],
                                    torch.tensor(e.columns["ref_logp"])[e.mask], args.kl).sum() for e in examples]
@@ -291,9 +282,10 @@ for step in range(state["step"] + 1, args.steps + 1):
         "frac_reward_zero_std": (zero_std, drawn / world.size),
         **{f"rewards/{f.name}/mean": (r.nansum(), (~r.isnan()).sum()) for f, r in zip(reward_functions, reward_FPG)},
         "loss": (loss_sum, args.minibatches / world.size), **{name: (value, tokens) for name, value in sums.items()},
-        "completions/mean_length": (sum(length_B), len(flat)),
+        "completions/mean_length": (sum(len(r.ids) for r in flat), len(flat)),
         "completions/clipped_ratio": (sum(r.finish == "length" for r in flat), len(flat)),
         "sampling/sampling_logp_difference/mean": (gap, gap_tokens)})
+    length_B = [len(r.ids) for r in flat]
     gap_max, longest, shortest = dist.all_max(gap_max, max(length_B, default=0), -min(length_B, default=2**31))
     sampled, kept = dist.all_sum(sum(length_B), len(groups))
     seen += sampled
@@ -317,14 +309,13 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- save
     if args.save_every and step % args.save_every == 0 and step < args.steps:
         logger.phase("save", step)
-        state |= {"consumed": consumed, "seen": seen, "args": vars(args)}
-        checkpoint.save(args.out, step, model, optimizer, state)
+        checkpoint.save(args.out, step, model, optimizer, state | {"consumed": consumed, "seen": seen})
 
 # ------------------------------------------------------------------------------------------------------------ save
 hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),
               write=world.rank == 0)
 logger.say(f"the model is in {args.out}")
 if state["step"] < args.steps:
-    logger.say("held out, before and after:  " + "   ".join(
-        f"{name} {state['first'][name]:.3f} -> {last[name]:.3f}" for name in state["first"]))
+    change = [f"{name} {before:.3f} -> {last[name]:.3f}" for name, before in state["first"].items()]
+    logger.say(f"held out, before and after: {', '.join(change)}")
 dist.finish()

@@ -21,7 +21,6 @@ from nanopost.chat import Tokenizer, check_stage, fingerprint, report, tokenizer
 from nanopost.logger import Logger
 
 # N packed tokens of a micro-batch.
-
 # ------------------------------------------------------------------------------------------------------- arguments
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 add = parser.add_argument
@@ -102,9 +101,8 @@ optimizer = optim.adamw(model, args.weight_decay, args.betas)
 found = checkpoint.latest(args.out) if args.resume else None
 state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
 logger = Logger(args.out, world.rank, args.steps, ["loss", "grad_norm", "lr", "tokens_per_second"], args.verbose)
-unfinished = args.resume and not Path(args.out, "config.json").exists()  # killed before its first checkpoint
-logger.open(state["step"] if found else None, args.overwrite or unfinished,
-            {"args": vars(args), **fingerprint(tokenizer)})
+replace = args.overwrite or args.resume and not Path(args.out, "config.json").exists()  # killed before a checkpoint
+logger.open(state["step"] if found else None, replace, {"args": vars(args), **fingerprint(tokenizer)})
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
@@ -129,6 +127,7 @@ def evaluate():
 # ------------------------------------------------------------------------------------------------------------ loop
 loss_function = {"nll": losses.sft_nll, "dft": losses.sft_dft}[args.loss]
 consumed, seen = state["consumed"], state["seen"]
+state["args"] = vars(args)
 if not found:
     logger.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -167,8 +166,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- save
     if args.save_every and step % args.save_every == 0 and step < args.steps:
         logger.phase("save", step)
-        state |= {"consumed": consumed, "seen": seen, "args": vars(args)}
-        checkpoint.save(args.out, step, model, optimizer, state)
+        checkpoint.save(args.out, step, model, optimizer, state | {"consumed": consumed, "seen": seen})
 
 # ------------------------------------------------------------------------------------------------------------ save
 hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),

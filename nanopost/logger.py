@@ -43,7 +43,7 @@ class Logger:
         path.write_text(json.dumps([*starts, record], indent=1, default=str) + "\n")
 
     def say(self, text: str):
-        if self.on:
+        if self.on and text:
             print(text, flush=True)
 
     def phase(self, name: str, step: int):

@@ -96,8 +96,8 @@ def test_grpo_on_two_ranks_is_grpo_on_one(place, grpo_run):
 VARIANTS = [
     ("--adv", "loo", "--ratio", "sequence_sum", "--beta", 0.1, "--kl", "k1", "--kl_in", "reward"),
     ("--adv", "mean", "--agg", "constant", "--old_logp", "trainer", "--correct", "token-truncate"),
-    ("--ratio", "sequence", "--agg", "sequence", "--beta", 0.05, "--overlong", "mask"),
-    ("--loss", "cispo", "--adv", "batch", "--overlong", "soft", "--overlong_buffer", 4, "--resample", 3),
+    ("--ratio", "sequence", "--agg", "sequence", "--beta", 0.05, "--mask_overlong"),
+    ("--loss", "cispo", "--adv", "batch", "--resample", 3, "--stop", "999", "--temperature", 0.7),
     ("--delta", 1.5, "--correct", "sequence-mask", "--old_logp", "trainer", "--minibatches", 4, "--tokens", 64),
 ]
 
