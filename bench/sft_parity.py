@@ -43,9 +43,9 @@ def both(folder, steps: int, lr: float) -> dict:
     run("train_sft.py", *common, "--data", f"{folder}/rows.jsonl", "--eval_data", f"{folder}/rows.jsonl", "--out",
         f"{folder}/out", "--rows", ROWS, "--seed", SEED, "--tokens", TOKENS, "--schedule", "constant", "--warmup", 0,
         "--eval_every", 10 * steps, "--save_every", 0)
-    lines = Path(folder, "out/metrics.jsonl").read_text().splitlines()[1:]
-    ours = [json.loads(line) for line in lines]
-    return {name: {"ours": [m[name] for m in ours], "theirs": theirs[name]} for name in ("loss", "grad_norm", "entropy")}
+    ours = [json.loads(line) for line in Path(folder, "out/metrics.jsonl").read_text().splitlines()[1:]]
+    names = ("loss", "grad_norm", "entropy")
+    return {name: {"ours": [m[name] for m in ours], "theirs": theirs[name]} for name in names}
 
 
 def plot(result: dict, path):

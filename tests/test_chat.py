@@ -535,6 +535,12 @@ def test_a_token_that_reaches_into_an_answer_is_trained_and_a_header_that_swallo
     assert [swallows.decode([i]) for i in ids] == [*"yes", "<|end|>", *"no", "<|end|>"]
 
 
+def test_a_post_processor_that_cuts_spaces_off_offsets_leaves_no_token_out():
+    raw = raw_bytes(SPECIAL)
+    raw.post_processor = processors.ByteLevel(trim_offsets=True)
+    assert trained(Tokenizer(raw, {}, NO_END), [user("x"), answer(" \n y ")]) == [" \n y "]
+
+
 @pytest.mark.parametrize("normalizer", [normalizers.NFC(), normalizers.Sequence([
     normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])])
 def test_offsets_of_normalised_and_multi_token_characters_are_right(normalizer):
@@ -662,6 +668,32 @@ def test_masks_of_tool_calls(shared, name, empty, full):
         row = {"messages": messages[:4], "chat_template_kwargs": {"builtin_tools": ["add"]}}
         called = '<|python_tag|>add.call(text="say add <|im_end|><|eot_id|></s>")<|eom_id|>'
         assert trained(tokenizer, row) == [called, wanted[1]]
+
+
+CALLS = CHATML.replace("m.content + '", "(m.content or '') + CALLS + '").replace(
+    "CALLS", "(m.tool_calls | map(attribute='function') | map('tojson') | map('replace', '{', '<|call|>{') | "
+    "join('<|/call|>') + '<|/call|>' if m.tool_calls else '')")
+
+
+def test_calls_train_up_to_the_end_of_the_turn_though_special_tokens_stand_before_it():
+    tokenizer = make(CALLS, [*SPECIAL, "<|call|>", "<|/call|>"], eos="<|im_end|>")
+    shown = ['<|call|>{"name": "add", "arguments": <|call|>{"a": 1}}<|/call|>', '<|call|>{"name": "sub", "arguments": '
+             '<|call|>{"b": "<|im_end|>\\n"}}<|/call|>']
+    calls = [call(), call("sub", {"b": "<|im_end|>\n"})]
+    tool = {"role": "tool", "content": shown[1] + "<|im_end|>"}
+    messages = [user(shown[0]), answer(None, tool_calls=calls), tool, answer("add", tool_calls=calls), tool]
+    both = "".join(shown) + "<|im_end|>"
+    assert trained(tokenizer, [*messages, answer("sub")]) == [both, f"add{both}", "sub<|im_end|>"]
+    assert trained(tokenizer, messages[:4]) == [both, f"add{both}"]
+
+
+def test_calls_whose_end_is_another_one_in_the_middle_are_refused_even_if_a_later_turn_is_the_same():
+    end = "('<|return|>' if loop.last else '<|end|>')"
+    tokenizer = make(CALLS.replace("'<|im_end|>\n'", end), [*SPECIAL, "<|call|>", "<|/call|>"])
+    messages = [user("x"), answer("", tool_calls=[call()]), user("x"), answer("", tool_calls=[call()])]
+    assert len(trained(tokenizer, messages[:2])) == 1
+    with pytest.raises(InputError, match="message 1 ends in the text cannot be found"):
+        tokenizer.example({"messages": messages})
 
 
 @pytest.mark.parametrize("name", ["llama3", "smollm3", "phi3.5_mini", "deepseek_r1_distill_qwen"])
