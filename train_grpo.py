@@ -155,10 +155,7 @@ def rollout(rows, serials, n, sampling):
 
 
 def evaluate():
-    """Held-out prompts, one completion each, sampled at temperature 1 and greedy: the mean of every reward.
-
-    eval/accuracy and eval/greedy are those of the first reward function.
-    """
+    """Held-out prompts, one completion each: the mean of every reward, eval/accuracy and eval/greedy the first one's."""
     metrics, mine = {}, range(len(eval_rows))[world.rank::world.size]
     for name, temperature in (("accuracy", 1.0), ("greedy", 0.0)):
         sampling = Sampling(args.max_new_tokens, temperature, stop=tuple(args.stop))

@@ -41,7 +41,8 @@ run("train_sft.py", "--model", out / "base", "--data", train, "--rename", "quest
     "--save_every", 0)
 run("train_grpo.py", "--model", out / "sft", "--data", train, "--eval_data", out / "eval.jsonl", "--rename",
     "question=prompt", "--out", out / "grpo", "--reward", "format", "gsm8k", "--prompts", 8, "--group", 8,
-    "--minibatches", 1, "--steps", 40, "--lr", 5e-4, "--max_new_tokens", 256, "--tokens", 4096, "--eval_every", 20, "--resample", 2, "--save_every", 0)
+    "--minibatches", 1, "--steps", 40, "--lr", 5e-4, "--max_new_tokens", 256, "--tokens", 4096, "--eval_every", 20,
+    "--resample", 2, "--save_every", 0)
 lines = [json.loads(line) for line in (out / "grpo" / "metrics.jsonl").read_text().splitlines()]
 steps = lines[1:]
 print("steps with reward_std above zero:", sum(m["reward_std"] > 0 for m in steps), "of", len(steps))
