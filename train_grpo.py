@@ -155,7 +155,7 @@ def rollout(rows, serials, n, sampling):
 
 
 def evaluate():
-    """Held-out prompts, one completion each: the mean of every reward, eval/accuracy and eval/greedy the first one's."""
+    """Held-out prompts, one completion each: mean rewards; eval/accuracy and eval/greedy are the first one's."""
     metrics, mine = {}, range(len(eval_rows))[world.rank::world.size]
     for name, temperature in (("accuracy", 1.0), ("greedy", 0.0)):
         sampling = Sampling(args.max_new_tokens, temperature, stop=tuple(args.stop))
