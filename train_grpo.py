@@ -48,9 +48,9 @@ add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to comput
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
-add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 3e-4")
-add("--schedule", default="constant", choices=["constant", "linear", "cosine"])
-add("--warmup", type=int, default=0, help="optimizer steps from 0 to --lr")
+add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 1e-3")
+add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
+add("--warmup", type=int, default=10, help="optimizer steps from 0 to --lr")
 add("--weight_decay", type=float, default=0.0)
 add("--betas", type=float, nargs=2, default=(0.9, 0.95))
 add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient")
@@ -60,7 +60,7 @@ add("--resume", action="store_true", help="go on from the newest checkpoint in -
 add("--overwrite", action="store_true", help="replace the run that --out holds")
 add("--verbose", action="store_true", help="say when each phase begins")
 # Of this algorithm alone:
-add("--steps", type=int, default=150, help="rollout batches; each is --minibatches optimizer steps")
+add("--steps", type=int, default=100, help="rollout batches; each is --minibatches optimizer steps")
 add("--prompts", type=int, default=64, help="prompts of a rollout batch, over all ranks")
 add("--group", type=int, default=8, help="samples of a prompt")
 add("--minibatches", type=int, default=2, help="optimizer steps on a rollout batch")
@@ -68,7 +68,7 @@ add("--max_new_tokens", type=int, help="longest completion; default 512, for the
 add("--temperature", type=float, default=1.0)
 add("--stop", nargs="*", default=[], help="strings that end a completion")
 add("--reward", nargs="+", default=["exact"], metavar="REWARD",
-    help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER or file.py:function")
+    help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER (train_rm.py) or file.py:f")
 add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1")
 add("--resample", type=int, default=0, help="rounds of prompts that replace groups with equal rewards; 0: they stay")
 add("--mask_overlong", action="store_true", help="completions without an end stay out of the loss")
@@ -90,7 +90,7 @@ add("--correct_cap", type=float, default=3.0, help="largest such weight")
 add("--max_logp_gap", type=float, help="mean |trainer - engine| log-prob that stops the run; default 1e-3, in bf16 0.1")
 add("--engine_rows", type=int, default=512, help="completions sampled at once on a rank")
 args = parser.parse_args()
-args.lr = args.lr or (3e-4 if args.data == "toy" else 1e-6)
+args.lr = args.lr or (1e-3 if args.data == "toy" else 1e-6)
 args.max_new_tokens = args.max_new_tokens or (8 if args.data == "toy" else 512)
 
 # ------------------------------------------------------------------------------------------------------- processes
@@ -115,7 +115,7 @@ else:
     rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
 for row in (*rows, *eval_rows):
     data.check_prompt_row(row)
-reward_functions = [rewards.load_reward(spec) for spec in args.reward]
+reward_functions = [rewards.load_reward(spec, tokenizer, world.device) for spec in args.reward]
 reward_weights = args.reward_weights or [1.0] * len(args.reward)
 share = world.size * args.minibatches
 if args.prompts % share:
@@ -141,17 +141,10 @@ logger.say(f"{len(rows):,} prompts to train on, {len(eval_rows):,} held out; the
 
 
 def rollout(rows, serials, n, sampling):
-    """n completions of each row's prompt, decoded and scored -> (rollouts [P][G], float64 reward_FPG, NaN: None)."""
+    """n completions of each row's prompt, scored -> (rollouts [P][G], float64 reward_FPG, NaN: does not apply)."""
     prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
     groups = engine.generate(prompts, n, sampling, [prompt_seed(args.seed, serial) for serial in serials])
-    flat, flat_rows = [r for group in groups for r in group], [row for row in rows for _ in range(n)]
-    texts = [tokenizer.decode(r.ids, skip_special=True) for r in flat]
-    completions = [[{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
-                   for text, row in zip(texts, flat_rows)]
-    columns = {k: [row.get(k) for row in flat_rows] for k in rows[0] if k not in ("prompt", "__line__")} if rows else {}
-    columns |= {"prompts": [row["prompt"] for row in flat_rows], "completion_ids": [r.ids for r in flat]}
-    scores = [rewards.score(f, completions, columns) for f in reward_functions] if rows else [[]] * len(args.reward)
-    return groups, torch.tensor(np.array(scores, np.float64).reshape(len(scores), len(rows), n))
+    return groups, rewards.score_groups(reward_functions, tokenizer.decode, rows, groups, n)
 
 
 def evaluate():

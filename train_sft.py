@@ -49,9 +49,9 @@ add("--resume", action="store_true", help="go on from the newest checkpoint in -
 add("--overwrite", action="store_true", help="replace the run that --out holds")
 add("--verbose", action="store_true", help="say when each phase begins")
 # Of this algorithm alone:
-add("--steps", type=int, default=300, help="optimizer steps")
+add("--steps", type=int, default=700, help="optimizer steps")
 add("--epochs", type=float, help="instead of --steps: times over the rows")
-add("--rows", type=int, default=128, help="rows of an optimizer step, over all ranks")
+add("--rows", type=int, default=64, help="rows of an optimizer step, over all ranks")
 add("--bins", type=int, default=0, help="instead of --rows: bins of --tokens tokens, packed over the whole epoch")
 add("--loss", default="nll", choices=["nll", "dft"])
 add("--train_on", default="assistant", choices=["assistant", "last", "completion", "all"], help="what is a target")
@@ -75,7 +75,7 @@ model = hf.load_model(args.model, world.device, shard=shard)
 
 # ------------------------------------------------------------------------------------------------------------ data
 if args.data == "toy":
-    rows, eval_rows = toy.sft_rows(), toy.sft_rows(held_out=True, noise=0.0)
+    rows, eval_rows = toy.sft_rows(), toy.sft_rows(held_out=True, noise=0.0, copies=1)
 else:
     rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
 

@@ -42,7 +42,7 @@ def sft_jobs(folder, steps):
             "trl packed 8 x 512": [*theirs, "--packing", "--batch", 8],
             "trl packed 1 x 512 x 8": [*theirs, "--packing", "--batch", 1, "--accumulate", 8]}
     for tokens in (512, 1024, 2048, 4096):
-        jobs[f"nanopost --tokens {tokens}"] = ["train_sft.py", *common, *ours(folder, "sft"), "--warmup", 0,
+        jobs[f"nanopost --tokens {tokens}"] = ["train_sft.py", *common, *ours(folder, "sft"),
                                                "--tokens", tokens, "--bins", 4096 // tokens, "--max_length", 512]
     return jobs
 
@@ -63,7 +63,7 @@ def grpo_jobs(folder, name, steps):
 
 def ours(folder, name):
     return ["--eval_data", f"{folder}/{name}-held-out.jsonl", "--out", f"{folder}/out", "--overwrite", "--schedule",
-            "constant", "--save_every", 0, "--eval_every", 1000]
+            "constant", "--warmup", 0, "--save_every", 0, "--eval_every", 1000]
 
 
 # ---------------------------------------------------------------------------------------------------------- measuring

@@ -29,7 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, processors
 
 from nanopost import InputError
-from nanopost.data import Example
+from nanopost.data import Example, split_prompt
 
 PROBE, OPEN, CLOSE = "\U000f5a5a", "\U000f5a5b", "\U000f5a5c"  # private use; a text that has one is refused
 TOOL = "nanopost_QxZ"  # a name that no tool has
@@ -151,6 +151,23 @@ class Tokenizer:
             return self._text_example(prompt, text, train_on)
         except InputError as error:
             raise InputError(f"{row.get('__line__', 'row')}: {error}") from error
+
+    def pair(self, row: dict) -> tuple[Example, Example]:
+        """A row {"prompt", "chosen", "rejected"}, or with whole conversations in these two -> chosen and rejected.
+
+        Both end with their last trained token, as rollouts do. InputError if their prompts differ in a token.
+        """
+        row = split_prompt(row)
+        rest = {name: row[name] for name in ("tools", "chat_template_kwargs", "__line__") if name in row}
+        pair = [self.example({**rest, "prompt": row["prompt"], "completion": row[side]}, "completion")
+                for side in ("chosen", "rejected")]
+        prompts = [e.ids[:e.mask.argmax()].tolist() for e in pair]
+        if prompts[0] != prompts[1]:
+            at = len(os.path.commonprefix(prompts))
+            raise InputError(f"{row.get('__line__', 'row')}: the prompts of chosen and rejected differ from token {at} "
+                             f"on ({' and '.join(repr(self.decode(ids[at:at + 5])) for ids in prompts)}): the template "
+                             "or the tokenizer lets the answer change what stands before it.")
+        return tuple(e[:len(e) - e.mask[::-1].argmax()] for e in pair)
 
     def _text_example(self, prompt, completion, train_on):
         # One encoding of the whole, as in TRL; but where a token reaches across the boundary each part by itself, so

@@ -14,13 +14,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 
 from nanopost import InputError
 
 
-def save(out, step: int, model, optimizer, state: dict, keep: int = 1):
-    """Write the checkpoint of `step`, then delete all but the newest `keep`. A collective: every rank calls it."""
+def save(out, step: int, model, optimizer, state: dict, keep: int = 1, reference=None):
+    """Write the checkpoint of `step`, then delete all but the newest `keep`. A collective: every rank calls it.
+
+    reference: a second model whose weights change over the run.
+    """
     folder = Path(out) / "checkpoints"
     final, beside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
     first = dist.get_rank() == 0
@@ -29,7 +32,7 @@ def save(out, step: int, model, optimizer, state: dict, keep: int = 1):
         beside.mkdir(parents=True)
     dist.barrier()
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=beside)
+    dcp.save({"model": weights, "optimizer": moments, **_weights_of(reference)}, checkpoint_id=beside)
     torch.save(_random_state(), beside / f"random-{dist.get_rank()}.pt")
     dist.barrier()
     if first:
@@ -49,16 +52,16 @@ def latest(out) -> Path | None:
     return next(reversed(_complete(Path(out) / "checkpoints")), None)
 
 
-def load(path: Path, model, optimizer) -> dict:
+def load(path: Path, model, optimizer, reference=None) -> dict:
     """Fill model and optimizer from a checkpoint and restore the random state -> its state.json."""
     state = json.loads((path / "state.json").read_text())
     weights, moments = get_state_dict(model, optimizer)
-    stored = {"model": weights, "optimizer": moments}
+    stored = {"model": weights, "optimizer": moments, **_weights_of(reference)}  # filled in place
     try:
         dcp.load(stored, checkpoint_id=path)
     except dcp.api.CheckpointException as error:
-        raise InputError(f"{path} does not fit this model or is damaged; remove it to start from the checkpoint "
-                         f"before it ({next(iter(error.failures.values()))[0]}).") from error
+        raise InputError(f"{path} does not fit this model or is damaged; remove it to start from the one before it, "
+                         f"or anew ({next(iter(error.failures.values()))[0]}).") from error
     set_state_dict(model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"])
     if state["ranks"] == dist.get_world_size():
         _set_random_state(torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=False))
@@ -68,6 +71,10 @@ def load(path: Path, model, optimizer) -> dict:
 def changed_arguments(saved: dict, now: dict) -> list[str]:
     """What a resumed run was told differently: ["lr: 0.001 -> 0.002", ...]."""
     return [f"{k}: {saved.get(k)} -> {now.get(k)}" for k in {**saved, **now} if saved.get(k) != now.get(k)]
+
+
+def _weights_of(reference):
+    return {"reference": get_model_state_dict(reference)} if reference is not None else {}
 
 
 def _complete(folder):

@@ -320,6 +320,54 @@ def check_prompt_row(row: dict):
         check_messages(row, "prompt")
 
 
+def check_pair_row(row: dict):
+    """{"prompt", "chosen", "rejected"} (strings, or lists of messages), or chosen and rejected as whole conversations
+    that begin alike; else InputError."""
+    if "chosen" not in row or "rejected" not in row:
+        raise InputError(f"{_place(row)}: the columns are {_names(row)}; it needs chosen and rejected, and prompt: "
+                         "--rename theirs=ours.")
+    texts = [isinstance(row[name], str) for name in ("prompt", "chosen", "rejected") if name in row]
+    if all(texts) and "prompt" in row:
+        return
+    if any(texts):
+        raise InputError(f"{_place(row)}: prompt, chosen and rejected are partly text and partly messages: make all of "
+                         "them text, or all lists of messages.")
+    for name in ("prompt", "chosen", "rejected"):
+        if name in row:
+            check_messages(row, name)
+    if "prompt" not in row and not all(split_prompt(row)[name] for name in ("prompt", "chosen", "rejected")):
+        raise InputError(f"{_place(row)}: chosen and rejected have no prompt in common, or nothing but it: begin both "
+                         "with the same messages and end them differently.")
+
+
+def split_prompt(row: dict) -> dict:
+    """A row whose chosen and rejected are whole conversations, with the messages they share as its prompt."""
+    if "prompt" in row:
+        return row
+    pairs = zip(row["chosen"], row["rejected"])
+    shared = next((k for k, (a, b) in enumerate(pairs) if a != b), min(len(row["chosen"]), len(row["rejected"])))
+    return {**row, "prompt": row["chosen"][:shared], "chosen": row["chosen"][shared:],
+            "rejected": row["rejected"][shared:]}
+
+
+def number(row: dict, name: str, default: float) -> float:
+    """A column that is a number, or the default where a row has none."""
+    value = row.get(name)
+    if value is not None and not isinstance(value, (int, float)):
+        raise InputError(f"{_place(row)}: {name} is {value!r:.60}: make it a number.")
+    return default if value is None else float(value)
+
+
+def check_unpaired_row(row: dict):
+    """{"prompt", "completion", "label"}: label true (or 1) for a desirable completion; else InputError."""
+    if not {"prompt", "completion", "label"} <= row.keys():
+        raise InputError(f"{_place(row)}: the columns are {_names(row)}; it needs prompt, completion and label: "
+                         "--rename theirs=ours.")
+    if row["label"] not in (0, 1):
+        raise InputError(f"{_place(row)}: label is {row['label']!r}: make it true or false.")
+    check_sft_row(row)
+
+
 def check_messages(row: dict, column: str):
     """[{"role", "content"}, ...]: a role of ROLES; text, which only tool_calls may replace; else InputError."""
     place, messages = f"{_place(row)}: {column}", row[column]

@@ -7,6 +7,7 @@ whole. Where config.json or a tokenizer file changes as well, config.json leaves
 between these renames, the folder says that it is not complete, and is never a mixture. Other files in it stay.
 """
 import errno
+import hashlib
 import json
 import os
 import re
@@ -22,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanopost import InputError
-from nanopost.model import FAMILIES, CausalLM, Config
+from nanopost.model import FAMILIES, CausalLM, Config, ScalarModel
 
 SINGLE, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
@@ -48,22 +49,42 @@ def read_config(folder) -> Config:
 
 def load_model(folder, device="cpu", dtype: torch.dtype = torch.float32, shard=lambda model: model) -> CausalLM:
     """The model of a checkpoint folder. shard: applied to it while it holds no memory yet (dist.shard)."""
+    config = read_config(folder)
+    if config.scalar:
+        raise InputError(f"{folder} is a reward model and writes no text: pass it as --reward_model.")
+    return _loaded(CausalLM, config, folder, device, dtype, shard)
+
+
+def load_scalar_model(folder, device="cpu", dtype: torch.dtype = torch.float32, shard=lambda model: model,
+                      new_head: bool = False, pad_id: int | None = None) -> ScalarModel:
+    """A reward model. new_head: the folder may be that of a language model, whose head gives way to one of zeros."""
+    config = read_config(folder)
+    if not config.scalar and not new_head:
+        raise InputError(f"{folder} is a language model and scores nothing: train_rm.py makes a reward model of it.")
+    return _loaded(ScalarModel, config.with_scalar_head(pad_id), folder, device, dtype, shard)
+
+
+def _loaded(kind, config, folder, device, dtype, shard):
     with torch.device("meta"):
-        model = CausalLM(read_config(folder)).to(dtype)
+        model = kind(config).to(dtype)
     model = shard(model).to_empty(device=device)
     load_weights(model, folder)
     return model
 
 
 @torch.no_grad()
-def load_weights(model: CausalLM, folder):
+def load_weights(model: CausalLM | ScalarModel, folder):
     """Fill the model's parameters, plain tensors or FSDP2 shards, from a folder, cast to the parameters' dtype.
 
-    Names and shapes must be those of the model. A tied head's copy and rotary buffers are passed over.
+    Names and shapes must be those of the model. A tied head's copy and rotary buffers are passed over, and so is a
+    language model's head by a scalar model, which begins with a head of zeros.
     """
     folder, wanted = Path(folder), dict(model.named_parameters())
     file_of = _weight_files(folder)
     redundant = {"lm_head.weight"} if model.config.tied else set()
+    if model.config.scalar and "score.weight" not in file_of:
+        wanted.pop("score.weight").zero_()
+        file_of.pop("lm_head.weight", None)
     extra = {n for n in file_of if n not in wanted and n not in redundant and not n.endswith("rotary_emb.inv_freq")}
     missing = set(wanted) - set(file_of)
     if missing or extra:
@@ -77,6 +98,15 @@ def load_weights(model: CausalLM, folder):
     if redundant & set(file_of) and not torch.equal(_whole(file_of, "lm_head.weight"), _whole(file_of, EMBEDDING)):
         raise InputError(f"{folder}: config.json ties the head to the embedding and the weights hold a lm_head.weight "
                          "that differs from it: set tie_word_embeddings to false in config.json to use it.")
+
+
+def content_hash(folder) -> str:
+    """Of a checkpoint's config.json and weights, whatever their files are called."""
+    digest = hashlib.sha256(Path(folder, "config.json").read_bytes())
+    for path in sorted({*_weight_files(Path(folder)).values()}):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def _fill(p, source, name, path):

@@ -8,7 +8,7 @@ Parameter names are the checkpoint's. The head and the log-probability lie insid
 and stale after a backward. Sharding, compilation and checkpointing are applied from outside (dist.py).
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -46,15 +46,21 @@ class Config:
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    scalar: bool
 
     @classmethod
     def of(cls, hf: dict, source: str = "config.json") -> "Config":
         """Read the dictionary of a config.json. InputError for whatever this decoder does not compute."""
         family = hf.get("model_type")
         architecture = (hf.get("architectures") or [FAMILIES.get(family)])[0]
-        if family not in FAMILIES or architecture != FAMILIES[family]:
+        if family not in FAMILIES or architecture not in (FAMILIES[family], scalar_architecture(family)):
             raise InputError(f"{source}: architecture {architecture} (model_type {family}) is not one of those that "
-                             f"nanopost computes: {', '.join(FAMILIES.values())}.")
+                             f"nanopost computes: {', '.join(FAMILIES.values())}, and ...ForSequenceClassification of "
+                             "the same families.")
+        scalar = architecture == scalar_architecture(family)
+        labels = hf.get("num_labels") or len(hf.get("id2label") or "01")
+        if scalar and labels != 1:
+            raise InputError(f"{source}: a classifier of {labels} labels; a reward model has one (num_labels 1).")
         if hf.get("quantization_config"):
             raise InputError(f"{source}: the weights are quantised ({hf['quantization_config'].get('quant_method')}); "
                              "take the unquantised checkpoint of this model.")
@@ -73,7 +79,17 @@ class Config:
             norm_eps=hf.get("rms_norm_eps", 1e-6), tied=bool(hf.get("tie_word_embeddings", False)),
             rope=_rope(hf, source), windows=_windows(hf, family),
             qkv_bias=family == "qwen2" or bias, out_bias=bias and family in ("llama", "qwen3"),
-            mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama", qk_norm=family == "qwen3")
+            mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama", qk_norm=family == "qwen3", scalar=scalar)
+
+    def with_scalar_head(self, pad_id: int | None) -> "Config":
+        """The same decoder as a reward model. pad_id: transformers scores the last token that is not this one."""
+        names = {"architectures": [scalar_architecture(self.hf["model_type"])], "pad_token_id": pad_id,
+                 "num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        return replace(self, hf={**self.hf, **names}, scalar=True)
+
+
+def scalar_architecture(family: str) -> str:
+    return FAMILIES[family].replace("CausalLM", "SequenceClassification")
 
 
 def _rope(hf, source):
@@ -219,6 +235,14 @@ class Decoder(nn.Module):
                 x_ND = block(*inputs)
         return self.norm(x_ND)
 
+    def packed(self, token_N, position_N, cu_seqlens, max_seqlen):
+        """Packed documents -> hidden_ND after the final norm."""
+        packing = Packing(cu_seqlens, max_seqlen)
+
+        def attend(layer, q, k, v, window):
+            return packed_attention(q, k, v, packing, window)
+        return self(token_N, position_N, attend)
+
 
 class CausalLM(nn.Module):
     def __init__(self, config: Config):
@@ -232,16 +256,8 @@ class CausalLM(nn.Module):
 
     def forward(self, batch, temperature: float = 1.0):
         """A Batch (data.py) -> fp32 log-prob of each target and entropy of its distribution, 0 where no target is."""
-        hidden_ND = self.hidden(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)
+        hidden_ND = self.model.packed(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)
         return logprob(hidden_ND, self.head_weight, batch.target_N, temperature)
-
-    def hidden(self, token_N, position_N, cu_seqlens, max_seqlen):
-        """Packed documents -> hidden_ND after the final norm."""
-        packing = Packing(cu_seqlens, max_seqlen)
-
-        def attend(layer, q, k, v, window):
-            return packed_attention(q, k, v, packing, window)
-        return self.model(token_N, position_N, attend)
 
     def logits(self, hidden_ND):
         """-> fp32 [N, V], whole: for a few rows."""
@@ -275,3 +291,17 @@ class CausalLM(nn.Module):
             else:
                 p.fill_(0.0 if name.endswith("bias") else 1.0)
         return self
+
+
+class ScalarModel(nn.Module):
+    """A decoder with one number for each token: a reward model reads it at the last token of a sequence."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config, self.model = config, Decoder(config)
+        self.score = nn.Linear(config.width, 1, bias=False)
+
+    def forward(self, batch):
+        """A Batch (data.py) -> fp32 value_N."""
+        hidden_ND = self.model.packed(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)
+        return matmul_fp32(hidden_ND, self.score.weight.T)[:, 0]

@@ -16,8 +16,14 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+import torch
+
 from nanopost import InputError
 from nanopost.advantages import soft_overlong_penalty
+from nanopost.chat import Tokenizer
+from nanopost.data import Example, batch_of, pack
+from nanopost.hf import load_scalar_model
 
 
 class Reward(NamedTuple):
@@ -26,8 +32,8 @@ class Reward(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------- loading and calling
-def load_reward(spec: str) -> Reward:
-    """A --reward: gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER or file.py:function.
+def load_reward(spec: str, tokenizer=None, device=None) -> Reward:
+    """A --reward: gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or file.py:function.
 
     A class is made once, without arguments, so that its instance can hold state; the instance is called.
     """
@@ -39,11 +45,13 @@ def load_reward(spec: str) -> Reward:
         return Reward(spec, full_match(argument))
     if kind == "length":
         return Reward(kind, overlong(argument))
+    if kind == "model":
+        return Reward(kind, ModelReward(argument, tokenizer, device))
     path, _, name = (spec + ":").rpartition(":") if spec.endswith(".py") else spec.rpartition(":")
     if path.endswith(".py"):
         return Reward(name, _from_file(Path(path), name))
-    raise InputError(f"--reward {spec!r} is unknown: built in are {', '.join(built_in)}, regex:PATTERN and "
-                     f"length:MAX:BUFFER; one of your own is file.py:function.")
+    raise InputError(f"--reward {spec!r} is unknown: built in are {', '.join(built_in)}, regex:PATTERN, "
+                     f"length:MAX:BUFFER and model:FOLDER; one of your own is file.py:function.")
 
 
 def _from_file(path, name):
@@ -83,6 +91,66 @@ def score(reward: Reward, completions: list, columns: dict[str, list]) -> list[f
         raise InputError(f"Reward {reward.name} returned {len(values)} values for {len(completions)} "
                          f"completions: return one for each, None where it does not apply.")
     return [_number(reward, value, i, completions[i]) for i, value in enumerate(values)]
+
+
+def score_groups(rewards: list[Reward], decode: Callable, rows: list[dict], groups: list[list], size: int):
+    """Rewards of the rollouts of each row -> float64 reward_FPG, NaN where one does not apply.
+
+    groups: for each row `size` Rollouts. They are decoded without special tokens; a row whose prompt is a list of
+    messages gets its completions as messages. Columns are the rows' own, and prompts and completion_ids.
+    """
+    flat, flat_rows = [r for group in groups for r in group], [row for row, g in zip(rows, groups) for _ in g]
+    texts = [decode(r.ids, skip_special=True) for r in flat]
+    completions = [[{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
+                   for text, row in zip(texts, flat_rows)]
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "__line__"))
+    columns = {name: [row.get(name) for row in flat_rows] for name in names}
+    columns |= {"prompts": [row["prompt"] for row in flat_rows], "completion_ids": [r.ids for r in flat]}
+    scores = [score(reward, completions, columns) if flat else [] for reward in rewards]
+    return torch.tensor(np.array(scores, np.float64).reshape(len(rewards), len(rows), size))
+
+
+def judged(judge: Reward, decode: Callable, rows: list[dict], groups: list[list]) -> torch.Tensor:
+    """Each answer's wins over the others of its group -> float64 reward_PG.
+
+    judge: f(prompts, pairs) -> for each pair of texts 0 (the first is better), 1 (the second) or None (a tie).
+    """
+    texts = [[decode(r.ids, skip_special=True) for r in group] for group in groups]
+    duels = [(p, i, j) for p, group in enumerate(texts) for i in range(len(group)) for j in range(i)]
+    verdicts = judge.function([rows[p]["prompt"] for p, _, _ in duels],
+                              [(texts[p][i], texts[p][j]) for p, i, j in duels]) if duels else []
+    if len(verdicts) != len(duels) or any(v not in (0, 1, None) for v in verdicts):
+        raise InputError(f"--judge {judge.name} gave {len(verdicts)} verdicts for {len(duels)} pairs, or one that is "
+                         "not 0, 1 or None: it returns one of these for each pair.")
+    wins_PG = torch.zeros(len(groups), max(map(len, groups), default=0), dtype=torch.float64)
+    for (p, i, j), verdict in zip(duels, verdicts):
+        if verdict is not None:
+            wins_PG[p, (i, j)[verdict]] += 1
+    return wins_PG
+
+
+class ModelReward:
+    """A reward: the score that a reward model gives prompt and completion, token by token as they were sampled."""
+
+    def __init__(self, folder, tokenizer, device, tokens: int = 8192):
+        """tokenizer: the policy's, whose tokens the reward model has to know. tokens: of a micro-batch, at most."""
+        theirs = Tokenizer.load(folder)
+        if theirs.tokenizer_hash != tokenizer.tokenizer_hash:
+            raise InputError(f"--reward model:{folder}: its tokenizer is not the policy's, so it reads other text: "
+                             "train it from the policy's model (train_rm.py --model).")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = load_scalar_model(folder, device, dtype)
+        self.tokenizer, self.device, self.tokens = tokenizer, device, tokens
+
+    @torch.no_grad()
+    def __call__(self, completions, prompts, completion_ids, **columns):
+        ids = [self.tokenizer.prompt_ids(prompt) + list(new) for prompt, new in zip(prompts, completion_ids)]
+        examples, out = [Example(i, [False] * len(i)) for i in ids], [0.0] * len(ids)
+        for part in pack([len(e) for e in examples], max(self.tokens, *map(len, examples))):
+            batch = batch_of([examples[i] for i in part], self.device)
+            for i, score in zip(part, self.model(batch)[batch.cu_seqlens[1:].long() - 1].tolist()):
+                out[i] = score
+        return out
 
 
 def _check_arguments(reward, completions, columns):

@@ -2,19 +2,23 @@
 
     user: 12+34=?        assistant: <answer>46</answer>
 
-Half of the answers in the SFT rows are near misses (off by 1, 2, 9, 10 or 11). SFT on them teaches the skill and the
-format and leaves the model unsure, as a base model is: greedy it is mostly right, sampled it is right about once in
-four. That is what reinforcement learning can then bring out. A tenth of all pairs is held out by a hash.
+The SFT rows hold each sum six times, and half of their answers are near misses (off by 1, 2, 9, 10 or 11). SFT on
+them teaches the skill and the format and leaves the model unsure, as a base model is: greedy it is mostly right,
+sampled it is right about once in four. That is what reinforcement learning can then bring out. A tenth of all pairs is
+held out by a hash.
 """
 import hashlib
 import json
 import random
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from nanopost import hf
+from nanopost.chat import Tokenizer
 from nanopost.model import CausalLM, Config
+from nanopost.rollout import Engine, Sampling, prompt_seed
 
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -42,7 +46,7 @@ def tokenizer_files() -> dict[str, str]:
     """tokenizer.json and tokenizer_config.json: bytes (so any text encodes), two answer tags, five special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
@@ -53,17 +57,34 @@ def tokenizer_files() -> dict[str, str]:
     return {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(config, indent=1)}
 
 
-def sft_rows(held_out: bool = False, noise: float = 0.5, seed: int = 0) -> list[dict]:
-    """{"messages"} of all pairs on one side of the split, `noise` of the answers being near misses."""
+def sft_rows(held_out: bool = False, noise: float = 0.5, copies: int = 6, seed: int = 0) -> list[dict]:
+    """{"messages"} of all pairs on one side of the split, each `copies` times, `noise` of the answers near misses.
+
+    Copies, so that the noise of one pair is seen to be noise; with one of each the skill depends on the seed's luck.
+    """
     draw = random.Random(seed)
     return [{"messages": [_question(a, b), {"role": "assistant", "content": _answer(
                 a + b + (draw.choice(NEAR_MISS) if draw.random() < noise else 0))}]}
-            for a, b in _pairs(held_out)]
+            for _ in range(copies) for a, b in _pairs(held_out)]
 
 
 def prompt_rows(held_out: bool) -> list[dict]:
     """{"prompt", "answer"}: the true answer, for the reward `exact`."""
     return [{"prompt": [_question(a, b)], "answer": _answer(a + b)} for a, b in _pairs(held_out)]
+
+
+def pair_rows(folder, held_out: bool, samples: int = 2, seed: int = 0) -> list[dict]:
+    """{"prompt", "answer", "chosen", "rejected"}: the true answer, and the first wrong one among `samples` that the
+    model in `folder` writes; what it always adds up rightly is left out."""
+    tokenizer, model, rows = Tokenizer.load(folder), hf.load_model(folder), prompt_rows(held_out)
+    engine = Engine(model, tokenizer.stop_ids)
+    groups = engine.generate([tokenizer.prompt_ids(row["prompt"]) for row in rows], samples, Sampling(8),
+                             [prompt_seed(seed, serial) for serial in range(len(rows))])
+    texts = [[tokenizer.decode(r.ids, skip_special=True) for r in group] for group in groups]
+    return [{"prompt": row["prompt"], "answer": row["answer"],
+             "chosen": [{"role": "assistant", "content": row["answer"]}],
+             "rejected": [{"role": "assistant", "content": wrong[0]}]}
+            for row, group in zip(rows, texts) if (wrong := [text for text in group if text != row["answer"]])]
 
 
 def _question(a, b):

@@ -190,7 +190,8 @@ MUTATIONS = [
              "        logp_N, _ = model(batch, temperature)\n",
              "        with torch.no_grad():\n"
              "            model(batch, temperature)\n"
-             "        hidden_ND = model.hidden(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)\n"
+             "        where = batch.position_N, batch.cu_seqlens, batch.max_seqlen\n"
+             "        hidden_ND = model.model.packed(batch.token_N, *where)\n"
              "        logp_N, _ = logprob(hidden_ND, model.head_weight, batch.target_N, temperature)\n",
              "test_dist.py::test_the_head_is_neither_a_shard_nor_stale"),
     mutation("stale-head-in-the-engine", "train_grpo.py",

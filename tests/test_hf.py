@@ -47,7 +47,7 @@ def logits(model, ids):
     if not isinstance(model, CausalLM):
         return model(ids[None]).logits[0]
     cu = torch.tensor([0, len(ids)], dtype=torch.int32)
-    return model.logits(model.hidden(ids, torch.arange(len(ids)), cu, len(ids)))
+    return model.logits(model.model.packed(ids, torch.arange(len(ids)), cu, len(ids)))
 
 
 def tensors(model):

@@ -98,8 +98,8 @@ def test_logits_equal_those_of_transformers_packed_and_alone(pair, case):
     oracle, model = pair(case)
     docs = documents()
     expected = torch.cat([logits_of(oracle, d) for d in docs])
-    together = model.logits(model.hidden(*packed(docs)))
-    alone = torch.cat([model.logits(model.hidden(*packed([d]))) for d in docs])
+    together = model.logits(model.model.packed(*packed(docs)))
+    alone = torch.cat([model.logits(model.model.packed(*packed([d]))) for d in docs])
     assert expected.std() > 1  # else agreement would mean little
     assert (together - expected).abs().max() <= 1e-4
     assert (alone - expected).abs().max() <= 1e-4
@@ -178,7 +178,8 @@ def tiny(case="qwen3", **given):
 
 @pytest.mark.parametrize("change, words", [
     ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*LlamaForCausalLM"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "2 labels"),
     ({"architectures": None, "model_type": "mixtral"}, "mixtral"),
     ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*llama3"),
     ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),

@@ -95,7 +95,7 @@ def test_greedy_takes_the_likeliest_token_each_time():
         ids = list(rollout.prompt)
         for token in rollout.ids:
             cu = torch.tensor([0, len(ids)], dtype=torch.int32)
-            hidden = model.hidden(torch.tensor(ids), torch.arange(len(ids)), cu, len(ids))
+            hidden = model.model.packed(torch.tensor(ids), torch.arange(len(ids)), cu, len(ids))
             assert token == int(model.logits(hidden[-1:]).argmax())
             ids.append(token)
         assert not rollout.logp.any()

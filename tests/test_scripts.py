@@ -59,7 +59,7 @@ def test_sft_loads_in_transformers_with_its_tokenizer_and_equal_logits(place):
                                         return_dict=False)
     ours = hf.load_model(place / "sft")
     cu = torch.tensor([0, len(ids)], dtype=torch.int32)
-    logits = ours.logits(ours.hidden(torch.tensor(ids), torch.arange(len(ids)), cu, len(ids)))
+    logits = ours.logits(ours.model.packed(torch.tensor(ids), torch.arange(len(ids)), cu, len(ids)))
     torch.testing.assert_close(logits, theirs(torch.tensor([ids])).logits[0].float(), atol=1e-4, rtol=0)
 
 

@@ -179,7 +179,8 @@ def test_two_optimizer_steps_of_train_grpo_are_those_of_trl(folder, tmp_path):
     run("train_grpo.py", "--model", folder, "--data", tmp_path / "prompts.jsonl", "--eval_data",
         tmp_path / "prompts.jsonl", "--out", tmp_path / "grpo", "--steps", 1, "--prompts", 4, "--group", GROUP,
         "--minibatches", 2, "--max_new_tokens", NEW, "--temperature", TEMPERATURE, "--seed", SEED, "--lr", 3e-3,
-        "--agg", "sequence", "--beta", 0.04, "--reward", f"{ROOT}/bench/reward.py:length_modulo_7", "--tokens", 300)
+        "--schedule", "constant", "--warmup", 0, "--agg", "sequence", "--beta", 0.04, "--tokens", 300, "--reward",
+        f"{ROOT}/bench/reward.py:length_modulo_7")
     ours = metrics(tmp_path / "grpo")[-1]
 
     prompts = [tokenizer.apply_chat_template(rows[i]["prompt"], add_generation_prompt=True, return_dict=False)
