@@ -1,0 +1,339 @@
+"""DPO and its family: make the chosen answer likelier than the rejected one, measured against a reference.
+
+    c = log pi(y_chosen | x) - log ref(y_chosen | x), summed over its tokens; r the same of the rejected one
+    loss = - sum_p log sigmoid(beta (c_p - r_p)) / P        P: pairs of the optimizer step (2305.18290, eq. 7)
+
+--loss takes one or more of losses.PREFERENCE, each there with its paper: sigmoid sigmoid_norm ipo hinge robust exo nca
+bco sppo aot aot_unpaired apo_zero apo_down discopop simpo sft cpo orpo kto. Where pairs depend on each other (bco, the
+aots, kto), log-probs of the whole step are taken first, over all ranks, so its gradient depends on no micro-batch.
+--online samples the pairs from the policy: of --group answers to a prompt the best and the worst by --reward or --judge
+(2402.04792). All else stays as it is.
+
+    python train_sft.py && python train_dpo.py [--online]           # the toy: its own slips against the right sums
+    torchrun --nproc_per_node 8 train_dpo.py --model out/sft --data pairs.jsonl --beta 0.1
+"""
+import argparse
+import math
+import time
+from collections import defaultdict
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from nanopost import InputError, advantages, checkpoint, data, dist, hf, losses, optim, pairs, rewards, toy
+from nanopost.chat import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
+from nanopost.logger import Logger
+from nanopost.logprob import logprobs_of
+from nanopost.rollout import Engine, Sampling, prompt_seed
+
+# N packed tokens of a micro-batch, S its sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one; P pairs.
+# ------------------------------------------------------------------------------------------------------- arguments
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+add = parser.add_argument
+add("--model", default="out/sft", help="folder of a Hugging Face checkpoint; default: what train_sft.py writes")
+add("--data", default="toy", help="rows: JSONL, .jsonl.gz, .json or Parquet, or toy")
+add("--eval_data", help="held-out rows; without it --holdout rows of --data are kept back")
+add("--holdout", type=int, default=100, help="rows of --data kept for evaluation, if there is no --eval_data")
+add("--rename", nargs="*", default=[], metavar="THEIRS=OURS", help="columns, such as better=chosen worse=rejected")
+add("--out", default="out/dpo", help="folder of the run; the trained model is written here")
+add("--chat_template", help="a Jinja file used instead of the model's own template")
+add("--seed", type=int, default=0)
+add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to compute in; auto: bf16 on CUDA, else fp32")
+add("--compile", action="store_true", help="torch.compile each block")
+add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
+add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 2e-4")
+add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
+add("--warmup", type=int, default=20, help="steps from 0 to --lr")
+add("--weight_decay", type=float, default=0.0)
+add("--betas", type=float, nargs=2, default=(0.9, 0.95))
+add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient")
+add("--eval_every", type=int, default=100, help="steps")
+add("--save_every", type=int, default=100, help="steps between checkpoints to resume from; 0: none")
+add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
+add("--overwrite", action="store_true", help="replace the run that --out holds")
+add("--verbose", action="store_true", help="say when each phase begins")
+# Of this algorithm alone:
+add("--steps", type=int, default=120, help="optimizer steps")
+add("--epochs", type=float, help="instead of --steps: times over the pairs or prompts")
+add("--rows", type=int, default=64, help="pairs (or prompts, --online) of an optimizer step, over all ranks")
+add("--loss", nargs="+", default=["sigmoid"], choices=losses.PREFERENCE, metavar="LOSS", help="see above")
+add("--loss_weights", type=float, nargs="+", help="one for each --loss; default: all 1")
+add("--beta", type=float, default=0.1, help="how much a log-ratio counts (ipo: tau)")
+add("--smoothing", type=float, default=0.0, help="share of pairs thought to be swapped, for losses that know it")
+add("--gamma", type=float, default=0.5, help="simpo: target margin")
+add("--label_weights", type=float, nargs=2, default=(1.0, 1.0), help="kto: of desirable, of undesirable rows")
+add("--divergence", default="reverse_kl", choices=["reverse_kl", "forward_kl", "js", "alpha"])
+add("--alpha", type=float, default=0.5, help="of --divergence alpha")
+add("--ld_alpha", type=float, default=1.0, help="weight of tokens past the shorter answer's length (LD-DPO 2409.06411)")
+add("--wpo", action="store_true", help="weigh pairs by how likely the policy is to write them (WPO 2406.11827)")
+add("--reference", default="frozen", choices=["frozen", "precomputed", "follow"],
+    help="a copy; its log-probs, computed once and cached; a copy that follows (TR-DPO 2404.09656)")
+add("--reference_model", help="folder; default: --model")
+add("--follow_every", type=int, default=64, help="follow: steps")
+add("--follow_share", type=float, default=0.6, help="follow: share of the way to the policy")
+add("--cache", default="out/cache", help="folder for precomputed log-probs")
+add("--max_length", type=int, help="longest side of a pair in tokens; default: half of --tokens")
+add("--overlong", default="truncate", choices=["truncate", "drop"], help="what becomes of longer pairs")
+add("--online", action="store_true", help="sample the pairs from the policy")
+add("--group", type=int, default=4, help="samples of a prompt")
+add("--max_new_tokens", type=int, help="longest completion; default 512, for the toy 8")
+add("--temperature", type=float, default=1.0)
+add("--stop", nargs="*", default=[], help="strings that end a completion")
+add("--reward", nargs="*", metavar="REWARD", help="as in train_grpo.py; offline to evaluate; the toy's is exact")
+add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1")
+add("--judge", metavar="file.py:f", help="f(prompts, pairs of texts) -> 0, 1 or None each; an answer's wins are added")
+add("--eos_penalty", type=float, default=1.0, help="taken from the reward of a completion without an end")
+add("--engine_rows", type=int, default=512, help="completions sampled at once on a rank")
+args = parser.parse_args()
+args.max_new_tokens = args.max_new_tokens or (8 if args.data == "toy" else 512)
+args.reward = (["exact"] if args.data == "toy" else []) if args.reward is None else args.reward
+args.lr = args.lr or (2e-4 if args.data == "toy" else 1e-6)
+
+# ------------------------------------------------------------------------------------------------------- processes
+world = dist.init(args.device)
+torch.manual_seed(args.seed)
+bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
+
+# --------------------------------------------------------------------------------------------- tokenizer and model
+tokenizer = Tokenizer.load(args.model, args.chat_template)
+stage = check_stage(args.model, tokenizer)
+shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile)
+model = hf.load_model(args.model, world.device, shard=shard)
+kto, coupled = "kto" in args.loss, bool(losses.COUPLED & {*args.loss})
+needs_reference = not losses.REFERENCE_FREE.issuperset(args.loss)
+reference_model = args.reference_model or args.model
+reference = hf.load_model(reference_model, world.device, shard=shard).requires_grad_(False) if needs_reference else None
+following = reference if args.reference == "follow" else None
+stage = "\n".join(filter(None, {stage, check_stage(reference_model, tokenizer)}))
+engine = None
+if args.online or args.reward:
+    shared = world.size == 1 and not bf16  # then the engine samples with the trainer's own tensors
+    sampler = model if shared else hf.load_model(args.model, world.device, torch.bfloat16 if bf16 else torch.float32)
+    engine = Engine(sampler, tokenizer.stop_ids, tokenizer.decode, args.engine_rows)
+
+# ------------------------------------------------------------------------------------------------------------ data
+for wrong, sentence in (
+        (args.online and not args.reward and not args.judge, "--online needs --reward or --judge."),
+        (args.online and (kto or args.reference == "precomputed"), "--online samples new pairs: kto, which takes "
+         "single rows, and --reference precomputed do not go with it."),
+        (args.wpo and coupled, "--wpo does not go with bco, aot, aot_unpaired or kto: choose another --loss."),
+        (len(args.loss_weights or args.loss) != len(args.loss), "--loss_weights: give one for each --loss."),
+        ({"exo", "robust"} & {*args.loss} and not 0 < args.smoothing < 0.5,
+         "exo and robust need --smoothing, the share of pairs that is swapped, between 0 and 0.5.")):
+    if wrong:
+        raise InputError(sentence)
+if args.data == "toy":
+    rows, eval_rows = ((toy.prompt_rows if args.online else partial(toy.pair_rows, args.model))(held_out=held_out)
+                       for held_out in (False, True))
+else:
+    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
+eval_prompts = toy.prompt_rows(held_out=True) if args.data == "toy" else eval_rows
+max_length = args.max_length or args.tokens // 2
+
+
+def encode(rows):
+    """Rows, offline -> (pairs with the columns that a loss reads, counts of what was left out)."""
+    if kto:
+        found, cut = pairs.labelled(tokenizer, rows, max_length, args.overlong)
+    else:
+        for row in rows:
+            data.check_pair_row(row)
+        found, cut = pairs.fit([tokenizer.pair(row) for row in rows], max_length, args.overlong)
+    pairs.add_columns(found, args.ld_alpha, train_prompt="orpo" in args.loss)
+    if args.reference == "precomputed" and reference:
+        name = f"reference-{hf.content_hash(reference_model)}-{pairs.content_hash(found)}.npy"
+        pairs.add_cached_reference(found, reference, args.tokens, world, Path(args.cache, name))
+    return found, cut
+
+
+if args.online:
+    for row in (*rows, *eval_rows):
+        data.check_prompt_row(row)
+(all_pairs, cut), (eval_pairs, eval_cut) = [([], {})] * 2 if args.online else (encode(rows), encode(eval_rows))
+per_epoch = len(rows) if args.online else len(all_pairs)
+if args.epochs:
+    args.steps = math.ceil(args.epochs * per_epoch / args.rows)
+reward_functions = [rewards.load_reward(spec, tokenizer, world.device) for spec in args.reward]
+reward_weights = args.reward_weights or [1.0] * len(args.reward)
+judge = args.judge and rewards.load_reward(args.judge)
+
+# ------------------------------------------------------------------------------------------------------- optimizer
+optimizer = optim.adamw(model, args.weight_decay, args.betas)
+found = checkpoint.latest(args.out) if args.resume else None
+state = {"step": 0, "consumed": 0, "seen": 0, "reward_sum": 0.0, "reward_count": 0}
+state |= checkpoint.load(found, model, optimizer, following) if found else {}
+shown = ["reward", "loss", "rewards/accuracies", "rewards/margins", "entropy", "grad_norm", "lr", "tokens_per_second"]
+logger = Logger(args.out, world.rank, args.steps, shown, args.verbose)
+replace = args.overwrite or args.resume and not Path(args.out, "config.json").exists()  # killed before a checkpoint
+logger.open(state["step"] if found else None, replace, {"args": vars(args), **fingerprint(tokenizer)})
+for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
+    logger.say(f"resumed with another {change}")
+logger.say(stage)
+for first in all_pairs[:1]:
+    logger.say(f"{args.data}: {len(all_pairs):,} pairs, {len(eval_pairs):,} held out; left out or doubtful: {cut}; "
+               f"held out: {eval_cut}; the first:\n" + "\n".join(marked_text(e, tokenizer) for e in first))
+logger.say(f"a step is {args.rows} of the {per_epoch:,} {'prompts' if args.online else 'pairs'} of an epoch")
+
+
+def sampled(rows, serials, n, temperature):
+    """n completions of each row's prompt -> (rollouts [P][n], float64 reward_PG)."""
+    prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
+    groups = engine.generate(prompts, n, Sampling(args.max_new_tokens, temperature, stop=tuple(args.stop)),
+                             [prompt_seed(args.seed, serial) for serial in serials])
+    reward_PG = torch.zeros(len(rows), n, dtype=torch.float64)
+    if reward_functions:
+        reward_FPG = rewards.score_groups(reward_functions, tokenizer.decode, rows, groups, n)
+        reward_PG += advantages.combine_rewards(reward_FPG, reward_weights)
+    if judge:
+        reward_PG += rewards.judged(judge, tokenizer.decode, rows, groups)
+    return groups, reward_PG
+
+
+def offline(consumed):
+    """This rank's pairs of the next step -> (pairs, a group of rollouts, metrics)."""
+    return [all_pairs[i] for i in data.take(per_epoch, args.seed, consumed, args.rows)[world.rank::world.size]], [], {}
+
+
+def online(consumed):
+    """The same, sampled from the policy: the best and the worst of each group; ties are left out."""
+    indices = data.take(per_epoch, args.seed, consumed, args.rows)[world.rank::world.size]
+    serials = range(consumed, consumed + args.rows)[world.rank::world.size]
+    groups, reward_PG = sampled([rows[i] for i in indices], serials, args.group, args.temperature)
+    flat = [r for group in groups for r in group]
+    unended = [r.finish == "length" for r in flat]
+    reward_PG -= args.eos_penalty * torch.tensor(unended, dtype=torch.float64).view_as(reward_PG)
+    new = [(group[int(reward_G.argmax())].example(), group[int(reward_G.argmin())].example())
+           for group, reward_G in zip(groups, reward_PG) if reward_G.max() > reward_G.min()]
+    pairs.add_columns(new, args.ld_alpha, train_prompt="orpo" in args.loss)
+    return new, [*zip(flat[:args.group], reward_PG.flatten().tolist())], dist.means({
+        "reward": (reward_PG.sum(), reward_PG.numel()), "ties": (len(groups) - len(new), len(groups)),
+        "completions/mean_length": (sum(len(r.ids) for r in flat), len(flat)),
+        "completions/clipped_ratio": (sum(unended), len(flat))})
+
+
+def loss_of(p):
+    """loss_P: the weighted sum of the losses asked for."""
+    more = {"simpo": {"gamma": args.gamma}, "kto": dict(zip(("desirable", "undesirable"), args.label_weights)),
+            "bco": {"shift": state["reward_sum"] / max(1, state["reward_count"])}}
+    return sum(weight * losses.PREFERENCE[name](p, args.beta, args.smoothing, **more.get(name, {}))
+               for name, weight in zip(args.loss, args.loss_weights or [1.0] * len(args.loss)))
+
+
+def evaluate():
+    """Held-out pairs; and with --reward held-out prompts, sampled: mean reward, and KL(policy || reference)."""
+    metrics, mine = {}, eval_pairs[world.rank::world.size]
+    if eval_pairs:
+        if args.reference != "precomputed":
+            pairs.add_reference(mine, reference, args.tokens, world.device)
+        p, _ = pairs.gathered(model, mine, args.tokens, world.device, **divergence)
+        named = {"loss": (loss_of(p).sum(), len(p.label_P)), **losses.preference_metrics(p, args.beta, kto)}
+        metrics = {f"eval/{name}": float(total) / max(1, int(count)) for name, (total, count) in named.items()}
+    mine = range(len(eval_prompts))[world.rank::world.size]
+    for name, temperature in (("accuracy", 1.0), ("greedy", 0.0)) if args.reward else ():
+        groups, reward_PG = sampled([eval_prompts[i] for i in mine], [2**32 + i for i in mine], 1, temperature)
+        metrics |= dist.means({f"eval/{name}": (reward_PG.sum(), reward_PG.numel())})
+        if temperature and reference:
+            examples = [r.example() for group in groups for r in group]
+            logps = logprobs_of(reference, examples, args.tokens, 1.0, world.device)
+            kl = sum(float((e.columns["engine_logp"] - logp).sum()) for e, logp in zip(examples, logps))
+            metrics |= dist.means({"eval/kl": (kl, len(examples))})
+    return metrics
+
+
+# ------------------------------------------------------------------------------------------------------------ loop
+pairs_of_step = online if args.online else offline
+divergence = {"divergence": args.divergence, "alpha": args.alpha}
+consumed, seen = state["consumed"], state["seen"]
+state["args"] = vars(args)
+if engine:
+    engine.sync_weights(dist.full_weights(model), state["step"])
+if not found:
+    state["first"] = evaluate()
+    logger.log(0, state["first"])
+for step in range(state["step"] + 1, args.steps + 1):
+    # ---- pairs, and the reference's log-probs
+    logger.phase("pairs", step)
+    began = time.perf_counter()
+    step_pairs, rollouts, metrics = pairs_of_step(consumed)
+    consumed += args.rows
+    if args.reference != "precomputed":
+        pairs.add_reference(step_pairs, reference, args.tokens, world.device)
+    count, chosen_tokens = dist.all_sum(len(step_pairs), sum(int(chosen.mask[1:].sum()) for chosen, _ in step_pairs))
+    units, sums = step_pairs, defaultdict(lambda: (0.0, 0.0))
+    if coupled:  # the gradient of each sequence's log-prob, from the losses of the whole step
+        p, mine = pairs.gathered(model, step_pairs, args.tokens, world.device, **divergence)
+        state["reward_sum"] += float(args.beta * p.ratio_2P.detach().sum())
+        state["reward_count"] += len(p.logp_S)
+        loss_P = loss_of(p)
+        loss_P.sum().backward()
+        units = pairs.pulled_back(step_pairs, p, mine)
+        named = {"loss": (loss_P.detach().sum(), len(loss_P)), **losses.preference_metrics(p, args.beta, kto)}
+        sums = {name: (float(total) / world.size, float(n) / world.size) for name, (total, n) in named.items()}
+
+    # ---- update
+    logger.phase("update", step)
+    lengths, entropy_sum = [sum(map(len, unit)) for unit in units], 0.0
+    for part in dist.even(data.micro_batches(lengths, args.tokens)):
+        batch = data.batch_of([e for i in part for e in units[i]], world.device)
+        logp_N, entropy_N = model(batch)
+        p = pairs.of_batch(batch, logp_N, chosen_tokens / max(1, count), **divergence)
+        if coupled:
+            loss = (batch["slope"] * p.logp_S + batch["nll_slope"] * p.nll_S).sum()
+        else:
+            loss_P = loss_of(p) * (not batch.dummy)
+            if args.wpo:
+                with torch.no_grad():
+                    half_logp_N, _ = model(batch, 0.5)
+                loss_P = loss_P * losses.wpo_weight(logp_N, half_logp_N, batch["weight"], batch.seq_N, len(p.logp_S))
+            loss = loss_P.sum()
+            named = {"loss": (loss, len(loss_P)), **losses.preference_metrics(p, args.beta)}
+            for name, (total, n) in named.items() if not batch.dummy else ():
+                sums[name] = sums[name][0] + float(total), sums[name][1] + float(n)
+        (loss * world.size / max(1, count)).backward()  # FSDP averages gradients over ranks: world.size undoes it
+        entropy_sum += float(entropy_N.detach().sum())
+    grad_norm = dist.clip_grad_norm(model, args.grad_clip)
+    lr = optim.learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
+    optim.set_learning_rate(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    if following and step % args.follow_every == 0:
+        pairs.follow(reference, model, args.follow_share)
+
+    # ---- sync
+    if engine and (args.online or step % args.eval_every == 0 or step == args.steps):
+        logger.phase("sync", step)
+        engine.sync_weights(dist.full_weights(model), step)
+
+    # ---- log
+    trained = sum(int(e.mask[1:].sum()) for unit in units for e in unit)
+    (tokens,) = dist.all_sum(sum(lengths))
+    seen += tokens
+    metrics |= {**dist.means({**sums, "entropy": (entropy_sum, trained)}), "grad_norm": grad_norm, "lr": lr,
+                "epoch": consumed / per_epoch, "num_tokens": seen, "pairs": count,
+                "tokens_per_second": tokens / (time.perf_counter() - began)}
+    if step % args.eval_every == 0 or step == args.steps:
+        logger.phase("eval", step)
+        metrics |= (last := evaluate())
+    logger.log(step, metrics)
+    logger.samples(step, [
+        {"prompt": tokenizer.decode(r.prompt), "completion": tokenizer.decode(r.ids), "finish": r.finish,
+         "reward": reward} for r, reward in rollouts])
+
+    # ---- save
+    if args.save_every and step % args.save_every == 0 and step < args.steps:
+        logger.phase("save", step)
+        checkpoint.save(args.out, step, model, optimizer, state | {"consumed": consumed, "seen": seen},
+                        reference=following)
+
+# ------------------------------------------------------------------------------------------------------------ save
+hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),
+              write=world.rank == 0)
+logger.say(f"the model is in {args.out}")
+if state["step"] < args.steps:
+    change = [f"{name} {before:.3f} -> {last[name]:.3f}" for name, before in state["first"].items()]
+    logger.say(f"held out, before and after: {', '.join(change)}")
+dist.finish()
