@@ -3,11 +3,10 @@
     c = log pi(y_chosen | x) - log ref(y_chosen | x), summed over its tokens; r the same of the rejected one
     loss = - sum_p log sigmoid(beta (c_p - r_p)) / P        P: pairs of the optimizer step (2305.18290, eq. 7)
 
---loss takes one or more of losses.PREFERENCE, each there with its paper: sigmoid sigmoid_norm ipo hinge robust exo nca
-bco sppo aot aot_unpaired apo_zero apo_down discopop simpo sft cpo orpo kto. Where pairs depend on each other (bco, the
-aots, kto), log-probs of the whole step are taken first, over all ranks, so its gradient depends on no micro-batch.
---online samples the pairs from the policy: of --group answers to a prompt the best and the worst by --reward or --judge
-(2402.04792). All else stays as it is.
+--loss: sigmoid sigmoid_norm ipo hinge robust exo nca bco sppo aot aot_unpaired apo_zero apo_down discopop simpo sft cpo
+orpo kto, or several (losses.PREFERENCE, with their papers). Where pairs depend on each other (bco, aot*, kto) log-probs
+of the whole step are taken first, over all ranks, so that its gradient depends on no micro-batch.
+--online samples them from the policy: of --group answers the best and the worst by --reward or --judge (2402.04792).
 
     python train_sft.py && python train_dpo.py [--online]           # the toy: its own slips against the right sums
     torchrun --nproc_per_node 8 train_dpo.py --model out/sft --data pairs.jsonl --beta 0.1
@@ -21,13 +20,13 @@ from pathlib import Path
 
 import torch
 
-from nanopost import InputError, advantages, checkpoint, data, dist, hf, losses, optim, pairs, rewards, toy
+from nanopost import InputError, check_numbers, checkpoint, data, dist, hf, losses, optim, pairs, rewards, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
 from nanopost.logger import Logger
 from nanopost.logprob import logprobs_of
 from nanopost.rollout import Engine, Sampling, prompt_seed
 
-# N packed tokens of a micro-batch, S its sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one; P pairs.
+# N packed tokens of a micro-batch, S its sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one.
 # ------------------------------------------------------------------------------------------------------- arguments
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 add = parser.add_argument
@@ -48,9 +47,9 @@ add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 2e-4
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
 add("--warmup", type=int, default=20, help="steps from 0 to --lr")
 add("--weight_decay", type=float, default=0.0)
-add("--betas", type=float, nargs=2, default=(0.9, 0.95))
-add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient")
-add("--eval_every", type=int, default=100, help="steps")
+add("--betas", type=float, nargs=2, default=[0.9, 0.95])
+add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient; 0: any")
+add("--eval_every", type=int, default=100, help="steps; 0: only before and after")
 add("--save_every", type=int, default=100, help="steps between checkpoints to resume from; 0: none")
 add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 add("--overwrite", action="store_true", help="replace the run that --out holds")
@@ -72,28 +71,28 @@ add("--wpo", action="store_true", help="weigh pairs by how likely the policy is 
 add("--reference", default="frozen", choices=["frozen", "precomputed", "follow"],
     help="a copy; its log-probs, computed once and cached; a copy that follows (TR-DPO 2404.09656)")
 add("--reference_model", help="folder; default: --model")
-add("--follow_every", type=int, default=64, help="follow: steps")
-add("--follow_share", type=float, default=0.6, help="follow: share of the way to the policy")
+add("--follow_every", type=int, default=64, help="follow: steps between moves of 0.6 of the way to the policy")
 add("--cache", default="out/cache", help="folder for precomputed log-probs")
 add("--max_length", type=int, help="longest side of a pair in tokens; default: half of --tokens")
 add("--overlong", default="truncate", choices=["truncate", "drop"], help="what becomes of longer pairs")
 add("--online", action="store_true", help="sample the pairs from the policy")
 add("--group", type=int, default=4, help="samples of a prompt")
 add("--max_new_tokens", type=int, help="longest completion; default 512, for the toy 8")
+add("--max_prompt", type=int, help="leave out longer prompts, in tokens; default: refuse those that do not fit")
 add("--temperature", type=float, default=1.0)
-add("--stop", nargs="*", default=[], help="strings that end a completion")
 add("--reward", nargs="*", metavar="REWARD", help="as in train_grpo.py; offline to evaluate; the toy's is exact")
 add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1")
 add("--judge", metavar="file.py:f", help="f(prompts, pairs of texts) -> 0, 1 or None each; an answer's wins are added")
 add("--eos_penalty", type=float, default=1.0, help="taken from the reward of a completion without an end")
 add("--engine_rows", type=int, default=512, help="completions sampled at once on a rank")
 args = parser.parse_args()
-args.max_new_tokens = args.max_new_tokens or (8 if args.data == "toy" else 512)
+args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 8 if args.data == "toy" else 512
 args.reward = (["exact"] if args.data == "toy" else []) if args.reward is None else args.reward
-args.lr = args.lr or (2e-4 if args.data == "toy" else 1e-6)
+args.lr = args.lr if args.lr is not None else 2e-4 if args.data == "toy" else 1e-6
 
 # ------------------------------------------------------------------------------------------------------- processes
 world = dist.init(args.device)
+check_numbers(vars(args))
 torch.manual_seed(args.seed)
 bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
 
@@ -103,9 +102,9 @@ stage = check_stage(args.model, tokenizer)
 shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile)
 model = hf.load_model(args.model, world.device, shard=shard)
 kto, coupled = "kto" in args.loss, bool(losses.COUPLED & {*args.loss})
-needs_reference = not losses.REFERENCE_FREE.issuperset(args.loss)
-reference_model = args.reference_model or args.model
-reference = hf.load_model(reference_model, world.device, shard=shard).requires_grad_(False) if needs_reference else None
+reference, reference_model = None, args.reference_model or args.model
+if not losses.REFERENCE_FREE.issuperset(args.loss):
+    reference = hf.load_model(reference_model, world.device, shard=shard).requires_grad_(False)
 following = reference if args.reference == "follow" else None
 stage = "\n".join(filter(None, {stage, check_stage(reference_model, tokenizer)}))
 engine = None
@@ -117,20 +116,19 @@ if args.online or args.reward:
 # ------------------------------------------------------------------------------------------------------------ data
 for wrong, sentence in (
         (args.online and not args.reward and not args.judge, "--online needs --reward or --judge."),
-        (args.online and (kto or args.reference == "precomputed"), "--online samples new pairs: kto, which takes "
-         "single rows, and --reference precomputed do not go with it."),
-        (args.wpo and coupled, "--wpo does not go with bco, aot, aot_unpaired or kto: choose another --loss."),
-        (len(args.loss_weights or args.loss) != len(args.loss), "--loss_weights: give one for each --loss."),
-        ({"exo", "robust"} & {*args.loss} and not 0 < args.smoothing < 0.5,
-         "exo and robust need --smoothing, the share of pairs that is swapped, between 0 and 0.5.")):
+        (args.online and (kto or args.reference == "precomputed"), "--online goes neither with kto nor precomputed."),
+        (args.wpo and coupled, "--wpo does not go with bco, aot, aot_unpaired or kto."),
+        (len(args.loss_weights or args.loss) != len(args.loss), "--loss_weights: give one for each --loss.")):
     if wrong:
         raise InputError(sentence)
 if args.data == "toy":
-    rows, eval_rows = ((toy.prompt_rows if args.online else partial(toy.pair_rows, args.model))(held_out=held_out)
-                       for held_out in (False, True))
+    rows, eval_rows = (toy.pair_rows(args.model, held_out) for held_out in (False, True))
+    prompts, eval_prompts = (toy.prompt_rows(held_out) for held_out in (False, True))
 else:
-    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
-eval_prompts = toy.prompt_rows(held_out=True) if args.data == "toy" else eval_rows
+    prompts, eval_prompts = rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
+if engine:
+    parts, room = (prompts if args.online else [], eval_prompts), (args.tokens, model.config.max_positions)
+    (prompts, eval_prompts), _ = tokenizer.with_prompts(parts, args.max_prompt, args.max_new_tokens, *room)
 max_length = args.max_length or args.tokens // 2
 
 
@@ -149,20 +147,16 @@ def encode(rows):
     return found, cut
 
 
-if args.online:
-    for row in (*rows, *eval_rows):
-        data.check_prompt_row(row)
 (all_pairs, cut), (eval_pairs, eval_cut) = [([], {})] * 2 if args.online else (encode(rows), encode(eval_rows))
-per_epoch = len(rows) if args.online else len(all_pairs)
+per_epoch = len(prompts if args.online else all_pairs)
 if args.epochs:
     args.steps = math.ceil(args.epochs * per_epoch / args.rows)
-reward_functions = [rewards.load_reward(spec, tokenizer, world.device) for spec in args.reward]
-reward_weights = args.reward_weights or [1.0] * len(args.reward)
+reward_functions, reward_weights = rewards.load_rewards(args.reward, args.reward_weights, tokenizer, world.device)
 judge = args.judge and rewards.load_reward(args.judge)
 
 # ------------------------------------------------------------------------------------------------------- optimizer
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
-found = checkpoint.latest(args.out) if args.resume else None
+found = checkpoint.to_resume(args.out, args.steps) if args.resume else None
 state = {"step": 0, "consumed": 0, "seen": 0, "reward_sum": 0.0, "reward_count": 0}
 state |= checkpoint.load(found, model, optimizer, following) if found else {}
 shown = ["reward", "loss", "rewards/accuracies", "rewards/margins", "entropy", "grad_norm", "lr", "tokens_per_second"]
@@ -172,36 +166,23 @@ logger.open(state["step"] if found else None, replace, {"args": vars(args), **fi
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
-for first in all_pairs[:1]:
-    logger.say(f"{args.data}: {len(all_pairs):,} pairs, {len(eval_pairs):,} held out; left out or doubtful: {cut}; "
-               f"held out: {eval_cut}; the first:\n" + "\n".join(marked_text(e, tokenizer) for e in first))
+if all_pairs:
+    logger.say(f"{args.data}: {len(all_pairs):,} pairs; cut, left out or doubtful: {data.counted(cut)}; of the "
+               f"{len(eval_pairs):,} held out: {data.counted(eval_cut)}; the first:")
+    logger.say("\n".join(marked_text(e, tokenizer) for e in all_pairs[0]))
 logger.say(f"a step is {args.rows} of the {per_epoch:,} {'prompts' if args.online else 'pairs'} of an epoch")
 
 
 def sampled(rows, serials, n, temperature):
-    """n completions of each row's prompt -> (rollouts [P][n], float64 reward_PG)."""
-    prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
-    groups = engine.generate(prompts, n, Sampling(args.max_new_tokens, temperature, stop=tuple(args.stop)),
-                             [prompt_seed(args.seed, serial) for serial in serials])
-    reward_PG = torch.zeros(len(rows), n, dtype=torch.float64)
-    if reward_functions:
-        reward_FPG = rewards.score_groups(reward_functions, tokenizer.decode, rows, groups, n)
-        reward_PG += advantages.combine_rewards(reward_FPG, reward_weights)
-    if judge:
-        reward_PG += rewards.judged(judge, tokenizer.decode, rows, groups)
-    return groups, reward_PG
+    """n completions of each row's prompt, scored -> (rollouts [P][n], float64 reward_PG)."""
+    seeds, sampling = [prompt_seed(args.seed, s) for s in serials], Sampling(args.max_new_tokens, temperature)
+    groups = engine.generate([row["prompt_ids"] for row in rows], n, sampling, seeds)
+    return groups, rewards.total_reward(reward_functions, reward_weights, judge, tokenizer.decode, rows, groups, n)
 
 
-def offline(consumed):
-    """This rank's pairs of the next step -> (pairs, a group of rollouts, metrics)."""
-    return [all_pairs[i] for i in data.take(per_epoch, args.seed, consumed, args.rows)[world.rank::world.size]], [], {}
-
-
-def online(consumed):
-    """The same, sampled from the policy: the best and the worst of each group; ties are left out."""
-    indices = data.take(per_epoch, args.seed, consumed, args.rows)[world.rank::world.size]
-    serials = range(consumed, consumed + args.rows)[world.rank::world.size]
-    groups, reward_PG = sampled([rows[i] for i in indices], serials, args.group, args.temperature)
+def online(rows, serials):
+    """Of each row's samples the best and the worst, but for ties -> (pairs, the first group, metrics)."""
+    groups, reward_PG = sampled(rows, serials, args.group, args.temperature)
     flat = [r for group in groups for r in group]
     unended = [r.finish == "length" for r in flat]
     reward_PG -= args.eos_penalty * torch.tensor(unended, dtype=torch.float64).view_as(reward_PG)
@@ -222,43 +203,50 @@ def loss_of(p):
                for name, weight in zip(args.loss, args.loss_weights or [1.0] * len(args.loss)))
 
 
+def add_metrics(sums, p, loss_P, share):
+    """share: 1; 0 for what stands in for no pairs; 1 / world.size for pairs that every rank holds."""
+    for name, (total, n) in losses.preference_metrics(p, loss_P, args.beta, kto).items():
+        sums[name] = sums[name][0] + share * float(total), sums[name][1] + share * float(n)
+
+
 def evaluate():
     """Held-out pairs; and with --reward held-out prompts, sampled: mean reward, and KL(policy || reference)."""
-    metrics, mine = {}, eval_pairs[world.rank::world.size]
+    mine, sums = eval_pairs[world.rank::world.size], defaultdict(lambda: (0.0, 0.0))
     if eval_pairs:
         if args.reference != "precomputed":
             pairs.add_reference(mine, reference, args.tokens, world.device)
         p, _ = pairs.gathered(model, mine, args.tokens, world.device, **divergence)
-        named = {"loss": (loss_of(p).sum(), len(p.label_P)), **losses.preference_metrics(p, args.beta, kto)}
-        metrics = {f"eval/{name}": float(total) / max(1, int(count)) for name, (total, count) in named.items()}
+        add_metrics(sums, p, loss_of(p), 1 / world.size)
+    metrics = {f"eval/{name}": value for name, value in dist.means(sums).items()}
     mine = range(len(eval_prompts))[world.rank::world.size]
-    for name, temperature in (("accuracy", 1.0), ("greedy", 0.0)) if args.reward else ():
+    for name, temperature in (("accuracy", 1.0), ("greedy", 0.0)) if args.reward and eval_prompts else ():
         groups, reward_PG = sampled([eval_prompts[i] for i in mine], [2**32 + i for i in mine], 1, temperature)
         metrics |= dist.means({f"eval/{name}": (reward_PG.sum(), reward_PG.numel())})
         if temperature and reference:
             examples = [r.example() for group in groups for r in group]
             logps = logprobs_of(reference, examples, args.tokens, 1.0, world.device)
-            kl = sum(float((e.columns["engine_logp"] - logp).sum()) for e, logp in zip(examples, logps))
-            metrics |= dist.means({"eval/kl": (kl, len(examples))})
+            kl_B = [float((e.columns["engine_logp"] - logp).sum()) for e, logp in zip(examples, logps)]
+            metrics |= dist.means({"eval/kl": (sum(kl_B), len(kl_B))})
     return metrics
 
 
 # ------------------------------------------------------------------------------------------------------------ loop
-pairs_of_step = online if args.online else offline
 divergence = {"divergence": args.divergence, "alpha": args.alpha}
 consumed, seen = state["consumed"], state["seen"]
 state["args"] = vars(args)
 if engine:
     engine.sync_weights(dist.full_weights(model), state["step"])
 if not found:
-    state["first"] = evaluate()
-    logger.log(0, state["first"])
+    logger.log(0, state.setdefault("first", evaluate()))
 for step in range(state["step"] + 1, args.steps + 1):
-    # ---- pairs, and the reference's log-probs
+    # ---- pairs
     logger.phase("pairs", step)
     began = time.perf_counter()
-    step_pairs, rollouts, metrics = pairs_of_step(consumed)
+    serials = range(consumed, consumed + args.rows)[world.rank::world.size]
+    indices = data.take(per_epoch, args.seed, consumed, args.rows)[world.rank::world.size]
     consumed += args.rows
+    step_pairs, rollouts, metrics = (online([prompts[i] for i in indices], serials) if args.online else
+                                     ([all_pairs[i] for i in indices], [], {}))
     if args.reference != "precomputed":
         pairs.add_reference(step_pairs, reference, args.tokens, world.device)
     count, chosen_tokens = dist.all_sum(len(step_pairs), sum(int(chosen.mask[1:].sum()) for chosen, _ in step_pairs))
@@ -267,16 +255,14 @@ for step in range(state["step"] + 1, args.steps + 1):
         p, mine = pairs.gathered(model, step_pairs, args.tokens, world.device, **divergence)
         state["reward_sum"] += float(args.beta * p.ratio_2P.detach().sum())
         state["reward_count"] += len(p.logp_S)
-        loss_P = loss_of(p)
-        loss_P.sum().backward()
+        (loss_P := loss_of(p)).sum().backward()
         units = pairs.pulled_back(step_pairs, p, mine)
-        named = {"loss": (loss_P.detach().sum(), len(loss_P)), **losses.preference_metrics(p, args.beta, kto)}
-        sums = {name: (float(total) / world.size, float(n) / world.size) for name, (total, n) in named.items()}
+        add_metrics(sums, p, loss_P, 1 / world.size)
 
     # ---- update
     logger.phase("update", step)
     lengths, entropy_sum = [sum(map(len, unit)) for unit in units], 0.0
-    for part in dist.even(data.micro_batches(lengths, args.tokens)):
+    for part in dist.even(data.micro_batches(lengths, args.tokens) or [[]]):
         batch = data.batch_of([e for i in part for e in units[i]], world.device)
         logp_N, entropy_N = model(batch)
         p = pairs.of_batch(batch, logp_N, chosen_tokens / max(1, count), **divergence)
@@ -289,9 +275,7 @@ for step in range(state["step"] + 1, args.steps + 1):
                     half_logp_N, _ = model(batch, 0.5)
                 loss_P = loss_P * losses.wpo_weight(logp_N, half_logp_N, batch["weight"], batch.seq_N, len(p.logp_S))
             loss = loss_P.sum()
-            named = {"loss": (loss, len(loss_P)), **losses.preference_metrics(p, args.beta)}
-            for name, (total, n) in named.items() if not batch.dummy else ():
-                sums[name] = sums[name][0] + float(total), sums[name][1] + float(n)
+            add_metrics(sums, p, loss_P, not batch.dummy)
         (loss * world.size / max(1, count)).backward()  # FSDP averages gradients over ranks: world.size undoes it
         entropy_sum += float(entropy_N.detach().sum())
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
@@ -300,40 +284,37 @@ for step in range(state["step"] + 1, args.steps + 1):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
-    if following and step % args.follow_every == 0:
-        pairs.follow(reference, model, args.follow_share)
-
     # ---- sync
-    if engine and (args.online or step % args.eval_every == 0 or step == args.steps):
-        logger.phase("sync", step)
+    logger.phase("sync", step)
+    if following and step % args.follow_every == 0:
+        pairs.follow(reference, model, share=0.6)
+    if engine:
         engine.sync_weights(dist.full_weights(model), step)
 
     # ---- log
-    trained = sum(int(e.mask[1:].sum()) for unit in units for e in unit)
     (tokens,) = dist.all_sum(sum(lengths))
     seen += tokens
-    metrics |= {**dist.means({**sums, "entropy": (entropy_sum, trained)}), "grad_norm": grad_norm, "lr": lr,
+    sums["entropy"] = entropy_sum, sum(int(e.mask[1:].sum()) for unit in units for e in unit)
+    metrics |= {**dist.means(sums), "grad_norm": grad_norm, "lr": lr,
                 "epoch": consumed / per_epoch, "num_tokens": seen, "pairs": count,
                 "tokens_per_second": tokens / (time.perf_counter() - began)}
-    if step % args.eval_every == 0 or step == args.steps:
+    if step == args.steps or args.eval_every and step % args.eval_every == 0:
         logger.phase("eval", step)
         metrics |= (last := evaluate())
     logger.log(step, metrics)
-    logger.samples(step, [
-        {"prompt": tokenizer.decode(r.prompt), "completion": tokenizer.decode(r.ids), "finish": r.finish,
-         "reward": reward} for r, reward in rollouts])
+    logger.samples(step, [{"prompt": tokenizer.decode(r.prompt), "completion": tokenizer.decode(r.ids),
+                           "finish": r.finish, "reward": reward} for r, reward in rollouts])
 
     # ---- save
     if args.save_every and step % args.save_every == 0 and step < args.steps:
         logger.phase("save", step)
-        checkpoint.save(args.out, step, model, optimizer, state | {"consumed": consumed, "seen": seen},
-                        reference=following)
+        checkpoint.save(args.out, step, model, optimizer, state | {"consumed": consumed, "seen": seen}, following)
 
 # ------------------------------------------------------------------------------------------------------------ save
 hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),
               write=world.rank == 0)
 logger.say(f"the model is in {args.out}")
-if state["step"] < args.steps:
+if state["step"] < args.steps and last:
     change = [f"{name} {before:.3f} -> {last[name]:.3f}" for name, before in state["first"].items()]
     logger.say(f"held out, before and after: {', '.join(change)}")
 dist.finish()

@@ -12,7 +12,7 @@
     --loss   clip: as above, with --delta capping the ratio on the other side too; cispo: 2506.13585
 Deviations from the GRPO paper: no KL by default (--beta 0), aggregation by token, old log-probs that are the engine's.
 
-    python train_sft.py && torchrun --nproc_per_node 1 train_grpo.py            # the toy, about two minutes
+    python train_sft.py && torchrun --nproc_per_node 1 train_grpo.py            # the toy, about three minutes
     torchrun --nproc_per_node 8 train_grpo.py --model out/sft --data prompts.jsonl --reward gsm8k
 """
 import argparse
@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, advantages, checkpoint, data, dist, hf, losses, optim, rewards, toy
+from nanopost import InputError, advantages, check_numbers, checkpoint, data, dist, hf, losses, optim, rewards, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, tokenizer_files
 from nanopost.logger import Logger
 from nanopost.logprob import logprobs_of
@@ -52,9 +52,9 @@ add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 1e-3
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
 add("--warmup", type=int, default=10, help="optimizer steps from 0 to --lr")
 add("--weight_decay", type=float, default=0.0)
-add("--betas", type=float, nargs=2, default=(0.9, 0.95))
-add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient")
-add("--eval_every", type=int, default=50, help="steps")
+add("--betas", type=float, nargs=2, default=[0.9, 0.95])
+add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient; 0: any")
+add("--eval_every", type=int, default=50, help="steps; 0: only before and after")
 add("--save_every", type=int, default=100, help="steps between checkpoints to resume from; 0: none")
 add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 add("--overwrite", action="store_true", help="replace the run that --out holds")
@@ -65,6 +65,7 @@ add("--prompts", type=int, default=64, help="prompts of a rollout batch, over al
 add("--group", type=int, default=8, help="samples of a prompt")
 add("--minibatches", type=int, default=2, help="optimizer steps on a rollout batch")
 add("--max_new_tokens", type=int, help="longest completion; default 512, for the toy 8")
+add("--max_prompt", type=int, help="leave out longer prompts, in tokens; default: refuse those that do not fit")
 add("--temperature", type=float, default=1.0)
 add("--stop", nargs="*", default=[], help="strings that end a completion")
 add("--reward", nargs="+", default=["exact"], metavar="REWARD",
@@ -90,11 +91,12 @@ add("--correct_cap", type=float, default=3.0, help="largest such weight")
 add("--max_logp_gap", type=float, help="mean |trainer - engine| log-prob that stops the run; default 1e-3, in bf16 0.1")
 add("--engine_rows", type=int, default=512, help="completions sampled at once on a rank")
 args = parser.parse_args()
-args.lr = args.lr or (1e-3 if args.data == "toy" else 1e-6)
-args.max_new_tokens = args.max_new_tokens or (8 if args.data == "toy" else 512)
+args.lr = args.lr if args.lr is not None else 1e-3 if args.data == "toy" else 1e-6
+args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 8 if args.data == "toy" else 512
 
 # ------------------------------------------------------------------------------------------------------- processes
 world = dist.init(args.device)
+check_numbers(vars(args))
 torch.manual_seed(args.seed)
 bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
 
@@ -113,21 +115,24 @@ if args.data == "toy":
     rows, eval_rows = toy.prompt_rows(held_out=False), toy.prompt_rows(held_out=True)
 else:
     rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
-for row in (*rows, *eval_rows):
-    data.check_prompt_row(row)
-reward_functions = [rewards.load_reward(spec, tokenizer, world.device) for spec in args.reward]
-reward_weights = args.reward_weights or [1.0] * len(args.reward)
+(rows, eval_rows), report = tokenizer.with_prompts((rows, eval_rows), args.max_prompt, args.max_new_tokens,
+                                                   args.tokens, model.config.max_positions)
+reward_functions, reward_weights = rewards.load_rewards(args.reward, args.reward_weights, tokenizer, world.device)
 share = world.size * args.minibatches
-if args.prompts % share:
-    fits = " or ".join(str(n) for n in (args.prompts // share * share, args.prompts // share * share + share) if n)
-    raise InputError(f"--prompts {args.prompts} does not divide into {world.size} ranks x {args.minibatches} "
-                     f"minibatches: {fits} would.")
-if args.correct != "none" and args.old_logp != "trainer":
-    raise InputError(f"--correct {args.correct} compares trainer and engine: add --old_logp trainer.")
+fits = " or ".join(str(n) for n in (args.prompts // share * share, args.prompts // share * share + share) if n)
+for wrong, sentence in (
+        (args.prompts % share, f"--prompts {args.prompts} does not divide into {world.size} ranks x {args.minibatches} "
+         f"minibatches: {fits} would."),
+        (args.correct != "none" and args.old_logp != "trainer",
+         f"--correct {args.correct} compares trainer and engine: add --old_logp trainer."),
+        (args.group < 2, f"--group {args.group} has nothing to compare a sample with: 2 or more."),
+        (args.temperature <= 0, f"--temperature {args.temperature}: training samples, so give more than 0.")):
+    if wrong:
+        raise InputError(sentence)
 
 # ------------------------------------------------------------------------------------------------------- optimizer
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
-found = checkpoint.latest(args.out) if args.resume else None
+found = checkpoint.to_resume(args.out, args.steps) if args.resume else None
 state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
 shown = ["reward", "reward_std", "kl", "entropy", "loss", "grad_norm", "completions/mean_length", "tokens_per_second"]
 logger = Logger(args.out, world.rank, args.steps, shown, args.verbose)
@@ -136,21 +141,21 @@ logger.open(state["step"] if found else None, replace, {"args": vars(args), **fi
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
-logger.say(f"{len(rows):,} prompts to train on, {len(eval_rows):,} held out; the first as the model sees it:\n"
-           f"{tokenizer.decode(tokenizer.prompt_ids(rows[0]['prompt']))}")
+logger.say(f"{len(rows):,} prompts to train on, {len(eval_rows):,} held out; {report}; the first as the model sees "
+           f"it:\n{tokenizer.decode(rows[0]['prompt_ids'])}")
 
 
 def rollout(rows, serials, n, sampling):
     """n completions of each row's prompt, scored -> (rollouts [P][G], float64 reward_FPG, NaN: does not apply)."""
-    prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
-    groups = engine.generate(prompts, n, sampling, [prompt_seed(args.seed, serial) for serial in serials])
+    groups = engine.generate([row["prompt_ids"] for row in rows], n, sampling,
+                             [prompt_seed(args.seed, serial) for serial in serials])
     return groups, rewards.score_groups(reward_functions, tokenizer.decode, rows, groups, n)
 
 
 def evaluate():
     """Held-out prompts, one completion each: mean rewards; eval/accuracy and eval/greedy are the first one's."""
     metrics, mine = {}, range(len(eval_rows))[world.rank::world.size]
-    for name, temperature in (("accuracy", 1.0), ("greedy", 0.0)):
+    for name, temperature in (("accuracy", 1.0), ("greedy", 0.0)) if eval_rows else ():
         sampling = Sampling(args.max_new_tokens, temperature, stop=tuple(args.stop))
         _, reward_FPG = rollout([eval_rows[i] for i in mine], [2**32 + i for i in mine], 1, sampling)
         names = [f"eval/{name}", *(f"eval/{name}/{f.name}" for f in reward_functions[1:])]
@@ -191,7 +196,8 @@ for step in range(state["step"] + 1, args.steps + 1):
         checkpoint.save(args.out, step - 1, model, optimizer, state | {"consumed": consumed, "seen": seen})
         raise InputError(f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group of "
                          f"{args.group} had equal rewards, so there is nothing to learn: warm up with train_sft.py, "
-                         "change prompts or --reward, or raise --group; the weights are saved for --resume.")
+                         "change prompts or --reward, or raise --group. The weights are saved: --resume, or "
+                         f"--resume --steps {step - 1} to write the model.")
     consumed += drawn
     *reward_FPG, reward_PG = torch.cat(rewards_of, 1)
     flat = [r for group in groups for r in group]
@@ -205,9 +211,9 @@ for step in range(state["step"] + 1, args.steps + 1):
             for e, logp in zip(examples, logprobs_of(scorer, examples, args.tokens, args.temperature, world.device)):
                 e.columns[name] = logp
     if reference is not None and args.kl_in == "reward":
-        kl_B = [losses.kl_estimate(torch.tensor(e.columns.get("old_logp", e.columns["engine_logp"]))[e.mask],
-                                   torch.tensor(e.columns["ref_logp"])[e.mask], args.kl).sum() for e in examples]
-        reward_PG = reward_PG - args.beta * torch.stack(kl_B).view_as(reward_PG)
+        kl_B = [float(losses.kl_estimate(torch.tensor(e.columns.get("old_logp", e.columns["engine_logp"]))[e.mask],
+                                         torch.tensor(e.columns["ref_logp"])[e.mask], args.kl).sum()) for e in examples]
+        reward_PG = reward_PG - args.beta * torch.tensor(kl_B, dtype=torch.float64).view_as(reward_PG)
     total, squares, count = dist.all_sum(reward_PG.sum(), reward_PG.square().sum(), reward_PG.numel())
     batch_std = max(0.0, (squares - total**2 / count) / max(1, count - 1)) ** 0.5
     adv_PG = advantages.group_advantage(reward_PG, args.adv, batch_std)
@@ -222,7 +228,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         trained, sequences = dist.all_sum(sum(int(e.mask.sum()) for e in minibatch), len(minibatch))
         # Without a KL a sequence of advantage 0 has no gradient: it counts in the divisor and needs no forward pass.
         minibatch = [e for e in minibatch if e.columns["adv"] or reference]
-        micro_batches = dist.even(data.micro_batches([len(e) for e in minibatch], args.tokens))
+        micro_batches = dist.even(data.micro_batches([len(e) for e in minibatch], args.tokens) or [[]])
         batches = [data.batch_of([minibatch[i] for i in m], world.device) for m in micro_batches]
         divisor = {"token": trained, "sequence": sequences, "constant": sequences * args.max_new_tokens}[args.agg]
         for batch in batches:
@@ -246,8 +252,8 @@ for step in range(state["step"] + 1, args.steps + 1):
                 kl_N = losses.kl_estimate(logp_N, batch["ref_logp"], args.kl)
                 metrics["kl"] = kl_N.detach().sum()
                 loss = loss + (args.beta * (weight_N * kl_N).sum() if args.kl_in == "loss" else 0.0)
-            (loss * world.size / divisor).backward()  # FSDP averages gradients over ranks: world.size undoes it
-            loss_sum += float(loss.detach()) / divisor
+            (loss * world.size / max(1, divisor)).backward()  # FSDP averages gradients over ranks: world.size undoes it
+            loss_sum += float(loss.detach()) / max(1, divisor)
             gap_N = (logp_N.detach() - engine_logp_N).abs() * (k == 0)  # before the first update they are one policy
             gap_max = max(gap_max, float(gap_N.max()))
             metrics |= {"entropy": entropy_N.detach().sum(), "gap": gap_N.sum(), "tokens": batch.mask_N.sum()}
@@ -284,7 +290,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         "sampling/sampling_logp_difference/max": gap_max, "groups": kept, "prompts_drawn": drawn, "num_tokens": seen,
         "time/rollout": rollout_seconds, "time/step": time.perf_counter() - began,
         "tokens_per_second": sampled / (time.perf_counter() - began)}
-    if step % args.eval_every == 0 or step == args.steps:
+    if step == args.steps or args.eval_every and step % args.eval_every == 0:
         logger.phase("eval", step)
         metrics |= (last := evaluate())
     logger.log(step, metrics)
@@ -305,7 +311,7 @@ for step in range(state["step"] + 1, args.steps + 1):
 hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),
               write=world.rank == 0)
 logger.say(f"the model is in {args.out}")
-if state["step"] < args.steps:
+if state["step"] < args.steps and last:
     change = [f"{name} {before:.3f} -> {last[name]:.3f}" for name, before in state["first"].items()]
     logger.say(f"held out, before and after: {', '.join(change)}")
 dist.finish()

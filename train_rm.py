@@ -2,7 +2,7 @@
 
     loss = - sum_p log sigmoid(r(x, y_chosen) - r(x, y_rejected) - margin_p) / P         P: pairs of the optimizer step
 
-r is a linear head, zero at first, on the last token of a packed sequence. --centre adds c (r_chosen + r_rejected)^2,
+r is a linear head on the last token of a packed sequence. --centre adds c (r_chosen + r_rejected)^2,
 which keeps scores around 0 (2312.09244); a column "margin" says how much better the chosen one is (2307.09288).
 The folder written is a transformers ...ForSequenceClassification with one label.
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import checkpoint, data, dist, hf, losses, optim, toy
+from nanopost import check_numbers, checkpoint, data, dist, hf, losses, optim, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
 from nanopost.logger import Logger
 from nanopost.pairs import fit
@@ -40,29 +40,30 @@ add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to comput
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
-add("--lr", type=float, help="peak learning rate; default 1e-5, for the toy 1e-3")
+add("--lr", type=float, help="peak learning rate; default 1e-5, for the toy 5e-4")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
 add("--warmup", type=int, default=20, help="steps from 0 to --lr")
 add("--weight_decay", type=float, default=0.01)
-add("--betas", type=float, nargs=2, default=(0.9, 0.95))
-add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient")
-add("--eval_every", type=int, default=100, help="steps")
+add("--betas", type=float, nargs=2, default=[0.9, 0.95])
+add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient; 0: any")
+add("--eval_every", type=int, default=100, help="steps; 0: only before and after")
 add("--save_every", type=int, default=100, help="steps between checkpoints to resume from; 0: none")
 add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 add("--overwrite", action="store_true", help="replace the run that --out holds")
 add("--verbose", action="store_true", help="say when each phase begins")
 # Of this algorithm alone:
-add("--steps", type=int, default=200, help="optimizer steps")
+add("--steps", type=int, default=400, help="optimizer steps")
 add("--epochs", type=float, help="instead of --steps: times over the pairs")
 add("--rows", type=int, default=64, help="pairs of an optimizer step, over all ranks")
 add("--centre", type=float, default=0.0, help="weight of the squared sum of a pair's scores")
 add("--max_length", type=int, help="longest side of a pair in tokens; default: half of --tokens")
 add("--overlong", default="truncate", choices=["truncate", "drop"], help="what becomes of longer pairs")
 args = parser.parse_args()
-args.lr = args.lr or (1e-3 if args.data == "toy" else 1e-5)
+args.lr = args.lr if args.lr is not None else 5e-4 if args.data == "toy" else 1e-5
 
 # ------------------------------------------------------------------------------------------------------- processes
 world = dist.init(args.device)
+check_numbers(vars(args))
 torch.manual_seed(args.seed)
 bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
 
@@ -87,7 +88,7 @@ def encode(rows):
         pairs.append(tokenizer.pair(row))
         for e in pairs[-1]:
             e.columns["margin"] = data.number(row, "margin", default=0.0)
-    return fit(pairs, args.max_length or args.tokens // 2, args.overlong)
+    return fit(pairs, args.tokens // 2 if args.max_length is None else args.max_length, args.overlong)
 
 
 pairs, cut = encode(rows)
@@ -100,7 +101,7 @@ if args.epochs:
 
 # ------------------------------------------------------------------------------------------------------- optimizer
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
-found = checkpoint.latest(args.out) if args.resume else None
+found = checkpoint.to_resume(args.out, args.steps) if args.resume else None
 state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
 shown = ["loss", "accuracy", "margin", "grad_norm", "lr", "tokens_per_second"]
 logger = Logger(args.out, world.rank, args.steps, shown, args.verbose)
@@ -111,7 +112,7 @@ for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(a
 logger.say(stage)
 logger.say(f"{args.data}: {len(pairs):,} pairs, {len(eval_pairs):,} held out; the first, with » and « around answers:\n"
            + "\n".join(marked_text(e, tokenizer) for e in pairs[0]))
-logger.say(f"doubtful pairs: {cut}; of those held out: {eval_cut}")
+logger.say(f"cut, left out or doubtful: {data.counted(cut)}; held out: {data.counted(eval_cut)}")
 logger.say(f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch")
 
 
@@ -174,7 +175,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         "margin": ((chosen_P - rejected_P).sum(), count), "mean_reward": ((chosen_P + rejected_P).sum(), 2 * count)}),
         "min_reward": -low, "max_reward": high, "grad_norm": grad_norm, "lr": lr, "epoch": consumed / per_epoch,
         "num_tokens": seen, "tokens_per_second": tokens / (time.perf_counter() - began)}
-    if step % args.eval_every == 0 or step == args.steps:
+    if step == args.steps or args.eval_every and step % args.eval_every == 0:
         logger.phase("eval", step)
         metrics |= evaluate()
     logger.log(step, metrics)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from nanopost import checkpoint, data, dist, hf, losses, optim, toy
+from nanopost import check_numbers, checkpoint, data, dist, hf, losses, optim, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, report, tokenizer_files
 from nanopost.logger import Logger
 
@@ -41,9 +41,9 @@ add("--lr", type=float, help="peak learning rate; default 1e-5, for the toy 3e-3
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
 add("--warmup", type=int, default=20, help="steps from 0 to --lr")
 add("--weight_decay", type=float, default=0.01)
-add("--betas", type=float, nargs=2, default=(0.9, 0.95))
-add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient")
-add("--eval_every", type=int, default=100, help="steps")
+add("--betas", type=float, nargs=2, default=[0.9, 0.95])
+add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient; 0: any")
+add("--eval_every", type=int, default=100, help="steps; 0: only before and after")
 add("--save_every", type=int, default=100, help="steps between checkpoints to resume from; 0: none")
 add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
 add("--overwrite", action="store_true", help="replace the run that --out holds")
@@ -55,19 +55,23 @@ add("--rows", type=int, default=64, help="rows of an optimizer step, over all ra
 add("--bins", type=int, default=0, help="instead of --rows: bins of --tokens tokens, packed over the whole epoch")
 add("--loss", default="nll", choices=["nll", "dft"])
 add("--train_on", default="assistant", choices=["assistant", "last", "completion", "all"], help="what is a target")
-add("--max_length", type=int, help="longest row in tokens; default: --tokens")
+add("--max_length", type=int, help="longest row in tokens; default: --tokens, or what the model takes")
 add("--overlong", default="truncate", choices=["truncate", "split", "drop"], help="what becomes of longer rows")
 args = parser.parse_args()
-args.lr = args.lr or (3e-3 if args.data == "toy" else 1e-5)
+args.lr = args.lr if args.lr is not None else 3e-3 if args.data == "toy" else 1e-5
 
 # ------------------------------------------------------------------------------------------------------- processes
 world = dist.init(args.device)
+check_numbers(vars(args))
 torch.manual_seed(args.seed)
 bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
 
 # --------------------------------------------------------------------------------------------- tokenizer and model
 if args.model == "toy":
-    args.model = str(toy.make(f"{args.out}/toy"))
+    args.model = f"{args.out}/toy"
+    if world.rank == 0:
+        toy.make(args.model)
+    torch.distributed.barrier()
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 stage = check_stage(args.model, tokenizer)
 shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile)
@@ -84,8 +88,9 @@ def encode(rows):
     for row in rows:
         data.check_sft_row(row)
     examples = [tokenizer.example(row, args.train_on) for row in rows]
-    text = report(examples, tokenizer)
-    return *data.overlong(examples, args.max_length or args.tokens, args.overlong), text
+    text = report(examples, tokenizer, rows) if rows else ""
+    longest = min(args.tokens, model.config.max_positions) if args.max_length is None else args.max_length
+    return *data.overlong(examples, longest, args.overlong), text
 
 
 examples, cut, text = encode(rows)
@@ -98,7 +103,7 @@ if args.epochs:
 
 # ------------------------------------------------------------------------------------------------------- optimizer
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
-found = checkpoint.latest(args.out) if args.resume else None
+found = checkpoint.to_resume(args.out, args.steps) if args.resume else None
 state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
 logger = Logger(args.out, world.rank, args.steps, ["loss", "grad_norm", "lr", "tokens_per_second"], args.verbose)
 replace = args.overwrite or args.resume and not Path(args.out, "config.json").exists()  # killed before a checkpoint
@@ -107,7 +112,7 @@ for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(a
     logger.say(f"resumed with another {change}")
 logger.say(stage)
 logger.say(f"{args.data}: {text}")
-logger.say(f"overlong rows: {cut}; of those held out: {eval_cut}")
+logger.say(f"cut or left out: {data.counted(cut)}; held out: {data.counted(eval_cut)}")
 logger.say(f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, {args.tokens}-token bins "
            f"would be filled to {data.fill_rate(lengths, data.pack(lengths, args.tokens), args.tokens):.1%}")
 
@@ -115,6 +120,8 @@ logger.say(f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch; packe
 @torch.no_grad()
 def evaluate():
     """Mean loss and entropy of a trained token of the held-out rows."""
+    if not eval_examples:
+        return {}
     mine, loss, entropy = eval_examples[world.rank::world.size], 0.0, 0.0
     for part in dist.even(data.micro_batches([len(e) for e in mine], args.tokens)):
         logp_N, entropy_N = model(data.batch_of([mine[i] for i in part], world.device))
@@ -158,7 +165,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     metrics = {**dist.means({"loss": (loss_sum, share), "entropy": (entropy_sum, share)}), "grad_norm": grad_norm,
                "lr": lr, "epoch": consumed / per_epoch, "num_tokens": seen,
                "tokens_per_second": tokens / (time.perf_counter() - began)}
-    if step % args.eval_every == 0 or step == args.steps:
+    if step == args.steps or args.eval_every and step % args.eval_every == 0:
         logger.phase("eval", step)
         metrics |= evaluate()
     logger.log(step, metrics)

@@ -182,8 +182,8 @@ def main():
             result[name] = {"ratios": compared(name, found), "jobs": found}
             for what, ratio in result[name]["ratios"].items():
                 print(f"  {what}: {ratio['better_by']:.2f} x better  ({ratio['ours']}; {ratio['theirs']})")
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+            Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,19 @@
 """nanopost: LLM post-training, one readable script per algorithm."""
 
 
+LEAST = {"steps": 1, "rows": 1, "prompts": 1, "group": 1, "minibatches": 1, "max_new_tokens": 1, "tokens": 2,
+         "max_length": 2, "max_prompt": 1, "engine_rows": 1, "follow_every": 1, "bins": 0, "seed": 0, "warmup": 0,
+         "save_every": 0, "eval_every": 0, "holdout": 0, "resample": 0, "lr": 0, "weight_decay": 0, "grad_clip": 0,
+         "clip_low": 0, "clip_high": 0, "epochs": 0, "beta": 0, "max_logp_gap": 0}
+
+
 class InputError(ValueError):
     """Something a person gave is wrong. The message is one sentence: what, the numbers, the way out."""
+
+
+def check_numbers(arguments: dict):
+    """InputError for a flag whose number is too small to mean anything."""
+    for name, least in LEAST.items():
+        value = arguments.get(name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: give {least} or more.")

@@ -29,7 +29,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, processors
 
 from nanopost import InputError
-from nanopost.data import Example, split_prompt
+from nanopost.data import Example, check_prompt_row, split_prompt
+from nanopost.hf import read_config
 
 PROBE, OPEN, CLOSE = "\U000f5a5a", "\U000f5a5b", "\U000f5a5c"  # private use; a text that has one is refused
 TOOL = "nanopost_QxZ"  # a name that no tool has
@@ -81,6 +82,10 @@ class Tokenizer:
             elif token not in known and name in ("bos_token", "eos_token"):
                 raise InputError(f"{folder}: tokenizer_config.json names {token!r} as {name}, and tokenizer.json has "
                                  "no such token: mend one of them.")
+        last, embedded = max(raw.get_vocab().values()), _read_json(folder / "config.json").get("vocab_size")
+        if embedded and last >= embedded:
+            raise InputError(f"{folder}: the tokenizer's last id is {last}, for {raw.id_to_token(last)!r}, and "
+                             f"config.json has a vocab_size of {embedded}: they do not belong together.")
         stops = _read_json(folder / "generation_config.json").get("eos_token_id")
         stops = stops if isinstance(stops, list) else [stops]
         return cls(raw, config, _template(folder, config, chat_template), stops)
@@ -114,6 +119,8 @@ class Tokenizer:
             return _compile(self.template, *marks).render({
                 **self.named, "messages": [_as_templates_know_it(m) for m in messages], "tools": tools,
                 "documents": None, "add_generation_prompt": add_generation_prompt, **variables})
+        except InputError:
+            raise
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template refuses this conversation: {error}.") from error
         except (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError) as error:
@@ -136,6 +143,35 @@ class Tokenizer:
             raise InputError("the chat template has no generation prompt, so a rollout would have to write "
                              f"{self.unprompted!r} itself: give one that has (--chat_template FILE).")
         return self.encode(text)
+
+    def with_prompts(self, parts, max_prompt: int | None, max_new: int, tokens: int, positions: int):
+        """Rows {"prompt", ...}, in several lists, each with the column prompt_ids and all with the same columns -> (the
+        lists, a report). Longer prompts than max_prompt are left out and counted; InputError names a row that does not
+        fit with max_new tokens behind it, or that the template refuses."""
+        names, room = dict.fromkeys(name for rows in parts for row in rows for name in row), min(tokens, positions)
+        kept, left_out, plain = [[] for _ in parts], 0, 0
+        for rows, keep in zip(parts, kept):
+            for row in rows:
+                check_prompt_row(row)
+                try:
+                    variables = {"tools": _tools(row.get("tools")), **(row.get("chat_template_kwargs") or {})}
+                    ids = self.prompt_ids(row["prompt"], **variables)
+                except InputError as error:
+                    raise InputError(f"{row.get('__line__', 'row')}: {error}") from error
+                if max_prompt is not None and len(ids) > max_prompt:
+                    left_out += 1
+                    continue
+                if len(ids) + max_new > room:
+                    limit = f"--tokens {tokens}" if room == tokens else f"the model's {positions} positions"
+                    raise InputError(f"{row.get('__line__', 'row')}: a prompt of {len(ids)} tokens and {max_new} new "
+                                     f"ones are more than {limit}: leave long prompts out (--max_prompt), lower "
+                                     f"--max_new_tokens{' or raise --tokens' if room == tokens else ''}.")
+                plain += isinstance(row["prompt"], str)
+                keep.append({**dict.fromkeys(names), **row, "prompt_ids": ids})
+        if any(rows and not keep for rows, keep in zip(parts, kept)):
+            raise InputError(f"no prompt is left within --max_prompt {max_prompt}.")
+        doubt = f"; doubtful: {plain:,} prompts are plain text, and the model has a chat template"
+        return kept, f"{left_out:,} left out by --max_prompt{doubt if plain and self.template else ''}"
 
     def example(self, row: dict, train_on: str = "assistant") -> Example:
         """A row {"messages"}, {"prompt", "completion"} or {"text"}, maybe with "tools" and "chat_template_kwargs".
@@ -451,12 +487,11 @@ def marked_text(example: Example, tokenizer: Tokenizer) -> str:
     return "".join(f"»{tokenizer.decode(ids)}«" if mask[0] else tokenizer.decode(ids) for ids, mask in pieces)
 
 
-def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes]:
+def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes | None]:
     """What goes beside a checkpoint: the folder's tokenizer files and generation_config.json as they are, the template
-    in force, and a fingerprint for check_stage."""
-    files = {name: (Path(folder) / name).read_bytes() for name in FILES if (Path(folder) / name).is_file()}
-    if tokenizer.template is not None:
-        files["chat_template.jinja"] = tokenizer.template
+    in force, and a fingerprint for check_stage. None: the model has no such file, and another one's may not stay."""
+    files = {name: path.read_bytes() if (path := Path(folder) / name).is_file() else None for name in FILES}
+    files["chat_template.jinja"] = tokenizer.template
     return {**files, "nanopost.json": json.dumps(fingerprint(tokenizer), indent=1) + "\n"}
 
 
@@ -477,8 +512,7 @@ def check_stage(folder, tokenizer: Tokenizer) -> str:
 def _raw(folder):
     path = folder / "tokenizer.json"
     if not folder.is_dir():
-        raise InputError(f"{folder} is no folder: mend --model (python train_sft.py writes out/sft; a hub name is "
-                         f"downloaded first: hf download {folder} --local-dir {folder.name}).")
+        read_config(folder)  # says what it could be
     if not path.is_file():
         raise InputError(f"{folder} has no tokenizer.json: load its tokenizer in transformers and save_pretrained it "
                          "there.")

@@ -19,8 +19,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_st
 from nanopost import InputError
 
 
-def save(out, step: int, model, optimizer, state: dict, keep: int = 1, reference=None):
-    """Write the checkpoint of `step`, then delete all but the newest `keep`. A collective: every rank calls it.
+def save(out, step: int, model, optimizer, state: dict, reference=None):
+    """Write the checkpoint of `step`, then delete the others. A collective: every rank calls it.
 
     reference: a second model whose weights change over the run.
     """
@@ -31,8 +31,17 @@ def save(out, step: int, model, optimizer, state: dict, keep: int = 1, reference
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
+    fresh = not optimizer.state
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments, **_weights_of(reference)}, checkpoint_id=beside)
+    if fresh:  # torch has made the state by a step of its own, and counted it
+        for moment in optimizer.state.values():
+            moment["step"].zero_()
+        weights, moments = get_state_dict(model, optimizer)
+    try:
+        dcp.save({"model": weights, "optimizer": moments, **_weights_of(reference)}, checkpoint_id=beside)
+    except dcp.api.CheckpointException as error:
+        raise InputError(f"{beside} cannot be written ({_cause(error)}); the checkpoint before it stays: make room, "
+                         "then --resume.") from error
     torch.save(_random_state(), beside / f"random-{dist.get_rank()}.pt")
     dist.barrier()
     if first:
@@ -42,9 +51,22 @@ def save(out, step: int, model, optimizer, state: dict, keep: int = 1, reference
         shutil.rmtree(final, ignore_errors=True)
         beside.rename(final)
         _to_disk(folder)
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old)
+        for old in _complete(folder):
+            if old != final:
+                shutil.rmtree(old)
     dist.barrier()
+
+
+def to_resume(out, steps: int) -> Path | None:
+    """The newest complete checkpoint under OUT; None if the run was killed before its first. InputError if it ended, or
+    went past `steps`."""
+    found = latest(out)
+    if found and (done := json.loads((found / "state.json").read_text())["step"]) > steps:
+        raise InputError(f"--resume: {found} is past --steps {steps}: give {done} or more.")
+    if found is None and Path(out, "config.json").exists():
+        raise InputError(f"--resume: {out} holds a run that ended and left no checkpoint (--save_every): go on with "
+                         f"--model {out} and another --out, or --overwrite it.")
+    return found
 
 
 def latest(out) -> Path | None:
@@ -58,10 +80,15 @@ def load(path: Path, model, optimizer, reference=None) -> dict:
     weights, moments = get_state_dict(model, optimizer)
     stored = {"model": weights, "optimizer": moments, **_weights_of(reference)}  # filled in place
     try:
+        names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        here, there = ({f"model.{name}" for name in weights}, {name for name in names if name.startswith("model.")})
+        if here != there:
+            raise InputError(f"{path} is of another model ({len(there)} tensors there, {len(here)} here): resume with "
+                             "the --model that the run began with.")
         dcp.load(stored, checkpoint_id=path)
     except dcp.api.CheckpointException as error:
         raise InputError(f"{path} does not fit this model or is damaged; remove it to start from the one before it, "
-                         f"or anew ({next(iter(error.failures.values()))[0]}).") from error
+                         f"or anew ({_cause(error)}).") from error
     set_state_dict(model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"])
     if state["ranks"] == dist.get_world_size():
         _set_random_state(torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=False))
@@ -70,7 +97,12 @@ def load(path: Path, model, optimizer, reference=None) -> dict:
 
 def changed_arguments(saved: dict, now: dict) -> list[str]:
     """What a resumed run was told differently: ["lr: 0.001 -> 0.002", ...]."""
-    return [f"{k}: {saved.get(k)} -> {now.get(k)}" for k in {**saved, **now} if saved.get(k) != now.get(k)]
+    names = [k for k in {**saved, **now} if k not in ("resume", "overwrite", "verbose")]
+    return [f"{k}: {saved.get(k)} -> {now.get(k)}" for k in names if saved.get(k) != now.get(k)]
+
+
+def _cause(error):
+    return next(iter(error.failures.values()))[0]
 
 
 def _weights_of(reference):

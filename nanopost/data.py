@@ -239,7 +239,8 @@ def by_bins(lengths, tokens: int, seed: int):
 def overlong(examples: list[Example], max_length: int, how: str) -> tuple[list[Example], dict[str, int]]:
     """Bring every example to at most max_length tokens -> (examples, counts for the log).
 
-    how: truncate (cut the end off), split (into pieces, each a sequence by itself) or drop. What has no trained token
+    how: truncate (cut the end off), split (into pieces, each a sequence by itself, whose
+    first token is the last of the one before: so none loses its target) or drop. What has no trained token
     is left out as well, and counted apart: examples that had none before, and pieces that have none after a cut.
     InputError if nothing is left of any.
     """
@@ -252,11 +253,11 @@ def overlong(examples: list[Example], max_length: int, how: str) -> tuple[list[E
             continue
         pieces = [e]
         if len(e) > max_length:
-            starts = {"truncate": [0], "split": range(0, len(e), max_length), "drop": []}[how]
+            starts = {"truncate": [0], "split": range(0, len(e) - 1, max_length - 1), "drop": []}[how]
             pieces = [e[i:i + max_length] for i in starts]
             counts["overlong"] += 1
             counts["pieces"] += len(pieces)
-            counts["tokens_cut"] += len(e) - sum(map(len, pieces))
+            counts["tokens_cut"] += 0 if how == "split" else len(e) - sum(map(len, pieces))
         trained = [p for p in pieces if p.mask[1:].any()]
         counts["untrained_after"] += len(pieces) - len(trained)
         kept += trained
@@ -264,6 +265,11 @@ def overlong(examples: list[Example], max_length: int, how: str) -> tuple[list[E
         raise InputError(f"none of {len(examples)} examples has a trained token within --max_length {max_length} "
                          f"(--overlong {how}), and {counts['untrained_before']} had none before: see --train_on.")
     return kept, counts
+
+
+def counted(counts: dict[str, int]) -> str:
+    """Counts above zero in words."""
+    return ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n) or "none"
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -275,7 +281,8 @@ def read_rows(path, rename: dict[str, str] | list[str] = ()) -> list[dict]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: {'a folder; give a file in it' if path.is_dir() else 'no such file'}.")
+        hub = "no such file (export a data set of a hub to JSONL first)"
+        raise InputError(f"{path}: {'a folder; give a file in it' if path.is_dir() else hub}.")
     with open(path, "rb") as file:
         start = file.read(4)
     rows = _read_parquet(path) if start == PARQUET else _read_json(path, gzip.open if start[:2] == GZIP else open)
@@ -303,7 +310,10 @@ def check_sft_row(row: dict):
     """{"messages"}, {"prompt", "completion"} (strings, or lists of messages) or {"text"}; else InputError."""
     if "messages" in row:
         check_messages(row, "messages")
-    elif "prompt" in row and "completion" in row:
+    elif "prompt" in row or "completion" in row:
+        if not row.keys() >= {"prompt", "completion"}:
+            raise InputError(f"{_place(row)}: the columns are {_names(row)}; prompt and completion go together: "
+                             "--rename theirs=ours.")
         if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
             check_messages(row, "prompt")
             check_messages(row, "completion")
@@ -318,6 +328,9 @@ def check_prompt_row(row: dict):
         raise InputError(f"{_place(row)}: the columns are {_names(row)}; it needs prompt: --rename theirs=prompt.")
     if not isinstance(row["prompt"], str) or not row["prompt"]:
         check_messages(row, "prompt")
+        if row["prompt"][-1]["role"] == "assistant":
+            raise InputError(f"{_place(row)}: prompt ends with an assistant's message, and a rollout begins another "
+                             "one: take it away.")
 
 
 def check_pair_row(row: dict):
@@ -405,7 +418,7 @@ def _json(raw, path, line):
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise InputError(f"{path}:{line}: not valid JSON ({error.msg}, column {error.colno}): write one object a line, "
-                         "or one list in the whole file.") from error
+                         "or one list in the whole file (CSV is not read).") from error
 
 
 def _read_parquet(path):

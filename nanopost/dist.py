@@ -90,14 +90,14 @@ def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def clip_grad_norm(model, max_norm: float) -> float:
-    """Scale the gradients to a global L2 norm of at most max_norm -> the norm before, over all ranks.
+    """Scale the gradients to a global L2 norm of at most max_norm (0: any) -> the norm before, over all ranks.
 
     A norm that is not finite raises FloatingPointError before the optimizer can spread it.
     """
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not norm < float("inf"):
-        raise FloatingPointError(f"gradient norm is {norm}")
+        raise FloatingPointError(f"the gradient norm is {norm}: lower --lr; the weights are those of the step before.")
     return norm
 
 

@@ -41,7 +41,7 @@ def read_config(folder) -> Config:
     if folder.is_dir():
         raise InputError(f"{folder} has no config.json: it is not a Hugging Face checkpoint.")
     sentence = f"{folder} is no folder: mend --model, or make it first (python train_sft.py writes out/sft)"
-    if str(folder).count("/") == 1 and not str(folder).startswith((".", "/")):
+    if str(folder).count("/") == 1 and not str(folder).startswith((".", "/", "out/")):
         sentence += (f"; if it is a hub name, run 'hf download {folder} --local-dir {folder.name}' and pass "
                      f"--model {folder.name}")
     raise InputError(sentence + ".")
@@ -57,7 +57,7 @@ def load_model(folder, device="cpu", dtype: torch.dtype = torch.float32, shard=l
 
 def load_scalar_model(folder, device="cpu", dtype: torch.dtype = torch.float32, shard=lambda model: model,
                       new_head: bool = False, pad_id: int | None = None) -> ScalarModel:
-    """A reward model. new_head: the folder may be that of a language model, whose head gives way to one of zeros."""
+    """A reward model. new_head: the folder may be that of a language model, whose head gives way to a new one."""
     config = read_config(folder)
     if not config.scalar and not new_head:
         raise InputError(f"{folder} is a language model and scores nothing: train_rm.py makes a reward model of it.")
@@ -77,13 +77,15 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     """Fill the model's parameters, plain tensors or FSDP2 shards, from a folder, cast to the parameters' dtype.
 
     Names and shapes must be those of the model. A tied head's copy and rotary buffers are passed over, and so is a
-    language model's head by a scalar model, which begins with a head of zeros.
+    language model's head by a scalar model, whose new head is normal with variance 1 / (width + 1), as in 2403.17031.
     """
     folder, wanted = Path(folder), dict(model.named_parameters())
     file_of = _weight_files(folder)
     redundant = {"lm_head.weight"} if model.config.tied else set()
     if model.config.scalar and "score.weight" not in file_of:
-        wanted.pop("score.weight").zero_()
+        p = wanted.pop("score.weight")
+        head = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) / (p.shape[1] + 1) ** 0.5
+        _copy(p, head)
         file_of.pop("lm_head.weight", None)
     extra = {n for n in file_of if n not in wanted and n not in redundant and not n.endswith("rotary_emb.inv_freq")}
     missing = set(wanted) - set(file_of)
@@ -112,6 +114,10 @@ def content_hash(folder) -> str:
 def _fill(p, source, name, path):
     if list(p.shape) != source.get_shape():
         raise InputError(f"{path}: {name} has shape {source.get_shape()} and config.json wants {list(p.shape)}.")
+    _copy(p, source)
+
+
+def _copy(p, source):
     if isinstance(p, DTensor):
         shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
         p.to_local().copy_(source[tuple(slice(o, o + s) for o, s in zip(offset, shape))])
@@ -162,9 +168,10 @@ def _some(names):
 
 
 def save_model(folder, named_tensors: Iterable[tuple[str, torch.Tensor]], config: Config,
-               files: dict[str, str | bytes] | None = None, dtype: torch.dtype | None = None,
+               files: dict[str, str | bytes | None] | None = None, dtype: torch.dtype | None = None,
                max_shard_bytes: int = 5 * 2**30, write: bool = True):
-    """Write a folder that transformers and vLLM load: weights, config.json, and `files` (name -> content) beside them.
+    """Write a folder that transformers and vLLM load: weights, config.json, and `files` beside them: name -> content,
+    or None for one that is to go, because another model left it here.
 
     named_tensors is consumed one by one and held up to max_shard_bytes; dtype casts. Every rank must call this when the
     tensors come out of shards; only the one with write=True writes. What a kill or a full disk leaves: see above.
@@ -211,13 +218,18 @@ def _install(folder, beside, shards, files):
     names, index = _names(folder, shards)
     if index:
         files = {**files, INDEX: index}
+    stale = [name for name, content in files.items() if content is None and (folder / name).exists()]
+    files = {name: content for name, content in files.items() if content is not None}
     for name, content in files.items():
         (beside / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     for path in beside.iterdir():
         _to_disk(path)
     changed = [n for n in files if n != INDEX and not _same(folder / n, beside / n)]
-    if changed:
+    if changed or stale:
         (folder / "config.json").unlink(missing_ok=True)
+        changed = list(dict.fromkeys([*changed, "config.json"]))
+    for name in stale:
+        (folder / name).unlink()
     for (path, _), name in zip(shards, names):
         os.replace(path, folder / name)  # a single shard: this is the instant of change
     if index:

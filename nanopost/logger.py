@@ -1,6 +1,7 @@
 """A run's record: a line a step on stdout, metrics.jsonl, samples.jsonl, and run.json with what the run was."""
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -26,15 +27,25 @@ class Logger:
         """
         if not self.on:
             return
-        self.out.mkdir(parents=True, exist_ok=True)
+        if Path(manifest["args"]["model"]).resolve() == self.out.resolve():
+            raise InputError(f"--out {self.out} is --model too, and would be overwritten: choose another --out.")
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {self.out}: no folder can be made ({error.strerror}); choose another.") from error
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.out / name
             if resumed_at is None and not overwrite and path.exists():
                 raise InputError(f"{self.out} already holds a run: add --resume to continue it, --overwrite to "
                                  "replace it, or choose another --out.")
-            lines = path.read_text().splitlines() if resumed_at is not None and path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resumed_at]
+            lines = path.read_text().split("\n") if resumed_at is not None and path.exists() else []
+            kept = [line for line in lines if _step(line) <= resumed_at]
             path.write_text("".join(line + "\n" for line in kept))
+        if resumed_at is None:  # what is left of the run that this one replaces would be taken for its own
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+            (self.out / "config.json").unlink(missing_ok=True)
+        else:
+            self.say(f"resumed at step {resumed_at}")
         record = {"command": " ".join(sys.argv), "resumed_at": resumed_at, "git": _git_commit(),
                   "python": platform.python_version(), "torch": torch.__version__,
                   "cuda": torch.version.cuda, "started": time.strftime("%Y-%m-%dT%H:%M:%S"), **manifest}
@@ -71,6 +82,14 @@ class Logger:
         if self.on:
             with open(self.out / "samples.jsonl", "a") as file:
                 file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _step(line):
+    """The step of a line, which a kill may have cut off: then it is later than any."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
 
 
 def _number(x):

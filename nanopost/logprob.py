@@ -12,7 +12,7 @@ never held). With upstream gradients g of logp and h of entropy,
 import numpy as np
 import torch
 
-from nanopost.data import batch_of, pack
+from nanopost.data import Example, batch_of, pack
 from nanopost.dist import even
 
 # Logits alive at once: on a CPU what its cache holds, on a GPU 1 GiB; and rows enough that reading the weight pays.
@@ -67,8 +67,10 @@ class _LogProb(torch.autograd.Function):
         ctx.save_for_backward(hidden_MD, weight_VD, target_M, keep_M, stats_3M)
         ctx.temperature, ctx.chunk, ctx.num_tokens = temperature, chunk, len(target_N)
         ctx.set_materialize_grads(False)
-        out_2N = torch.zeros(2, len(target_N), dtype=_accumulator(hidden_ND), device=hidden_ND.device)
-        return out_2N.index_copy_(1, keep_M, stats_3M[:2].to(out_2N.dtype)).unbind(0)
+        logp_N, entropy_N = (torch.zeros(len(target_N), dtype=_accumulator(hidden_ND), device=hidden_ND.device)
+                             for _ in range(2))  # not views of one tensor: FSDP2 hangs its hooks on outputs
+        return (logp_N.index_copy_(0, keep_M, stats_3M[0].to(logp_N.dtype)),
+                entropy_N.index_copy_(0, keep_M, stats_3M[1].to(logp_N.dtype)))
 
     @staticmethod
     def backward(ctx, g_N, h_N):
@@ -110,7 +112,7 @@ def logprobs_of(model, examples: list, tokens: int, temperature: float, device) 
     """
     out = [None] * len(examples)
     for part in even(pack([len(e) for e in examples], tokens)):
-        batch = batch_of([examples[i] for i in part], device)
+        batch = batch_of([Example(examples[i].ids, examples[i].mask) for i in part], device)
         logp_N, _ = model(batch, temperature)
         # Back from targets to the tokens themselves: the log-prob of a token stands one place before it.
         logp_N = logp_N.roll(1).cpu().numpy()

@@ -219,12 +219,16 @@ def pair_hinge(p: Pairs, beta: float, smoothing: float = 0.0):
 
 def pair_robust(p: Pairs, beta: float, smoothing: float):
     """Robust DPO 2403.00409: an unbiased loss if a share `smoothing` < 1/2 of the pairs is swapped."""
+    if not 0 <= smoothing < 0.5:
+        raise InputError(f"--smoothing {smoothing}: robust needs the share of swapped pairs, from 0 to below 0.5.")
     z_P = beta * p.margin_P
     return (smoothing * F.logsigmoid(-z_P) - (1 - smoothing) * F.logsigmoid(z_P)) / (1 - 2 * smoothing)
 
 
 def pair_exo(p: Pairs, beta: float, smoothing: float):
-    """EXO 2402.00856 eq. 16: KL(policy's preference || (1 - smoothing, smoothing)); smoothing > 0."""
+    """EXO 2402.00856 eq. 16: KL(policy's preference || (1 - smoothing, smoothing))."""
+    if not 0 < smoothing < 0.5:
+        raise InputError(f"--smoothing {smoothing}: exo needs more than 0 (such as 1e-3) and less than 0.5.")
     log_q_P, log_other_P = F.logsigmoid(beta * p.margin_P), F.logsigmoid(-beta * p.margin_P)
     return (log_q_P.exp() * (log_q_P - math.log1p(-smoothing))
             + log_other_P.exp() * (log_other_P - math.log(smoothing)))
@@ -318,18 +322,19 @@ REFERENCE_FREE = {"simpo", "sft", "cpo", "orpo"}
 COUPLED = {"bco", "aot", "aot_unpaired", "kto"}  # a pair's loss depends on the other pairs of the optimizer step
 
 
-def preference_metrics(p: Pairs, beta: float, by_label: bool = False) -> dict:
-    """What TRL calls rewards/* and logps/*: {name: (sum, count)}. by_label (KTO): over rows of either label."""
+def preference_metrics(p: Pairs, loss_P, beta: float, by_label: bool = False) -> dict:
+    """loss, and what TRL calls rewards/* and logps/*: {name: (sum, count)}. by_label (KTO): of rows of either label."""
+    loss = {"loss": (loss_P.detach().sum(), len(loss_P))}
     chosen_P, rejected_P = beta * p.ratio_2P.detach()
     logp_2P = p.logp_S.detach().view(-1, 2).T
     if by_label:
         good_P = p.label_P > 0
-        return {f"{kind}/{name}": (x_P[which_P].sum(), which_P.sum())
-                for kind, x_P in (("rewards", chosen_P), ("logps", logp_2P[0]))
-                for name, which_P in (("chosen", good_P), ("rejected", ~good_P))}
+        return loss | {f"{kind}/{name}": (x_P[which_P].sum(), which_P.sum())
+                       for kind, x_P in (("rewards", chosen_P), ("logps", logp_2P[0]))
+                       for name, which_P in (("chosen", good_P), ("rejected", ~good_P))}
     values = {"rewards/chosen": chosen_P, "rewards/rejected": rejected_P, "rewards/margins": chosen_P - rejected_P,
               "rewards/accuracies": chosen_P > rejected_P, "logps/chosen": logp_2P[0], "logps/rejected": logp_2P[1]}
-    return {name: (x_P.sum(), len(x_P)) for name, x_P in values.items()}
+    return loss | {name: (x_P.sum(), len(x_P)) for name, x_P in values.items()}
 
 
 def wpo_weight(logp_N, half_logp_N, weight_N, seq_N, num_sequences: int):

@@ -81,6 +81,10 @@ class Config:
             qkv_bias=family == "qwen2" or bias, out_bias=bias and family in ("llama", "qwen3"),
             mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama", qk_norm=family == "qwen3", scalar=scalar)
 
+    @property
+    def max_positions(self) -> int:
+        return self.hf.get("max_position_embeddings") or 2**31
+
     def with_scalar_head(self, pad_id: int | None) -> "Config":
         """The same decoder as a reward model. pad_id: transformers scores the last token that is not this one."""
         names = {"architectures": [scalar_architecture(self.hf["model_type"])], "pad_token_id": pad_id,

@@ -153,10 +153,10 @@ def gathered(model, pairs: list, tokens: int, device, **options) -> tuple[Pairs,
                                  e.columns["length"], e.mask[1:].sum(), e.columns.get("label", 1.0))]
              for e, logp in zip(examples, logprobs_of(model, examples, tokens, 1.0, device))]
     before = sum(dist.gather([len(table)])[:torch.distributed.get_rank()])
-    logp_S, nll_S, ref_S, length_S, trained_S, label_S = torch.tensor(
-        dist.gather(table), dtype=torch.float64).view(-1, 6).unbind(1)
+    table, mine = dist.gather(table), slice(before, before + len(table))
+    logp_S, nll_S, ref_S, length_S, trained_S, label_S = torch.tensor(table, dtype=torch.float64).view(len(table), 6).T
     return Pairs(logp_S.clone().requires_grad_(), ref_S, length_S, nll_S.clone().requires_grad_(),
-                 float(trained_S[0::2].mean()), label_S[0::2], **options), slice(before, before + len(table))
+                 float(trained_S[0::2].mean()), label_S[0::2], **options), mine
 
 
 def pulled_back(pairs: list, p: Pairs, mine: slice) -> list[tuple[Example]]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from nanopost import InputError
-from nanopost.advantages import soft_overlong_penalty
+from nanopost.advantages import combine_rewards, soft_overlong_penalty
 from nanopost.chat import Tokenizer
 from nanopost.data import Example, batch_of, pack
 from nanopost.hf import load_scalar_model
@@ -32,6 +32,17 @@ class Reward(NamedTuple):
 
 
 # ---------------------------------------------------------------------------------------- loading and calling
+def load_rewards(specs: list[str], weights: list[float] | None, tokenizer=None, device=None):
+    """All of --reward, and --reward_weights or ones -> (list[Reward], list[float])."""
+    rewards = [load_reward(spec, tokenizer, device) for spec in specs]
+    names = [r.name for r in rewards]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise InputError(f"--reward: two are called {twice!r}, and their metrics would be too: rename one.")
+    if weights and len(weights) != len(rewards):
+        raise InputError(f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each.")
+    return rewards, weights or [1.0] * len(rewards)
+
+
 def load_reward(spec: str, tokenizer=None, device=None) -> Reward:
     """A --reward: gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or file.py:function.
 
@@ -103,11 +114,22 @@ def score_groups(rewards: list[Reward], decode: Callable, rows: list[dict], grou
     texts = [decode(r.ids, skip_special=True) for r in flat]
     completions = [[{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
                    for text, row in zip(texts, flat_rows)]
-    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "__line__"))
+    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "prompt_ids", "__line__"))
     columns = {name: [row.get(name) for row in flat_rows] for name in names}
     columns |= {"prompts": [row["prompt"] for row in flat_rows], "completion_ids": [r.ids for r in flat]}
     scores = [score(reward, completions, columns) if flat else [] for reward in rewards]
     return torch.tensor(np.array(scores, np.float64).reshape(len(rewards), len(rows), size))
+
+
+def total_reward(rewards: list[Reward], weights: list[float], judge: Reward | None, decode: Callable, rows: list[dict],
+                 groups: list[list], size: int) -> torch.Tensor:
+    """The weighted sum of the rewards, and the wins that a judge gives -> float64 reward_PG."""
+    reward_PG = torch.zeros(len(rows), size, dtype=torch.float64)
+    if rewards:
+        reward_PG += combine_rewards(score_groups(rewards, decode, rows, groups, size), weights)
+    if judge:
+        reward_PG += judged(judge, decode, rows, groups)
+    return reward_PG
 
 
 def judged(judge: Reward, decode: Callable, rows: list[dict], groups: list[list]) -> torch.Tensor:

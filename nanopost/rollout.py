@@ -83,11 +83,13 @@ class Engine:
         """n rollouts of each prompt (token ids). Sample i of prompt p draws from seed seeds[p] + i."""
         if any(len(p) == 0 for p in prompts):
             raise InputError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens to continue from.")
+        if "" in sampling.stop:
+            raise InputError("--stop: an empty string would end every completion at once.")
         room = self.model.config.hf.get("max_position_embeddings", 2**31)
         longest = max((len(p) for p in prompts), default=0)
         if longest + sampling.max_tokens > room:
             raise InputError(f"a prompt of {longest} tokens and {sampling.max_tokens} new ones exceed the model's "
-                             f"{room} positions: lower --max_new_tokens or drop long prompts (--max_prompt).")
+                             f"{room} positions: lower --max_new_tokens, or leave long prompts out.")
         seeds = seeds or [0] * len(prompts)
         at_once, out = max(1, self.rows // n), []
         for i in range(0, len(prompts), at_once):

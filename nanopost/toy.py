@@ -102,9 +102,7 @@ def _pairs(held_out):
     return [(a, b) for a in range(10, 100) for b in range(10, 100) if tenth(a, b) == held_out]
 
 
-def make(folder) -> Path:
+def make(folder):
     """The folder behind `--model toy`, written once."""
-    folder = Path(folder)
-    if not (folder / "config.json").exists():
+    if not (Path(folder) / "config.json").exists():
         write_model(folder)
-    return folder

@@ -926,7 +926,8 @@ def test_files_beside_a_checkpoint_load_in_transformers_with_the_template_in_for
     (tmp_path / "other.jinja").write_text(TRIMS)
     tokenizer = Tokenizer.load(folder, tmp_path / "other.jinja")
     for name, content in tokenizer_files(folder, tokenizer).items():
-        (out / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        if content is not None:
+            (out / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert {p.name for p in out.iterdir()} == {"tokenizer.json", "tokenizer_config.json", "generation_config.json",
                                                "chat_template.jinja",
                                                "nanopost.json"}

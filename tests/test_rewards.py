@@ -208,8 +208,8 @@ def test_length_punishes_the_tokens_over_its_limit():
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("gsm9k", "'gsm9k' is unknown: built in are gsm8k, boxed, exact, format, regex:PATTERN and length:MAX:BUFFER; "
-              "one of your own is file.py:function"),
+    ("gsm9k", "'gsm9k' is unknown: built in are gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER "
+              "and model:FOLDER; one of your own is file.py:function"),
     ("regex:(", r"regex:\(: not a regular expression"),
     ("length", "write length:MAX:BUFFER in tokens"),
     ("length:100", "write length:MAX:BUFFER in tokens"),
