@@ -47,6 +47,8 @@ def _one_sentence(kind, error, trace):
     """A person's mistake is answered with its sentence alone; a bug keeps its traceback."""
     if issubclass(kind, InputError):
         print(f"error: {error}", file=sys.stderr, flush=True)
+    elif issubclass(kind, KeyboardInterrupt):
+        print("stopped: --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, trace)
     if dist.is_initialized() and dist.get_world_size() > 1:

@@ -5,7 +5,7 @@ Shapes: N packed tokens, M of them with a target, C a chunk of those, V vocabula
     z = hidden W^T / temperature        logp = z_y - logsumexp z        entropy = -sum_v p_v log p_v,  p = softmax z
 
 The logits of a chunk are made, used and thrown away; the backward pass makes them again (one matmul more, [N, V]
-never held). With upstream gradients g of logp and h of entropy,
+never held), but for a single small chunk, which is kept. With upstream gradients g of logp and h of entropy,
 
     dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy),   then divided by the temperature.
 """
@@ -16,7 +16,8 @@ from nanopost.data import Example, batch_of, pack
 from nanopost.dist import even
 
 # Logits alive at once: on a CPU what its cache holds, on a GPU 1 GiB; and rows enough that reading the weight pays.
-CHUNK_ELEMENTS, CHUNK_ROWS = {"cpu": 2**21, "cuda": 2**28}, 64
+CHUNK_ELEMENTS, CHUNK_ROWS = {"cpu": 2**22, "cuda": 2**28}, 64
+KEPT_ELEMENTS = 2**22  # of log-probs, 16 MiB in fp32
 
 
 def logprob(hidden_ND, weight_VD, target_N, temperature: float = 1.0, chunk: int | None = None):
@@ -46,9 +47,9 @@ def _ready(weight_VD):
     return weight_VD if weight_VD.is_cuda else weight_VD.to(_accumulator(weight_VD))
 
 
-def _logits(hidden_CD, weight_VD, temperature):
+def _log_p(hidden_CD, weight_VD, temperature):
     z_CV = matmul_fp32(hidden_CD, weight_VD.T)
-    return z_CV if temperature == 1.0 else z_CV.div_(temperature)
+    return (z_CV if temperature == 1.0 else z_CV.div_(temperature)).log_softmax(-1)
 
 
 class _LogProb(torch.autograd.Function):
@@ -58,23 +59,22 @@ class _LogProb(torch.autograd.Function):
         hidden_MD, target_M = hidden_ND.index_select(0, keep_M), target_N.index_select(0, keep_M)
         stats, ready_VD = [], _ready(weight_VD)
         for h_CD, y_C in zip(hidden_MD.split(chunk), target_M.split(chunk)):
-            z_CV = _logits(h_CD, ready_VD, temperature)
-            lse_C = z_CV.logsumexp(-1)
-            logp_C = z_CV.gather(1, y_C[:, None])[:, 0] - lse_C
-            log_p_CV = z_CV.sub_(lse_C[:, None])
-            stats.append(torch.stack([logp_C, -(log_p_CV.exp() * log_p_CV).sum(-1), lse_C]))
-        stats_3M = torch.cat(stats, 1)
-        ctx.save_for_backward(hidden_MD, weight_VD, target_M, keep_M, stats_3M)
+            log_p_CV = _log_p(h_CD, ready_VD, temperature)
+            logp_C = log_p_CV.gather(1, y_C[:, None])[:, 0]
+            stats.append(torch.stack([logp_C, -torch.linalg.vecdot(log_p_CV.exp(), log_p_CV)]))
+        stats_2M = torch.cat(stats, 1)
+        kept_MV = log_p_CV if len(stats) == 1 and log_p_CV.numel() <= KEPT_ELEMENTS else None
+        ctx.save_for_backward(hidden_MD, weight_VD, target_M, keep_M, stats_2M[1], kept_MV)
         ctx.temperature, ctx.chunk, ctx.num_tokens = temperature, chunk, len(target_N)
         ctx.set_materialize_grads(False)
         logp_N, entropy_N = (torch.zeros(len(target_N), dtype=_accumulator(hidden_ND), device=hidden_ND.device)
                              for _ in range(2))  # not views of one tensor: FSDP2 hangs its hooks on outputs
-        return (logp_N.index_copy_(0, keep_M, stats_3M[0].to(logp_N.dtype)),
-                entropy_N.index_copy_(0, keep_M, stats_3M[1].to(logp_N.dtype)))
+        return (logp_N.index_copy_(0, keep_M, stats_2M[0].to(logp_N.dtype)),
+                entropy_N.index_copy_(0, keep_M, stats_2M[1].to(logp_N.dtype)))
 
     @staticmethod
     def backward(ctx, g_N, h_N):
-        hidden_MD, weight_VD, target_M, keep_M, (_, entropy_M, lse_M) = ctx.saved_tensors
+        hidden_MD, weight_VD, target_M, keep_M, entropy_M, kept_MV = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         ready_VD = _ready(weight_VD)
         g_M, h_M = (None if x is None else x.index_select(0, keep_M) for x in (g_N, h_N))
@@ -82,11 +82,11 @@ class _LogProb(torch.autograd.Function):
         d_weight_VD = torch.zeros_like(weight_VD, dtype=_accumulator(weight_VD)) if need_weight else None
         for first in range(0, len(keep_M), ctx.chunk):
             c = slice(first, first + ctx.chunk)
-            log_p_CV = _logits(hidden_MD[c], ready_VD, ctx.temperature).sub_(lse_M[c, None])
+            log_p_CV = _log_p(hidden_MD[c], ready_VD, ctx.temperature) if kept_MV is None else kept_MV
             p_CV = log_p_CV.exp()
             coefficient = 0.0 if g_M is None else -g_M[c, None]
             if h_M is not None:
-                coefficient = coefficient - h_M[c, None] * log_p_CV.add_(entropy_M[c, None])
+                coefficient = coefficient - h_M[c, None] * (log_p_CV + entropy_M[c, None])
             dz_CV = p_CV.mul_(coefficient)
             if g_M is not None:
                 dz_CV.scatter_add_(1, target_M[c, None], g_M[c, None])

@@ -38,9 +38,9 @@ def fit(pairs: list[tuple[Example, Example]], max_length: int, how: str):
     """
     kept, counts = [], dict.fromkeys(("overlong", "truncated", "emptied", "alike", "swapped"), 0)
     for pair in pairs:
-        overlong = max(map(len, pair)) > max_length
-        counts["overlong"] += overlong
-        if overlong and how == "drop":
+        too_long = max(map(len, pair)) > max_length
+        counts["overlong"] += too_long
+        if too_long and how == "drop":
             continue
         pair = tuple(e[:max_length] for e in pair)
         emptied = not all(e.mask[1:].any() for e in pair)
@@ -48,7 +48,7 @@ def fit(pairs: list[tuple[Example, Example]], max_length: int, how: str):
         counts["emptied"] += emptied
         counts["alike"] += alike
         if not emptied and not alike:
-            counts["truncated"] += overlong
+            counts["truncated"] += too_long
             kept.append(pair)
     seen = {tuple(e.ids.tobytes() for e in pair) for pair in kept}
     counts["swapped"] = sum((b, a) in seen for a, b in seen)

@@ -5,7 +5,6 @@ import random
 import numpy as np
 import pytest
 import torch
-import torch.distributed
 from scripts import metrics, run
 from small import small_model
 from tokenizers import Tokenizer as Raw
@@ -30,14 +29,6 @@ def test_a_template_that_writes_bos_gets_no_second_from_the_tokenizer():
     assert tokenizer.text_ids("a")[0] == 0  # it gives a text one
     for ids in (tokenizer.prompt_ids(messages[:1]), tokenizer.example({"messages": messages}).ids.tolist()):
         assert ids[0] == 0 and ids.count(0) == 1
-
-
-@pytest.fixture
-def alone():
-    """A process group of this process."""
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
-    yield
-    dist.finish()
 
 
 def stepped(model, optimizer):

@@ -303,10 +303,8 @@ def test_kto_sees_each_prompt_with_another_rows_completion(tokenizer):
 
 # ------------------------------------------------------------------------------------- two passes, models, scripts
 @pytest.mark.parametrize("name", sorted(losses.COUPLED))
-def test_the_gradient_of_a_coupled_loss_depends_on_no_micro_batch(name, place, tokenizer):
+def test_the_gradient_of_a_coupled_loss_depends_on_no_micro_batch(name, place, tokenizer, alone):
     """Against one pass over the whole step with every log-prob in one graph."""
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     rows = data.read_rows(place / "pairs.jsonl")[:9]
     if name == "kto":
         made, _ = pairs.labelled(tokenizer, rows, 60, "truncate")

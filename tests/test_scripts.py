@@ -29,6 +29,8 @@ def place(tmp_path_factory):
     (folder / "reward.py").write_text(REWARD)
     rows = [{"prompt": [{"role": "user", "content": f"{a}+11=?"}], "answer": str(a + 11)} for a in range(20, 30)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = [[*row["prompt"], {"role": "assistant", "content": row["answer"]}] for row in rows]
+    (folder / "sft.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     run("train_sft.py", "--out", folder / "sft", *SFT)
     return folder
 
@@ -120,6 +122,24 @@ def test_groups_without_variance_end_in_a_sentence(place, tmp_path):
     done = run("train_grpo.py", *grpo(place, tmp_path / "x"), "--reward", "regex:never", "--resample", 2, ok=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "in 3 rounds of 4 prompts every group of 4 had equal rewards" in done.stderr
+
+
+def test_groups_without_variance_are_kept_and_a_step_without_any_other_goes_on(place, tmp_path):
+    """The default, --resample 0: nothing to learn is no gradient and no error, as is a batch of unended answers."""
+    for flags in (("--reward", "regex:never"), ("--mask_overlong", "--max_new_tokens", 1)):
+        run("train_grpo.py", *grpo(place, tmp_path / "x"), "--steps", 2, "--overwrite", *flags)
+        assert all(m["grad_norm"] == 0 == m["loss"] for m in metrics(tmp_path / "x")[1:])
+
+
+def test_without_held_out_rows_nothing_is_evaluated(place, tmp_path):
+    run("train_sft.py", "--model", place / "sft", "--data", place / "sft.jsonl", "--holdout", 0, "--out", tmp_path,
+        "--steps", 2, "--eval_every", 0)
+    assert len(metrics(tmp_path)) == 3 and not any(name.startswith("eval") for m in metrics(tmp_path) for name in m)
+
+
+def test_a_fresh_toy_on_two_ranks_is_written_once(tmp_path):
+    run("train_sft.py", "--out", tmp_path, "--steps", 1, ranks=2)
+    assert metrics(tmp_path)[-1]["step"] == 1
 
 
 def test_a_run_is_not_overwritten_unless_told(place):

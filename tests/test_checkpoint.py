@@ -1,0 +1,182 @@
+"""What a run leaves behind and takes up again: checkpoints, the log, and folders that another run has used before."""
+import json
+
+import pytest
+import torch
+from small import small_config, small_model
+
+from nanopost import InputError, check_numbers, checkpoint, hf, optim, toy
+from nanopost.chat import Tokenizer, tokenizer_files
+from nanopost.logger import Logger
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+
+def trained(model, optimizer, steps):
+    for step in range(steps):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.1 * (step + 1))
+        optim.set_learning_rate(optimizer, 1e-2)
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def fresh(seed=0):
+    model = small_model(seed)
+    return model, optim.adamw(model, 0.01, (0.9, 0.95))
+
+
+@pytest.mark.parametrize("saved_after", [0, 2])
+def test_saving_changes_nothing_and_loading_goes_on_from_there(tmp_path, saved_after):
+    expected = trained(*fresh(), 4)
+    model, optimizer = fresh()
+    for step in range(4):
+        if step == saved_after:
+            checkpoint.save(tmp_path, step, model, optimizer, {"consumed": 7})
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.1 * (step + 1))
+        optim.set_learning_rate(optimizer, 1e-2)
+        optimizer.step()
+    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), expected)
+    model, optimizer = fresh(1)
+    state = checkpoint.load(checkpoint.latest(tmp_path), model, optimizer)
+    assert (state["step"], state["consumed"]) == (saved_after, 7)
+    for step in range(saved_after, 4):
+        for p in model.parameters():
+            p.grad = torch.full_like(p, 0.1 * (step + 1))
+        optim.set_learning_rate(optimizer, 1e-2)
+        optimizer.step()
+    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), expected)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    checkpoint.save(tmp_path, 1, *fresh(), {})
+    model = small_model(num_hidden_layers=1)
+    with pytest.raises(InputError, match="is of another model"):
+        checkpoint.load(checkpoint.latest(tmp_path), model, optim.adamw(model, 0.0, (0.9, 0.95)))
+
+
+def test_only_the_newest_checkpoint_stays_whatever_its_number(tmp_path):
+    for step in (9, 3):
+        checkpoint.save(tmp_path, step, *fresh(), {})
+        assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{step:06d}"]
+
+
+def test_what_cannot_be_resumed_says_so(tmp_path):
+    assert checkpoint.to_resume(tmp_path, 5) is None
+    checkpoint.save(tmp_path, 4, *fresh(), {})
+    with pytest.raises(InputError, match="past --steps 3: give 4 or more"):
+        checkpoint.to_resume(tmp_path, 3)
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="ended and left no checkpoint"):
+        checkpoint.to_resume(tmp_path / "done", 5)
+
+
+def test_arguments_that_changed_are_told_and_no_others():
+    saved = json.loads(json.dumps({"lr": 1e-3, "betas": [0.9, 0.95], "resume": False}))
+    now = {"lr": 1e-4, "betas": [0.9, 0.95], "resume": True}
+    assert checkpoint.changed_arguments(saved, now) == ["lr: 0.001 -> 0.0001"]
+
+
+def opened(out, resumed_at=None, overwrite=False, model="elsewhere"):
+    logger = Logger(out, 0, 9, [])
+    logger.open(resumed_at, overwrite, {"args": {"model": model}})
+    return logger
+
+
+def test_a_new_run_keeps_nothing_of_the_one_it_replaces(tmp_path):
+    opened(tmp_path).log(1, {})
+    checkpoint.save(tmp_path, 40, *fresh(), {})
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="already holds a run"):
+        opened(tmp_path)
+    opened(tmp_path, overwrite=True)
+    assert checkpoint.latest(tmp_path) is None and not (tmp_path / "config.json").exists()
+    with pytest.raises(InputError, match="is --model too"):
+        opened(tmp_path, overwrite=True, model=tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="no folder can be made"):
+        opened(tmp_path / "file")
+
+
+def test_a_resumed_log_has_every_step_once_whatever_was_sampled(tmp_path):
+    logger = opened(tmp_path)
+    for step in (1, 2, 3):
+        logger.samples(step, [{"completion": "line\u2028separator\x85 and int f(){}"}])
+    with open(tmp_path / "samples.jsonl", "a") as file:
+        file.write('{"step": 2, "completion": "cut off in int f(){}')
+    opened(tmp_path, resumed_at=2)
+    lines = (tmp_path / "samples.jsonl").read_text().split("\n")[:-1]
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+
+
+def test_a_folder_that_another_model_used_holds_the_new_one_alone(tmp_path):
+    toy.write_model(tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    toy.write_model(tmp_path / "b")
+    tokenizer, model = Tokenizer.load(tmp_path / "b"), hf.load_model(tmp_path / "b")
+    base = Tokenizer(tokenizer.raw, {"eos_token": "<|end|>"}, None)
+    for source, t in (("a", Tokenizer.load(tmp_path / "a")), ("b", tokenizer), ("b", base), ("b", base)):
+        files = tokenizer_files(tmp_path / source, t)
+        hf.save_model(tmp_path / "out", model.state_dict().items(), model.config, files)
+        assert (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert 7 not in Tokenizer.load(tmp_path / "out").stop_ids
+
+
+@pytest.mark.parametrize("name, value", [("steps", 0), ("group", -2), ("tokens", 1), ("lr", -1.0), ("save_every", -1)])
+def test_numbers_that_mean_nothing_are_refused(name, value):
+    with pytest.raises(InputError, match=f"--{name} {value}: give"):
+        check_numbers({name: value})
+    check_numbers({"lr": 0.0, "eval_every": 0, "max_length": None})
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
+    toy.write_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": small_config().vocab_size}))
+    with pytest.raises(InputError, match="last id is 262, .* vocab_size of 61"):
+        Tokenizer.load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- prompts of a run
+def prompts(tokenizer, rows, max_prompt=None, max_new=4, tokens=200, positions=50):
+    (kept,), said = tokenizer.with_prompts((rows,), max_prompt, max_new, tokens, positions)
+    return kept, said
+
+
+def test_prompts_are_encoded_checked_and_counted_before_a_run(tmp_path):
+    toy.write_model(tmp_path)
+    tokenizer = Tokenizer.load(tmp_path)
+
+    def row(text, **more):
+        return {"prompt": [{"role": "user", "content": text}], "__line__": f"p.jsonl:{len(text)}", **more}
+    kept, said = prompts(tokenizer, [row("1+1=?", answer="2"), row("2+2=?")])
+    texts = [tokenizer.decode(r["prompt_ids"]) for r in kept]
+    assert texts == ["<|user|>1+1=?<|assistant|>", "<|user|>2+2=?<|assistant|>"]
+    assert [r["answer"] for r in kept] == ["2", None] and "doubtful" not in said
+    with pytest.raises(InputError, match="p.jsonl:60: a prompt of 62 tokens and 4 new ones are more than the model's"):
+        prompts(tokenizer, [row("x"), row("x" * 60)])
+    with pytest.raises(InputError, match="more than --tokens 9: .*or raise --tokens"):
+        prompts(tokenizer, [row("x" * 5)], tokens=9)
+    kept, said = prompts(tokenizer, [row("x"), row("x" * 60)], max_prompt=20)
+    assert len(kept) == 1 and said == "1 left out by --max_prompt"
+    with pytest.raises(InputError, match="no prompt is left"):
+        prompts(tokenizer, [row("x" * 60)], max_prompt=20)
+    _, said = prompts(tokenizer, [{"prompt": "1+1=?"}])
+    assert "1 prompts are plain text, and the model has a chat template" in said
+    with pytest.raises(InputError, match="ends with an assistant's message"):
+        prompts(tokenizer, [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+
+
+def test_tools_and_template_variables_of_a_row_reach_its_prompt(tmp_path):
+    toy.write_model(tmp_path)
+    template = ("{{ tools | length if tools else 0 }}{{ mood }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + "
+                "m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    tokenizer = Tokenizer(Tokenizer.load(tmp_path).raw, {"eos_token": "<|end|>"}, template)
+    row = {"prompt": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}],
+           "chat_template_kwargs": {"mood": "!"}}
+    kept, _ = prompts(tokenizer, [row])
+    assert tokenizer.decode(kept[0]["prompt_ids"]) == "1!<|user|>a<|assistant|>"
