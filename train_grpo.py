@@ -214,9 +214,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         kl_B = [float(losses.kl_estimate(torch.tensor(e.columns.get("old_logp", e.columns["engine_logp"]))[e.mask],
                                          torch.tensor(e.columns["ref_logp"])[e.mask], args.kl).sum()) for e in examples]
         reward_PG = reward_PG - args.beta * torch.tensor(kl_B, dtype=torch.float64).view_as(reward_PG)
-    total, squares, count = dist.all_sum(reward_PG.sum(), reward_PG.square().sum(), reward_PG.numel())
-    batch_std = max(0.0, (squares - total**2 / count) / max(1, count - 1)) ** 0.5
-    adv_PG = advantages.group_advantage(reward_PG, args.adv, batch_std)
+    adv_PG = advantages.group_advantage(reward_PG, args.adv, dist.mean_and_std(reward_PG)[1])
     for e, adv in zip(examples, adv_PG.flatten().tolist()):
         e.columns["adv"] = adv
 

@@ -24,6 +24,7 @@ CHATML = """\
 {{- '\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+TIGHT = CHATML.replace("{{- '\n' }}\n", "")  # no newline behind a turn: TRL would train it in pairs, nanopost would not
 
 
 def corpus(max_characters: int = 3_000_000) -> list[str]:
@@ -39,7 +40,7 @@ def corpus(max_characters: int = 3_000_000) -> list[str]:
 
 def make_model(folder, vocab: int = 4096, width: int = 256, layers: int = 4, heads: int = 8, kv_heads: int = 4,
                mlp_width: int = 768, scale: float = 0.02, characters: int = 3_000_000, endless: bool = False,
-               stop_ids: tuple[int, ...] = ()) -> PreTrainedTokenizerFast:
+               stop_ids: tuple[int, ...] = (), template: str = CHATML) -> PreTrainedTokenizerFast:
     """Write a random Qwen3 with its tokenizer to a folder, through transformers.
 
     scale: standard deviation of the weights. stop_ids: end a completion beside <|im_end|>. endless: nothing ends one,
@@ -54,7 +55,7 @@ def make_model(folder, vocab: int = 4096, width: int = 256, layers: int = 4, hea
     if endless:
         raw.add_special_tokens([NEVER])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=PAD, eos_token=NEVER if endless else END,
-                                        chat_template=None if endless else CHATML, padding_side="left")
+                                        chat_template=None if endless else template, padding_side="left")
     stops = [tokenizer.eos_token_id, *stop_ids]
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(
@@ -88,6 +89,17 @@ def chat_rows(tokenizer, count: int, longest: int = 440, seed: int = 0) -> list[
     answers = pieces(tokenizer, count, 5.0, 0.7, 16, longest, seed)
     return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
             for question, answer in zip(questions, answers)]
+
+
+def pair_rows(tokenizer, count: int, longest: int = 400, seed: int = 0) -> list[dict]:
+    """Rows {"prompt", "chosen", "rejected"} of messages, answers of up to `longest` tokens, median 110, stripped:
+    a newline at the start of an answer would join the prompt's last one in a single token, which nanopost refuses."""
+    questions = pieces(tokenizer, count, 3.5, 0.4, 8, 80, seed)
+    answers = [pieces(tokenizer, count, 4.7, 0.6, 16, longest, seed + side) for side in (1, 2)]
+    return [{"prompt": [{"role": "user", "content": question}],
+             "chosen": [{"role": "assistant", "content": chosen.strip()}],
+             "rejected": [{"role": "assistant", "content": rejected.strip()}]}
+            for question, chosen, rejected in zip(questions, *answers)]
 
 
 def prompt_rows(tokenizer, count: int, seed: int = 0) -> list[dict]:

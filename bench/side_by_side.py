@@ -1,6 +1,7 @@
-"""train_sft.py and train_grpo.py beside TRL on the same model, rows and optimizer, interleaved -> ratios.
+"""Our scripts beside TRL on the same model, rows and optimizer, interleaved -> ratios in bench/results/cpu_*.json.
 
     python -m bench.side_by_side                        # all of it, on two threads of a CPU, in fp32
+    python -m bench.side_by_side --work dpo reward --rounds 3
 
 Each job is a command line, run --rounds times in turn with the others, because a machine's speed drifts: only the
 ratios mean something. A step counts from its third on. Peak memory is the process's largest resident size, less that
@@ -20,14 +21,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 THREADS, WARM = 2, 2
+WORK = ["sft", "dpo", "reward", "equal", "ragged"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 MAKE = """
 import sys
 from bench import assets
 folder, name = sys.argv[1:]
-changes = {"sft": {}, "equal": {"endless": True}, "ragged": {"stop_ids": assets.random_stops()}}[name]
+changes = {"dpo": {"template": assets.TIGHT}, "reward": {"template": assets.TIGHT}, "equal": {"endless": True},
+           "ragged": {"stop_ids": assets.random_stops()}}.get(name, {})
 tokenizer = assets.make_model(f"{folder}/{name}", **changes)
-rows = assets.chat_rows(tokenizer, 700) if name == "sft" else assets.prompt_rows(tokenizer, 256)
+make = {"sft": assets.chat_rows, "dpo": assets.pair_rows, "reward": assets.pair_rows}.get(name, assets.prompt_rows)
+rows = make(tokenizer, 700 if name == "sft" else 256)
 assets.write_rows(f"{folder}/{name}.jsonl", rows)
 assets.write_rows(f"{folder}/{name}-held-out.jsonl", rows[:4])
 """
@@ -44,6 +48,34 @@ def sft_jobs(folder, steps):
     for tokens in (512, 1024, 2048, 4096):
         jobs[f"nanopost --tokens {tokens}"] = ["train_sft.py", *common, *ours(folder, "sft"),
                                                "--tokens", tokens, "--bins", 4096 // tokens, "--max_length", 512]
+    return jobs
+
+
+def dpo_jobs(folder, steps):
+    """8 pairs a step, the reference a frozen copy, or its log-probs computed before the first step."""
+    common = ["--model", f"{folder}/dpo", "--data", f"{folder}/dpo.jsonl", "--steps", steps, "--lr", 1e-5]
+    theirs = ["-m", "bench.trl_preference", "dpo", *common]
+    mine = ["train_dpo.py", *common, *ours(folder, "dpo"), "--rows", 8, "--cache", f"{folder}/cache", "--reference"]
+    jobs = {}
+    for batch in (8, 2, 1):
+        size = ["--batch", batch, "--accumulate", 8 // batch]
+        jobs[f"trl {batch} x {8 // batch}"] = theirs + size
+        jobs[f"trl {batch} x {8 // batch}, precomputed"] = [*theirs, *size, "--precompute"]
+    for tokens in (1024, 2048):
+        jobs[f"nanopost --tokens {tokens}"] = [*mine, "frozen", "--tokens", tokens]
+        jobs[f"nanopost --tokens {tokens}, precomputed"] = [*mine, "precomputed", "--tokens", tokens]
+    return jobs
+
+
+def reward_jobs(folder, steps):
+    """8 pairs a step."""
+    common = ["--model", f"{folder}/reward", "--data", f"{folder}/reward.jsonl", "--steps", steps, "--lr", 1e-5]
+    theirs = ["-m", "bench.trl_preference", "reward", *common]
+    jobs = {f"trl {batch} x {8 // batch}": [*theirs, "--batch", batch, "--accumulate", 8 // batch]
+            for batch in (8, 2, 1)}
+    for tokens in (1024, 2048):
+        jobs[f"nanopost --tokens {tokens}"] = ["train_rm.py", *common, *ours(folder, "reward"), "--rows", 8,
+                                               "--tokens", tokens]
     return jobs
 
 
@@ -122,7 +154,7 @@ def interleaved(jobs, rounds):
     for k in range(rounds):
         for name in names[k % len(names):] + names[:k % len(names)]:
             runs[name].append(measure(jobs[name]))
-            print(f"  round {k + 1}  {name:26s} {statistics.median(runs[name][-1]['seconds']):.3f} s", flush=True)
+            print(f"  round {k + 1}  {name:34s} {statistics.median(runs[name][-1]['seconds']):.3f} s", flush=True)
     return {name: summary(runs[name], imports_mb(jobs[name])) for name in names}
 
 
@@ -137,6 +169,14 @@ def ratios(found, key, best):
 
 
 def compared(name, found):
+    if name == "dpo":
+        parts = [{n: v for n, v in found.items() if n.endswith("precomputed") == precomputed}
+                 for precomputed in (False, True)]
+        return {f"{what}, {reference}": ratios(part, key, min)
+                for reference, part in zip(("frozen", "precomputed"), parts)
+                for what, key in (("step", "step_seconds"), ("peak", "peak_mb"))}
+    if name == "reward":
+        return {"step": ratios(found, "step_seconds", min), "peak": ratios(found, "peak_mb", min)}
     if name != "sft":
         return {"step": ratios(found, "step_seconds", min), "generation": ratios(found, "generate_seconds", min),
                 "peak": ratios(found, "peak_mb", min)}
@@ -149,7 +189,7 @@ def compared(name, found):
 def table(found):
     for name, v in found.items():
         generate = f"  generate {v['generate_seconds']:.2f} s" if "generate_seconds" in v else ""
-        print(f"  {name:26s} {v['tokens_per_second']:7,.0f} tokens/s  step {v['step_seconds']:.3f} s{generate}  "
+        print(f"  {name:34s} {v['tokens_per_second']:7,.0f} tokens/s  step {v['step_seconds']:.3f} s{generate}  "
               f"peak {v['peak_mb']:5,.0f} MB")
 
 
@@ -162,28 +202,30 @@ def versions():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", nargs="+", default=["sft", "equal", "ragged"], choices=["sft", "equal", "ragged"])
+    parser.add_argument("--work", nargs="+", default=WORK, choices=WORK)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--sft_steps", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--grpo_steps", type=int, default=5)
-    parser.add_argument("--out", default=ROOT / "bench/results/cpu_side_by_side.json")
+    parser.add_argument("--out", default=ROOT / "bench/results", help="folder")
     args = parser.parse_args()
-    result = {"versions": versions(), "date": time.strftime("%Y-%m-%d"), "settings": {
+    common = {"versions": versions(), "date": time.strftime("%Y-%m-%d"), "settings": {
         "model": "Qwen3, 4 layers, 256 wide, vocabulary 4,096, random weights", "device": "cpu", "threads": THREADS,
         "cores": os.cpu_count(), "precision": "fp32", "optimizer": "AdamW (fused), gradient clipped at 1",
-        "rounds": args.rounds, "warm-up steps": WARM, "sft_steps": args.sft_steps, "grpo_steps": args.grpo_steps}}
+        "rounds": args.rounds, "warm-up steps": WARM, "steps": args.steps, "grpo_steps": args.grpo_steps}}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.work:
             print(name, flush=True)
             run(["-c", MAKE, folder, name])
-            jobs = sft_jobs(folder, args.sft_steps) if name == "sft" else grpo_jobs(folder, name, args.grpo_steps)
+            make = {"sft": sft_jobs, "dpo": dpo_jobs, "reward": reward_jobs}.get(name)
+            jobs = make(folder, args.steps) if make else grpo_jobs(folder, name, args.grpo_steps)
             found = interleaved(jobs, args.rounds)
             table(found)
-            result[name] = {"ratios": compared(name, found), "jobs": found}
-            for what, ratio in result[name]["ratios"].items():
+            found_ratios = compared(name, found)
+            for what, ratio in found_ratios.items():
                 print(f"  {what}: {ratio['better_by']:.2f} x better  ({ratio['ours']}; {ratio['theirs']})")
-            Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-            Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**common, "ratios": found_ratios, "jobs": found}, indent=1)
+            Path(args.out, f"cpu_{name}.json").write_text(text + "\n")
 
 
 if __name__ == "__main__":

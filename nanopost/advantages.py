@@ -1,6 +1,6 @@
 """From rewards to advantages: several rewards into one, and the baseline of a group.
 
-Shapes: P prompts, G samples of each, F reward functions.
+Shapes: P prompts, G samples of each, F reward functions; B sequences of at most T sampled tokens.
 """
 import numpy as np
 import torch
@@ -45,6 +45,27 @@ def group_advantage(reward_PG, how: str, batch_std: float | None = None):
     if how == "batch":
         return centred_PG / ((reward_PG.std() if batch_std is None else batch_std) + 1e-4)
     raise InputError(f"Advantage {how!r} is none of group, mean, loo and batch.")
+
+
+def gae(reward_BT, value_BT, gamma: float, lam: float):
+    """Generalised advantage estimation, 1506.02438 eq. 16 -> (adv_BT, return_BT = adv + value).
+
+        delta_t = r_t + gamma V_t+1 - V_t         adv_t = delta_t + gamma lam adv_t+1
+
+    Rows are the sampled tokens alone, with zeros behind shorter ones: the state after the last token is worth 0, as is
+    every padded one, so that padding changes nothing. lam 1 gives Monte-Carlo returns, lam 0 one-step targets.
+    """
+    adv_BT, later_B = torch.zeros_like(value_BT), torch.zeros_like(value_BT[:, 0])
+    next_B = later_B
+    for t in reversed(range(value_BT.shape[1])):
+        later_B = reward_BT[:, t] + gamma * next_B - value_BT[:, t] + gamma * lam * later_B
+        next_B, adv_BT[:, t] = value_BT[:, t], later_B
+    return adv_BT, adv_BT + value_BT
+
+
+def adapted(beta: float, kl: float, target: float) -> float:
+    """The next weight of a KL that should be `target`: a tenth of the relative error, cut at 20 % (1909.08593, 2.2)."""
+    return beta * (1 + 0.1 * min(0.2, max(-0.2, kl / target - 1)))
 
 
 def soft_overlong_penalty(length: int, max_length: int, buffer: int) -> float:

@@ -108,6 +108,21 @@ def batch_of(examples: list[Example], device="cpu") -> Batch:
     return Batch(*tensors, int(length_S.max()), columns, dummy).to(device)
 
 
+def padded(examples: list[Example], name: str) -> torch.Tensor:
+    """A column at the trained tokens of each example, zeros behind shorter ones -> float64 [B, T], on the CPU."""
+    out_BT = torch.zeros(len(examples), max(int(e.mask.sum()) for e in examples), dtype=torch.float64)
+    for out_T, e in zip(out_BT, examples):
+        out_T[:e.mask.sum()] = torch.from_numpy(e.columns[name][e.mask])
+    return out_BT
+
+
+def add_column(examples: list[Example], name: str, x_BT: torch.Tensor):
+    """What padded takes apart, put back: a column with 0 at tokens that are not trained."""
+    for e, x_T in zip(examples, x_BT.numpy()):
+        e.columns[name] = np.zeros(len(e), np.float32)
+        e.columns[name][e.mask] = x_T[:e.mask.sum()]
+
+
 def _columns(examples, length_S, end_S):
     names, columns = examples[0].columns.keys(), {}
     if other := next((e for e in examples if e.columns.keys() != names), None):

@@ -61,34 +61,39 @@ def finish():
 
 
 def shard(model, world: World, bf16: bool, checkpointing: bool = False, compile: bool = False):
-    """Apply activation checkpointing, compilation and FSDP2 to a CausalLM, block by block, and return it.
+    """Apply activation checkpointing, compilation and FSDP2 to a model of model.py, block by block, and return it.
 
     On a CPU in fp32 with one process the model stays as it is. Else every block and the root are sharded over all
     ranks: fp32 master weights, compute in bf16 where `bf16` says so, gradients reduced in fp32 and averaged over
     ranks (a loop multiplies its loss by world.size to undo that). The root is resharded after forward too: nothing
     outside its forward may read a weight.
     """
-    model.model.checkpointing = checkpointing
+    decoders = [m for m in model.modules() if hasattr(m, "checkpointing")]
+    blocks = [block for decoder in decoders for block in decoder.layers]
+    for decoder in decoders:
+        decoder.checkpointing = checkpointing
     if compile:
-        for block in model.model.layers:
+        for block in blocks:
             block.compile()
     if world.size == 1 and not bf16:
         return model
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
                                      cast_forward_inputs=False)
-    for module in (*model.model.layers, model):
+    for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     return model
 
 
-def full_weights(model) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(model, part: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, whole fp32 tensor), one after the other, on every rank: a collective, so all must iterate.
 
     A tied head is not among them (the model has none). Both the saved folder and an engine's copy are made from this.
+    part: "policy." or "value." of an ActorCritic.
     """
     for name, p in model.state_dict().items():
-        yield name, (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        if name.startswith(part):
+            yield name.removeprefix(part), (p.full_tensor() if isinstance(p, DTensor) else p).detach()
 
 
 def clip_grad_norm(model, max_norm: float) -> float:
@@ -125,6 +130,14 @@ def even(micro_batches: list[list]) -> list[list]:
     Each forward and backward pass is a collective: a rank that ran fewer would leave the others waiting for ever.
     """
     return micro_batches + [[]] * (int(all_max(len(micro_batches))[0]) - len(micro_batches))
+
+
+def mean_and_std(x: torch.Tensor) -> tuple[float, float]:
+    """Of all numbers of all ranks, the latter with n - 1."""
+    x = x.double()
+    total, squares, count = all_sum(x.sum(), x.square().sum(), x.numel())
+    mean = total / max(1, count)
+    return mean, (max(0.0, squares - count * mean**2) / max(1, count - 1)) ** 0.5
 
 
 def means(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:

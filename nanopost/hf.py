@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanopost import InputError
-from nanopost.model import FAMILIES, CausalLM, Config, ScalarModel
+from nanopost.model import FAMILIES, ActorCritic, CausalLM, Config, ScalarModel
 
 SINGLE, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
@@ -62,6 +62,21 @@ def load_scalar_model(folder, device="cpu", dtype: torch.dtype = torch.float32, 
     if not config.scalar and not new_head:
         raise InputError(f"{folder} is a language model and scores nothing: train_rm.py makes a reward model of it.")
     return _loaded(ScalarModel, config.with_scalar_head(pad_id), folder, device, dtype, shard)
+
+
+def load_actor_critic(folder, value_folder=None, device="cpu", shard=lambda model: model) -> ActorCritic:
+    """A policy with a value model begun from a reward model or a language model (with a new head), or, for None, with a
+    head on its own hidden states that is 0 everywhere."""
+    value_config = read_config(value_folder).with_scalar_head(None) if value_folder else None
+    with torch.device("meta"):
+        model = ActorCritic(read_config(folder), value_config).to(torch.float32)
+    model = shard(model).to_empty(device=device)
+    load_weights(model.policy, folder)
+    if value_folder:
+        load_weights(model.value, value_folder)
+    else:
+        torch.nn.init.zeros_(model.value.weight)
+    return model
 
 
 def _loaded(kind, config, folder, device, dtype, shard):

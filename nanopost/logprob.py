@@ -104,19 +104,23 @@ class _LogProb(torch.autograd.Function):
         return d_hidden_MD, d_weight_VD, None, None, None
 
 
-@torch.no_grad()
 def logprobs_of(model, examples: list, tokens: int, temperature: float, device) -> list[np.ndarray]:
-    """Log-prob of each trained token of each Example under a model -> one fp32 array each, aligned with its ids.
+    """Log-prob of each trained token of each Example under a model -> one fp32 array each, as per_token gives them."""
+    return per_token(lambda batch: model(batch, temperature)[0], examples, tokens, device)
+
+
+@torch.no_grad()
+def per_token(forward, examples: list, tokens: int, device) -> list[np.ndarray]:
+    """forward(batch) -> x_N, 0 where no target is; one fp32 array for each Example, aligned with its ids.
 
     A collective: every rank calls it, and runs as many micro-batches as the rank with most.
     """
     out = [None] * len(examples)
     for part in even(pack([len(e) for e in examples], tokens)):
         batch = batch_of([Example(examples[i].ids, examples[i].mask) for i in part], device)
-        logp_N, _ = model(batch, temperature)
-        # Back from targets to the tokens themselves: the log-prob of a token stands one place before it.
-        logp_N = logp_N.roll(1).cpu().numpy()
+        # Back from targets to the tokens themselves: what belongs to a token stands one place before it.
+        x_N = forward(batch).roll(1).cpu().numpy()
         cuts = batch.cu_seqlens.tolist()
         for i, start, end in zip(part, cuts, cuts[1:]):
-            out[i] = logp_N[start:end]
+            out[i] = x_N[start:end]
     return out

@@ -97,6 +97,18 @@ def policy_loss_cispo(log_ratio_N, logp_N, adv_N, weight_N, cap: float):
     return (weight_N * loss_N).sum(), {"cispo_clip_ratio": ((ratio_N > cap) & (adv_N > 0)).sum()}
 
 
+def value_loss(value_N, old_value_N, return_N, mask_N, clip: float):
+    """sum_t max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2) / 2 -> (sum, metrics)
+
+    As in PPO's code: a value that has moved further than clip gains nothing by going on. metrics val/clipfrac_avg:
+    tokens where the clipped term is the larger one.
+    """
+    clipped_N = old_value_N + (value_N - old_value_N).clamp(-clip, clip)
+    error_N, clipped_error_N = (value_N - return_N).square(), (clipped_N - return_N).square()
+    loss = masked(torch.max(error_N, clipped_error_N), mask_N).sum() / 2
+    return loss, {"val/clipfrac_avg": (masked(clipped_error_N - error_N, mask_N) > 0).sum()}
+
+
 def kl_estimate(logp_N, ref_logp_N, kind: str):
     """Estimate of KL(pi || ref) from the sampled token alone -> kl_N (joschu.net/blog/kl-approx.html).
 

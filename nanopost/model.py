@@ -309,3 +309,28 @@ class ScalarModel(nn.Module):
         """A Batch (data.py) -> fp32 value_N."""
         hidden_ND = self.model.packed(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)
         return matmul_fp32(hidden_ND, self.score.weight.T)[:, 0]
+
+
+class ActorCritic(nn.Module):
+    """A policy and its value function under one root, so that under FSDP2, too, one forward gives both.
+
+    value_config: that of a value model with a backbone of its own; None: a linear head on the policy's hidden states.
+    """
+
+    def __init__(self, config: Config, value_config: Config | None):
+        super().__init__()
+        self.config, self.policy = config, CausalLM(config)
+        self.value = ScalarModel(value_config) if value_config else nn.Linear(config.width, 1, bias=False)
+
+    def forward(self, batch, temperature: float = 1.0, value_alone: bool = False):
+        """A Batch -> logp_N and entropy_N of the policy, and fp32 value_N: of the state in which each target was
+        chosen, 0 where there is none. value_alone: None for the first two, and no gradient for the policy."""
+        head, logp_N, entropy_N = isinstance(self.value, nn.Linear), None, None
+        if head or not value_alone:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not value_alone):
+                hidden_ND = self.policy.model.packed(batch.token_N, batch.position_N, batch.cu_seqlens,
+                                                     batch.max_seqlen)
+        if not value_alone:
+            logp_N, entropy_N = logprob(hidden_ND, self.policy.head_weight, batch.target_N, temperature)
+        value_N = matmul_fp32(hidden_ND, self.value.weight.T)[:, 0] if head else self.value(batch)
+        return logp_N, entropy_N, value_N.where(batch.mask_N, 0.0)

@@ -5,12 +5,17 @@ from torch import nn
 from torch.optim import AdamW
 
 
-def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float]) -> AdamW:
-    """AdamW (1711.05101) that decays matrices and leaves norms and biases alone; the rate is set at each step."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return AdamW(groups, lr=0.0, betas=betas, fused=True)
+def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float], **rates: float) -> AdamW:
+    """AdamW (1711.05101) that decays matrices and leaves norms and biases alone; the rate is set at each step.
+
+    rates: value=5.0: the part of the model with that name learns at five times that rate.
+    """
+    groups = {}
+    for name, p in model.named_parameters():
+        rate = next((r for start, r in rates.items() if name.startswith(start + ".")), 1.0)
+        groups.setdefault((rate, p.ndim < 2), []).append(p)
+    return AdamW([{"params": params, "weight_decay": 0.0 if vector else weight_decay, "rate": rate}
+                  for (rate, vector), params in groups.items()], lr=0.0, betas=betas, fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
@@ -27,4 +32,4 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str
 
 def set_learning_rate(optimizer: AdamW, rate: float):
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["rate"]

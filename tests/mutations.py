@@ -104,7 +104,7 @@ MUTATIONS = [
              "dz_CV.div_(ctx.temperature)", "dz_CV",
              "test_logprob.py::test_values_and_gradients_equal_those_of_log_softmax"),
     mutation("log-probs-not-moved-to-their-tokens", "nanopost/logprob.py",
-             "logp_N.roll(1)", "logp_N",
+             "forward(batch).roll(1)", "forward(batch)",
              "test_mutation_gaps.py::test_old_log_probs_of_the_trainer_are_those_of_the_engine"),
 
     # ---- advantages and losses
@@ -184,15 +184,16 @@ MUTATIONS = [
              "(loss * world.size / max(1, divisor))", "(loss / max(1, divisor))",
              "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one"),
     mutation("head-left-out-of-fsdp2", "nanopost/dist.py",
-             "for module in (*model.model.layers, model):", "for module in model.model.layers:",
+             "for module in (*blocks, model):", "for module in blocks:",
              "test_dist.py::test_ranks_do_not_change_the_gradient"),
     mutation("head-read-outside-the-forward", "nanopost/logprob.py",
-             "        logp_N, _ = model(batch, temperature)\n",
-             "        with torch.no_grad():\n"
-             "            model(batch, temperature)\n"
+             "    return per_token(lambda batch: model(batch, temperature)[0], examples, tokens, device)\n",
+             "    def outside(batch):\n"
+             "        model(batch, temperature)\n"
              "        where = batch.position_N, batch.cu_seqlens, batch.max_seqlen\n"
              "        hidden_ND = model.model.packed(batch.token_N, *where)\n"
-             "        logp_N, _ = logprob(hidden_ND, model.head_weight, batch.target_N, temperature)\n",
+             "        return logprob(hidden_ND, model.head_weight, batch.target_N, temperature)[0]\n"
+             "    return per_token(outside, examples, tokens, device)\n",
              "test_dist.py::test_the_head_is_neither_a_shard_nor_stale"),
     mutation("stale-head-in-the-engine", "train_grpo.py",
              "engine.sync_weights(dist.full_weights(model), step)",

@@ -1,8 +1,9 @@
-"""50 steps of train_sft.py beside TRL's SFTTrainer: the same weights, rows, order and AdamW in fp32, step by step.
+"""50 steps beside TRL's trainer: the same weights, rows, order and AdamW in fp32, step by step.
 
-    python -m bench.sft_parity                          # writes bench/results/sft_parity.json and .png
+    python -m bench.parity sft                          # writes bench/results/sft_parity.json and .png
+    python -m bench.parity dpo
 
-TRL pads its rows and gets them in the order in which train_sft.py takes them; ours are packed.
+TRL pads its rows and gets them in the order in which our script takes them; ours are packed.
 """
 import argparse
 import json
@@ -22,6 +23,10 @@ from nanopost import data
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 ROWS, SEED, TOKENS = 8, 0, 2048
+SFT = dict(script="train_sft.py", theirs=("bench.trl_sft",), rows=assets.chat_rows, template=assets.CHATML, lr=1e-3,
+           names=("loss", "grad_norm", "entropy"))
+DPO = dict(script="train_dpo.py", theirs=("bench.trl_preference", "dpo"), rows=assets.pair_rows, template=assets.TIGHT,
+           lr=1e-4, names=("loss", "rewards/margins", "grad_norm"))
 
 
 def run(*command) -> str:
@@ -30,35 +35,34 @@ def run(*command) -> str:
     return done.stdout
 
 
-def both(folder, steps: int, lr: float) -> dict:
+def both(folder, kind: dict, steps: int, lr: float) -> dict:
     """Train on both sides -> name: {"ours", "theirs"}, one number a step."""
-    assets.make_model(f"{folder}/model")
-    rows = assets.chat_rows(AutoTokenizer.from_pretrained(f"{folder}/model"), 300)
+    assets.make_model(f"{folder}/model", template=kind["template"])
+    rows = kind["rows"](AutoTokenizer.from_pretrained(f"{folder}/model"), 300)
     order = [i for k in range(steps) for i in data.take(len(rows), SEED, k * ROWS, ROWS)]
     assets.write_rows(f"{folder}/rows.jsonl", rows)
     assets.write_rows(f"{folder}/ordered.jsonl", [rows[i] for i in order])
     common = ("--model", f"{folder}/model", "--steps", steps, "--lr", lr, "--weight_decay", 0.1)
-    theirs = json.loads(run("-m", "bench.trl_sft", *common, "--data", f"{folder}/ordered.jsonl", "--batch",
+    theirs = json.loads(run("-m", *kind["theirs"], *common, "--data", f"{folder}/ordered.jsonl", "--batch",
                             ROWS).splitlines()[-1])
-    run("train_sft.py", *common, "--data", f"{folder}/rows.jsonl", "--eval_data", f"{folder}/rows.jsonl", "--out",
+    run(kind["script"], *common, "--data", f"{folder}/rows.jsonl", "--eval_data", f"{folder}/rows.jsonl", "--out",
         f"{folder}/out", "--rows", ROWS, "--seed", SEED, "--tokens", TOKENS, "--schedule", "constant", "--warmup", 0,
         "--eval_every", 10 * steps, "--save_every", 0)
     ours = [json.loads(line) for line in Path(folder, "out/metrics.jsonl").read_text().splitlines()[1:]]
-    names = ("loss", "grad_norm", "entropy")
-    return {name: {"ours": [m[name] for m in ours], "theirs": theirs[name]} for name in names}
+    return {name: {"ours": [m[name] for m in ours], "theirs": theirs[name]} for name in kind["names"]}
 
 
-def plot(result: dict, path):
+def plot(curves: dict, labels, path):
     from matplotlib import pyplot as plt
     figure, axes = plt.subplots(2, 2, figsize=(10, 5.5), sharex=True, height_ratios=[2, 1], layout="constrained")
-    for (name, title), (top, bottom) in zip((("loss", "loss"), ("grad_norm", "gradient norm")), axes.T):
-        ours, theirs = result[name]["ours"], result[name]["theirs"]
-        steps = range(1, len(ours) + 1)
-        top.plot(steps, theirs, color="tab:orange", linewidth=5, alpha=0.5, label="TRL SFTTrainer, padded")
-        top.plot(steps, ours, color="tab:blue", linewidth=1.5, label="train_sft.py, packed")
-        top.set_title(title)
+    for (name, curve), (top, bottom) in zip(curves.items(), axes.T):
+        steps = range(1, len(curve["ours"]) + 1)
+        top.plot(steps, curve["theirs"], color="tab:orange", linewidth=5, alpha=0.5, label=labels[0])
+        top.plot(steps, curve["ours"], color="tab:blue", linewidth=1.5, label=labels[1])
+        top.set_title(name)
         top.legend()
-        bottom.semilogy(steps, [max(abs(a - b), 1e-9) for a, b in zip(ours, theirs)], ".", color="black")
+        gaps = [max(abs(a - b), 1e-9) for a, b in zip(curve["ours"], curve["theirs"])]
+        bottom.semilogy(steps, gaps, ".", color="black")
         bottom.axhline(1e-3, color="tab:red", linewidth=1, linestyle="--")
         bottom.set(xlabel="step", ylabel="|difference|", ylim=(1e-8, 1e-2))
     figure.savefig(path, dpi=120)
@@ -66,12 +70,15 @@ def plot(result: dict, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=["sft", "dpo"])
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--out", default=ROOT / "bench/results/sft_parity", help="path without its suffix")
+    parser.add_argument("--lr", type=float, help="default: 1e-3 for sft, 1e-4 for dpo")
+    parser.add_argument("--out", help="path without its suffix; default: bench/results/KIND_parity")
     args = parser.parse_args()
+    kind = {"sft": SFT, "dpo": DPO}[args.kind]
+    args.lr, args.out = args.lr or kind["lr"], args.out or ROOT / f"bench/results/{args.kind}_parity"
     with tempfile.TemporaryDirectory() as folder:
-        curves = both(folder, args.steps, args.lr)
+        curves = both(folder, kind, args.steps, args.lr)
     gaps = {name: max(abs(a - b) for a, b in zip(c["ours"], c["theirs"])) for name, c in curves.items()}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     result = {"versions": {n: version(n) for n in ("torch", "transformers", "trl")}, "date": time.strftime("%Y-%m-%d"),
@@ -81,7 +88,7 @@ def main():
               "largest_difference": gaps, **curves}
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     Path(f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(result, f"{args.out}.png")
+    plot(curves, (f"TRL {args.kind.upper()}Trainer, padded", f"{kind['script']}, packed"), f"{args.out}.png")
     print("largest differences:  " + "   ".join(f"{name} {gap:.1e}" for name, gap in gaps.items()))
 
 
