@@ -52,7 +52,7 @@ add("--resume", action="store_true", help="go on from the newest checkpoint in -
 add("--overwrite", action="store_true", help="replace the run that --out holds")
 add("--verbose", action="store_true", help="say when each phase begins")
 # Of this algorithm alone:
-add("--steps", type=int, default=400, help="optimizer steps")
+add("--steps", type=int, default=600, help="optimizer steps")
 add("--epochs", type=float, help="instead of --steps: times over the pairs")
 add("--rows", type=int, default=64, help="pairs of an optimizer step, over all ranks")
 add("--centre", type=float, default=0.0, help="weight of the squared sum of a pair's scores")

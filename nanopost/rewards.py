@@ -1,8 +1,8 @@
 """Rewards: verifiers of answers, and the loading of a user's own function.
 
 A reward is f(completions, **columns) -> list[float | None], TRL's signature. completions: strings, or message
-lists of which the last is read. columns: those of the rows and what the loop adds (prompts, completion_ids),
-each a list as long as completions. None says that the reward does not apply to a completion.
+lists of which the last is read. columns: those of the rows and what the loop adds (prompts, prompt_ids,
+completion_ids), each a list as long as completions. None says that the reward does not apply to a completion.
 """
 import importlib.util
 import inspect
@@ -108,7 +108,7 @@ def score_groups(rewards: list[Reward], decode: Callable, rows: list[dict], grou
     """Rewards of the rollouts of each row -> float64 reward_FPG, NaN where one does not apply.
 
     groups: for each row `size` Rollouts. They are decoded without special tokens; a row whose prompt is a list of
-    messages gets its completions as messages. Columns are the rows' own, and prompts and completion_ids.
+    messages gets its completions as messages. Columns are the rows' own, and prompts, prompt_ids and completion_ids.
     """
     flat, flat_rows = [r for group in groups for r in group], [row for row, g in zip(rows, groups) for _ in g]
     texts = [decode(r.ids, skip_special=True) for r in flat]
@@ -116,7 +116,8 @@ def score_groups(rewards: list[Reward], decode: Callable, rows: list[dict], grou
                    for text, row in zip(texts, flat_rows)]
     names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "prompt_ids", "__line__"))
     columns = {name: [row.get(name) for row in flat_rows] for name in names}
-    columns |= {"prompts": [row["prompt"] for row in flat_rows], "completion_ids": [r.ids for r in flat]}
+    columns |= {"prompts": [row["prompt"] for row in flat_rows], "prompt_ids": [r.prompt for r in flat],
+                "completion_ids": [r.ids for r in flat]}
     scores = [score(reward, completions, columns) if flat else [] for reward in rewards]
     return torch.tensor(np.array(scores, np.float64).reshape(len(rewards), len(rows), size))
 
@@ -162,17 +163,22 @@ class ModelReward:
                              "train it from the policy's model (train_rm.py --model).")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = load_scalar_model(folder, device, dtype)
-        self.tokenizer, self.device, self.tokens = tokenizer, device, tokens
+        self.device, self.tokens = device, tokens
 
-    @torch.no_grad()
-    def __call__(self, completions, prompts, completion_ids, **columns):
-        ids = [self.tokenizer.prompt_ids(prompt) + list(new) for prompt, new in zip(prompts, completion_ids)]
-        examples, out = [Example(i, [False] * len(i)) for i in ids], [0.0] * len(ids)
-        for part in pack([len(e) for e in examples], max(self.tokens, *map(len, examples))):
-            batch = batch_of([examples[i] for i in part], self.device)
-            for i, score in zip(part, self.model(batch)[batch.cu_seqlens[1:].long() - 1].tolist()):
-                out[i] = score
-        return out
+    def __call__(self, completions, prompt_ids, completion_ids, **columns):
+        ids = [[*prompt, *new] for prompt, new in zip(prompt_ids, completion_ids)]
+        return scores_of(self.model, [Example(i, [False] * len(i)) for i in ids], self.tokens, self.device)
+
+
+@torch.no_grad()
+def scores_of(model, examples: list[Example], tokens: int, device) -> list[float]:
+    """What a reward model gives each sequence: its value at the last token."""
+    out = [0.0] * len(examples)
+    for part in pack([len(e) for e in examples], max(tokens, *map(len, examples))):
+        batch = batch_of([examples[i] for i in part], device)
+        for i, score in zip(part, model(batch)[batch.cu_seqlens[1:].long() - 1].tolist()):
+            out[i] = score
+    return out
 
 
 def _check_arguments(reward, completions, columns):
