@@ -24,7 +24,7 @@ from nanopost import InputError, check_numbers, checkpoint, data, dist, hf, loss
 from nanopost.chat import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
 from nanopost.logger import Logger
 from nanopost.logprob import logprobs_of
-from nanopost.rollout import Engine, Sampling, prompt_seed
+from nanopost.rollout import Engine, Sampling, length_metrics, prompt_seed, sample_records
 
 # N packed tokens of a micro-batch, S its sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one.
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -43,7 +43,7 @@ add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to comput
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
-add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 2e-4")
+add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 2e-4, with --online 5e-4")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
 add("--warmup", type=int, default=20, help="steps from 0 to --lr")
 add("--weight_decay", type=float, default=0.0)
@@ -60,7 +60,7 @@ add("--epochs", type=float, help="instead of --steps: times over the pairs or pr
 add("--rows", type=int, default=64, help="pairs (or prompts, --online) of an optimizer step, over all ranks")
 add("--loss", nargs="+", default=["sigmoid"], choices=losses.PREFERENCE, metavar="LOSS", help="see above")
 add("--loss_weights", type=float, nargs="+", help="one for each --loss; default: all 1")
-add("--beta", type=float, default=0.1, help="how much a log-ratio counts (ipo: tau)")
+add("--beta", type=float, help="how much a log-ratio counts (ipo: tau); default 0.1, for the toy 1, --online 0.1")
 add("--smoothing", type=float, default=0.0, help="share of pairs thought to be swapped, for losses that know it")
 add("--gamma", type=float, default=0.5, help="simpo: target margin")
 add("--label_weights", type=float, nargs=2, default=(1.0, 1.0), help="kto: of desirable, of undesirable rows")
@@ -88,7 +88,9 @@ add("--engine_rows", type=int, default=512, help="completions sampled at once on
 args = parser.parse_args()
 args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 8 if args.data == "toy" else 512
 args.reward = (["exact"] if args.data == "toy" else []) if args.reward is None else args.reward
-args.lr = args.lr if args.lr is not None else 2e-4 if args.data == "toy" else 1e-6
+toy_lr, toy_beta = (5e-4, 0.1) if args.online else (2e-4, 1.0)
+args.lr = args.lr if args.lr is not None else toy_lr if args.data == "toy" else 1e-6
+args.beta = args.beta if args.beta is not None else toy_beta if args.data == "toy" else 0.1
 
 # ------------------------------------------------------------------------------------------------------- processes
 world = dist.init(args.device)
@@ -181,7 +183,7 @@ def sampled(rows, serials, n, temperature):
 
 
 def online(rows, serials):
-    """Of each row's samples the best and the worst, but for ties -> (pairs, the first group, metrics)."""
+    """Of each row's samples the best and the worst, but for ties -> (pairs, what samples.jsonl shows, metrics)."""
     groups, reward_PG = sampled(rows, serials, args.group, args.temperature)
     flat = [r for group in groups for r in group]
     unended = [r.finish == "length" for r in flat]
@@ -189,10 +191,9 @@ def online(rows, serials):
     new = [(group[int(reward_G.argmax())].example(), group[int(reward_G.argmin())].example())
            for group, reward_G in zip(groups, reward_PG) if reward_G.max() > reward_G.min()]
     pairs.add_columns(new, args.ld_alpha, train_prompt="orpo" in args.loss)
-    return new, [*zip(flat[:args.group], reward_PG.flatten().tolist())], dist.means({
-        "reward": (reward_PG.sum(), reward_PG.numel()), "ties": (len(groups) - len(new), len(groups)),
-        "completions/mean_length": (sum(len(r.ids) for r in flat), len(flat)),
-        "completions/clipped_ratio": (sum(unended), len(flat))})
+    return new, sample_records(tokenizer.decode, flat[:args.group], reward=reward_PG.flatten()), dist.means({
+        "reward": (reward_PG.sum(), reward_PG.numel()),
+        "ties": (len(groups) - len(new), len(groups))}) | length_metrics(flat)
 
 
 def loss_of(p):
@@ -245,7 +246,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     serials = range(consumed, consumed + args.rows)[world.rank::world.size]
     indices = data.take(per_epoch, args.seed, consumed, args.rows)[world.rank::world.size]
     consumed += args.rows
-    step_pairs, rollouts, metrics = (online([prompts[i] for i in indices], serials) if args.online else
+    step_pairs, records, metrics = (online([prompts[i] for i in indices], serials) if args.online else
                                      ([all_pairs[i] for i in indices], [], {}))
     if args.reference != "precomputed":
         pairs.add_reference(step_pairs, reference, args.tokens, world.device)
@@ -302,8 +303,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         logger.phase("eval", step)
         metrics |= (last := evaluate())
     logger.log(step, metrics)
-    logger.samples(step, [{"prompt": tokenizer.decode(r.prompt), "completion": tokenizer.decode(r.ids),
-                           "finish": r.finish, "reward": reward} for r, reward in rollouts])
+    logger.samples(step, records)
 
     # ---- save
     if args.save_every and step % args.save_every == 0 and step < args.steps:
@@ -314,7 +314,6 @@ for step in range(state["step"] + 1, args.steps + 1):
 hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),
               write=world.rank == 0)
 logger.say(f"the model is in {args.out}")
-if state["step"] < args.steps and last:
-    change = [f"{name} {before:.3f} -> {last[name]:.3f}" for name, before in state["first"].items()]
-    logger.say(f"held out, before and after: {', '.join(change)}")
+if state["step"] < args.steps:
+    logger.say_change(state["first"], last)
 dist.finish()

@@ -7,9 +7,11 @@
     --adv    group: as above; mean: without the std (Dr. GRPO 2503.20783); loo: leave-one-out (RLOO 2402.14740);
              batch: the std of the whole batch
     --ratio  token; sequence: exp of the mean over tokens (GSPO 2507.18071); sequence_sum: of the sum (RLOO)
+             gdpo: each reward z-scored in its group, their sum over the batch (2601.05242)
     --agg    w_it = sequence: 1 / (|y_i| sequences) (GRPO); token: 1 / tokens of the whole optimizer step
-             (DAPO 2503.14476, the default); constant: 1 / (sequences * --max_new_tokens) (Dr. GRPO)
-    --loss   clip: as above, with --delta capping the ratio on the other side too; cispo: 2506.13585
+             (DAPO 2503.14476, the default); constant: 1 / (sequences * --max_new_tokens) (Dr. GRPO);
+             sequence_sum: 1 / sequences (LUSPO 2602.05261, with --ratio sequence)
+    --loss   clip: as above, with --delta capping the ratio on the other side; cispo 2506.13585; sapo 2511.20347
 Deviations from the GRPO paper: no KL by default (--beta 0), aggregation by token, old log-probs that are the engine's.
 
     python train_sft.py && torchrun --nproc_per_node 1 train_grpo.py            # the toy, about three minutes
@@ -28,8 +30,8 @@ import torch
 from nanopost import InputError, advantages, check_numbers, checkpoint, data, dist, hf, losses, optim, rewards, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, tokenizer_files
 from nanopost.logger import Logger
-from nanopost.logprob import logprobs_of
-from nanopost.rollout import Engine, Sampling, prompt_seed
+from nanopost.logprob import logprobs_of, per_token
+from nanopost.rollout import Engine, LogpGap, Sampling, length_metrics, prompt_seed, sample_records
 
 # N packed tokens of a micro-batch, S its sequences, P prompts, G samples of a prompt, F reward functions.
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -73,14 +75,18 @@ add("--reward", nargs="+", default=["exact"], metavar="REWARD",
 add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1")
 add("--resample", type=int, default=0, help="rounds of prompts that replace groups with equal rewards; 0: they stay")
 add("--mask_overlong", action="store_true", help="completions without an end stay out of the loss")
-add("--adv", default="group", choices=["group", "mean", "loo", "batch"], help="advantage")
+add("--adv", default="group", choices=["group", "mean", "loo", "batch", "gdpo"], help="advantage")
 add("--ratio", default="token", choices=["token", "sequence", "sequence_sum"], help="importance ratio")
-add("--loss", default="clip", choices=["clip", "cispo"])
+add("--loss", default="clip", choices=["clip", "cispo", "sapo"])
 add("--clip_low", type=float, default=0.2)
 add("--clip_high", type=float, default=0.2)
 add("--delta", type=float, help="clip: largest ratio whatever the sign of the advantage (two-sided)")
 add("--cispo_cap", type=float, default=5.0, help="cispo: largest ratio")
-add("--agg", default="token", choices=["sequence", "token", "constant"], help="how token losses are averaged")
+add("--sapo_tau", type=float, nargs=2, default=[1.0, 1.05], help="sapo: of positive, of other advantages")
+add("--agg", default="token", choices=["sequence", "token", "constant", "sequence_sum"], help="how losses are averaged")
+add("--top_entropy", type=float, default=1.0, help="share of tokens, the most uncertain, that learn (2506.01939)")
+add("--entropy_coef", type=float, default=0.0, help="weight of an entropy bonus")
+add("--off_policy_mask", type=float, help="fall of the mean log-prob that takes bad answers out (2512.02556)")
 add("--beta", type=float, default=0.0, help="weight of the KL to the model as it was; 0: no reference model")
 add("--kl", default="k3", choices=["k1", "k2", "k3"], help="estimator of that KL")
 add("--kl_in", default="loss", choices=["loss", "reward"])
@@ -118,14 +124,10 @@ else:
 (rows, eval_rows), report = tokenizer.with_prompts((rows, eval_rows), args.max_prompt, args.max_new_tokens,
                                                    args.tokens, model.config.max_positions)
 reward_functions, reward_weights = rewards.load_rewards(args.reward, args.reward_weights, tokenizer, world.device)
-share = world.size * args.minibatches
-fits = " or ".join(str(n) for n in (args.prompts // share * share, args.prompts // share * share + share) if n)
+data.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 for wrong, sentence in (
-        (args.prompts % share, f"--prompts {args.prompts} does not divide into {world.size} ranks x {args.minibatches} "
-         f"minibatches: {fits} would."),
-        (args.correct != "none" and args.old_logp != "trainer",
-         f"--correct {args.correct} compares trainer and engine: add --old_logp trainer."),
-        (args.group < 2, f"--group {args.group} has nothing to compare a sample with: 2 or more."),
+        (args.correct != "none" and args.old_logp != "trainer", "--correct needs --old_logp trainer."),
+        (args.adv == "gdpo" and args.kl_in == "reward", "--adv gdpo takes no KL in the reward: --kl_in loss."),
         (args.temperature <= 0, f"--temperature {args.temperature}: training samples, so give more than 0.")):
     if wrong:
         raise InputError(sentence)
@@ -165,13 +167,12 @@ def evaluate():
 
 # ------------------------------------------------------------------------------------------------------------ loop
 sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
-max_logp_gap = args.max_logp_gap or (0.1 if bf16 else 1e-3)
+gap = LogpGap(args.max_logp_gap or (0.1 if bf16 else 1e-3))
 consumed, seen = state["consumed"], state["seen"]
 engine.sync_weights(dist.full_weights(model), state["step"])
 state["args"] = vars(args)
 if not found:
-    state["first"] = evaluate()
-    logger.log(0, state["first"])
+    logger.log(0, state.setdefault("first", evaluate()))
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- rollout and reward, until --prompts groups have something to teach
     logger.phase("rollout", step)
@@ -195,9 +196,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     if missing == args.prompts:
         checkpoint.save(args.out, step - 1, model, optimizer, state | {"consumed": consumed, "seen": seen})
         raise InputError(f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group of "
-                         f"{args.group} had equal rewards, so there is nothing to learn: warm up with train_sft.py, "
-                         "change prompts or --reward, or raise --group. The weights are saved: --resume, or "
-                         f"--resume --steps {step - 1} to write the model.")
+                         f"{args.group} had equal rewards: warm up with train_sft.py, change prompts or --reward, or "
+                         f"raise --group. The weights are saved: --resume (--steps {step - 1} writes the model).")
     consumed += drawn
     *reward_FPG, reward_PG = torch.cat(rewards_of, 1)
     flat = [r for group in groups for r in group]
@@ -205,57 +205,71 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- advantage
     examples = [r.example(trained=r.finish == "stop" or not args.mask_overlong) for r in flat]
+    for e in examples:
+        e.columns["old_logp"] = e.columns["engine_logp"]
     for name, scorer in (("old_logp", model if args.old_logp == "trainer" else None), ("ref_logp", reference)):
         if scorer is not None:
             logger.phase(name, step)
             for e, logp in zip(examples, logprobs_of(scorer, examples, args.tokens, args.temperature, world.device)):
                 e.columns[name] = logp
     if reference is not None and args.kl_in == "reward":
-        kl_B = [float(losses.kl_estimate(torch.tensor(e.columns.get("old_logp", e.columns["engine_logp"]))[e.mask],
-                                         torch.tensor(e.columns["ref_logp"])[e.mask], args.kl).sum()) for e in examples]
-        reward_PG = reward_PG - args.beta * torch.tensor(kl_B, dtype=torch.float64).view_as(reward_PG)
-    adv_PG = advantages.group_advantage(reward_PG, args.adv, dist.mean_and_std(reward_PG)[1])
+        old_BT, ref_BT = (data.padded(examples, name) for name in ("old_logp", "ref_logp"))
+        reward_PG = reward_PG - args.beta * losses.kl_estimate(old_BT, ref_BT, args.kl).sum(1).view_as(reward_PG)
+    if args.adv == "gdpo":
+        adv_PG = advantages.normalised_sum(reward_FPG, reward_weights)  # of mean 0
+        adv_PG = adv_PG / (dist.mean_and_std(adv_PG)[1] + 1e-4)
+    else:
+        adv_PG = advantages.group_advantage(reward_PG, args.adv, dist.mean_and_std(reward_PG)[1])
     for e, adv in zip(examples, adv_PG.flatten().tolist()):
-        e.columns["adv"] = adv
+        e.columns["adv"] = adv * e.mask
+    if args.top_entropy < 1:
+        entropies = per_token(lambda batch: model(batch, args.temperature)[1], examples, args.tokens, world.device)
+        masks = [e.mask for e in examples]
+        for e, learns in zip(examples, advantages.most_uncertain(entropies, masks, args.top_entropy, dist.gather)):
+            e.columns["adv"] = e.columns["adv"] * learns
 
     # ---- update: --minibatches optimizer steps, whole groups in each
     logger.phase("update", step)
-    sums, loss_sum, gap_max = defaultdict(float), 0.0, 0.0
+    sums, loss_sum = defaultdict(float), 0.0
     for k, part in enumerate(np.array_split(np.arange(len(examples)).reshape(-1, args.group), args.minibatches)):
         minibatch = [examples[i] for i in part.flatten()]
         trained, sequences = dist.all_sum(sum(int(e.mask.sum()) for e in minibatch), len(minibatch))
         # Without a KL a sequence of advantage 0 has no gradient: it counts in the divisor and needs no forward pass.
-        minibatch = [e for e in minibatch if e.columns["adv"] or reference]
+        minibatch = [e for e in minibatch if e.columns["adv"].any() or reference or args.entropy_coef]
         micro_batches = dist.even(data.micro_batches([len(e) for e in minibatch], args.tokens) or [[]])
-        batches = [data.batch_of([minibatch[i] for i in m], world.device) for m in micro_batches]
-        divisor = {"token": trained, "sequence": sequences, "constant": sequences * args.max_new_tokens}[args.agg]
-        for batch in batches:
+        divisor = {"token": trained, "sequence": sequences, "sequence_sum": sequences,
+                   "constant": sequences * args.max_new_tokens}[args.agg]
+        for batch in (data.batch_of([minibatch[i] for i in m], world.device) for m in micro_batches):
             logp_N, entropy_N = model(batch, args.temperature)
             layout = batch.mask_N, batch.seq_N, batch.num_sequences
-            engine_logp_N, adv_N = batch["engine_logp"], batch["adv"][batch.seq_N] * batch.mask_N
-            old_logp_N = batch["old_logp"] if args.old_logp == "trainer" else engine_logp_N
+            engine_logp_N, old_logp_N, adv_N = (batch[name] for name in ("engine_logp", "old_logp", "adv"))
             weight_N = policy_weight_N = losses.token_weights(*layout, args.agg)
             log_ratio_N, metrics = losses.log_ratio(logp_N, old_logp_N, *layout, args.ratio), {}
             if args.correct != "none":
                 correction_N, metrics = losses.importance_weight(old_logp_N, engine_logp_N, *layout,
                                                                  *args.correct.split("-"), args.correct_cap)
                 policy_weight_N = weight_N * correction_N
+            if args.off_policy_mask is not None:
+                keep_N = losses.off_policy_mask(logp_N, engine_logp_N, adv_N, *layout, args.off_policy_mask)
+                policy_weight_N, metrics["off_policy_ratio"] = policy_weight_N * keep_N, (~keep_N & batch.mask_N).sum()
             if args.loss == "cispo":
                 loss, more = losses.policy_loss_cispo(log_ratio_N, logp_N, adv_N, policy_weight_N, args.cispo_cap)
+            elif args.loss == "sapo":
+                loss, more = losses.policy_loss_sapo(log_ratio_N, adv_N, policy_weight_N, *args.sapo_tau)
             else:
                 loss, more = losses.policy_loss_clip(log_ratio_N, adv_N, policy_weight_N, args.clip_low,
                                                      args.clip_high, args.delta)
             metrics |= more
+            loss = loss - args.entropy_coef * (weight_N * entropy_N).sum()
             if reference is not None:
                 kl_N = losses.kl_estimate(logp_N, batch["ref_logp"], args.kl)
                 metrics["kl"] = kl_N.detach().sum()
                 loss = loss + (args.beta * (weight_N * kl_N).sum() if args.kl_in == "loss" else 0.0)
             (loss * world.size / max(1, divisor)).backward()  # FSDP averages gradients over ranks: world.size undoes it
             loss_sum += float(loss.detach()) / max(1, divisor)
-            gap_N = (logp_N.detach() - engine_logp_N).abs() * (k == 0)  # before the first update they are one policy
-            gap_max = max(gap_max, float(gap_N.max()))
-            metrics |= {"entropy": entropy_N.detach().sum(), "gap": gap_N.sum(), "tokens": batch.mask_N.sum()}
-            metrics["gap_tokens"] = metrics["tokens"] * (k == 0)
+            if k == 0:  # before the first update
+                gap.add(logp_N, engine_logp_N, batch.mask_N)
+            metrics |= {"entropy": entropy_N.detach().sum(), "tokens": batch.mask_N.sum()}
             for name, value in metrics.items():
                 sums[name] += float(value)
         grad_norm = dist.clip_grad_norm(model, args.grad_clip)
@@ -270,35 +284,26 @@ for step in range(state["step"] + 1, args.steps + 1):
     engine.sync_weights(dist.full_weights(model), step)
 
     # ---- log
-    tokens, gap, gap_tokens = (sums.pop(name) for name in ("tokens", "gap", "gap_tokens"))
+    tokens = sums.pop("tokens")
     metrics = dist.means({
         "reward": (reward_PG.sum(), reward_PG.numel()), "reward_std": (reward_PG.std(1).sum(), len(reward_PG)),
         "frac_reward_zero_std": (zero_std, drawn / world.size),
         **{f"rewards/{f.name}/mean": (r.nansum(), (~r.isnan()).sum()) for f, r in zip(reward_functions, reward_FPG)},
-        "loss": (loss_sum, args.minibatches / world.size), **{name: (value, tokens) for name, value in sums.items()},
-        "completions/mean_length": (sum(len(r.ids) for r in flat), len(flat)),
-        "completions/clipped_ratio": (sum(r.finish == "length" for r in flat), len(flat)),
-        "sampling/sampling_logp_difference/mean": (gap, gap_tokens)})
-    length_B = [len(r.ids) for r in flat]
-    gap_max, longest, shortest = dist.all_max(gap_max, max(length_B, default=0), -min(length_B, default=2**31))
-    sampled, kept = dist.all_sum(sum(length_B), len(groups))
+        "loss": (loss_sum, args.minibatches / world.size), **{name: (value, tokens) for name, value in sums.items()}})
+    sampled, kept = dist.all_sum(sum(len(r.ids) for r in flat), len(groups))
     seen += sampled
     metrics |= {
-        "completions/min_length": -shortest, "completions/max_length": longest, "grad_norm": grad_norm, "lr": lr,
-        "sampling/sampling_logp_difference/max": gap_max, "groups": kept, "prompts_drawn": drawn, "num_tokens": seen,
+        **length_metrics(flat), "grad_norm": grad_norm, "lr": lr,
+        **gap.metrics(), "groups": kept, "prompts_drawn": drawn, "num_tokens": seen,
         "time/rollout": rollout_seconds, "time/step": time.perf_counter() - began,
         "tokens_per_second": sampled / (time.perf_counter() - began)}
     if step == args.steps or args.eval_every and step % args.eval_every == 0:
         logger.phase("eval", step)
         metrics |= (last := evaluate())
     logger.log(step, metrics)
-    logger.samples(step, [
-        {"prompt": tokenizer.decode(r.prompt), "completion": tokenizer.decode(r.ids), "finish": r.finish,
-         "reward": float(reward), "advantage": float(adv)}
-        for r, reward, adv in zip(flat[:args.group], reward_PG.flatten(), adv_PG.flatten())])
-    if (gap := metrics["sampling/sampling_logp_difference/mean"]) > max_logp_gap:
-        raise RuntimeError(f"step {step}: engine and trainer disagree by {gap:.2g} in mean log-prob (--max_logp_gap "
-                           f"{max_logp_gap:g}): the engine's weights are stale, or its precision is too low.")
+    logger.samples(step, sample_records(tokenizer.decode, flat[:args.group], reward=reward_PG.flatten(),
+                                        advantage=adv_PG.flatten()))
+    gap.check(step, metrics)
 
     # ---- save
     if args.save_every and step % args.save_every == 0 and step < args.steps:
@@ -309,7 +314,6 @@ for step in range(state["step"] + 1, args.steps + 1):
 hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),
               write=world.rank == 0)
 logger.say(f"the model is in {args.out}")
-if state["step"] < args.steps and last:
-    change = [f"{name} {before:.3f} -> {last[name]:.3f}" for name, before in state["first"].items()]
-    logger.say(f"held out, before and after: {', '.join(change)}")
+if state["step"] < args.steps:
+    logger.say_change(state["first"], last)
 dist.finish()

@@ -29,7 +29,7 @@ from nanopost import InputError, advantages, check_numbers, checkpoint, data, di
 from nanopost.chat import Tokenizer, check_stage, fingerprint, tokenizer_files
 from nanopost.logger import Logger
 from nanopost.logprob import logprobs_of, per_token
-from nanopost.rollout import Engine, Sampling, prompt_seed
+from nanopost.rollout import Engine, LogpGap, Sampling, length_metrics, prompt_seed, sample_records
 
 # N packed tokens of a micro-batch, S its sequences, P prompts, G samples of a prompt, B = PG, T sampled tokens.
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -123,11 +123,8 @@ else:
 (rows, eval_rows), report = tokenizer.with_prompts((rows, eval_rows), args.max_prompt, args.max_new_tokens,
                                                    args.tokens, model.config.max_positions)
 reward_functions, reward_weights = rewards.load_rewards(args.reward, args.reward_weights, tokenizer, world.device)
-share = world.size * args.minibatches
-fits = " or ".join(str(n) for n in (args.prompts // share * share, args.prompts // share * share + share) if n)
+data.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 for wrong, sentence in (
-        (args.prompts % share, f"--prompts {args.prompts} does not divide into {world.size} ranks x {args.minibatches} "
-         f"minibatches: {fits} would."),
         (args.kl_target and not args.beta, "--kl_target adapts --beta: give it a first value above 0."),
         (args.temperature <= 0, f"--temperature {args.temperature}: training samples, so give more than 0.")):
     if wrong:
@@ -171,13 +168,12 @@ def evaluate():
 
 # ------------------------------------------------------------------------------------------------------------ loop
 sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
-max_logp_gap = args.max_logp_gap or (0.1 if bf16 else 1e-3)
+gap = LogpGap(args.max_logp_gap or (0.1 if bf16 else 1e-3))
 consumed, seen = state["consumed"], state["seen"]
 engine.sync_weights(dist.full_weights(model, "policy."), state["step"])
 state["args"] = vars(args)
 if not found:
-    state["first"] = evaluate()
-    logger.log(0, state["first"])
+    logger.log(0, state.setdefault("first", evaluate()))
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- rollout and reward
     logger.phase("rollout", step)
@@ -194,6 +190,8 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- advantage
     examples = [r.example() for r in flat]
+    for e in examples:
+        e.columns["old_logp"] = e.columns["engine_logp"]
     for name, scorer in (("old_logp", model if args.old_logp == "trainer" else None), ("ref_logp", reference)):
         if scorer is not None:
             logger.phase(name, step)
@@ -202,7 +200,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     logger.phase("value", step)
     values = per_token(lambda batch: model(batch, value_alone=True)[2], examples, args.tokens, world.device)
     for e, value in zip(examples, values):
-        e.columns = {"old_logp": e.columns["engine_logp"], **e.columns, "value": value}
+        e.columns["value"] = value
     old_BT, value_BT = (data.padded(examples, name) for name in ("old_logp", "value"))
     sampled_BT = torch.arange(old_BT.shape[1]) < torch.tensor([len(r.ids) for r in flat])[:, None]
     ref_BT = data.padded(examples, "ref_logp") if reference is not None else old_BT
@@ -228,7 +226,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     learning = step > args.value_warmup
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup, args.schedule)
     optim.set_learning_rate(optimizer, lr)
-    sums, gap_max, grad_norm = defaultdict(float), 0.0, 0.0
+    sums, grad_norm = defaultdict(float), 0.0
     orders = [np.random.default_rng((args.seed, step, epoch)).permutation(args.prompts)
               for epoch in range(args.ppo_epochs)]
     for k, part in enumerate(part for order in orders for part in np.array_split(order, args.minibatches)):
@@ -236,9 +234,8 @@ for step in range(state["step"] + 1, args.steps + 1):
         minibatch = [e for i in mine for e in examples[i * args.group:(i + 1) * args.group]]
         (trained,) = dist.all_sum(sum(int(e.mask.sum()) for e in minibatch))
         micro_batches = dist.even(data.micro_batches([len(e) for e in minibatch], args.tokens) or [[]])
-        batches = [data.batch_of([minibatch[i] for i in m], world.device) for m in micro_batches]
         moved = 0.0
-        for batch in batches:
+        for batch in (data.batch_of([minibatch[i] for i in m], world.device) for m in micro_batches):
             logp_N, entropy_N, value_N = model(batch, args.temperature, value_alone=not learning)
             layout = batch.mask_N, batch.seq_N, batch.num_sequences
             value_loss, metrics = losses.value_loss(value_N, batch["value"], batch["return"], batch.mask_N,
@@ -256,14 +253,13 @@ for step in range(state["step"] + 1, args.steps + 1):
                     loss = loss + state["beta"] * (weight_N * kl_N).sum()
                 squares = log_ratio_N.detach().square().sum()
                 moved += float(squares) / 2
-                gap_N = (logp_N.detach() - batch["engine_logp"]).abs() * (k == 0)  # they are one policy before updates
-                gap_max = max(gap_max, float(gap_N.max()))
+                if k == 0:  # before the first update
+                    gap.add(logp_N, batch["engine_logp"], batch.mask_N)
                 metrics |= {
                     "loss/policy_avg": policy_loss.detach(), "policy/approxkl_avg": squares / 2,
                     "policy/clipfrac_avg": more["clip_ratio/region_mean"],
                     "policy/entropy_avg": entropy_N.detach().sum(),
-                    "val/ratio": (log_ratio_N.detach().exp() * batch.mask_N).sum(), "gap": gap_N.sum(),
-                    "gap_tokens": metrics["tokens"] * (k == 0)}
+                    "val/ratio": (log_ratio_N.detach().exp() * batch.mask_N).sum()}
             (loss * world.size / max(1, trained)).backward()  # FSDP averages gradients over ranks: world.size undoes it
             for name, value in metrics.items():
                 sums[name] += float(value)
@@ -280,7 +276,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     engine.sync_weights(dist.full_weights(model, "policy."), step)
 
     # ---- log
-    tokens, gap, gap_tokens, updates = (sums.pop(name, 0.0) for name in ("tokens", "gap", "gap_tokens", "updates"))
+    tokens, updates = sums.pop("tokens"), sums.pop("updates", 0)
     count = len(flat)
     metrics = dist.means({
         "objective/scores": (score_B.sum(), count), "objective/kl": ((old_BT - ref_BT).sum(), count),
@@ -288,18 +284,13 @@ for step in range(state["step"] + 1, args.steps + 1):
         "objective/rlhf_reward": ((non_score_B + score_B).sum(), count),
         **{f"rewards/{f.name}/mean": (r.nansum(), (~r.isnan()).sum()) for f, r in zip(reward_functions, reward_FPG)},
         **{name: (value, tokens) for name, value in sums.items()},
-        "val/num_eos_tokens": ((~unended_B).sum() * world.size, 1),
-        "completions/mean_length": (sum(len(r.ids) for r in flat), count),
-        "completions/clipped_ratio": (unended_B.sum(), count),
-        "sampling/sampling_logp_difference/mean": (gap, gap_tokens)})
-    length_B = [len(r.ids) for r in flat]
-    gap_max, longest, shortest = dist.all_max(gap_max, max(length_B), -min(length_B))
-    (sampled,) = dist.all_sum(sum(length_B))
+        "val/num_eos_tokens": ((~unended_B).sum() * world.size, 1)})
+    (sampled,) = dist.all_sum(sum(len(r.ids) for r in flat))
     seen += sampled
     metrics |= {
         "val/explained_variance": 1 - (left / spread) ** 2 if spread else 0.0, "beta": state["beta"],
-        "completions/min_length": -shortest, "completions/max_length": longest, "grad_norm": grad_norm, "lr": lr,
-        "sampling/sampling_logp_difference/max": gap_max, "updates": updates, "num_tokens": seen,
+        **length_metrics(flat), "grad_norm": grad_norm, "lr": lr,
+        **gap.metrics(), "updates": updates, "num_tokens": seen,
         "time/rollout": rollout_seconds, "time/step": time.perf_counter() - began,
         "tokens_per_second": sampled / (time.perf_counter() - began)}
     if args.kl_target:
@@ -308,13 +299,9 @@ for step in range(state["step"] + 1, args.steps + 1):
         logger.phase("eval", step)
         metrics |= (last := evaluate())
     logger.log(step, metrics)
-    logger.samples(step, [
-        {"prompt": tokenizer.decode(r.prompt), "completion": tokenizer.decode(r.ids), "finish": r.finish,
-         "reward": float(reward), "advantage": float(adv)}
-        for r, reward, adv in zip(flat[:8], score_B, monte_carlo_BT[:, 0] - value_BT[:, 0])])
-    if (gap := metrics["sampling/sampling_logp_difference/mean"]) > max_logp_gap:
-        raise RuntimeError(f"step {step}: engine and trainer disagree by {gap:.2g} in mean log-prob (--max_logp_gap "
-                           f"{max_logp_gap:g}): the engine's weights are stale, or its precision is too low.")
+    logger.samples(step, sample_records(tokenizer.decode, flat[:8], score=score_B,
+                                        advantage=monte_carlo_BT[:, 0] - value_BT[:, 0]))
+    gap.check(step, metrics)
 
     # ---- save
     if args.save_every and step % args.save_every == 0 and step < args.steps:
@@ -328,7 +315,6 @@ if value_folder:
     hf.save_model(f"{args.out}/value", dist.full_weights(model, "value."), model.value.config,
                   tokenizer_files(args.model, tokenizer), write=world.rank == 0)
 logger.say(f"the model is in {args.out}")
-if state["step"] < args.steps and last:
-    change = [f"{name} {before:.3f} -> {last[name]:.3f}" for name, before in state["first"].items()]
-    logger.say(f"held out, before and after: {', '.join(change)}")
+if state["step"] < args.steps:
+    logger.say_change(state["first"], last)
 dist.finish()

@@ -1,10 +1,10 @@
 """nanopost: LLM post-training, one readable script per algorithm."""
-
-
 LEAST = {"steps": 1, "rows": 1, "prompts": 1, "group": 1, "minibatches": 1, "max_new_tokens": 1, "tokens": 2,
          "max_length": 2, "max_prompt": 1, "engine_rows": 1, "follow_every": 1, "bins": 0, "seed": 0, "warmup": 0,
          "save_every": 0, "eval_every": 0, "holdout": 0, "resample": 0, "lr": 0, "weight_decay": 0, "grad_clip": 0,
-         "clip_low": 0, "clip_high": 0, "epochs": 0, "beta": 0, "max_logp_gap": 0}
+         "clip_low": 0, "clip_high": 0, "epochs": 0, "beta": 0, "max_logp_gap": 0, "ppo_epochs": 1, "value_warmup": 0,
+         "value_clip": 0, "value_coef": 0, "gamma": 0, "lam": 0, "kl_target": 0, "kl_stop": 0,
+         "samples": 1, "limit": 1, "top_entropy": 0, "entropy_coef": 0}
 
 
 class InputError(ValueError):

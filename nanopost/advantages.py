@@ -47,6 +47,25 @@ def group_advantage(reward_PG, how: str, batch_std: float | None = None):
     raise InputError(f"Advantage {how!r} is none of group, mean, loo and batch.")
 
 
+def normalised_sum(reward_FPG, weights):
+    """GDPO 2601.05242: each reward z-scored in its group, then their weighted sum -> sum_PG, which the loop z-scores
+    over the batch. NaN (does not apply) adds nothing. So a reward of small spread is heard beside one of large."""
+    total_PG = torch.zeros_like(reward_FPG[0])
+    for weight, reward_PG in zip(weights, reward_FPG):
+        centred_PG = reward_PG - reward_PG.nanmean(1, keepdim=True)
+        count_P = (~reward_PG.isnan()).sum(1, keepdim=True)
+        std_P = (centred_PG.square().nansum(1, keepdim=True) / (count_P - 1).clamp(min=1)).sqrt()
+        total_PG += weight * (centred_PG / (std_P + 1e-4)).nan_to_num()
+    return total_PG
+
+
+def most_uncertain(entropies: list, masks: list, share: float, gather=lambda values: values) -> list:
+    """Whether a trained token is among the `share` of highest entropy (the 80/20 rule, 2506.01939) -> one bool array
+    for each sequence. gather brings the entropies of all ranks together: the quantile is that of the whole batch."""
+    every = gather([h for entropy, mask in zip(entropies, masks) for h in entropy[mask].tolist()])
+    return [mask & (entropy >= np.quantile(every, 1 - share)) for entropy, mask in zip(entropies, masks)]
+
+
 def gae(reward_BT, value_BT, gamma: float, lam: float):
     """Generalised advantage estimation, 1506.02438 eq. 16 -> (adv_BT, return_BT = adv + value).
 

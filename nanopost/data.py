@@ -16,6 +16,7 @@ by_bins  a stated number of bins out of a best-fit packing of the whole epoch. E
 import gzip
 import heapq
 import json
+import math
 import zlib
 from bisect import bisect_left, insort
 from collections import defaultdict
@@ -280,6 +281,15 @@ def overlong(examples: list[Example], max_length: int, how: str) -> tuple[list[E
         raise InputError(f"none of {len(examples)} examples has a trained token within --max_length {max_length} "
                          f"(--overlong {how}), and {counts['untrained_before']} had none before: see --train_on.")
     return kept, counts
+
+
+def check_divides(name: str, value: int, **parts: int):
+    """InputError if --name does not divide into, say, 2 ranks x 3 minibatches; it names the nearest that would."""
+    share = math.prod(parts.values())
+    if value % share:
+        fits = " or ".join(str(n) for n in (value // share * share, value // share * share + share) if n)
+        into = " x ".join(f"{n} {part}" for part, n in parts.items())
+        raise InputError(f"--{name} {value} does not divide into {into}: {fits} would.")
 
 
 def counted(counts: dict[str, int]) -> str:

@@ -77,6 +77,12 @@ class Logger:
         text = "  ".join(f"{k} {_number(metrics[k])}" for k in dict.fromkeys(shown))
         print(f"step {step}/{self.steps}  {text}{left}", flush=True)
 
+    def say_change(self, before: dict[str, float], after: dict[str, float]):
+        """What the run has made of the held-out metrics."""
+        change = [f"{name} {value:.3f} -> {after[name]:.3f}" for name, value in before.items() if name in after]
+        if change:
+            self.say(f"held out, before and after: {', '.join(change)}")
+
     def samples(self, step: int, rows: list[dict]):
         """Decoded text beside what was made of it, one object a line in samples.jsonl."""
         if self.on:

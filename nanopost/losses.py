@@ -41,9 +41,10 @@ def token_weights(mask_N, seq_N, num_sequences: int, how: str):
     sequence 1/|y_i|  sequences of the optimizer step                GRPO 2402.03300 eq. 3
     token    1        trained tokens of the optimizer step           DAPO 2503.14476 eq. 8
     constant 1        sequences of the step x max_new_tokens         Dr. GRPO 2503.20783
+    sequence_sum 1    sequences of the optimizer step                LUSPO 2602.05261
     """
-    if how not in ("sequence", "token", "constant"):
-        raise InputError(f"Aggregation {how!r} is none of sequence, token and constant.")
+    if how not in ("sequence", "token", "constant", "sequence_sum"):
+        raise InputError(f"Aggregation {how!r} is none of sequence, token, constant and sequence_sum.")
     weight_N = mask_N.to(torch.get_default_dtype())
     return weight_N / sequence_length(mask_N, seq_N, num_sequences) if how == "sequence" else weight_N
 
@@ -95,6 +96,22 @@ def policy_loss_cispo(log_ratio_N, logp_N, adv_N, weight_N, cap: float):
     ratio_N = log_ratio_N.detach().exp()
     loss_N = -ratio_N.clamp(max=cap) * adv_N * logp_N
     return (weight_N * loss_N).sum(), {"cispo_clip_ratio": ((ratio_N > cap) & (adv_N > 0)).sum()}
+
+
+def policy_loss_sapo(log_ratio_N, adv_N, weight_N, tau_positive: float, tau_negative: float):
+    """- sum_t w_t A_t (4 / tau) sigmoid(tau (r_t - 1)) -> (sum, {}): SAPO 2511.20347, a soft gate instead of a clip.
+
+    tau: one for A > 0, one for the rest. At r = 1 its slope is that of r; further away on both sides it fades.
+    """
+    tau_N = torch.where(adv_N > 0, tau_positive, tau_negative)
+    return (weight_N * -adv_N * torch.sigmoid(tau_N * torch.expm1(log_ratio_N)) * 4 / tau_N).sum(), {}
+
+
+def off_policy_mask(logp_N, engine_logp_N, adv_N, mask_N, seq_N, num_sequences: int, threshold: float):
+    """Which tokens stay: all but those of sequences with A < 0 whose mean log-prob has fallen by more than `threshold`
+    since they were sampled (DeepSeek-V3.2 2512.02556, off-policy sequence masking) -> keep_N bool."""
+    fallen_N = log_ratio(engine_logp_N, logp_N.detach(), mask_N, seq_N, num_sequences, "sequence")
+    return (adv_N >= 0) | (fallen_N <= threshold)
 
 
 def value_loss(value_N, old_value_N, return_N, mask_N, clip: float):

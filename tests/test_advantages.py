@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nanopost import InputError, losses
-from nanopost.advantages import combine_rewards, group_advantage, soft_overlong_penalty
+from nanopost.advantages import combine_rewards, group_advantage, normalised_sum, soft_overlong_penalty
 
 close = torch.testing.assert_close
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -78,6 +78,23 @@ def test_several_rewards_with_weights_and_none_equal_trl():
     by_prompt = combine_rewards(torch.from_numpy(np.array([first, second], float)).view(2, 2, 2), [1.0, 0.5])
     assert by_prompt.dtype == torch.float64 and combine_rewards(torch.zeros(2, 0), [1, 1]).shape == (0,)
     assert by_prompt.tolist() == [[1.0, 0.125], [1.5, 0.5]]
+
+
+def test_each_reward_normalised_then_summed_equals_trl():
+    """With a reward that does not apply to some, one of no variance, and one a thousand times as large."""
+    first_PG, second_PG, third_PG = rewards(2), rewards(3), 1000 * rewards(4)
+    second_PG[0, 1] = third_PG[2, :2] = NAN
+    weights = [1.0, 0.5, 2.0]
+    reward_FPG = torch.stack([first_PG, second_PG, third_PG])
+    grpo = pytest.importorskip("trl.trainer.grpo_trainer")
+    self = SimpleNamespace(multi_objective_aggregation="normalize_then_sum", scale_rewards="group",
+                           reward_weights=torch.tensor(weights), reward_funcs=weights)
+    theirs = trl_lines(grpo.GRPOTrainer._generate_and_score_completions, "unscorable_mask =",
+                       "# Slice to keep only the local part", torch=torch, nanstd=grpo.nanstd, self=self, device="cpu",
+                       num_generations=4, rewards_per_func=reward_FPG.flatten(1).T)["advantages"]
+    total_PG = normalised_sum(reward_FPG, weights)
+    assert float(total_PG.mean()) == pytest.approx(0, abs=1e-14)
+    close((total_PG / (total_PG.std() + 1e-4)).flatten(), theirs, **TIGHT)
 
 
 def test_a_group_with_equal_rewards_moves_nothing():

@@ -6,10 +6,11 @@ from collections import defaultdict
 from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
-from nanopost import InputError, losses
+from nanopost import InputError, advantages, losses
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 close = torch.testing.assert_close
@@ -76,20 +77,25 @@ def test_dft_gradient_of_the_logits_is_that_of_the_probability_itself():
 
 
 # ------------------------------------------------------------------------------------------------- GRPO against TRL
-def trl_grpo(x, loss_type, level="token", low=0.2, high=0.28, delta=None, beta=0.0, max_length=16, importance_N=None):
+def trl_grpo(x, loss_type, level="token", low=0.2, high=0.28, delta=None, beta=0.0, max_length=16, importance_N=None,
+             off_policy=None, entropy_N=None, top_entropy=1.0):
     """GRPOTrainer._compute_loss over a model that returns these log-probs -> (loss, metrics)."""
     grpo = pytest.importorskip("trl.trainer.grpo_trainer")
     mask_ST = padded(x, x.mask_N.double())
-    outputs = (padded(x, x.logp_N), mask_ST, None)
+    outputs = (padded(x, x.logp_N), mask_ST if entropy_N is None else padded(x, entropy_N), None)
     metrics = defaultdict(lambda: defaultdict(list))
     self = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: outputs, aux_loss_enabled=False, loss_type=loss_type,
-        top_entropy_quantile=1.0, off_policy_mask_threshold=None, importance_sampling_level=level, beta=beta,
+        top_entropy_quantile=top_entropy, off_policy_mask_threshold=off_policy, importance_sampling_level=level, beta=beta,
         epsilon_low=low, epsilon_high=high, use_vllm=importance_N is not None, max_completion_length=max_length,
         vllm_importance_sampling_correction=True, model=SimpleNamespace(training=True), _metrics=metrics,
-        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1),
-        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=False,
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda v: v, reduce=lambda v, reduction: v))
+        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1,
+                             sapo_temperature_pos=1.0, sapo_temperature_neg=1.05),
+        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=entropy_N is not None,
+        entropy_coef=0.1, use_adaptive_entropy=False, get_off_policy_mask=grpo.GRPOTrainer.get_off_policy_mask,
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda v: v, reduce=lambda v, reduction: v,
+                                    pad_across_processes=lambda v, dim, pad_index: v, sync_gradients=True))
+    self.get_high_entropy_mask = lambda *given: grpo.GRPOTrainer.get_high_entropy_mask(self, *given)
     inputs = {"prompt_ids": torch.zeros(x.S, 1), "prompt_mask": torch.ones(x.S, 1), "advantages": x.adv_S,
               "completion_ids": torch.zeros_like(mask_ST), "completion_mask": mask_ST,
               "old_per_token_logps": padded(x, x.old_N), "ref_per_token_logps": padded(x, x.ref_N),
@@ -99,19 +105,25 @@ def trl_grpo(x, loss_type, level="token", low=0.2, high=0.28, delta=None, beta=0
     return grpo.GRPOTrainer._compute_loss(self, None, inputs), {k: v[0] for k, v in metrics["train"].items()}
 
 
-AGGREGATION = {"grpo": "sequence", "dapo": "token", "cispo": "token", "dr_grpo": "constant"}
+AGGREGATION = {"grpo": "sequence", "sapo": "sequence", "dapo": "token", "cispo": "token", "dr_grpo": "constant",
+               "luspo": "sequence_sum"}
 
 
-def our_grpo(x, loss_type, level="token", low=0.2, high=0.28, delta=None, beta=0.0, max_length=16, importance_N=1.0):
+def our_grpo(x, loss_type, level="token", low=0.2, high=0.28, delta=None, beta=0.0, max_length=16, importance_N=1.0,
+             off_policy=None):
     how = AGGREGATION[loss_type]
     weight_N = losses.token_weights(x.mask_N, x.seq_N, x.S, how)
     ratio_N = losses.log_ratio(x.logp_N, x.old_N, x.mask_N, x.seq_N, x.S, level)
-    if loss_type == "cispo":
+    if off_policy is not None:
+        importance_N = losses.off_policy_mask(x.logp_N, x.old_N, x.adv_N, x.mask_N, x.seq_N, x.S, off_policy)
+    if loss_type == "sapo":
+        total, metrics = losses.policy_loss_sapo(ratio_N, x.adv_N, weight_N * importance_N, 1.0, 1.05)
+    elif loss_type == "cispo":
         total, metrics = losses.policy_loss_cispo(ratio_N, x.logp_N, x.adv_N, weight_N * importance_N, high)
     else:
         total, metrics = losses.policy_loss_clip(ratio_N, x.adv_N, weight_N * importance_N, low, high, delta)
     total = total + beta * (weight_N * losses.kl_estimate(x.logp_N, x.ref_N, "k3")).sum()
-    count = {"sequence": x.S, "token": x.mask_N.sum(), "constant": x.S * max_length}[how]
+    count = {"sequence": x.S, "sequence_sum": x.S, "token": x.mask_N.sum(), "constant": x.S * max_length}[how]
     return total / count, {name: (value / x.mask_N.sum()).item() for name, value in metrics.items()}
 
 
@@ -119,7 +131,9 @@ GRPO_CASES = [
     ("grpo", {}), ("dapo", {}), ("dr_grpo", {}), ("grpo", {"level": "sequence"}), ("grpo", {"beta": 0.3}),
     ("dapo", {"beta": 0.3, "delta": 1.5}), ("grpo", {"level": "sequence", "low": 0.03, "high": 0.04, "beta": 0.1}),
     ("dr_grpo", {"delta": 1.4, "low": 0.1, "high": 0.1}), ("cispo", {"high": 1.2}),
-    ("cispo", {"high": 5.0, "beta": 0.2})]
+    ("cispo", {"high": 5.0, "beta": 0.2}), ("sapo", {}), ("sapo", {"beta": 0.3}), ("luspo", {"level": "sequence"}),
+    ("luspo", {"level": "sequence", "beta": 0.2, "delta": 1.1}), ("dapo", {"off_policy": 0.01}),
+    ("sapo", {"off_policy": -0.1})]
 
 
 @pytest.mark.parametrize("loss_type, options", GRPO_CASES)
@@ -133,7 +147,25 @@ def test_grpo_family_equals_trl_in_value_gradient_and_clip_ratios(loss_type, opt
     if options.get("level", "token") == "token":  # TRL's sequence level counts sequences, ours tokens
         for name, value in our_metrics.items():
             assert value == pytest.approx(their_metrics[name], abs=1e-12), name
-        assert any(our_metrics.values()) or options.get("high") == 5.0
+        assert any(our_metrics.values()) or options.get("high") == 5.0 or loss_type == "sapo"
+
+
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.2])
+def test_the_entropy_bonus_and_the_mask_of_uncertain_tokens_equal_trl(share):
+    """Under dapo's aggregation TRL's mean over tokens is ours; with a mask its bonus is a mean over what is left."""
+    x, draw = packed(), torch.Generator().manual_seed(5)
+    entropy_N = (torch.rand(len(x.mask_N), generator=draw) * x.mask_N).requires_grad_()
+    theirs, _ = trl_grpo(x, "dapo", entropy_N=entropy_N, top_entropy=share)
+    entropies = [entropy_N.detach()[x.seq_N == s].numpy() for s in range(x.S)]
+    masks = [x.mask_N[x.seq_N == s].numpy() for s in range(x.S)]
+    learns_N = torch.from_numpy(np.concatenate(advantages.most_uncertain(entropies, masks, share)))
+    weight_N = losses.token_weights(x.mask_N, x.seq_N, x.S, "token")
+    ratio_N = losses.log_ratio(x.logp_N, x.old_N, x.mask_N, x.seq_N, x.S, "token")
+    total, _ = losses.policy_loss_clip(ratio_N, x.adv_N * learns_N, weight_N, 0.2, 0.28)
+    ours = total / x.mask_N.sum() - 0.1 * (entropy_N * learns_N).sum() / learns_N.sum()
+    close(ours, theirs, **TIGHT)
+    close(gradient(ours, x.logp_N), gradient(theirs, x.logp_N), **TIGHT)
+    assert int(learns_N.sum()) == {1.0: 15, 0.6: 9, 0.2: 3}[share]
 
 
 def test_on_policy_the_gradient_is_that_of_minus_advantage_times_log_prob():
