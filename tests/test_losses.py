@@ -86,8 +86,9 @@ def trl_grpo(x, loss_type, level="token", low=0.2, high=0.28, delta=None, beta=0
     metrics = defaultdict(lambda: defaultdict(list))
     self = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: outputs, aux_loss_enabled=False, loss_type=loss_type,
-        top_entropy_quantile=top_entropy, off_policy_mask_threshold=off_policy, importance_sampling_level=level, beta=beta,
-        epsilon_low=low, epsilon_high=high, use_vllm=importance_N is not None, max_completion_length=max_length,
+        top_entropy_quantile=top_entropy, off_policy_mask_threshold=off_policy,
+        importance_sampling_level=level, beta=beta, epsilon_low=low, epsilon_high=high,
+        use_vllm=importance_N is not None, max_completion_length=max_length,
         vllm_importance_sampling_correction=True, model=SimpleNamespace(training=True), _metrics=metrics,
         args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1,
                              sapo_temperature_pos=1.0, sapo_temperature_neg=1.05),
