@@ -72,7 +72,7 @@ add("--stop", nargs="*", default=[], help="strings that end a completion")
 add("--reward", nargs="+", default=["exact"], metavar="REWARD",
     help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER (train_rm.py) or file.py:f")
 add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1; 0: only to be watched")
-add("--value_model", metavar="FOLDER", help="where the value model begins, or head; default: as above")
+add("--value_model", metavar="FOLDER", help="where the value model begins, or the word head; default: see above")
 add("--value_lr", type=float, help="peak learning rate of the value model; default: --lr")
 add("--value_warmup", type=int, default=0, help="rollout batches in which the value model learns alone")
 add("--value_coef", type=float, default=0.5)
@@ -283,13 +283,12 @@ for step in range(state["step"] + 1, args.steps + 1):
         "objective/entropy": (-old_BT.sum(), count), "objective/non_score_reward": (non_score_B.sum(), count),
         "objective/rlhf_reward": ((non_score_B + score_B).sum(), count),
         **{f"rewards/{f.name}/mean": (r.nansum(), (~r.isnan()).sum()) for f, r in zip(reward_functions, reward_FPG)},
-        **{name: (value, tokens) for name, value in sums.items()},
-        "val/num_eos_tokens": ((~unended_B).sum() * world.size, 1)})
-    (sampled,) = dist.all_sum(sum(len(r.ids) for r in flat))
+        **{name: (value, tokens) for name, value in sums.items()}})
+    sampled, ended = dist.all_sum(sum(len(r.ids) for r in flat), (~unended_B).sum())
     seen += sampled
     metrics |= {
-        "val/explained_variance": 1 - (left / spread) ** 2 if spread else 0.0, "beta": state["beta"],
-        **length_metrics(flat), "grad_norm": grad_norm, "lr": lr,
+        "val/explained_variance": 1 - (left / spread) ** 2 if spread else 0.0, "val/num_eos_tokens": ended,
+        **length_metrics(flat), "grad_norm": grad_norm, "lr": lr, "beta": state["beta"],
         **gap.metrics(), "updates": updates, "num_tokens": seen,
         "time/rollout": rollout_seconds, "time/step": time.perf_counter() - began,
         "tokens_per_second": sampled / (time.perf_counter() - began)}
