@@ -42,6 +42,7 @@ add("--device", default="auto", choices=["auto", "cpu", "cuda"])
 add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to compute in; auto: bf16 on CUDA, else fp32")
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton for log-probs on CUDA; torch: none")
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 2e-4, with --online 5e-4")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
@@ -101,7 +102,8 @@ bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "c
 # --------------------------------------------------------------------------------------------- tokenizer and model
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 stage = check_stage(args.model, tokenizer)
-shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile)
+shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile,
+                kernels=args.kernels)
 model = hf.load_model(args.model, world.device, shard=shard)
 kto, coupled = "kto" in args.loss, bool(losses.COUPLED & {*args.loss})
 reference, reference_model = None, args.reference_model or args.model
@@ -296,9 +298,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     (tokens,) = dist.all_sum(sum(lengths))
     seen += tokens
     sums["entropy"] = entropy_sum, sum(int(e.mask[1:].sum()) for unit in units for e in unit)
-    metrics |= {**dist.means(sums), "grad_norm": grad_norm, "lr": lr,
-                "epoch": consumed / per_epoch, "num_tokens": seen, "pairs": count,
-                "tokens_per_second": tokens / (time.perf_counter() - began)}
+    metrics |= {**dist.means(sums), "grad_norm": grad_norm, "lr": lr, "epoch": consumed / per_epoch, "pairs": count,
+                "num_tokens": seen, "tokens_per_second": tokens / (time.perf_counter() - began)}
     if step == args.steps or args.eval_every and step % args.eval_every == 0:
         logger.phase("eval", step)
         metrics |= (last := evaluate())

@@ -49,6 +49,7 @@ add("--device", default="auto", choices=["auto", "cpu", "cuda"])
 add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to compute in; auto: bf16 on CUDA, else fp32")
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton for log-probs on CUDA; torch: none")
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 1e-3")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
@@ -109,7 +110,8 @@ bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "c
 # --------------------------------------------------------------------------------------------- tokenizer and model
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 stage = check_stage(args.model, tokenizer)
-shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile)
+shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile,
+                kernels=args.kernels)
 model = hf.load_model(args.model, world.device, shard=shard)
 reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False) if args.beta else None
 shared = world.size == 1 and not bf16  # then the engine samples with the trainer's own tensors
@@ -267,8 +269,7 @@ for step in range(state["step"] + 1, args.steps + 1):
                 loss = loss + (args.beta * (weight_N * kl_N).sum() if args.kl_in == "loss" else 0.0)
             (loss * world.size / max(1, divisor)).backward()  # FSDP averages gradients over ranks: world.size undoes it
             loss_sum += float(loss.detach()) / max(1, divisor)
-            if k == 0:  # before the first update
-                gap.add(logp_N, engine_logp_N, batch.mask_N)
+            gap.add(logp_N, engine_logp_N, batch.mask_N * (k == 0))  # before the first update
             metrics |= {"entropy": entropy_N.detach().sum(), "tokens": batch.mask_N.sum()}
             for name, value in metrics.items():
                 sums[name] += float(value)

@@ -47,6 +47,7 @@ add("--device", default="auto", choices=["auto", "cpu", "cuda"])
 add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to compute in; auto: bf16 on CUDA, else fp32")
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton for log-probs on CUDA; torch: none")
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 5e-4")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
@@ -105,7 +106,8 @@ bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "c
 # --------------------------------------------------------------------------------------------- tokenizer and model
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 stage = check_stage(args.model, tokenizer)
-shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile)
+shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile,
+                kernels=args.kernels)
 reward_models = [spec.removeprefix("model:") for spec in args.reward if spec.startswith("model:")]
 args.value_model = args.value_model or (reward_models or [args.model])[0]
 value_folder = None if args.value_model == "head" else args.value_model
@@ -253,8 +255,7 @@ for step in range(state["step"] + 1, args.steps + 1):
                     loss = loss + state["beta"] * (weight_N * kl_N).sum()
                 squares = log_ratio_N.detach().square().sum()
                 moved += float(squares) / 2
-                if k == 0:  # before the first update
-                    gap.add(logp_N, batch["engine_logp"], batch.mask_N)
+                gap.add(logp_N, batch["engine_logp"], batch.mask_N * (k == 0))  # before the first update
                 metrics |= {
                     "loss/policy_avg": policy_loss.detach(), "policy/approxkl_avg": squares / 2,
                     "policy/clipfrac_avg": more["clip_ratio/region_mean"],

@@ -39,6 +39,7 @@ add("--device", default="auto", choices=["auto", "cpu", "cuda"])
 add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to compute in; auto: bf16 on CUDA, else fp32")
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton for log-probs on CUDA; torch: none")
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-5, for the toy 5e-4")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
@@ -52,7 +53,7 @@ add("--resume", action="store_true", help="go on from the newest checkpoint in -
 add("--overwrite", action="store_true", help="replace the run that --out holds")
 add("--verbose", action="store_true", help="say when each phase begins")
 # Of this algorithm alone:
-add("--steps", type=int, default=600, help="optimizer steps")
+add("--steps", type=int, default=800, help="optimizer steps")
 add("--epochs", type=float, help="instead of --steps: times over the pairs")
 add("--rows", type=int, default=64, help="pairs of an optimizer step, over all ranks")
 add("--centre", type=float, default=0.0, help="weight of the squared sum of a pair's scores")
@@ -70,7 +71,8 @@ bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "c
 # --------------------------------------------------------------------------------------------- tokenizer and model
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 stage = check_stage(args.model, tokenizer)
-shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile)
+shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile,
+                kernels=args.kernels)
 pad_id = None if tokenizer.pad_id in tokenizer.stop_ids else tokenizer.pad_id
 model = hf.load_scalar_model(args.model, world.device, shard=shard, new_head=True, pad_id=pad_id)
 

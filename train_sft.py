@@ -36,6 +36,7 @@ add("--device", default="auto", choices=["auto", "cpu", "cuda"])
 add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to compute in; auto: bf16 on CUDA, else fp32")
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton for log-probs on CUDA; torch: none")
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-5, for the toy 3e-3")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
@@ -74,7 +75,8 @@ if args.model == "toy":
     torch.distributed.barrier()
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 stage = check_stage(args.model, tokenizer)
-shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile)
+shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile,
+                kernels=args.kernels)
 model = hf.load_model(args.model, world.device, shard=shard)
 
 # ------------------------------------------------------------------------------------------------------------ data

@@ -43,8 +43,8 @@ def make_model(folder, vocab: int = 4096, width: int = 256, layers: int = 4, hea
                stop_ids: tuple[int, ...] = (), template: str = CHATML) -> PreTrainedTokenizerFast:
     """Write a random Qwen3 with its tokenizer to a folder, through transformers.
 
-    scale: standard deviation of the weights. stop_ids: end a completion beside <|im_end|>. endless: nothing ends one,
-    because the only stop token has an id behind the model's vocabulary; there is no chat template then.
+    scale: standard deviation of the weights. stop_ids: end a completion beside <|im_end|>. endless: hardly anything
+    ends one, because the only stop token is one of 4,097 that are all as likely; there is no chat template then.
     """
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -59,7 +59,7 @@ def make_model(folder, vocab: int = 4096, width: int = 256, layers: int = 4, hea
     stops = [tokenizer.eos_token_id, *stop_ids]
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=vocab, hidden_size=width, intermediate_size=mlp_width, num_hidden_layers=layers,
+        vocab_size=vocab + endless, hidden_size=width, intermediate_size=mlp_width, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads, initializer_range=scale,
         max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=stops, bos_token_id=None))

@@ -1,6 +1,6 @@
 """GSM8K from nothing on a CPU: a random 2 M parameter model learns the form of the answers by SFT, then by GRPO.
 
-    python bench/gsm8k.py DATA TOKENIZER OUT       # about a quarter of an hour on one core
+    python -m bench.gsm8k DATA TOKENIZER OUT       # about a quarter of an hour on one core
 
 DATA: a folder with train.jsonl(.gz) and test.jsonl of GSM8K. TOKENIZER: a folder with tokenizer.json (about a thousand
 tokens suffice). A model of this size learns no arithmetic; what it can learn is to end as the solutions do, with
@@ -11,24 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nanopost import hf
-from nanopost.chat import Tokenizer
-from nanopost.model import CausalLM, Config
+from bench import random_model
 
 data, source, out = map(Path, sys.argv[1:4])
 root = Path(__file__).parents[1]
 train = next(p for p in (data / "train.jsonl", data / "train.jsonl.gz") if p.exists())
-tokenizer = Tokenizer.load(source)
-config = Config.of({
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 192,
-    "vocab_size": tokenizer.vocab_size, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6,
-    "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 1024,
-    "tie_word_embeddings": True, "initializer_range": 0.06, "bos_token_id": tokenizer.bos_id,
-    "eos_token_id": tokenizer.eos_id})
-names = ("tokenizer.json", "tokenizer_config.json")
-hf.save_model(out / "base", CausalLM(config).init_weights(0).state_dict().items(), config,
-              {name: (source / name).read_bytes() for name in names})
-
+random_model.write(out / "base", source)
 (out / "eval.jsonl").write_text("".join((data / "test.jsonl").read_text().splitlines(keepends=True)[:100]))
 
 

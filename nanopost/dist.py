@@ -60,8 +60,9 @@ def finish():
     dist.destroy_process_group()
 
 
-def shard(model, world: World, bf16: bool, checkpointing: bool = False, compile: bool = False):
+def shard(model, world: World, bf16: bool, checkpointing: bool = False, compile: bool = False, kernels: str = "auto"):
     """Apply activation checkpointing, compilation and FSDP2 to a model of model.py, block by block, and return it.
+    kernels: see logprob.
 
     On a CPU in fp32 with one process the model stays as it is. Else every block and the root are sharded over all
     ranks: fp32 master weights, compute in bf16 where `bf16` says so, gradients reduced in fp32 and averaged over
@@ -69,6 +70,9 @@ def shard(model, world: World, bf16: bool, checkpointing: bool = False, compile:
     outside its forward may read a weight.
     """
     decoders = [m for m in model.modules() if hasattr(m, "checkpointing")]
+    for module in model.modules():
+        if hasattr(module, "kernels"):
+            module.kernels = kernels
     blocks = [block for decoder in decoders for block in decoder.layers]
     for decoder in decoders:
         decoder.checkpointing = checkpointing

@@ -20,13 +20,17 @@ CHUNK_ELEMENTS, CHUNK_ROWS = {"cpu": 2**22, "cuda": 2**28}, 64
 KEPT_ELEMENTS = 2**22  # of log-probs, 16 MiB in fp32
 
 
-def logprob(hidden_ND, weight_VD, target_N, temperature: float = 1.0, chunk: int | None = None):
+def logprob(hidden_ND, weight_VD, target_N, temperature: float = 1.0, chunk: int | None = None, kernels: str = "auto"):
     """Log-probability of each target and entropy of its distribution -> (logp_N, entropy_N), fp32.
 
     hidden_ND, weight_VD: fp32, bf16, fp16 (fp64 gives fp64 back). target_N: int64; a negative target has no
     distribution: its row is dropped before the head and both results are 0 there. temperature > 0 divides the logits.
     chunk: rows whose logits are held at once; the default follows from V. Differentiable in hidden and weight, exactly.
+    kernels: auto takes Triton's for bf16 and fp16 on CUDA (kernels/logprob.py), torch never.
     """
+    if kernels == "auto" and hidden_ND.is_cuda and hidden_ND.dtype == weight_VD.dtype != torch.float32:
+        from kernels.logprob import logprob_triton
+        return logprob_triton(hidden_ND, weight_VD, target_N, temperature)
     chunk = chunk or max(CHUNK_ROWS, CHUNK_ELEMENTS[hidden_ND.device.type] // weight_VD.shape[0])
     return _LogProb.apply(hidden_ND, weight_VD, target_N, temperature, chunk)
 

@@ -251,7 +251,7 @@ class Decoder(nn.Module):
 class CausalLM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.model = config, Decoder(config)
+        self.config, self.model, self.kernels = config, Decoder(config), "auto"
         self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
 
     @property
@@ -261,7 +261,7 @@ class CausalLM(nn.Module):
     def forward(self, batch, temperature: float = 1.0):
         """A Batch (data.py) -> fp32 log-prob of each target and entropy of its distribution, 0 where no target is."""
         hidden_ND = self.model.packed(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)
-        return logprob(hidden_ND, self.head_weight, batch.target_N, temperature)
+        return logprob(hidden_ND, self.head_weight, batch.target_N, temperature, kernels=self.kernels)
 
     def logits(self, hidden_ND):
         """-> fp32 [N, V], whole: for a few rows."""
@@ -331,6 +331,7 @@ class ActorCritic(nn.Module):
                 hidden_ND = self.policy.model.packed(batch.token_N, batch.position_N, batch.cu_seqlens,
                                                      batch.max_seqlen)
         if not value_alone:
-            logp_N, entropy_N = logprob(hidden_ND, self.policy.head_weight, batch.target_N, temperature)
+            logp_N, entropy_N = logprob(hidden_ND, self.policy.head_weight, batch.target_N, temperature,
+                                        kernels=self.policy.kernels)
         value_N = matmul_fp32(hidden_ND, self.value.weight.T)[:, 0] if head else self.value(batch)
         return logp_N, entropy_N, value_N.where(batch.mask_N, 0.0)

@@ -49,7 +49,7 @@ class LogpGap:
         self.limit, self.total, self.tokens, self.largest = limit, 0.0, 0, 0.0
 
     def add(self, logp_N, engine_logp_N, mask_N):
-        gap_N = (logp_N.detach() - engine_logp_N).abs()
+        gap_N = (logp_N.detach() - engine_logp_N).abs() * mask_N
         self.total, self.tokens = self.total + float(gap_N.sum()), self.tokens + int(mask_N.sum())
         self.largest = max(self.largest, float(gap_N.max()))
 

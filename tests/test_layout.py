@@ -56,7 +56,7 @@ def test_what_all_scripts_do_alike_stands_in_all_of_them_byte_for_byte(script):
     assert block(script, "processes") == block(first, "processes")
     for start, end in (
             ('tokenizer = Tokenizer.load(args.model', "stage = check_stage(args.model, tokenizer)\n"),
-            ("shard = partial(", ")\n"), ("found = checkpoint.to_resume(", "\n"),
+            ("shard = partial(", "kernels=args.kernels)\n"), ("found = checkpoint.to_resume(", "\n"),
             ("replace = args.overwrite", "logger.say(stage)\n"), ("state[\"args\"] = ", "\n"),
             ("    if step == args.steps or args.eval_every", "\n"),
             ("    if args.save_every and step", 'logger.phase("save", step)\n'), ("dist.finish()", "\n")):
@@ -65,7 +65,7 @@ def test_what_all_scripts_do_alike_stands_in_all_of_them_byte_for_byte(script):
 
 def test_flags_that_scripts_share_are_spelled_and_explained_alike():
     first = shared_flags(SCRIPTS[0])
-    assert len(first) == 24
+    assert len(first) == 25
     for script in SCRIPTS[1:]:
         flags = shared_flags(script)
         assert list(flags) == [name for name in first if name in flags], script

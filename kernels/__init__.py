@@ -1,0 +1,1 @@
+"""Triton kernels, each beside its autograd function and a torch reference."""

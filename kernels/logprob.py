@@ -1,0 +1,185 @@
+"""Log-probability and entropy of each target from hidden states and head weight, without the logits, in Triton.
+
+Shapes: M tokens with a target, V vocabulary, D width; a tile is BLOCK_M tokens x BLOCK_V vocabulary; J tiles across V.
+
+    z = hidden W^T / temperature        logp = z_y - logsumexp z        entropy = -sum_v p_v log p_v,  p = softmax z
+
+Forward, one matmul: a tile keeps its logits in registers and writes, for each of its tokens, m = max z, l = sum e^(z-m)
+and s = sum e^(z-m) (z-m), and the target's logit if it is among them. With M = max_j m_j and w_j = e^(m_j - M),
+
+    L = sum_j w_j l_j     S = sum_j w_j (s_j + (m_j - M) l_j)     logp = z_y - M - log L     entropy = log L - S / L
+
+No locks and no atomics: the order of every sum is fixed. Centring s on its own maximum is what keeps a peaked entropy.
+
+Backward, with upstream gradients g of logp and h of entropy, chunk by chunk of the vocabulary: the logits again, then
+
+    dz_v = (g (1[v = y] - p_v) - h p_v (z_v - lse + entropy)) / temperature        dX += dz W_c        dW_c = dz^T X
+
+Chunks of the vocabulary and not of tokens: each row of dW is then written once. A frozen head costs no dW.
+"""
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# (BLOCK_M, BLOCK_V, BLOCK_D, warps, stages), compiled for Hopper without spills worth the name (tests/test_kernels.py).
+STATS, GRADIENT = (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)
+SMALL = (16, 32, 16, 4, 1)  # fp32, in tests: tensor cores would round it
+CHUNK_BYTES = 2**28  # of dz
+
+
+@triton.jit
+def _logits(hidden, weight, m0, v0, D, inverse_temperature, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+            BLOCK_D: tl.constexpr, IEEE: tl.constexpr):
+    """The tile of z that begins at token m0 and vocabulary entry v0, fp32; what lies outside reads as 0."""
+    z = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    for d in range(0, D, BLOCK_D):
+        h, w = hidden.load([m0, d]), weight.load([v0, d])
+        z = tl.dot(h, w.T, z, input_precision="ieee" if IEEE else "tf32")
+    return z * inverse_temperature
+
+
+@triton.jit
+def _tile(M, V, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+    """Programs walk down the tokens before they go on in the vocabulary: a weight tile is read from memory once."""
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    return tl.program_id(0) % tiles_m * BLOCK_M, tl.program_id(0) // tiles_m
+
+
+@triton.jit
+def _stats_kernel(hidden, weight, target_ptr, z_target_ptr, m_ptr, l_ptr, s_ptr, M, V, D, inverse_temperature,
+                  BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, IEEE: tl.constexpr):
+    m0, j = _tile(M, V, BLOCK_M, BLOCK_V)
+    z = _logits(hidden, weight, m0, j * BLOCK_V, D, inverse_temperature, BLOCK_M, BLOCK_V, BLOCK_D, IEEE)
+    row, column = m0 + tl.arange(0, BLOCK_M), j * BLOCK_V + tl.arange(0, BLOCK_V)
+    real = row < M
+    target = tl.load(target_ptr + row, mask=real, other=-1)
+    z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
+    tl.store(z_target_ptr + row, z_target, mask=real & (target // BLOCK_V == j))
+    z = tl.where(column[None, :] < V, z, float("-inf"))
+    m = tl.max(z, 1)
+    centred = tl.where(column[None, :] < V, z - m[:, None], 0.0)
+    p = tl.where(column[None, :] < V, tl.exp(centred), 0.0)
+    at = j.to(tl.int64) * M + row
+    tl.store(m_ptr + at, m, mask=real)
+    tl.store(l_ptr + at, tl.sum(p, 1), mask=real)
+    tl.store(s_ptr + at, tl.sum(p * centred, 1), mask=real)
+
+
+@triton.jit
+def _gradient_kernel(hidden, weight, target_ptr, lse_ptr, entropy_ptr, g_ptr, h_ptr, dz_ptr, M, V, D, first,
+                     inverse_temperature, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+                     IEEE: tl.constexpr):
+    """dz of the V entries of the vocabulary that `weight` holds, of which the first is number `first`."""
+    m0, j = _tile(M, V, BLOCK_M, BLOCK_V)
+    z = _logits(hidden, weight, m0, j * BLOCK_V, D, inverse_temperature, BLOCK_M, BLOCK_V, BLOCK_D, IEEE)
+    row, column = m0 + tl.arange(0, BLOCK_M), j * BLOCK_V + tl.arange(0, BLOCK_V)
+    real = row < M
+    target = tl.load(target_ptr + row, mask=real, other=-1)
+    lse, entropy = tl.load(lse_ptr + row, mask=real, other=0.0), tl.load(entropy_ptr + row, mask=real, other=0.0)
+    g, h = tl.load(g_ptr + row, mask=real, other=0.0), tl.load(h_ptr + row, mask=real, other=0.0)
+    log_p = z - lse[:, None]
+    dz = tl.where((column + first)[None, :] == target[:, None], g[:, None], 0.0)
+    dz = (dz - tl.exp(log_p) * (g[:, None] + h[:, None] * (log_p + entropy[:, None]))) * inverse_temperature
+    at = dz_ptr + row[:, None].to(tl.int64) * V + column[None, :]
+    tl.store(at, dz.to(dz_ptr.dtype.element_ty), mask=real[:, None] & (column < V)[None, :])
+
+
+def logprob_triton(hidden_ND, weight_VD, target_N, temperature: float = 1.0):
+    """As nanopost.logprob.logprob: (logp_N, entropy_N) fp32, both 0 where the target is negative, differentiable.
+
+    hidden_ND and weight_VD: one dtype of fp32, bf16 and fp16, contiguous. Deterministic. Not differentiable twice.
+    """
+    return _Fused.apply(hidden_ND, weight_VD, target_N, temperature)
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, target_N, temperature):
+        keep_M = (target_N >= 0).nonzero()[:, 0]
+        hidden_MD, target_M = hidden_ND.index_select(0, keep_M), target_N.index_select(0, keep_M)
+        logp_M, entropy_M, lse_M = _statistics(hidden_MD, weight_VD, target_M, temperature)
+        ctx.save_for_backward(hidden_MD, weight_VD, target_M, keep_M, lse_M, entropy_M)
+        ctx.temperature, ctx.num_tokens = temperature, len(target_N)
+        ctx.set_materialize_grads(False)
+        return tuple(hidden_ND.new_zeros(len(target_N), dtype=torch.float32).index_copy_(0, keep_M, x)
+                     for x in (logp_M, entropy_M))
+
+    @staticmethod
+    def backward(ctx, g_N, h_N):
+        hidden_MD, weight_VD, target_M, keep_M, lse_M, entropy_M = ctx.saved_tensors
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        g_M, h_M = (torch.zeros_like(lse_M) if x is None else x.index_select(0, keep_M) for x in (g_N, h_N))
+        vocabulary = weight_VD.shape[0]
+        chunk = max(1024, CHUNK_BYTES // (max(1, len(keep_M)) * weight_VD.element_size()) // 256 * 256)
+        d_hidden_MD = torch.zeros_like(hidden_MD, dtype=torch.float32) if need_hidden else None
+        d_weight_VD = torch.empty_like(weight_VD) if need_weight else None
+        for first in range(0, vocabulary, chunk):
+            weight_CD = weight_VD[first:first + chunk]
+            dz_MC = _gradient(hidden_MD, weight_CD, target_M, lse_M, entropy_M, g_M, h_M, first, ctx.temperature)
+            if need_hidden:
+                _add_product(d_hidden_MD, dz_MC, weight_CD)
+            if need_weight:
+                torch.mm(dz_MC.T, hidden_MD, out=d_weight_VD[first:first + chunk])
+        if need_hidden:
+            shape = ctx.num_tokens, hidden_MD.shape[1]
+            d_hidden_MD = hidden_MD.new_zeros(shape).index_copy_(0, keep_M, d_hidden_MD.to(hidden_MD.dtype))
+        return d_hidden_MD, d_weight_VD, None, None
+
+
+def _add_product(sum_MD, a_MC, b_CD):
+    """sum += a b, added up in fp32 whatever a and b are."""
+    if a_MC.is_cuda and a_MC.dtype != torch.float32:
+        sum_MD.copy_(torch.addmm(sum_MD, a_MC, b_CD, out_dtype=torch.float32))
+    else:
+        sum_MD.addmm_(a_MC, b_CD)
+
+
+def _statistics(hidden_MD, weight_VD, target_M, temperature):
+    """-> fp32 logp_M, entropy_M, lse_M."""
+    tokens, vocabulary = len(hidden_MD), weight_VD.shape[0]
+    block_m, block_v, block_d, warps, stages = STATS if hidden_MD.dtype != torch.float32 else SMALL
+    tiles = triton.cdiv(vocabulary, block_v)
+    m_JM, l_JM, s_JM = (hidden_MD.new_empty(tiles, tokens, dtype=torch.float32) for _ in range(3))
+    z_target_M = hidden_MD.new_empty(tokens, dtype=torch.float32)
+    if tokens:
+        _stats_kernel[(triton.cdiv(tokens, block_m) * tiles,)](
+            _descriptor(hidden_MD, block_m, block_d), _descriptor(weight_VD, block_v, block_d), target_M, z_target_M,
+            m_JM, l_JM, s_JM, tokens, vocabulary, hidden_MD.shape[1], 1 / temperature, block_m, block_v, block_d,
+            hidden_MD.dtype == torch.float32, num_warps=warps, num_stages=stages)
+    m_M = m_JM.amax(0)
+    w_JM = (m_JM - m_M).exp()
+    l_M = (w_JM * l_JM).sum(0)
+    s_M = (w_JM * (s_JM + (m_JM - m_M) * l_JM)).sum(0)
+    lse_M = m_M + l_M.log()
+    return z_target_M - lse_M, l_M.log() - s_M / l_M, lse_M
+
+
+def _gradient(hidden_MD, weight_CD, target_M, lse_M, entropy_M, g_M, h_M, first, temperature):
+    """-> dz_MC in the weight's dtype."""
+    tokens, entries = len(hidden_MD), weight_CD.shape[0]
+    block_m, block_v, block_d, warps, stages = GRADIENT if hidden_MD.dtype != torch.float32 else SMALL
+    dz_MC = torch.empty(tokens, entries, dtype=weight_CD.dtype, device=weight_CD.device)
+    if tokens:
+        _gradient_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(entries, block_v),)](
+            _descriptor(hidden_MD, block_m, block_d), _descriptor(weight_CD, block_v, block_d), target_M, lse_M,
+            entropy_M, g_M.contiguous(), h_M.contiguous(), dz_MC, tokens, entries, hidden_MD.shape[1], first,
+            1 / temperature, block_m, block_v, block_d, hidden_MD.dtype == torch.float32, num_warps=warps,
+            num_stages=stages)
+    return dz_MC
+
+
+def _descriptor(x, rows, columns):
+    """What TMA reads tiles by. It wants rows of a multiple of 16 bytes: others get zeros behind, which add nothing."""
+    odd = -x.shape[1] % (16 // x.element_size())
+    return TensorDescriptor.from_tensor(F.pad(x, (0, odd)) if odd else x, [rows, columns])
+
+
+def logprob_reference(hidden_ND, weight_VD, target_N, temperature: float = 1.0):
+    """The same by the whole logits in float64: what the tests compare with."""
+    log_p_NV = (hidden_ND.double() @ weight_VD.double().T / temperature).log_softmax(-1)
+    keep_N = target_N >= 0
+    logp_N = log_p_NV.gather(1, target_N.clamp(min=0)[:, None])[:, 0]
+    entropy_N = -(log_p_NV.exp() * log_p_NV).sum(-1)
+    return logp_N * keep_N, entropy_N * keep_N
