@@ -4,10 +4,10 @@
     TRITON_INTERPRET=1 python -m bench.kernels --try    # anywhere, tiny: does the script work?
 
 Every contestant gives log-probs (and ours entropies) of N tokens and the gradients of hidden and weight for
-per-token upstream gradients, or, where it knows only a scalar loss, for its sum. Logits are random, and peaked, where kernels that
-skip small gradients have less to do. Times are medians; memory is the peak above inputs and their gradients; the error
-is that of log-probs against float64 of the same bf16 inputs, on 256 tokens. Peers that are not installed are left out,
-and the result says so: pip install liger-kernel cut-cross-entropy.
+per-token upstream gradients, or, where it knows only a scalar loss, for its sum. Logits are random, and peaked, where
+kernels that skip small gradients have less to do. Times are medians; memory is the peak above inputs and their
+gradients; the error is that of log-probs against float64 of the same bf16 inputs, on 256 tokens. Peers that are not
+installed are left out, and the result says so: pip install liger-kernel cut-cross-entropy.
 """
 import argparse
 import json
