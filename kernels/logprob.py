@@ -133,7 +133,7 @@ def _add_product(sum_MD, a_MC, b_CD):
     if a_MC.is_cuda and a_MC.dtype != torch.float32:
         sum_MD.copy_(torch.addmm(sum_MD, a_MC, b_CD, out_dtype=torch.float32))
     else:
-        sum_MD.addmm_(a_MC, b_CD)
+        sum_MD.addmm_(a_MC.float(), b_CD.float())
 
 
 def _statistics(hidden_MD, weight_VD, target_M, temperature):

@@ -358,9 +358,11 @@ def preference_metrics(p: Pairs, loss_P, beta: float, by_label: bool = False) ->
     logp_2P = p.logp_S.detach().view(-1, 2).T
     if by_label:
         good_P = p.label_P > 0
-        return loss | {f"{kind}/{name}": (x_P[which_P].sum(), which_P.sum())
-                       for kind, x_P in (("rewards", chosen_P), ("logps", logp_2P[0]))
-                       for name, which_P in (("chosen", good_P), ("rejected", ~good_P))}
+        right = chosen_P[good_P][:, None] > chosen_P[~good_P]  # any desirable row against any undesirable one
+        return loss | {"rewards/accuracies": (right.sum(), right.numel())} | {
+            f"{kind}/{name}": (x_P[which_P].sum(), which_P.sum())
+            for kind, x_P in (("rewards", chosen_P), ("logps", logp_2P[0]))
+            for name, which_P in (("chosen", good_P), ("rejected", ~good_P))}
     values = {"rewards/chosen": chosen_P, "rewards/rejected": rejected_P, "rewards/margins": chosen_P - rejected_P,
               "rewards/accuracies": chosen_P > rejected_P, "logps/chosen": logp_2P[0], "logps/rejected": logp_2P[1]}
     return loss | {name: (x_P.sum(), len(x_P)) for name, x_P in values.items()}
