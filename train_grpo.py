@@ -5,9 +5,8 @@
     loss = - sum_i sum_t w_it min(r_t A_i, clip(r_t, 1 - low, 1 + high) A_i) + beta sum_it w_it KL_it
 
     --adv    group: as above; mean: without the std (Dr. GRPO 2503.20783); loo: leave-one-out (RLOO 2402.14740);
-             batch: the std of the whole batch
+             batch: the std of the whole batch; gdpo: each reward z-scored in its group, then their sum (2601.05242)
     --ratio  token; sequence: exp of the mean over tokens (GSPO 2507.18071); sequence_sum: of the sum (RLOO)
-             gdpo: each reward z-scored in its group, their sum over the batch (2601.05242)
     --agg    w_it = sequence: 1 / (|y_i| sequences) (GRPO); token: 1 / tokens of the whole optimizer step
              (DAPO 2503.14476, the default); constant: 1 / (sequences * --max_new_tokens) (Dr. GRPO);
              sequence_sum: 1 / sequences (LUSPO 2602.05261, with --ratio sequence)
@@ -199,14 +198,14 @@ for step in range(state["step"] + 1, args.steps + 1):
         checkpoint.save(args.out, step - 1, model, optimizer, state | {"consumed": consumed, "seen": seen})
         raise InputError(f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group of "
                          f"{args.group} had equal rewards: warm up with train_sft.py, change prompts or --reward, or "
-                         f"raise --group. The weights are saved: --resume (--steps {step - 1} writes the model).")
+                         f"raise --group. The weights are saved: --resume goes on from them.")
     consumed += drawn
     *reward_FPG, reward_PG = torch.cat(rewards_of, 1)
     flat = [r for group in groups for r in group]
     rollout_seconds = time.perf_counter() - began
 
     # ---- advantage
-    examples = [r.example(trained=r.finish == "stop" or not args.mask_overlong) for r in flat]
+    examples = [r.example() for r in flat]
     for e in examples:
         e.columns["old_logp"] = e.columns["engine_logp"]
     for name, scorer in (("old_logp", model if args.old_logp == "trainer" else None), ("ref_logp", reference)):
@@ -222,7 +221,8 @@ for step in range(state["step"] + 1, args.steps + 1):
         adv_PG = adv_PG / (dist.mean_and_std(adv_PG)[1] + 1e-4)
     else:
         adv_PG = advantages.group_advantage(reward_PG, args.adv, dist.mean_and_std(reward_PG)[1])
-    for e, adv in zip(examples, adv_PG.flatten().tolist()):
+    for e, r, adv in zip(examples, flat, adv_PG.flatten().tolist()):
+        e.mask &= r.finish == "stop" or not args.mask_overlong
         e.columns["adv"] = adv * e.mask
     if args.top_entropy < 1:
         entropies = per_token(lambda batch: model(batch, args.temperature)[1], examples, args.tokens, world.device)

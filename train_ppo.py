@@ -84,7 +84,7 @@ add("--clip_low", type=float, default=0.2)
 add("--clip_high", type=float, default=0.2)
 add("--eos_penalty", type=float, default=0.0, help="taken from the score of a completion without an end")
 add("--score_scale", action="store_true", help="divide scores by the std of all scores so far")
-add("--whiten_rewards", action="store_true", help="divide the rewards of tokens by their std")
+add("--whiten_rewards", action="store_true", help="give the rewards of tokens a std of 1 about their mean")
 add("--beta", type=float, default=0.0, help="weight of the KL to the model as it was; 0: no reference model")
 add("--kl", default="k1", choices=["k1", "k2", "k3"], help="estimator of that KL")
 add("--kl_in", default="reward", choices=["loss", "reward"])
@@ -111,7 +111,10 @@ shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpoin
 reward_models = [spec.removeprefix("model:") for spec in args.reward if spec.startswith("model:")]
 args.value_model = args.value_model or (reward_models or [args.model])[0]
 value_folder = None if args.value_model == "head" else args.value_model
-model = hf.load_actor_critic(args.model, value_folder, world.device, shard)
+if value_folder:
+    tokenizer.check_same(value_folder, "--value_model ")
+pad_id = None if tokenizer.pad_id in tokenizer.stop_ids else tokenizer.pad_id
+model = hf.load_actor_critic(args.model, value_folder, world.device, shard, pad_id)
 reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False) if args.beta else None
 shared = world.size == 1 and not bf16  # then the engine samples with the trainer's own tensors
 sampler = model.policy if shared else hf.load_model(args.model, world.device, torch.bfloat16 if bf16 else torch.float32)
@@ -128,16 +131,19 @@ reward_functions, reward_weights = rewards.load_rewards(args.reward, args.reward
 data.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 for wrong, sentence in (
         (args.kl_target and not args.beta, "--kl_target adapts --beta: give it a first value above 0."),
+        (args.value_lr is not None and not args.lr, "--value_lr beside --lr 0: let --value_warmup hold the policy."),
         (args.temperature <= 0, f"--temperature {args.temperature}: training samples, so give more than 0.")):
     if wrong:
         raise InputError(sentence)
 
 # ------------------------------------------------------------------------------------------------------- optimizer
-rates = {"value": args.value_lr / args.lr} if args.value_lr and args.lr else {}
-optimizer = optim.adamw(model, args.weight_decay, args.betas, **rates)
+value_rate = 1.0 if args.value_lr is None else args.value_lr / args.lr
+optimizer = optim.adamw(model, args.weight_decay, args.betas, value=value_rate)
 found = checkpoint.to_resume(args.out, args.steps) if args.resume else None
 state = {"step": 0, "consumed": 0, "seen": 0, "beta": args.beta, "scores": (0, 0.0, 0.0)}
 state |= checkpoint.load(found, model, optimizer) if found else {}
+if found and (args.beta != state["args"]["beta"] or not args.kl_target):
+    state["beta"] = args.beta  # what --kl_target made of it goes on only from where it began
 shown = ["objective/scores", "objective/kl", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg",
          "val/explained_variance", "grad_norm", "completions/mean_length", "tokens_per_second"]
 logger = Logger(args.out, world.rank, args.steps, shown, args.verbose)
@@ -210,12 +216,14 @@ for step in range(state["step"] + 1, args.steps + 1):
     state["scores"] = [a + b for a, b in zip(state["scores"], dist.all_sum(
         len(score_B), score_B.sum(), score_B.square().sum()))]
     count, total, squares = state["scores"]
-    scale = max(0.0, squares / count - (total / count) ** 2) ** 0.5 + 1e-8 if args.score_scale else 1.0
+    std = max(0.0, squares / count - (total / count) ** 2) ** 0.5
+    scale = std if args.score_scale and std > 1e-6 * (1 + abs(total / count)) else 1.0  # equal scores have no scale
     reward_BT = -state["beta"] * kl_BT * (args.kl_in == "reward")
     non_score_B = reward_BT.sum(1)
     reward_BT[range(len(flat)), [len(r.ids) - 1 for r in flat]] += score_B / scale
     if args.whiten_rewards:
-        reward_BT = reward_BT / (dist.mean_and_std(reward_BT[sampled_BT])[1] + 1e-8)
+        mean, std = dist.mean_and_std(reward_BT[sampled_BT])
+        reward_BT = ((reward_BT - mean) / (std + 1e-8) + mean) * sampled_BT
     adv_BT, return_BT = advantages.gae(reward_BT, value_BT, args.gamma, args.lam)
     mean, std = dist.mean_and_std(adv_BT[sampled_BT])
     data.add_column(examples, "adv", (adv_BT - mean) / (std + 1e-8))
@@ -280,20 +288,21 @@ for step in range(state["step"] + 1, args.steps + 1):
     tokens, updates = sums.pop("tokens"), sums.pop("updates", 0)
     count = len(flat)
     metrics = dist.means({
-        "objective/scores": (score_B.sum(), count), "objective/kl": ((old_BT - ref_BT).sum(), count),
-        "objective/entropy": (-old_BT.sum(), count), "objective/non_score_reward": (non_score_B.sum(), count),
+        "objective/scores": (score_B.sum(), count), "objective/entropy": (-old_BT.sum(), count),
+        "objective/non_score_reward": (non_score_B.sum(), count),
         "objective/rlhf_reward": ((non_score_B + score_B).sum(), count),
         **{f"rewards/{f.name}/mean": (r.nansum(), (~r.isnan()).sum()) for f, r in zip(reward_functions, reward_FPG)},
+        **({"objective/kl": ((old_BT - ref_BT).sum(), count)} if reference is not None else {}),
         **{name: (value, tokens) for name, value in sums.items()}})
     sampled, ended = dist.all_sum(sum(len(r.ids) for r in flat), (~unended_B).sum())
     seen += sampled
     metrics |= {
-        "val/explained_variance": 1 - (left / spread) ** 2 if spread else 0.0, "val/num_eos_tokens": ended,
+        "val/explained_variance": 1 - (left / spread) ** 2 if spread > 1e-6 else 0.0, "val/num_eos_tokens": ended,
         **length_metrics(flat), "grad_norm": grad_norm, "lr": lr, "beta": state["beta"],
-        **gap.metrics(), "updates": updates, "num_tokens": seen,
+        **(gap.metrics() if learning else {}), "updates": updates, "num_tokens": seen,
         "time/rollout": rollout_seconds, "time/step": time.perf_counter() - began,
         "tokens_per_second": sampled / (time.perf_counter() - began)}
-    if args.kl_target:
+    if args.kl_target and learning:
         state["beta"] = advantages.adapted(state["beta"], metrics["objective/kl"], args.kl_target)
     if step == args.steps or args.eval_every and step % args.eval_every == 0:
         logger.phase("eval", step)
@@ -301,7 +310,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     logger.log(step, metrics)
     logger.samples(step, sample_records(tokenizer.decode, flat[:8], score=score_B,
                                         advantage=monte_carlo_BT[:, 0] - value_BT[:, 0]))
-    gap.check(step, metrics)
+    if learning:
+        gap.check(step, metrics)
 
     # ---- save
     if args.save_every and step % args.save_every == 0 and step < args.steps:
@@ -314,7 +324,8 @@ hf.save_model(args.out, dist.full_weights(model, "policy."), model.config, token
 if value_folder:
     hf.save_model(f"{args.out}/value", dist.full_weights(model, "value."), model.value.config,
                   tokenizer_files(args.model, tokenizer), write=world.rank == 0)
-logger.say(f"the model is in {args.out}")
+logger.say(f"the model is in {args.out}, " + ("the value model in value/ there" if value_folder else
+                                              "without the head that gave the values"))
 if state["step"] < args.steps:
     logger.say_change(state["first"], last)
 dist.finish()

@@ -24,6 +24,7 @@ from nanopost.losses import PREFERENCE
 ROOT = Path(__file__).resolve().parents[1]
 PREFERENCES = {
     **{name: ["--loss", name] for name in PREFERENCE if name != "sft"},
+    **{name: ["--loss", name, "--smoothing", "0.001" if name == "exo" else "0.05"] for name in ("exo", "robust")},
     "simpo": ["--loss", "simpo", "--beta", "2", "--gamma", "1"], "ipo": ["--loss", "ipo", "--beta", "0.1"],
     "cpo": ["--loss", "cpo", "sft", "--loss_weights", "1", "0.2"],
     "sigmoid + 0.2 sft (RPO)": ["--loss", "sigmoid", "sft", "--loss_weights", "1", "0.2"],

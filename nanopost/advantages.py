@@ -32,9 +32,7 @@ def group_advantage(reward_PG, how: str, batch_std: float | None = None):
     batch  (R - mean) / (std + 1e-4), mean of the group, std (n - 1) of all rewards: batch_std, which the loop
            takes over all ranks, or that of reward_PG
     """
-    num_samples = reward_PG.shape[1]
-    if num_samples < 2:
-        raise InputError(f"--group {num_samples} has nothing to compare a sample with: 2 or more.")
+    num_samples = _check_group(reward_PG)
     centred_PG = reward_PG - reward_PG.mean(1, keepdim=True)
     if how == "group":
         return centred_PG / (reward_PG.std(1, keepdim=True) + 1e-4)
@@ -47,10 +45,18 @@ def group_advantage(reward_PG, how: str, batch_std: float | None = None):
     raise InputError(f"Advantage {how!r} is none of group, mean, loo and batch.")
 
 
+def _check_group(reward_PG):
+    num_samples = reward_PG.shape[1]
+    if num_samples < 2:
+        raise InputError(f"--group {num_samples} has nothing to compare a sample with: 2 or more.")
+    return num_samples
+
+
 def normalised_sum(reward_FPG, weights):
     """GDPO 2601.05242: each reward z-scored in its group, then their weighted sum -> sum_PG, which the loop z-scores
     over the batch. NaN (does not apply) adds nothing. So a reward of small spread is heard beside one of large."""
     total_PG = torch.zeros_like(reward_FPG[0])
+    _check_group(total_PG)
     for weight, reward_PG in zip(weights, reward_FPG):
         centred_PG = reward_PG - reward_PG.nanmean(1, keepdim=True)
         count_P = (~reward_PG.isnan()).sum(1, keepdim=True)
@@ -62,7 +68,7 @@ def normalised_sum(reward_FPG, weights):
 def most_uncertain(entropies: list, masks: list, share: float, gather=lambda values: values) -> list:
     """Whether a trained token is among the `share` of highest entropy (the 80/20 rule, 2506.01939) -> one bool array
     for each sequence. gather brings the entropies of all ranks together: the quantile is that of the whole batch."""
-    every = gather([h for entropy, mask in zip(entropies, masks) for h in entropy[mask].tolist()])
+    every = gather([h for entropy, mask in zip(entropies, masks) for h in entropy[mask].tolist()]) or [0.0]
     return [mask & (entropy >= np.quantile(every, 1 - share)) for entropy, mask in zip(entropies, masks)]
 
 

@@ -144,6 +144,12 @@ class Tokenizer:
                              f"{self.unprompted!r} itself: give one that has (--chat_template FILE).")
         return self.encode(text)
 
+    def check_same(self, folder, flag: str):
+        """InputError if the checkpoint in `folder`, that `flag` named, has another tokenizer than this."""
+        if Tokenizer.load(folder).tokenizer_hash != self.tokenizer_hash:
+            raise InputError(f"{flag}{folder}: its tokenizer is not the policy's, so it reads other text: train it "
+                             "from the policy's model (train_rm.py --model).")
+
     def with_prompts(self, parts, max_prompt: int | None, max_new: int, tokens: int, positions: int):
         """Rows {"prompt", ...}, in several lists, each with the column prompt_ids and all with the same columns -> (the
         lists, a report). Longer prompts than max_prompt are left out and counted; InputError names a row that does not

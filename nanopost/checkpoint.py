@@ -31,12 +31,10 @@ def save(out, step: int, model, optimizer, state: dict, reference=None):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
-    fresh = not optimizer.state
+    for p in (p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state):
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                              "exp_avg_sq": torch.zeros_like(p)}  # of what has not learnt yet: AdamW's beginning
     weights, moments = get_state_dict(model, optimizer)
-    if fresh:  # torch has made the state by a step of its own, and counted it
-        for moment in optimizer.state.values():
-            moment["step"].zero_()
-        weights, moments = get_state_dict(model, optimizer)
     try:
         dcp.save({"model": weights, "optimizer": moments, **_weights_of(reference)}, checkpoint_id=beside)
     except dcp.api.CheckpointException as error:
@@ -75,8 +73,12 @@ def latest(out) -> Path | None:
 
 
 def load(path: Path, model, optimizer, reference=None) -> dict:
-    """Fill model and optimizer from a checkpoint and restore the random state -> its state.json."""
+    """Fill model and optimizer from a checkpoint and restore the random state -> its state.json.
+
+    Of the optimizer the moments: weight decay, betas and rates are those of the flags of now.
+    """
     state = json.loads((path / "state.json").read_text())
+    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     weights, moments = get_state_dict(model, optimizer)
     stored = {"model": weights, "optimizer": moments, **_weights_of(reference)}  # filled in place
     try:
@@ -84,12 +86,14 @@ def load(path: Path, model, optimizer, reference=None) -> dict:
         here, there = ({f"model.{name}" for name in weights}, {name for name in names if name.startswith("model.")})
         if here != there:
             raise InputError(f"{path} is of another model ({len(there)} tensors there, {len(here)} here): resume with "
-                             "the --model that the run began with.")
+                             "the --model (and --value_model) that the run began with.")
         dcp.load(stored, checkpoint_id=path)
     except dcp.api.CheckpointException as error:
         raise InputError(f"{path} does not fit this model or is damaged; remove it to start from the one before it, "
                          f"or anew ({_cause(error)}).") from error
     set_state_dict(model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"])
+    for group, own in zip(optimizer.param_groups, settings):
+        group.update(own)
     if state["ranks"] == dist.get_world_size():
         _set_random_state(torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=False))
     return state

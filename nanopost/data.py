@@ -111,7 +111,8 @@ def batch_of(examples: list[Example], device="cpu") -> Batch:
 
 def padded(examples: list[Example], name: str) -> torch.Tensor:
     """A column at the trained tokens of each example, zeros behind shorter ones -> float64 [B, T], on the CPU."""
-    out_BT = torch.zeros(len(examples), max(int(e.mask.sum()) for e in examples), dtype=torch.float64)
+    longest = max((int(e.mask.sum()) for e in examples), default=0)
+    out_BT = torch.zeros(len(examples), longest, dtype=torch.float64)
     for out_T, e in zip(out_BT, examples):
         out_T[:e.mask.sum()] = torch.from_numpy(e.columns[name][e.mask])
     return out_BT

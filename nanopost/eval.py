@@ -6,8 +6,8 @@
     --model DIR --data FILE --perplexity                         of what train_sft.py would train on
     --reward_model DIR --data FILE                               scores; of pairs how often the chosen one wins
 
-A row is one draw, however many samples are taken for it. Where a number is a mean of values in [0, 1], the interval is
-Wilson's, which is exact enough for yes and no and too wide for the rest: no other values in [0, 1] vary as much.
+A row is one draw, however many samples are taken for it. Where a number is a share of yes and no the interval is
+Wilson's (a bit too wide where a row is a share itself: nothing in [0, 1] varies as much as yes and no), else Student's.
 """
 import argparse
 import json
@@ -21,7 +21,7 @@ import torch
 from nanopost import InputError, check_numbers, data, dist, hf, toy
 from nanopost.chat import Tokenizer, check_stage
 from nanopost.logprob import logprobs_of
-from nanopost.rewards import ModelReward, final_number, last_boxed, load_rewards, plain_latex, score_groups, scores_of
+from nanopost.rewards import ModelReward, answer_of, load_rewards, score_groups, scores_of
 from nanopost.rollout import Engine, Sampling, prompt_seed
 
 Z = 1.959964  # of the normal distribution, 95 % lie within
@@ -34,9 +34,18 @@ def wilson(mean: float, n: int) -> tuple[float, float]:
     return (centre - spread) / (1 + Z**2 / n), (centre + spread) / (1 + Z**2 / n)
 
 
+def student(n: int) -> float:
+    """Within so many standard errors 95 % of the means of n values lie: Student's t, by its expansion in 1 / (n - 1)
+    (Abramowitz and Stegun 26.7.5; 3 % short at n = 3, less beyond). Infinite for one value, which tells no spread."""
+    if n < 2:
+        return math.inf
+    terms = Z, (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96, (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384
+    return sum(term / (n - 1) ** power for power, term in enumerate(terms))
+
+
 def normal(values) -> tuple[float, float, float]:
     """(mean, low, high) of values of any size."""
-    half = Z * np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    half = student(len(values)) * np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return float(np.mean(values)), float(np.mean(values) - half), float(np.mean(values) + half)
 
 
@@ -57,18 +66,10 @@ def majority(answers: list, rewards: list[float]) -> float:
 def perplexity(nll: list[float], tokens: list[int]) -> tuple[float, float, float]:
     """exp of the mean loss of a token, with the interval of that ratio over sequences (delta method)."""
     nll, tokens = np.asarray(nll), np.asarray(tokens)
-    mean = nll.sum() / tokens.sum()
-    half = Z * math.sqrt(((nll - mean * tokens) ** 2).sum()) / tokens.sum()
+    mean, n = nll.sum() / tokens.sum(), len(nll)
+    error = math.sqrt(((nll - mean * tokens) ** 2).sum() * n / max(1, n - 1)) / tokens.sum()
+    half = student(n) * error if n > 1 else math.inf
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
-
-
-def answer_of(reward: str, text: str):
-    """What a vote is about: the number of gsm8k, the boxed answer, else the whole text."""
-    if reward == "gsm8k":
-        return final_number(text)
-    if reward == "boxed":
-        return None if last_boxed(text) is None else plain_latex(last_boxed(text))
-    return text.strip() or None
 
 
 # ---------------------------------------------------------------------------------------------------------- what to do
@@ -77,7 +78,8 @@ class Sampler:
 
     def __init__(self, folder, args, device):
         self.tokenizer, self.args, self.device = Tokenizer.load(folder, args.chat_template), args, device
-        print(check_stage(folder, self.tokenizer), end="")
+        if warning := check_stage(folder, self.tokenizer):
+            print(warning)
         self.model = hf.load_model(folder, device, torch.bfloat16 if args.bf16 else torch.float32)
         self.engine = Engine(self.model, self.tokenizer.stop_ids, self.tokenizer.decode, args.engine_rows)
 
@@ -103,14 +105,14 @@ def accuracy(args, rows, device):
         if not applies:
             raise InputError(f"--reward {reward.name} applies to no row.")
         values = [reward_PG[p] for p in applies]
-        if any(not 0 <= v <= 1 for reward_G in values for v in reward_G):
+        if reward.name in ("length", "model") or any(v not in (0, 1) for reward_G in values for v in reward_G):
             yield f"mean {reward.name}", *normal([np.mean(v) for v in values]), len(values)
             continue
         yield from bounded(f"accuracy {reward.name}", [np.mean(v) for v in values])
         if args.samples == 1:
             continue
         for k in args.k:
-            passed = [pass_at_k(len(v), sum(x > 0.5 for x in v), k) for v in values]
+            passed = [pass_at_k(len(v), int(sum(v)), k) for v in values]
             yield from bounded(f"pass@{k} {reward.name}", passed)
         votes = [[answer_of(reward.name, text) for text in texts[p]] for p in applies]
         yield from bounded(f"majority of {args.samples} {reward.name}", [majority(a, v) for a, v in zip(votes, values)])
@@ -217,7 +219,7 @@ def main(arguments=None):
             (not args.model and not args.reward_model, "give --model, or --reward_model, or both: see --help."),
             (bool(args.against) != bool(args.model and args.reward_model),
              "a win rate needs all of --model, --against and --reward_model."),
-            (args.samples > 1 and max(args.k) > args.samples, f"pass@{max(args.k)} needs --samples {max(args.k)}."),
+            (max(args.k) > args.samples, f"pass@{max(args.k)} needs --samples {max(args.k)}."),
             (args.samples > 1 and not args.temperature, "--samples above 1 would all be alike at --temperature 0.")):
         if wrong:
             raise InputError(sentence)

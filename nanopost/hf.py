@@ -64,12 +64,16 @@ def load_scalar_model(folder, device="cpu", dtype: torch.dtype = torch.float32, 
     return _loaded(ScalarModel, config.with_scalar_head(pad_id), folder, device, dtype, shard)
 
 
-def load_actor_critic(folder, value_folder=None, device="cpu", shard=lambda model: model) -> ActorCritic:
+def load_actor_critic(folder, value_folder=None, device="cpu", shard=lambda model: model,
+                      pad_id: int | None = None) -> ActorCritic:
     """A policy with a value model begun from a reward model or a language model (with a new head), or, for None, with a
     head on its own hidden states that is 0 everywhere."""
-    value_config = read_config(value_folder).with_scalar_head(None) if value_folder else None
+    config = read_config(folder)
+    if config.scalar:
+        raise InputError(f"{folder} is a reward model and writes no text: pass it as --value_model or model:{folder}.")
+    value_config = read_config(value_folder).with_scalar_head(pad_id) if value_folder else None
     with torch.device("meta"):
-        model = ActorCritic(read_config(folder), value_config).to(torch.float32)
+        model = ActorCritic(config, value_config).to(torch.float32)
     model = shard(model).to_empty(device=device)
     load_weights(model.policy, folder)
     if value_folder:

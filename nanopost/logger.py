@@ -42,7 +42,8 @@ class Logger:
             kept = [line for line in lines if _step(line) <= resumed_at]
             path.write_text("".join(line + "\n" for line in kept))
         if resumed_at is None:  # what is left of the run that this one replaces would be taken for its own
-            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+            for folder in ("checkpoints", "value"):
+                shutil.rmtree(self.out / folder, ignore_errors=True)
             (self.out / "config.json").unlink(missing_ok=True)
         else:
             self.say(f"resumed at step {resumed_at}")

@@ -55,15 +55,16 @@ def log_ratio(logp_N, old_logp_N, mask_N, seq_N, num_sequences: int, level: str)
     token         log pi_t - log pi_old,t
     sequence      the mean of those over the sequence, the same at all its tokens: GSPO 2507.18071 eq. 7
     sequence_sum  their sum, the true ratio of the whole completion: RLOO 2402.14740
-    The gradient of a sequence level reaches all tokens; under the weights "sequence" a sequence counts once.
+    The gradient of a sequence level reaches all tokens; under the weights "sequence" a sequence counts once. At 80 it
+    ends: e^89 is infinite in fp32, and what clipping leaves of its gradient would be NaN.
     """
     log_ratio_N = masked(logp_N - old_logp_N, mask_N)
     if level == "token":
-        return log_ratio_N
+        return log_ratio_N.clamp(max=80.0)
     if level not in ("sequence", "sequence_sum"):
         raise InputError(f"Ratio {level!r} is none of token, sequence and sequence_sum.")
     sum_N = masked(sequence_sum(log_ratio_N, seq_N, num_sequences), mask_N)
-    return sum_N / sequence_length(mask_N, seq_N, num_sequences) if level == "sequence" else sum_N
+    return sum_N / sequence_length(mask_N, seq_N, num_sequences) if level == "sequence" else sum_N.clamp(max=80.0)
 
 
 def policy_loss_clip(log_ratio_N, adv_N, weight_N, clip_low: float, clip_high: float, delta=None):

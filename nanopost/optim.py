@@ -12,10 +12,10 @@ def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float], **r
     """
     groups = {}
     for name, p in model.named_parameters():
-        rate = next((r for start, r in rates.items() if name.startswith(start + ".")), 1.0)
-        groups.setdefault((rate, p.ndim < 2), []).append(p)
-    return AdamW([{"params": params, "weight_decay": 0.0 if vector else weight_decay, "rate": rate}
-                  for (rate, vector), params in groups.items()], lr=0.0, betas=betas, fused=True)
+        part = next((part for part in rates if name.startswith(part + ".")), None)
+        groups.setdefault((part, p.ndim < 2), []).append(p)
+    return AdamW([{"params": params, "weight_decay": 0.0 if vector else weight_decay, "rate": rates.get(part, 1.0)}
+                  for (part, vector), params in groups.items()], lr=0.0, betas=betas, fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:

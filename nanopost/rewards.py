@@ -21,7 +21,6 @@ import torch
 
 from nanopost import InputError
 from nanopost.advantages import combine_rewards, soft_overlong_penalty
-from nanopost.chat import Tokenizer
 from nanopost.data import Example, batch_of, pack
 from nanopost.hf import load_scalar_model
 
@@ -157,10 +156,7 @@ class ModelReward:
 
     def __init__(self, folder, tokenizer, device, tokens: int = 8192):
         """tokenizer: the policy's, whose tokens the reward model has to know. tokens: of a micro-batch, at most."""
-        theirs = Tokenizer.load(folder)
-        if theirs.tokenizer_hash != tokenizer.tokenizer_hash:
-            raise InputError(f"--reward model:{folder}: its tokenizer is not the policy's, so it reads other text: "
-                             "train it from the policy's model (train_rm.py --model).")
+        tokenizer.check_same(folder, "--reward model:")
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = load_scalar_model(folder, device, dtype)
         self.device, self.tokens = device, tokens
@@ -337,6 +333,16 @@ def same_answer(given: str | None, answer: str) -> bool:
     given, answer = plain_latex(given), plain_latex(answer)
     number = exact_value(given)
     return given == answer or number is not None and number == exact_value(answer)
+
+
+def answer_of(reward: str, text: str):
+    """What a vote is about: the number of gsm8k, the boxed answer, else the whole text."""
+    if reward == "gsm8k":
+        return final_number(text)
+    if reward == "boxed":
+        plain = last_boxed(text) and plain_latex(last_boxed(text))
+        return plain if exact_value(plain or "") is None else exact_value(plain)
+    return text.strip() or None
 
 
 def plain_latex(text: str) -> str:

@@ -27,12 +27,11 @@ class Rollout:
     finish: str  # "stop": a stop token or string; "length": max_tokens reached
     version: int  # of the weights it was sampled with
 
-    def example(self, trained: bool = True) -> Example:
-        """Prompt and completion as one sequence. Its mask and the column engine_logp are on what was sampled, or, if it
-        is not to be trained, nowhere."""
-        mask = np.arange(len(self.prompt) + len(self.ids)) >= (len(self.prompt) if trained else np.inf)
+    def example(self) -> Example:
+        """Prompt and completion as one sequence. Its mask and the column engine_logp are on what was sampled."""
+        mask = np.arange(len(self.prompt) + len(self.ids)) >= len(self.prompt)
         logp = np.concatenate([np.zeros(len(self.prompt), np.float32), self.logp])
-        return Example(self.prompt + self.ids, mask, {"engine_logp": logp * mask})
+        return Example(self.prompt + self.ids, mask, {"engine_logp": logp})
 
 
 def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list[dict]:
