@@ -5,8 +5,9 @@
     python -m bench.toy grpo            # each variant of train_grpo.py
     python -m bench.toy ppo             # with the exact reward, and with the reward model's; explained variance
 
-A run is one process of one thread; --jobs runs go side by side. A cell is the median over the seeds and the worst of
-them. Held-out exact match, sampled at temperature 1 and greedy, is on 821 problems that no run trains on.
+A run is one process of one thread; --jobs runs go side by side; those that --runs already holds are not repeated. A
+cell is the median over the seeds, or the worst of them. Held-out exact match, sampled at temperature 1 and greedy, is
+on 821 problems that no run trains on.
 """
 import argparse
 import json
@@ -69,8 +70,9 @@ def trained(out, script, name, flags, seed, steps, eval_every):
     """One run -> its lines of metrics, those of step 0 first."""
     folder = out / script.removesuffix(".py") / f"{name.replace(' ', '_').replace('/', '_')}-{seed}"
     flags = [flag.format(rm=out / f"rm{seed}") for flag in flags]
-    run([script, "--model", out / f"sft{seed}", "--seed", seed, "--out", folder, "--overwrite", "--save_every", 0,
-         "--steps", steps, "--eval_every", eval_every, *flags], folder.with_suffix(".log"))
+    if not (folder / "config.json").exists():  # else the run is there already, whole
+        run([script, "--model", out / f"sft{seed}", "--seed", seed, "--out", folder, "--overwrite", "--save_every", 0,
+             "--steps", steps, "--eval_every", eval_every, *flags], folder.with_suffix(".log"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     print(f"  {name}, seed {seed}: sampled {lines[0]['eval/accuracy']:.3f} -> {lines[-1]['eval/accuracy']:.3f}, "
           f"greedy {lines[0]['eval/greedy']:.3f} -> {lines[-1]['eval/greedy']:.3f}", flush=True)
@@ -148,7 +150,7 @@ def main():
             "ppo": ("train_ppo.py", PPO, 60)}[args.what]
         steps = args.steps or steps
         names = [name for name in variants if not args.only or any(part in name for part in args.only)]
-        cells = [(name, seed) for name in names for seed in args.seeds]
+        cells = [(name, seed) for seed in args.seeds for name in names]
         lines = pool.map(lambda c: trained(args.runs, script, c[0], variants[c[0]], c[1], steps, 0), cells)
         runs = {name: {} for name in names}
         for (name, seed), found in zip(cells, lines):
