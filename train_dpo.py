@@ -121,6 +121,9 @@ if args.online or args.reward:
 for wrong, sentence in (
         (args.online and not args.reward and not args.judge, "--online needs --reward or --judge."),
         (args.online and (kto or args.reference == "precomputed"), "--online goes neither with kto nor precomputed."),
+        (kto and len(args.loss) > 1, "--loss kto pairs a row with another's answer: it goes with no other loss."),
+        (args.divergence != "reverse_kl" and not losses.OF_MARGINS.issuperset(args.loss),
+         f"--divergence {args.divergence} is known to {', '.join(sorted(losses.OF_MARGINS))}."),
         (args.wpo and coupled, "--wpo does not go with bco, aot, aot_unpaired or kto."),
         (len(args.loss_weights or args.loss) != len(args.loss), "--loss_weights: give one for each --loss.")):
     if wrong:
@@ -132,7 +135,8 @@ else:
     prompts, eval_prompts = rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
 if engine:
     parts, room = (prompts if args.online else [], eval_prompts), (args.tokens, model.config.max_positions)
-    (prompts, eval_prompts), _ = tokenizer.with_prompts(parts, args.max_prompt, args.max_new_tokens, *room)
+    (prompts, eval_prompts), _ = tokenizer.with_prompts(parts, args.max_prompt, args.max_new_tokens, *room,
+                                                        sides=1 + args.online)
 max_length = args.max_length or args.tokens // 2
 
 
@@ -141,13 +145,11 @@ def encode(rows):
     if kto:
         found, cut = pairs.labelled(tokenizer, rows, max_length, args.overlong)
     else:
-        for row in rows:
-            data.check_pair_row(row)
         found, cut = pairs.fit([tokenizer.pair(row) for row in rows], max_length, args.overlong)
     pairs.add_columns(found, args.ld_alpha, train_prompt="orpo" in args.loss)
-    if args.reference == "precomputed" and reference:
-        name = f"reference-{hf.content_hash(reference_model)}-{pairs.content_hash(found)}.npy"
-        pairs.add_cached_reference(found, reference, args.tokens, world, Path(args.cache, name))
+    if args.reference == "precomputed":
+        name = f"{hf.content_hash(reference_model)}-{'bf16' if bf16 else 'fp32'}-{pairs.content_hash(found)}"
+        pairs.add_cached_reference(found, reference, args.tokens, world, Path(args.cache, f"reference-{name}.npy"))
     return found, cut
 
 
@@ -188,10 +190,8 @@ def online(rows, serials):
     """Of each row's samples the best and the worst, but for ties -> (pairs, what samples.jsonl shows, metrics)."""
     groups, reward_PG = sampled(rows, serials, args.group, args.temperature)
     flat = [r for group in groups for r in group]
-    unended = [r.finish == "length" for r in flat]
-    reward_PG -= args.eos_penalty * torch.tensor(unended, dtype=torch.float64).view_as(reward_PG)
-    new = [(group[int(reward_G.argmax())].example(), group[int(reward_G.argmin())].example())
-           for group, reward_G in zip(groups, reward_PG) if reward_G.max() > reward_G.min()]
+    reward_PG -= args.eos_penalty * torch.tensor([r.finish == "length" for r in flat]).view_as(reward_PG)
+    new = pairs.best_and_worst(groups, reward_PG)
     pairs.add_columns(new, args.ld_alpha, train_prompt="orpo" in args.loss)
     return new, sample_records(tokenizer.decode, flat[:args.group], reward=reward_PG.flatten()), dist.means({
         "reward": (reward_PG.sum(), reward_PG.numel()),

@@ -86,7 +86,6 @@ else:
 def encode(rows):
     pairs = []
     for row in rows:
-        data.check_pair_row(row)
         pairs.append(tokenizer.pair(row))
         for e in pairs[-1]:
             e.columns["margin"] = data.number(row, "margin", default=0.0)
@@ -129,6 +128,8 @@ def forward(part, pairs):
 @torch.no_grad()
 def evaluate():
     """Held-out pairs: loss, accuracy, margin, and quantiles of all scores."""
+    if not eval_pairs:
+        return {}
     mine, loss, scores = eval_pairs[world.rank::world.size], 0.0, []
     for part in dist.even(data.micro_batches([len(a) + len(b) for a, b in mine], args.tokens)):
         score_2P, loss_P, _ = forward(part, mine)

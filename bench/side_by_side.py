@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,6 +27,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "HF_HUB_OFFLINE": 
 MAKE = """
 import sys
 from bench import assets
+from nanopost import data
 folder, name = sys.argv[1:]
 changes = {"dpo": {"template": assets.TIGHT}, "reward": {"template": assets.TIGHT}, "equal": {"endless": True},
            "ragged": {"stop_ids": assets.random_stops()}}.get(name, {})
@@ -33,49 +35,55 @@ tokenizer = assets.make_model(f"{folder}/{name}", **changes)
 make = {"sft": assets.chat_rows, "dpo": assets.pair_rows, "reward": assets.pair_rows}.get(name, assets.prompt_rows)
 rows = make(tokenizer, 700 if name == "sft" else 256)
 assets.write_rows(f"{folder}/{name}.jsonl", rows)
+assets.write_rows(f"{folder}/{name}-ordered.jsonl", [rows[i] for i in data.take(len(rows), 0, 0, len(rows))])
 assets.write_rows(f"{folder}/{name}-held-out.jsonl", rows[:4])
 """
 
 
 # ------------------------------------------------------------------------------------------------------------- commands
 def sft_jobs(folder, steps):
-    """Steps of about 4,096 tokens: TRL's in 8 bins of 512, ours in bins of `tokens`."""
+    """Steps of about 4,096 tokens: TRL's in 8 bins of 512, ours in bins of `tokens`. As it comes, TRL recomputes
+    activations in the backward pass, which is slower and smaller: "recompute", which ours does with --checkpointing."""
     common = ["--model", f"{folder}/sft", "--data", f"{folder}/sft.jsonl", "--steps", steps, "--lr", 1e-4]
     theirs = ["-m", "bench.trl_sft", *common]
-    jobs = {"trl padded 8 x 512": [*theirs, "--batch", 8],
+    one = [*theirs, "--packing", "--batch", 1, "--accumulate", 8]
+    jobs = {"trl packed 8 x 512, recompute": [*theirs, "--packing", "--batch", 8, "--recompute"],
             "trl packed 8 x 512": [*theirs, "--packing", "--batch", 8],
-            "trl packed 1 x 512 x 8": [*theirs, "--packing", "--batch", 1, "--accumulate", 8]}
-    for tokens in (512, 1024, 2048, 4096):
-        jobs[f"nanopost --tokens {tokens}"] = ["train_sft.py", *common, *ours(folder, "sft"),
-                                               "--tokens", tokens, "--bins", 4096 // tokens, "--max_length", 512]
-    return jobs
+            "trl packed 1 x 512 x 8": one, "trl packed 1 x 512 x 8, recompute": [*one, "--recompute"]}
+    mine = {n: ["train_sft.py", *common, *ours(folder, "sft"), "--tokens", n, "--bins", 4096 // n, "--max_length", 512]
+            for n in (512, 1024, 2048)}
+    return {**jobs, **{f"nanopost --tokens {n}": job for n, job in mine.items()},
+            "nanopost --tokens 512, recompute": [*mine[512], "--checkpointing"]}
 
 
 def dpo_jobs(folder, steps):
     """8 pairs a step, the reference a frozen copy, or its log-probs computed before the first step."""
     common = ["--model", f"{folder}/dpo", "--data", f"{folder}/dpo.jsonl", "--steps", steps, "--lr", 1e-5]
-    theirs = ["-m", "bench.trl_preference", "dpo", *common]
+    theirs = ["-m", "bench.trl_preference", "dpo", *common, "--data", f"{folder}/dpo-ordered.jsonl"]
     mine = ["train_dpo.py", *common, *ours(folder, "dpo"), "--rows", 8, "--cache", f"{folder}/cache", "--reference"]
     jobs = {}
-    for batch in (8, 2, 1):
+    for batch in (2, 1):
         size = ["--batch", batch, "--accumulate", 8 // batch]
         jobs[f"trl {batch} x {8 // batch}"] = theirs + size
         jobs[f"trl {batch} x {8 // batch}, precomputed"] = [*theirs, *size, "--precompute"]
     for tokens in (1024, 2048):
         jobs[f"nanopost --tokens {tokens}"] = [*mine, "frozen", "--tokens", tokens]
         jobs[f"nanopost --tokens {tokens}, precomputed"] = [*mine, "precomputed", "--tokens", tokens]
+    jobs["trl 1 x 8, recompute"] = [*jobs["trl 1 x 8"], "--recompute"]
+    jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], "--checkpointing"]
     return jobs
 
 
 def reward_jobs(folder, steps):
     """8 pairs a step."""
     common = ["--model", f"{folder}/reward", "--data", f"{folder}/reward.jsonl", "--steps", steps, "--lr", 1e-5]
-    theirs = ["-m", "bench.trl_preference", "reward", *common]
-    jobs = {f"trl {batch} x {8 // batch}": [*theirs, "--batch", batch, "--accumulate", 8 // batch]
-            for batch in (8, 2, 1)}
+    theirs = ["-m", "bench.trl_preference", "reward", *common, "--data", f"{folder}/reward-ordered.jsonl"]
+    jobs = {f"trl {batch} x {8 // batch}": [*theirs, "--batch", batch, "--accumulate", 8 // batch] for batch in (2, 1)}
+    jobs["trl 1 x 8, recompute"] = [*jobs["trl 1 x 8"], "--recompute"]
     for tokens in (1024, 2048):
         jobs[f"nanopost --tokens {tokens}"] = ["train_rm.py", *common, *ours(folder, "reward"), "--rows", 8,
                                                "--tokens", tokens]
+    jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], "--checkpointing"]
     return jobs
 
 
@@ -85,11 +93,13 @@ def grpo_jobs(folder, name, steps):
               "--weight_decay", 0.0, "--group", 8, "--max_new_tokens", 128]
     theirs = ["-m", "bench.trl_grpo", *common]
     jobs = {"trl 16 x 4": [*theirs, "--batch", 16, "--accumulate", 4],
-            "trl 8 x 8": [*theirs, "--batch", 8, "--accumulate", 8]}
+            "trl 8 x 8": [*theirs, "--batch", 8, "--accumulate", 8],
+            "trl 8 x 8, recompute": [*theirs, "--batch", 8, "--accumulate", 8, "--recompute"]}
     for tokens in (1024, 2048):
         jobs[f"nanopost --tokens {tokens}"] = [
             "train_grpo.py", *common, *ours(folder, name), "--prompts", 8, "--minibatches", 1, "--tokens", tokens,
             "--reward", ROOT / "bench/reward.py:length_modulo_7"]
+    jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], "--checkpointing"]
     return jobs
 
 
@@ -119,6 +129,8 @@ def imports_mb(command):
 
 def measure(command):
     """One run -> seconds and tokens of each step behind the warm-up, its parts, and peak memory."""
+    if "--cache" in command:  # as TRL does, each run computes its reference itself
+        shutil.rmtree(command[command.index("--cache") + 1], ignore_errors=True)
     stdout, peak = run(command)
     if command[0] == "-m":
         steps = json.loads(stdout.splitlines()[-1])
@@ -170,7 +182,7 @@ def ratios(found, key, best):
 
 def compared(name, found):
     if name == "dpo":
-        parts = [{n: v for n, v in found.items() if n.endswith("precomputed") == precomputed}
+        parts = [{n: v for n, v in found.items() if ("precomputed" in n) == precomputed}
                  for precomputed in (False, True)]
         return {f"{what}, {reference}": ratios(part, key, min)
                 for reference, part in zip(("frozen", "precomputed"), parts)
@@ -180,10 +192,10 @@ def compared(name, found):
     if name != "sft":
         return {"step": ratios(found, "step_seconds", min), "generation": ratios(found, "generate_seconds", min),
                 "peak": ratios(found, "peak_mb", min)}
-    default = {n: v for n, v in found.items() if n.startswith("nanopost") or n == "trl packed 8 x 512"}
+    default = {n: v for n, v in found.items() if n.startswith("nanopost") or n == "trl packed 8 x 512, recompute"}
     return {"tokens_per_second": ratios(found, "tokens_per_second", max), "peak": ratios(found, "peak_mb", min),
-            "tokens_per_second, TRL's packed 8 x 512": ratios(default, "tokens_per_second", max),
-            "peak, TRL's packed 8 x 512": ratios(default, "peak_mb", min)}
+            "tokens_per_second, TRL as it comes": ratios(default, "tokens_per_second", max),
+            "peak, TRL as it comes": ratios(default, "peak_mb", min)}
 
 
 def table(found):

@@ -40,7 +40,7 @@ def settings(args, **more) -> dict:
                 learning_rate=args.lr, lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta1=0.9,
                 adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=args.weight_decay, max_grad_norm=1.0, logging_steps=1,
                 logging_first_step=True, save_strategy="no", report_to=[],
-                dataloader_pin_memory=False, disable_tqdm=True, **more)
+                gradient_checkpointing=args.recompute, dataloader_pin_memory=False, disable_tqdm=True, **more)
 
 
 def parser(doc) -> argparse.ArgumentParser:
@@ -52,6 +52,7 @@ def parser(doc) -> argparse.ArgumentParser:
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--weight_decay", type=float, default=0.01)
+    parser.add_argument("--recompute", action="store_true", help="activations, as TRL does by default; ours does not")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     return parser
 

@@ -29,7 +29,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, processors
 
 from nanopost import InputError
-from nanopost.data import Example, check_prompt_row, split_prompt
+from nanopost.data import Example, check_pair_row, check_prompt_row, split_prompt
 from nanopost.hf import read_config
 
 PROBE, OPEN, CLOSE = "\U000f5a5a", "\U000f5a5b", "\U000f5a5c"  # private use; a text that has one is refused
@@ -150,11 +150,13 @@ class Tokenizer:
             raise InputError(f"{flag}{folder}: its tokenizer is not the policy's, so it reads other text: train it "
                              "from the policy's model (train_rm.py --model).")
 
-    def with_prompts(self, parts, max_prompt: int | None, max_new: int, tokens: int, positions: int):
+    def with_prompts(self, parts, max_prompt: int | None, max_new: int, tokens: int, positions: int,
+                     sides: int = 1):
         """Rows {"prompt", ...}, in several lists, each with the column prompt_ids and all with the same columns -> (the
         lists, a report). Longer prompts than max_prompt are left out and counted; InputError names a row that does not
-        fit with max_new tokens behind it, or that the template refuses."""
-        names, room = dict.fromkeys(name for rows in parts for row in rows for name in row), min(tokens, positions)
+        fit with max_new tokens behind it into tokens / sides (2: pairs), or that the template refuses."""
+        names = dict.fromkeys(name for rows in parts for row in rows for name in row)
+        room = min(tokens // sides, positions)
         kept, left_out, plain = [[] for _ in parts], 0, 0
         for rows, keep in zip(parts, kept):
             for row in rows:
@@ -168,10 +170,11 @@ class Tokenizer:
                     left_out += 1
                     continue
                 if len(ids) + max_new > room:
-                    limit = f"--tokens {tokens}" if room == tokens else f"the model's {positions} positions"
+                    half = " / 2, a side of a pair" if sides == 2 else ""
+                    limit = f"the model's {positions} positions" if room == positions else f"--tokens {tokens}{half}"
                     raise InputError(f"{row.get('__line__', 'row')}: a prompt of {len(ids)} tokens and {max_new} new "
                                      f"ones are more than {limit}: leave long prompts out (--max_prompt), lower "
-                                     f"--max_new_tokens{' or raise --tokens' if room == tokens else ''}.")
+                                     f"--max_new_tokens{' or raise --tokens' if room < positions else ''}.")
                 plain += isinstance(row["prompt"], str)
                 keep.append({**dict.fromkeys(names), **row, "prompt_ids": ids})
         if any(rows and not keep for rows, keep in zip(parts, kept)):
@@ -199,6 +202,7 @@ class Tokenizer:
 
         Both end with their last trained token, as rollouts do. InputError if their prompts differ in a token.
         """
+        check_pair_row(row)
         row = split_prompt(row)
         rest = {name: row[name] for name in ("tools", "chat_template_kwargs", "__line__") if name in row}
         pair = [self.example({**rest, "prompt": row["prompt"], "completion": row[side]}, "completion")
@@ -209,7 +213,7 @@ class Tokenizer:
             raise InputError(f"{row.get('__line__', 'row')}: the prompts of chosen and rejected differ from token {at} "
                              f"on ({' and '.join(repr(self.decode(ids[at:at + 5])) for ids in prompts)}): the template "
                              "or the tokenizer lets the answer change what stands before it.")
-        return tuple(e[:len(e) - e.mask[::-1].argmax()] for e in pair)
+        return tuple(e.ended() for e in pair)
 
     def _text_example(self, prompt, completion, train_on):
         # One encoding of the whole, as in TRL; but where a token reaches across the boundary each part by itself, so

@@ -55,6 +55,10 @@ class Example:
         columns = {k: v[part] if np.ndim(v) else v for k, v in self.columns.items()}
         return Example(self.ids[part], self.mask[part], columns)
 
+    def ended(self) -> "Example":
+        """Without what follows the last trained token (a template's newline): rollouts end there too."""
+        return self[:len(self) - self.mask[::-1].argmax()]
+
 
 @dataclass
 class Batch:

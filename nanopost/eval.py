@@ -159,11 +159,9 @@ def scored(args, rows, device):
     if "chosen" not in rows[0]:
         for row in rows:
             data.check_sft_row(row)
-        score_B = scores_of(reward.model, [tokenizer.example(row) for row in rows], args.tokens, device)
+        score_B = scores_of(reward.model, [tokenizer.example(row).ended() for row in rows], args.tokens, device)
         yield "score", *normal(score_B), len(rows)
         return keep(args, [{"score": s} for s in score_B])
-    for row in rows:
-        data.check_pair_row(row)
     pairs = [tokenizer.pair(row) for row in rows]
     score_P2 = np.reshape(scores_of(reward.model, [e for pair in pairs for e in pair], args.tokens, device), (-1, 2))
     margin_P = score_P2[:, 0] - score_P2[:, 1]

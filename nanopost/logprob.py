@@ -17,6 +17,7 @@ from nanopost.dist import even
 
 # Logits alive at once: on a CPU what its cache holds, on a GPU 1 GiB; and rows enough that reading the weight pays.
 CHUNK_ELEMENTS, CHUNK_ROWS = {"cpu": 2**22, "cuda": 2**28}, 64
+HALF = torch.bfloat16, torch.float16
 KEPT_ELEMENTS = 2**22  # of log-probs, 16 MiB in fp32
 
 
@@ -28,7 +29,7 @@ def logprob(hidden_ND, weight_VD, target_N, temperature: float = 1.0, chunk: int
     chunk: rows whose logits are held at once; the default follows from V. Differentiable in hidden and weight, exactly.
     kernels: auto takes Triton's for bf16 and fp16 on CUDA (kernels/logprob.py), torch never.
     """
-    if kernels == "auto" and hidden_ND.is_cuda and hidden_ND.dtype == weight_VD.dtype != torch.float32:
+    if kernels == "auto" and hidden_ND.is_cuda and hidden_ND.dtype == weight_VD.dtype in HALF:
         from kernels.logprob import logprob_triton
         return logprob_triton(hidden_ND, weight_VD, target_N, temperature)
     chunk = chunk or max(CHUNK_ROWS, CHUNK_ELEMENTS[hidden_ND.device.type] // weight_VD.shape[0])
@@ -37,7 +38,7 @@ def logprob(hidden_ND, weight_VD, target_N, temperature: float = 1.0, chunk: int
 
 def matmul_fp32(a, b):
     """a @ b with the product kept in fp32 (or fp64) whatever the inputs: bf16 logits would cost 2 % of a ratio."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if a.is_cuda and a.dtype in HALF:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.to(_accumulator(a)) @ b.to(_accumulator(b))
 

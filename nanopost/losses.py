@@ -213,15 +213,16 @@ class Pairs:
 
 
 def f_score(log_ratio, divergence: str, alpha: float):
-    """f'(t) at log t, up to a constant: reverse_kl log t; forward_kl - 1/t; js log(2t / (1 + t)); alpha."""
+    """f'(t) at log t, up to a constant: reverse_kl log t; forward_kl - 1/t; js log(2t / (1 + t)); alpha
+    (t^(alpha - 1) - 1) / (alpha - 1), as in TRL: 2309.16240 calls 1 - alpha what is alpha here. Exponents end at 80."""
     if divergence == "reverse_kl" or divergence == "alpha" and alpha == 1:
         return log_ratio
     if divergence == "forward_kl":
-        return 1 - torch.exp(-log_ratio)
+        return 1 - torch.exp((-log_ratio).clamp(max=80))
     if divergence == "js":
         return math.log(2) + F.logsigmoid(log_ratio)
     if divergence == "alpha":
-        return torch.expm1(((alpha - 1) * log_ratio).clamp(max=80)) / (alpha - 1)  # past e^80 fp32 ends
+        return torch.expm1(((alpha - 1) * log_ratio).clamp(max=80)) / (alpha - 1)
     raise InputError(f"Divergence {divergence!r} is none of reverse_kl, forward_kl, js and alpha.")
 
 
@@ -309,7 +310,8 @@ def pair_apo_down(p: Pairs, beta: float, smoothing: float = 0.0):
 def pair_discopop(p: Pairs, beta: float, smoothing: float = 0.0, tau: float = 0.05):
     """DiscoPOP 2406.08414 eq. 5: between a logistic and an exponential loss, found by search; tau is the paper's."""
     z_P = beta * p.margin_P
-    return torch.lerp(-F.logsigmoid(z_P), torch.exp(-z_P), torch.sigmoid(z_P / tau))
+    share_P = torch.sigmoid(z_P / tau)  # times e^-z as the exponent of a sum: neither overflows at a very low margin
+    return (F.logsigmoid(z_P / tau) - z_P).exp() - (1 - share_P) * F.logsigmoid(z_P)
 
 
 def pair_simpo(p: Pairs, beta: float, smoothing: float = 0.0, gamma: float = 0.5):
@@ -349,6 +351,7 @@ PREFERENCE = {
     "aot_unpaired": pair_aot_unpaired, "apo_zero": pair_apo_zero, "apo_down": pair_apo_down,
     "discopop": pair_discopop, "simpo": pair_simpo, "sft": pair_sft, "cpo": pair_cpo, "orpo": pair_orpo, "kto": kto}
 REFERENCE_FREE = {"simpo", "sft", "cpo", "orpo"}
+OF_MARGINS = {"sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "exo", "discopop"}  # know a --divergence
 COUPLED = {"bco", "aot", "aot_unpaired", "kto"}  # a pair's loss depends on the other pairs of the optimizer step
 
 

@@ -52,7 +52,7 @@ def fit(pairs: list[tuple[Example, Example]], max_length: int, how: str):
             kept.append(pair)
     seen = {tuple(e.ids.tobytes() for e in pair) for pair in kept}
     counts["swapped"] = sum((b, a) in seen for a, b in seen)
-    if not kept:
+    if pairs and not kept:
         raise InputError(f"none of {len(pairs)} pairs is left within --max_length {max_length} (--overlong {how}): "
                          f"{', '.join(f'{n} {name}' for name, n in counts.items())}.")
     return kept, counts
@@ -74,7 +74,7 @@ def mismatched(examples: list[Example], max_length: int) -> list[tuple[Example, 
 
     Which one is drawn once, so that reference log-probs can be computed once. Columns that are numbers stay.
     """
-    if len(examples) < 2:
+    if len(examples) == 1:
         raise InputError("kto compares a completion with that of another row: give 2 rows or more.")
     drawn, pairs = order(len(examples), 0, 0), {}
     for i, j in zip(drawn, np.roll(drawn, -1)):
@@ -83,6 +83,14 @@ def mismatched(examples: list[Example], max_length: int) -> list[tuple[Example, 
         mask = np.concatenate([a.mask[:a.mask.argmax()], b.mask[b.mask.argmax():]])
         pairs[i] = a, Example(ids, mask, dict(a.columns))[:max_length]
     return [pairs[i] for i in range(len(examples))]
+
+
+def best_and_worst(groups: list[list], reward_PG: torch.Tensor) -> list[tuple[Example, Example]]:
+    """Of each prompt's rollouts the one of highest and the one of lowest reward. A group where these are equal gives
+    none, nor does one where both are the same tokens: a reward model's scores of these differ in the last digits."""
+    best = [(group[int(reward_G.argmax())], group[int(reward_G.argmin())])
+            for group, reward_G in zip(groups, reward_PG) if reward_G.max() > reward_G.min()]
+    return [(chosen.example(), rejected.example()) for chosen, rejected in best if chosen.ids != rejected.ids]
 
 
 def add_columns(pairs: list, ld_alpha: float = 1.0, train_prompt: bool = False):
@@ -116,7 +124,11 @@ def add_cached_reference(pairs: list, reference, tokens: int, world, path):
     path is to name whatever the numbers depend on: see content_hash.
     """
     path = Path(path)
-    if not dist.all_sum(path.is_file())[0]:
+    if reference is None:
+        return add_reference(pairs, None, tokens, world.device)
+    if dist.all_sum(path.is_file())[0] == world.size:
+        table = np.load(path)
+    else:
         mine = range(len(pairs))[world.rank::world.size]
         add_reference([pairs[i] for i in mine], reference, tokens, world.device)
         table = np.empty((len(pairs), 2))
@@ -126,8 +138,7 @@ def add_cached_reference(pairs: list, reference, tokens: int, world, path):
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path.with_suffix(".tmp.npy"), table)
             path.with_suffix(".tmp.npy").rename(path)
-        dist.gather([])  # nobody looks for the file before it is there
-    for pair, values in zip(pairs, np.load(path)):
+    for pair, values in zip(pairs, table):
         for e, value in zip(pair, values.tolist()):
             e.columns["ref_logp"] = value
 

@@ -49,6 +49,23 @@ def test_saving_changes_nothing_and_loading_goes_on_from_there(tmp_path, saved_a
     assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), expected)
 
 
+def test_a_part_that_has_not_learnt_yet_is_saved_too_and_the_flags_of_now_stay(tmp_path):
+    model, optimizer = fresh()
+    for p in [*model.parameters()][:3]:
+        p.grad = torch.full_like(p, 0.1)
+    optim.set_learning_rate(optimizer, 1e-2)
+    optimizer.step()
+    checkpoint.save(tmp_path, 1, model, optimizer, {})
+    other = small_model(1)
+    found = optim.adamw(other, 0.5, (0.5, 0.6))
+    checkpoint.load(checkpoint.latest(tmp_path), other, found)
+    assert {(g["weight_decay"], g["betas"], g["rate"]) for g in found.param_groups} == {
+        (0.5, (0.5, 0.6), 1.0), (0.0, (0.5, 0.6), 1.0)}
+    assert [int(found.state[p]["step"]) for p in other.parameters()][:4] == [1, 1, 1, 0]
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert torch.equal(p, q) and torch.equal(found.state[q]["exp_avg"], optimizer.state[p]["exp_avg"])
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     checkpoint.save(tmp_path, 1, *fresh(), {})
     model = small_model(num_hidden_layers=1)

@@ -15,7 +15,8 @@ from scripts import ENVIRONMENT, ROOT, run
 from nanopost import hf, toy
 from nanopost.chat import Tokenizer
 from nanopost.data import batch_of
-from nanopost.eval import answer_of, majority, normal, pass_at_k, perplexity, wilson
+from nanopost.eval import majority, normal, pass_at_k, perplexity, student, wilson
+from nanopost.rewards import answer_of
 
 
 # -------------------------------------------------------------------------------------------------------- estimators
@@ -50,6 +51,7 @@ def test_majority_votes_of_planted_answers_have_their_multinomial_mean():
 
 def test_a_vote_is_about_the_answer_and_not_its_words():
     assert answer_of("gsm8k", "so 1,200 in all\n#### 1,200") == answer_of("gsm8k", "#### 1200.0") is not None
+    assert answer_of("boxed", r"\boxed{0.5}") == answer_of("boxed", r"\boxed{1/2}") is not None
     assert answer_of("boxed", r"\boxed{\frac12}") == answer_of("boxed", r"thus $\boxed{\frac{1}{2}}$")
     assert answer_of("gsm8k", "none at all") is None and answer_of("boxed", "12") is None
     assert answer_of("exact", " 12 ") == "12" and answer_of("exact", " ") is None
@@ -76,6 +78,15 @@ def test_intervals_cover_what_they_should():
         _, low, high = perplexity((row * draw.gamma(4, 0.5, 100)).tolist(), row.tolist())
         hit["perplexity"] += low < math.exp(2) < high
     assert all(34 <= n <= 40 for n in hit.values()), hit  # 38 of 40 expected
+
+
+def test_few_rows_have_the_wide_intervals_of_student():
+    for n, tabled in ((3, 4.303), (5, 2.776), (10, 2.262), (30, 2.045)):
+        assert student(n) == pytest.approx(tabled, rel=0.035 if n == 3 else 5e-3)
+    assert perplexity([3.0], [2])[1:] == (0.0, math.inf) and normal([1.0])[2] == math.inf
+    draw = np.random.default_rng(1)
+    found = [normal(draw.normal(size=4))[1:] for _ in range(4000)]
+    assert sum(low < 0 < high for low, high in found) / 4000 == pytest.approx(0.95, abs=0.012)
 
 
 # ---------------------------------------------------------------------------------------------------- command lines

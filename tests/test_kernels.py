@@ -148,7 +148,7 @@ for name, kernel, blocks, pointers in (
 """
 
 
-def test_compiled_for_hopper_both_use_wgmma_and_tma_and_hardly_spill(tmp_path):
+def test_compiled_for_hopper_both_use_wgmma_and_tma_and_do_not_spill(tmp_path):
     import triton
     tool = shutil.which("cuobjdump") or str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
     if not Path(tool).exists():
@@ -165,4 +165,4 @@ def test_compiled_for_hopper_both_use_wgmma_and_tma_and_hardly_spill(tmp_path):
         found[name] = registers, stack, ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor")
     print(json.dumps(found))
     assert all(registers <= 255 and wgmma and tma for registers, _, wgmma, tma in found.values())
-    assert found["stats"][1] <= 16 and found["gradient"][1] == 0  # bytes of stack: what is spilled
+    assert not any(stack for _, stack, _, _ in found.values())  # bytes of stack: what is spilled

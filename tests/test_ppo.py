@@ -170,18 +170,15 @@ LIKE_THE_TWIN = ("--beta", BETA, "--gamma", GAMMA, "--lam", LAM, "--clip_low", L
                  VALUE_CLIP, "--value_coef", VALUE_COEF, "--eos_penalty", 0.25)
 
 
-def twin(place, own: bool):
-    """One rollout batch of PPO in fp32, sequence by sequence -> (metrics, policy, value model or head)."""
+def twin(place, own: bool, kl_in: str, kl: str):
+    """Two rollout batches of PPO in fp32, sequence by sequence -> (metrics of the second, policy, value model or head).
+
+    In the first the policy is its own reference; in the second it has moved away from it.
+    """
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "sft")
     rows = [json.loads(line) for line in (place / "prompts.jsonl").read_text().splitlines()]
-    prompts = [tokenizer.apply_chat_template(rows[i]["prompt"], add_generation_prompt=True, return_dict=False)
-               for i in data.take(len(rows), SEED, 0, PROMPTS)]
     engine = Engine(hf.load_model(place / "sft"), Tokenizer.load(place / "sft").stop_ids)
-    seeds = [prompt_seed(SEED, serial) for serial in range(PROMPTS)]
-    flat = [r for (r,) in engine.generate(prompts, 1, Sampling(NEW, TEMPERATURE), seeds)]
-    assert len({len(r.ids) for r in flat}) > 2 and len({r.finish for r in flat}) == 2
-
     policy, reference = (transformers.AutoModelForCausalLM.from_pretrained(place / "sft", dtype=torch.float32)
                          for _ in range(2))
     if own:
@@ -190,6 +187,9 @@ def twin(place, own: bool):
     else:
         backbone, head = policy.model, torch.nn.Linear(policy.config.hidden_size, 1, bias=False)
         torch.nn.init.zeros_(head.weight)
+    estimate = {"k1": lambda x: x, "k3": lambda x: math.exp(-x) - 1 + x, "k3 of a tensor": lambda x: (-x).exp() - 1 + x}
+    trained = torch.nn.ModuleList([policy, critic if own else head])
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
 
     def judged(model, rollout):
         """log-prob of each sampled token and the value of the state before it."""
@@ -199,81 +199,93 @@ def twin(place, own: bool):
         at = [len(rollout.prompt) - 1 + t for t in range(len(rollout.ids))]
         logp = torch.stack([logits[i].log_softmax(-1)[token] for i, token in zip(at, rollout.ids)])
         return logp, values[at]
-    rollouts = []
-    for r in flat:
-        with torch.no_grad():
-            old, value = (x.double().tolist() for x in judged(policy, r))
-            ref = judged(reference, r)[0].double().tolist()
-        text = tokenizer.decode(r.ids, skip_special_tokens=True)
-        score = sum(c.isdigit() for c in text) / 4 - 0.5 - 0.25 * (r.finish == "length")
-        reward = [-BETA * (a - b) for a, b in zip(old, ref)]
-        reward[-1] += score
-        adv, later = [0.0] * len(old), 0.0
-        for t in reversed(range(len(old))):
-            after = value[t + 1] if t + 1 < len(old) else 0.0
-            later = reward[t] + GAMMA * after - value[t] + GAMMA * LAM * later
-            adv[t] = later
-        monte_carlo = [sum(GAMMA ** (k - t) * reward[k] for k in range(t, len(old))) for t in range(len(old))]
-        rollouts.append(dict(rollout=r, old=old, value=value, adv=adv, score=score, monte_carlo=monte_carlo,
-                             returns=[a + v for a, v in zip(adv, value)]))
-    every = np.concatenate([r["adv"] for r in rollouts])
-    truth, guess = (np.concatenate([r[name] for r in rollouts]) for name in ("monte_carlo", "value"))
-    found = {"objective/scores": np.mean([r["score"] for r in rollouts]),
-             "val/explained_variance": 1 - np.var(truth - guess) / np.var(truth)}
-    trained = torch.nn.ModuleList([policy, critic if own else head])
-    optimizer = torch.optim.AdamW(trained.parameters(), lr=LR, betas=(0.9, 0.95), weight_decay=0.0)
-    sums = dict.fromkeys(("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg"), 0.0)
-    tokens = 0
-    for epoch in range(EPOCHS):
-        order = np.random.default_rng((SEED, 1, epoch)).permutation(PROMPTS)
-        for part in np.array_split(order, MINIBATCHES):
-            total, count = 0.0, sum(len(rollouts[i]["old"]) for i in part)
-            for i in part:
-                r = rollouts[i]
-                logp, values = judged(policy, r["rollout"])
-                for t in range(len(r["old"])):
-                    adv = (r["adv"][t] - every.mean()) / (every.std(ddof=1) + 1e-8)
-                    ratio = (logp[t] - r["old"][t]).exp()
-                    clipped = ratio.clamp(1 - LOW, 1 + HIGH)
-                    policy_loss = -torch.min(ratio * adv, clipped * adv)
-                    near = r["value"][t] + (values[t] - r["value"][t]).clamp(-VALUE_CLIP, VALUE_CLIP)
-                    errors = (values[t] - r["returns"][t]) ** 2, (near - r["returns"][t]) ** 2
-                    value_loss = 0.5 * torch.max(*errors)
-                    total = total + (policy_loss + VALUE_COEF * value_loss) / count
-                    sums["loss/policy_avg"] += float(policy_loss)
-                    sums["loss/value_avg"] += float(value_loss)
-                    sums["policy/clipfrac_avg"] += float(ratio * adv > clipped * adv)
-                    sums["val/clipfrac_avg"] += float(errors[1] > errors[0])
-            total.backward()
-            found["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0))
-            optimizer.step(), optimizer.zero_grad()
-            tokens += count
+
+    for step in (1, 2):
+        engine.model.load_state_dict(policy.state_dict(), strict=False)
+        prompts = [tokenizer.apply_chat_template(rows[i]["prompt"], add_generation_prompt=True, return_dict=False)
+                   for i in data.take(len(rows), SEED, (step - 1) * PROMPTS, PROMPTS)]
+        seeds = [prompt_seed(SEED, (step - 1) * PROMPTS + serial) for serial in range(PROMPTS)]
+        flat = [r for (r,) in engine.generate(prompts, 1, Sampling(NEW, TEMPERATURE), seeds)]
+        assert step == 2 or len({len(r.ids) for r in flat}) > 2 and len({r.finish for r in flat}) == 2
+        rollouts = []
+        for r in flat:
+            with torch.no_grad():
+                old, value = (x.double().tolist() for x in judged(policy, r))
+                ref = judged(reference, r)[0]
+            text = tokenizer.decode(r.ids, skip_special_tokens=True)
+            score = sum(c.isdigit() for c in text) / 4 - 0.5 - 0.25 * (r.finish == "length")
+            penalty = [-BETA * estimate[kl](a - b) * (kl_in == "reward") for a, b in zip(old, ref.double().tolist())]
+            reward = [*penalty[:-1], penalty[-1] + score]
+            adv, later = [0.0] * len(old), 0.0
+            for t in reversed(range(len(old))):
+                after = value[t + 1] if t + 1 < len(old) else 0.0
+                later = reward[t] + GAMMA * after - value[t] + GAMMA * LAM * later
+                adv[t] = later
+            monte_carlo = [sum(GAMMA ** (k - t) * reward[k] for k in range(t, len(old))) for t in range(len(old))]
+            rollouts.append(dict(rollout=r, old=old, ref=ref, value=value, adv=adv, score=score, penalty=sum(penalty),
+                                 monte_carlo=monte_carlo, returns=[a + v for a, v in zip(adv, value)]))
+        every = np.concatenate([r["adv"] for r in rollouts])
+        truth, guess = (np.concatenate([r[name] for r in rollouts]) for name in ("monte_carlo", "value"))
+        found = {"objective/scores": np.mean([r["score"] for r in rollouts]),
+                 "objective/kl": np.mean([sum(r["old"]) - float(r["ref"].double().sum()) for r in rollouts]),
+                 "objective/non_score_reward": np.mean([r["penalty"] for r in rollouts]),
+                 "val/explained_variance": 1 - np.var(truth - guess) / np.var(truth)}
+        sums = dict.fromkeys(("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "val/clipfrac_avg"), 0.0)
+        tokens = 0
+        for epoch in range(EPOCHS):
+            order = np.random.default_rng((SEED, step, epoch)).permutation(PROMPTS)
+            for part in np.array_split(order, MINIBATCHES):
+                total, count = 0.0, sum(len(rollouts[i]["old"]) for i in part)
+                for i in part:
+                    r = rollouts[i]
+                    logp, values = judged(policy, r["rollout"])
+                    for t in range(len(r["old"])):
+                        adv = (r["adv"][t] - every.mean()) / (every.std(ddof=1) + 1e-8)
+                        ratio = (logp[t] - r["old"][t]).exp()
+                        clipped = ratio.clamp(1 - LOW, 1 + HIGH)
+                        policy_loss = -torch.min(ratio * adv, clipped * adv)
+                        near = r["value"][t] + (values[t] - r["value"][t]).clamp(-VALUE_CLIP, VALUE_CLIP)
+                        errors = (values[t] - r["returns"][t]) ** 2, (near - r["returns"][t]) ** 2
+                        value_loss = 0.5 * torch.max(*errors)
+                        total = total + (policy_loss + VALUE_COEF * value_loss) / count
+                        if kl_in == "loss":
+                            total = total + BETA * estimate[f"{kl} of a tensor"](logp[t] - r["ref"][t]) / count
+                        sums["loss/policy_avg"] += float(policy_loss)
+                        sums["loss/value_avg"] += float(value_loss)
+                        sums["policy/clipfrac_avg"] += float(ratio * adv > clipped * adv)
+                        sums["val/clipfrac_avg"] += float(errors[1] > errors[0])
+                total.backward()
+                found["grad_norm"] = float(torch.nn.utils.clip_grad_norm_(trained.parameters(), 1.0))
+                optimizer.step(), optimizer.zero_grad()
+                tokens += count
     return {**found, **{name: value / tokens for name, value in sums.items()}}, policy, critic if own else head
 
 
-@pytest.mark.parametrize("own", [True, False])
-def test_a_rollout_batch_of_train_ppo_is_that_of_a_slow_twin(place, tmp_path, own):
-    """Two epochs of two minibatches, packed in micro-batches of 60 tokens, with KL in the reward, clipping of ratios
-    and values, and an end penalty: metrics, and every weight to a hundredth of what Adam moved it by."""
-    run("train_ppo.py", *ppo(place, tmp_path, *LIKE_THE_TWIN, "--value_model", place / "rm" if own else "head"))
+@pytest.mark.parametrize("own, kl_in, kl", [(True, "reward", "k1"), (False, "loss", "k3")])
+def test_two_rollout_batches_of_train_ppo_are_those_of_a_slow_twin(place, tmp_path, own, kl_in, kl):
+    """Each of two epochs of two minibatches, packed in micro-batches of 60 tokens, with a KL, clipping of ratios and
+    values, and an end penalty: metrics, and every weight to a fiftieth of what Adam moved it by."""
+    run("train_ppo.py", *ppo(place, tmp_path, *LIKE_THE_TWIN, "--value_model", place / "rm" if own else "head",
+                             "--kl_in", kl_in, "--kl", kl, "--steps", 2))
     ours = metrics(tmp_path)[-1]
-    theirs, policy, critic = twin(place, own)
+    theirs, policy, critic = twin(place, own, kl_in, kl)
+    print({name: (ours[name], value) for name, value in theirs.items()})
     for name, value in theirs.items():
-        assert ours[name] == pytest.approx(value, rel=2e-3, abs=2e-5), name
-    assert theirs["policy/clipfrac_avg"] > 0.02 and theirs["val/clipfrac_avg"] > 0.02
+        assert ours[name] == pytest.approx(value, rel=1e-2, abs=1e-4), name
+    assert theirs["policy/clipfrac_avg"] > 0.02 and theirs["val/clipfrac_avg"] > 0.02 and theirs["objective/kl"] > 0.01
     before = dict(hf.load_model(place / "sft").named_parameters())
     moved = dict(policy.named_parameters())
     for name, p in hf.load_model(tmp_path).named_parameters():
         gap, size = (p - moved[name]).detach().abs(), (before[name] - moved[name]).detach().abs()
-        assert gap.mean() < 0.01 * size.mean(), name
+        assert gap.mean() < 0.02 * size.mean(), name
     if own:
         value = dict(hf.load_scalar_model(tmp_path / "value").named_parameters())
-        assert all((p - value[name]).abs().mean() < 1e-2 * LR for name, p in critic.named_parameters())
+        assert all((p - value[name]).abs().mean() < 2e-2 * LR for name, p in critic.named_parameters())
 
 
 def test_ppo_on_two_ranks_is_ppo_on_one(place, tmp_path):
     """Scores scaled and rewards whitened, which are statistics over ranks; the reward model as reward and as value."""
-    flags = (*LIKE_THE_TWIN, "--score_scale", "--whiten_rewards", "--steps", 2, "--group", 2, "--kl_target", 0.1,
+    flags = (*LIKE_THE_TWIN, "--score_scale", "--whiten_rewards", "--steps", 3, "--group", 2, "--kl_target", 0.1,
              "--value_warmup", 1, "--value_lr", 5e-3, "--reward", f"model:{place}/rm")
     for ranks in (0, 2):
         run("train_ppo.py", *ppo(place, tmp_path / str(ranks), *flags), ranks=ranks)
@@ -281,7 +293,8 @@ def test_ppo_on_two_ranks_is_ppo_on_one(place, tmp_path):
     for a, b in zip(one, two, strict=True):
         for name in a.keys() - {"time/rollout", "time/step", "tokens_per_second"}:
             assert b[name] == pytest.approx(a[name], rel=2e-3, abs=2e-4), (a["step"], name)
-    assert "policy/approxkl_avg" not in one[1] and one[2]["beta"] != one[1]["beta"] == BETA
+    assert "policy/approxkl_avg" not in one[1] and one[2]["beta"] == one[1]["beta"] == BETA != one[3]["beta"]
+    assert one[3]["objective/kl"] > 0.01
     names = dict(hf.load_model(tmp_path / "0").named_parameters())
     for name, p in hf.load_model(tmp_path / "2").named_parameters():
         assert (p - names[name]).abs().max() < LR / 10, name
@@ -292,12 +305,16 @@ def test_the_value_model_learns_alone_first_and_work_stops_where_the_kl_does(pla
     before = dict(hf.load_model(place / "sft").named_parameters())
     assert all(torch.equal(p, before[name]) for name, p in hf.load_model(tmp_path / "warm").named_parameters())
     assert metrics(tmp_path / "warm")[-1]["updates"] == EPOCHS * MINIBATCHES
+    begun = dict(hf.load_model(place / "sft").named_parameters())
+    value = hf.load_scalar_model(tmp_path / "warm" / "value").named_parameters()
+    assert all((p - begun[name]).abs().mean() > LR / 2 for name, p in value if "mlp" in name)
     run("train_ppo.py", *ppo(place, tmp_path / "stop", "--kl_stop", 1e-9))
     assert metrics(tmp_path / "stop")[-1]["updates"] == 1
 
 
 def test_a_killed_run_of_ppo_ends_with_the_same_weights(place, tmp_path):
-    flags = ("--steps", 3, "--save_every", 1, "--score_scale", "--kl_target", 1.0, "--beta", 0.1)
+    """Cut where the value model alone has learnt, so that the policy has no moments yet."""
+    flags = ("--steps", 3, "--save_every", 1, "--score_scale", "--kl_target", 1.0, "--beta", 0.1, "--value_warmup", 1)
     run("train_ppo.py", *ppo(place, tmp_path / "whole", *flags))
     run("train_ppo.py", *ppo(place, tmp_path / "cut", *flags, "--steps", 2))
     (tmp_path / "cut" / "config.json").unlink()
@@ -305,6 +322,10 @@ def test_a_killed_run_of_ppo_ends_with_the_same_weights(place, tmp_path):
     for name in ("model.safetensors", "value/model.safetensors"):
         whole, cut = ((tmp_path / run_ / name).read_bytes() for run_ in ("whole", "cut"))
         assert whole == cut, name
+    assert metrics(tmp_path / "cut")[3]["objective/kl"] > 0.01 > metrics(tmp_path / "cut")[3]["beta"] - 0.1
+    more = ("--steps", 4, "--beta", 0.4, "--resume")  # a beta that was not there before is the one that counts
+    run("train_ppo.py", *ppo(place, tmp_path / "cut", *flags, *more))
+    assert metrics(tmp_path / "cut")[3]["beta"] == 0.4
 
 
 @pytest.mark.parametrize("flags, sentence", [
@@ -312,6 +333,7 @@ def test_a_killed_run_of_ppo_ends_with_the_same_weights(place, tmp_path):
     (("--prompts", 5), "--prompts 5 does not divide into 1 ranks x 2 minibatches: 4 or 6 would"),
     (("--temperature", 0), "--temperature 0.0: training samples"),
     (("--value_model", "nowhere"), "nowhere is no folder"),
+    (("--lr", 0, "--value_lr", 1e-3), "--value_lr beside --lr 0"),
 ])
 def test_what_cannot_be_trained_says_so(place, tmp_path, flags, sentence):
     assert sentence in run("train_ppo.py", *ppo(place, tmp_path, *flags), ok=False).stderr

@@ -24,6 +24,7 @@ from scripts import metrics, run, weights
 from nanopost import InputError, data, hf, losses, pairs, toy
 from nanopost.chat import Tokenizer, tokenizer_files
 from nanopost.data import Example
+from nanopost.rollout import Rollout
 
 P, T, BETA = 7, 9, 0.3
 
@@ -402,9 +403,42 @@ def test_online_pairs_are_sampled_judged_and_logged(place, tmp_path):
         assert (tmp_path / "online" / "samples.jsonl").read_text().count("\n") == 9
 
 
-def test_a_loss_that_cannot_go_online_is_refused(place, tmp_path):
-    done = run("train_dpo.py", *dpo(place, tmp_path, "--online"), ok=False)
-    assert done.stderr.strip() == "error: --online needs --reward or --judge."
+def test_of_sampled_answers_the_best_is_chosen_and_the_worst_rejected():
+    def answers(*lengths):
+        return [Rollout([1, 2], [5] * n, np.zeros(n, np.float32), "stop", 0) for n in lengths]
+    groups = [answers(1, 2, 3), answers(4, 5, 6), answers(3, 3, 3)]
+    rewards = torch.tensor([[0.0, 2.0, -1.0], [1.0, 1.0, 1.0], [1.0, 1.0 + 1e-6, 1.0]])
+    ((chosen, rejected),) = pairs.best_and_worst(groups, rewards)  # then a tie, and answers that are the same
+    assert (chosen.mask.sum(), rejected.mask.sum()) == (2, 3)
+
+
+def test_online_an_answer_without_an_end_loses(place, tmp_path):
+    """All rewards are equal: what makes a pair is the penalty alone, and the ended answer is the chosen one."""
+    (place / "same.py").write_text("def same(completions, **columns):\n    return [1.0] * len(completions)\n")
+    run("train_dpo.py", *dpo(place, tmp_path, "--online", "--group", 4, "--max_new_tokens", 120, "--reward",
+                             f"{place}/same.py:same", "--eos_penalty", 0.5))
+    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert {(r["finish"], r["reward"]) for r in records} == {("stop", 1.0), ("length", 0.5)}
+    assert any(m["pairs"] for m in metrics(tmp_path)[1:])
+
+
+@pytest.mark.parametrize("flags, sentence", [
+    (("--online",), "--online needs --reward or --judge."),
+    (("--loss", "kto", "sft"), "--loss kto pairs a row with another's answer: it goes with no other loss."),
+    (("--loss", "nca", "--divergence", "js"), "--divergence js is known to discopop, exo, hinge"),
+    (("--online", "--reward", "length:6:2", "--max_new_tokens", 16, "--tokens", 30),
+     "16 new ones are more than --tokens 30 / 2, a side of a pair"),
+])
+def test_what_does_not_go_together_is_refused(place, tmp_path, flags, sentence):
+    assert sentence in run("train_dpo.py", *dpo(place, tmp_path, *flags), ok=False).stderr
+
+
+def test_without_held_out_rows_and_without_a_reference_to_compute(place, tmp_path):
+    for out, flags in (("kto", ("--loss", "kto")), ("simpo", ("--loss", "simpo", "--reference", "precomputed"))):
+        run("train_dpo.py", *dpo(place, tmp_path / out, *flags, "--holdout", 0))
+        assert "eval/loss" not in metrics(tmp_path / out)[-1] and metrics(tmp_path / out)[-1]["loss"]
+    run("train_rm.py", "--model", place / "toy", "--data", place / "pairs.jsonl", "--out", tmp_path / "rm",
+        "--steps", 2, "--holdout", 0)
 
 
 def test_a_reference_with_another_template_is_told(place, tmp_path):
