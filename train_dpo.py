@@ -134,9 +134,8 @@ if args.data == "toy":
 else:
     prompts, eval_prompts = rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
 if engine:
-    parts, room = (prompts if args.online else [], eval_prompts), (args.tokens, model.config.max_positions)
-    (prompts, eval_prompts), _ = tokenizer.with_prompts(parts, args.max_prompt, args.max_new_tokens, *room,
-                                                        sides=1 + args.online)
+    parts, room = (prompts * args.online, eval_prompts), (args.tokens, model.config.max_positions, 1 + args.online)
+    (prompts, eval_prompts), _ = tokenizer.with_prompts(parts, args.max_prompt, args.max_new_tokens, *room)
 max_length = args.max_length or args.tokens // 2
 
 
@@ -154,6 +153,7 @@ def encode(rows):
 
 
 (all_pairs, cut), (eval_pairs, eval_cut) = [([], {})] * 2 if args.online else (encode(rows), encode(eval_rows))
+reference = reference if args.reference != "precomputed" or args.reward else None  # else it has said all it has to
 per_epoch = len(prompts if args.online else all_pairs)
 if args.epochs:
     args.steps = math.ceil(args.epochs * per_epoch / args.rows)
