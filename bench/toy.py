@@ -162,6 +162,7 @@ def main():
               "steps": steps, "seeds": args.seeds, "flags": {name: variants[name] for name in names}, "table": rows}
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"toy_{args.what}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.out / f"toy_{args.what}.md").write_text(table(rows) + "\n")
     if args.what != "preference":
         plot(runs, args.out / f"toy_{args.what}.png")
 
