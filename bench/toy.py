@@ -136,7 +136,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["models", "preference", "grpo", "ppo"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", help="variants whose names contain one of these")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants and no others")
     parser.add_argument("--steps", type=int, help="default: 120 for preference, 60 for grpo and ppo")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--runs", default=ROOT / "out/toy", type=Path, help="folder for the runs themselves")
@@ -149,7 +149,9 @@ def main():
             "preference": ("train_dpo.py", PREFERENCES, 120), "grpo": ("train_grpo.py", GRPO, 60),
             "ppo": ("train_ppo.py", PPO, 60)}[args.what]
         steps = args.steps or steps
-        names = [name for name in variants if not args.only or any(part in name for part in args.only)]
+        names = args.only or list(variants)
+        if not variants.keys() >= {*names}:
+            parser.error(f"--only: the variants are {', '.join(map(repr, variants))}")
         cells = [(name, seed) for seed in args.seeds for name in names]
         lines = pool.map(lambda c: trained(args.runs, script, c[0], variants[c[0]], c[1], steps, 0), cells)
         runs = {name: {} for name in names}
