@@ -61,8 +61,8 @@ add("--resume", action="store_true", help="go on from the newest checkpoint in -
 add("--overwrite", action="store_true", help="replace the run that --out holds")
 add("--verbose", action="store_true", help="say when each phase begins")
 # Of this algorithm alone:
-add("--steps", type=int, default=60, help="rollout batches")
-add("--prompts", type=int, default=512, help="prompts of a rollout batch, over all ranks")
+add("--steps", type=int, default=80, help="rollout batches")
+add("--prompts", type=int, default=256, help="prompts of a rollout batch, over all ranks")
 add("--group", type=int, default=1, help="samples of a prompt")
 add("--ppo_epochs", type=int, default=2, help="times over a rollout batch")
 add("--minibatches", type=int, default=2, help="optimizer steps in each of these")

@@ -137,7 +137,7 @@ def main():
     parser.add_argument("what", choices=["models", "preference", "grpo", "ppo"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these variants and no others")
-    parser.add_argument("--steps", type=int, help="default: 120 for preference, 60 for grpo and ppo")
+    parser.add_argument("--steps", type=int, help="default: 120 for preference, 60 for grpo, 80 for ppo")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--runs", default=ROOT / "out/toy", type=Path, help="folder for the runs themselves")
     parser.add_argument("--out", default=ROOT / "bench/results", type=Path)
@@ -147,7 +147,7 @@ def main():
             return list(pool.map(lambda seed: models(args.runs, seed), args.seeds))
         script, variants, steps = {
             "preference": ("train_dpo.py", PREFERENCES, 120), "grpo": ("train_grpo.py", GRPO, 60),
-            "ppo": ("train_ppo.py", PPO, 60)}[args.what]
+            "ppo": ("train_ppo.py", PPO, 80)}[args.what]
         steps = args.steps or steps
         names = args.only or list(variants)
         if not variants.keys() >= {*names}:
