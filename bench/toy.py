@@ -46,7 +46,8 @@ GRPO = {
     "off-policy mask": ["--off_policy_mask", "0.05", "--minibatches", "8"], "KL 0.01": ["--beta", "0.01"]}
 PPO = {"exact reward": [], "exact, value from the reward model": ["--value_model", "{rm}"],
        "exact, head on the policy": ["--value_model", "head"],
-       "reward model": ["--reward", "exact", "model:{rm}", "--reward_weights", "0", "1"]}
+       "reward model": ["--reward", "exact", "model:{rm}", "--reward_weights", "0", "1", "--score_scale", "--beta", "0.4"],
+       "reward model, no KL": ["--reward", "exact", "model:{rm}", "--reward_weights", "0", "1"]}
 
 
 def run(command, log):
