@@ -44,10 +44,11 @@ GRPO = {
     "two-sided clip": ["--delta", "2"], "batch std": ["--adv", "batch"],
     "a fifth of the tokens": ["--top_entropy", "0.2"], "entropy bonus": ["--entropy_coef", "0.003"],
     "off-policy mask": ["--off_policy_mask", "0.05", "--minibatches", "8"], "KL 0.01": ["--beta", "0.01"]}
+FROM_REWARD_MODEL = ["--reward", "exact", "model:{rm}", "--reward_weights", "0", "1"]
 PPO = {"exact reward": [], "exact, value from the reward model": ["--value_model", "{rm}"],
        "exact, head on the policy": ["--value_model", "head"],
-       "reward model": ["--reward", "exact", "model:{rm}", "--reward_weights", "0", "1", "--score_scale", "--beta", "0.4"],
-       "reward model, no KL": ["--reward", "exact", "model:{rm}", "--reward_weights", "0", "1"]}
+       "reward model": [*FROM_REWARD_MODEL, "--score_scale", "--beta", "0.4"],
+       "reward model, no KL": FROM_REWARD_MODEL}
 
 
 def run(command, log):
