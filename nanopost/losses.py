@@ -74,6 +74,8 @@ def policy_loss_clip(log_ratio_N, adv_N, weight_N, clip_low: float, clip_high: f
     above 1 + clip_high, bounds the ratio where A < 0 and the clip does not (two-sided, 2505.07291).
     metrics clip_ratio/{low,high,region}_mean: tokens where the clip cuts the gradient off.
     """
+    if delta is not None and delta <= 1:
+        raise InputError(f"--delta {delta} would cut on-policy ratios, which are 1: give more than 1 + --clip_high.")
     ratio_N = log_ratio_N.exp()
     capped_N = ratio_N if delta is None else ratio_N.clamp(max=delta)
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
@@ -104,6 +106,8 @@ def policy_loss_sapo(log_ratio_N, adv_N, weight_N, tau_positive: float, tau_nega
 
     tau: one for A > 0, one for the rest. At r = 1 its slope is that of r; further away on both sides it fades.
     """
+    if min(tau_positive, tau_negative) <= 0:
+        raise InputError(f"--sapo_tau {tau_positive} {tau_negative}: give two numbers above 0.")
     tau_N = torch.where(adv_N > 0, tau_positive, tau_negative)
     return (weight_N * -adv_N * torch.sigmoid(tau_N * torch.expm1(log_ratio_N)) * 4 / tau_N).sum(), {}
 
