@@ -3,6 +3,9 @@
     python -m bench.train_step                          # CUDA, bf16; --only sft for one of them
     python -m bench.train_step --try                    # anywhere, a tiny model: does the script work?
 
+Where TRL is installed its trainers take the same steps beside ours, in bf16 over fp32 weights like ours, packed to the
+same bins in SFT, with transformers' generate in GRPO.
+
 Model FLOPs: 6 for each weight of the blocks and token, 6 for each weight of the head and trained token, and causal
 attention; what is recomputed counts nothing. Utilisation is of the rate that a large matrix product reaches on the same
 machine just before. Steps count from the third on, whole, optimizer included; memory is the peak of what torch
@@ -11,6 +14,7 @@ allocates. The profile is of one more run: the operators that take the most time
 gradients: what a fused kernel for it could save at most.
 """
 import argparse
+import importlib.util
 import json
 import os
 import random
@@ -95,20 +99,37 @@ def jobs(folder: Path, tiny: bool) -> dict[str, list]:
     dpo = ["train_dpo.py", "--data", folder / "dpo.jsonl", "--rows", 8 if tiny else 32, *common]
     grpo = ["train_grpo.py", "--data", folder / "grpo.jsonl", "--prompts", 4 if tiny else 32, "--group", 8,
             "--max_new_tokens", completion, "--reward", ROOT / "bench/reward.py:length_modulo_7", *common]
+    common = ["--model", folder / "model", "--lr", 1e-6, "--device", "cpu" if tiny else "cuda", "--dtype", "bf16"]
+    theirs = {
+        "sft, TRL": ["bench/trl_sft.py", "--data", folder / "sft.jsonl", "--packing", "--max_length", tokens, "--batch",
+                     1, "--accumulate", bins, "--train_on", "all", *common],
+        "dpo, TRL": ["bench/trl_preference.py", "dpo", "--data", folder / "dpo.jsonl", "--max_length", tokens,
+                     "--batch", 4, "--accumulate", 2 if tiny else 8, *common],
+        "grpo, TRL": ["bench/trl_grpo.py", "--data", folder / "grpo.jsonl", "--max_new_tokens", completion,
+                      "--batch", 16, "--accumulate", 2 if tiny else 16, *common]}
+    if importlib.util.find_spec("trl") is None:
+        print("TRL is not installed: nothing is measured beside it")
+        theirs = {}
     return {"sft": sft, "sft, --kernels torch": [*sft, "--kernels", "torch"], "sft, --compile": [*sft, "--compile"],
             "sft, --checkpointing": [*sft, "--checkpointing"], "dpo": dpo,
-            "dpo, --kernels torch": [*dpo, "--kernels", "torch"], "grpo": grpo}
+            "dpo, --kernels torch": [*dpo, "--kernels", "torch"], "grpo": grpo, **theirs}
 
 
 def run(folder: Path, command, steps: int, profile="") -> tuple[list[dict], float]:
     """-> (metrics of each step, peak memory in MB)."""
-    command = [sys.executable, "-c", CHILD, profile, *command, "--out", folder / "out", "--steps", steps]
+    ours = not command[0].startswith("bench/")
+    command = [sys.executable, "-c", CHILD, profile, *command, "--steps", steps, *(["--out", folder / "out"] * ours)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
-    lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
-    return lines[1:], float(done.stdout.splitlines()[-1])
+    *said, peak = done.stdout.splitlines()
+    if ours:
+        lines = [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()][1:]
+    else:
+        steps = json.loads(said[-1])
+        lines = [{"tokens_per_second": n / s} for n, s in zip(steps["tokens"], steps["seconds"])]
+    return lines, float(peak)
 
 
 def sft_flops(config: Config, lengths: dict) -> float:

@@ -15,7 +15,7 @@ from bench.trl_sft import Recorder, load, parser, rows_of, settings
 
 def dpo_trainer(args, more):
     model, tokenizer = load(args.model)
-    config = DPOConfig(**settings(args, max_length=512, train_sampling_strategy="sequential"), beta=0.1,
+    config = DPOConfig(**settings(args, max_length=args.max_length, train_sampling_strategy="sequential"), beta=0.1,
                        precompute_ref_log_probs=args.precompute)
     return DPOTrainer(model=model, ref_model=None if args.precompute else load(args.model)[0], args=config,
                       train_dataset=rows_of(args.data), processing_class=tokenizer, **more)
@@ -24,7 +24,7 @@ def dpo_trainer(args, more):
 def reward_trainer(args, more):
     _, tokenizer = load(args.model)
     model = Qwen3ForSequenceClassification.from_pretrained(args.model, num_labels=1).float()
-    config = RewardConfig(**settings(args, max_length=512, train_sampling_strategy="sequential"))
+    config = RewardConfig(**settings(args, max_length=args.max_length, train_sampling_strategy="sequential"))
     rows = rows_of(args.data).map(lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")},
                                   remove_columns=["prompt"])
     return RewardTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer, **more)

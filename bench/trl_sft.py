@@ -13,7 +13,7 @@ import time
 import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
-from transformers import AutoTokenizer, Qwen3ForCausalLM, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 
@@ -34,8 +34,8 @@ class Recorder(TrainerCallback):
 
 
 def settings(args, **more) -> dict:
-    """What the trainers share: AdamW and a constant rate, on the CPU, logging each step and saving nothing."""
-    return dict(output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=args.dtype == "bf16", seed=0, max_steps=args.steps,
+    """What the trainers share: AdamW and a constant rate, logging each step and saving nothing."""
+    return dict(output_dir=tempfile.mkdtemp(), use_cpu=args.device == "cpu", bf16=args.dtype == "bf16", seed=0, max_steps=args.steps,
                 per_device_train_batch_size=args.batch, gradient_accumulation_steps=args.accumulate,
                 learning_rate=args.lr, lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta1=0.9,
                 adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=args.weight_decay, max_grad_norm=1.0, logging_steps=1,
@@ -53,7 +53,9 @@ def parser(doc) -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--weight_decay", type=float, default=0.01)
     parser.add_argument("--recompute", action="store_true", help="activations, as TRL does by default; ours does not")
-    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--max_length", type=int, default=512)
+    parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast over fp32 weights")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     return parser
 
 
@@ -62,7 +64,7 @@ def load(folder):
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     transformers.utils.logging.set_verbosity_error()
     disable_progress_bars()
-    return Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
 
 
 def rows_of(path) -> Dataset:
@@ -73,12 +75,12 @@ def rows_of(path) -> Dataset:
 def main():
     p = parser(__doc__)
     p.add_argument("--packing", action="store_true")
-    p.add_argument("--max_length", type=int, default=512)
+    p.add_argument("--train_on", default="assistant", choices=["assistant", "all"])
     args = p.parse_args()
     model, tokenizer = load(args.model)
     recorder = Recorder()
     config = SFTConfig(**settings(args), packing=args.packing, packing_strategy="bfd", max_length=args.max_length,
-                       assistant_only_loss=True, train_sampling_strategy="sequential")
+                       assistant_only_loss=args.train_on == "assistant", train_sampling_strategy="sequential")
     trainer = SFTTrainer(model=model, args=config, train_dataset=rows_of(args.data), processing_class=tokenizer,
                          callbacks=[recorder])
     trainer.train()
