@@ -35,12 +35,13 @@ class Recorder(TrainerCallback):
 
 def settings(args, **more) -> dict:
     """What the trainers share: AdamW and a constant rate, logging each step and saving nothing."""
-    return dict(output_dir=tempfile.mkdtemp(), use_cpu=args.device == "cpu", bf16=args.dtype == "bf16", seed=0, max_steps=args.steps,
-                per_device_train_batch_size=args.batch, gradient_accumulation_steps=args.accumulate,
+    return dict(output_dir=tempfile.mkdtemp(), use_cpu=args.device == "cpu", bf16=args.dtype == "bf16", seed=0,
+                max_steps=args.steps, per_device_train_batch_size=args.batch,
+                gradient_accumulation_steps=args.accumulate, gradient_checkpointing=args.recompute,
                 learning_rate=args.lr, lr_scheduler_type="constant", optim="adamw_torch_fused", adam_beta1=0.9,
                 adam_beta2=0.95, adam_epsilon=1e-8, weight_decay=args.weight_decay, max_grad_norm=1.0, logging_steps=1,
-                logging_first_step=True, save_strategy="no", report_to=[],
-                gradient_checkpointing=args.recompute, dataloader_pin_memory=False, disable_tqdm=True, **more)
+                logging_first_step=True, save_strategy="no", report_to=[], dataloader_pin_memory=False,
+                disable_tqdm=True, **more)
 
 
 def parser(doc) -> argparse.ArgumentParser:
