@@ -11,6 +11,7 @@ on 821 problems that no run trains on.
 """
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -42,8 +43,12 @@ GRPO = {
     "CISPO": ["--loss", "cispo"], "SAPO": ["--loss", "sapo", "--agg", "sequence"],
     "GDPO": ["--adv", "gdpo", "--reward", "exact", "regex:<answer>\\d+</answer>"],
     "two-sided clip": ["--delta", "2"], "batch std": ["--adv", "batch"],
-    "a fifth of the tokens": ["--top_entropy", "0.2"], "entropy bonus": ["--entropy_coef", "0.003"],
-    "off-policy mask": ["--off_policy_mask", "0.05", "--minibatches", "8"], "KL 0.01": ["--beta", "0.01"]}
+    "entropy bonus": ["--entropy_coef", "0.003"], "KL 0.01": ["--beta", "0.01"],
+    "half of the tokens": ["--top_entropy", "0.5"], "a fifth of the tokens": ["--top_entropy", "0.2"],
+    "8 minibatches": ["--minibatches", "8"],
+    "8 minibatches, off-policy mask": ["--minibatches", "8", "--off_policy_mask", "0.05"],
+    "GRPO, half the rate": ["--lr", "5e-4"], "CISPO, half the rate": ["--loss", "cispo", "--lr", "5e-4"],
+    "SAPO, half the rate": ["--loss", "sapo", "--agg", "sequence", "--lr", "5e-4"]}
 FROM_REWARD_MODEL = ["--reward", "exact", "model:{rm}", "--reward_weights", "0", "1"]
 PPO = {"exact reward": [], "exact, value from the reward model": ["--value_model", "{rm}"],
        "exact, head on the policy": ["--value_model", "head"],
@@ -82,10 +87,9 @@ def trained(out, script, name, flags, seed, steps, eval_every):
 
 
 def steps_to(lines, level=0.8):
-    """The first step whose rollouts are that good, over five steps, or None."""
-    name = "rewards/exact/mean"
-    rewards = [m[name] for m in lines if name in m]
-    return next((k + 1 for k in range(4, len(rewards)) if statistics.mean(rewards[k - 4:k + 1]) >= level), None)
+    """The first step whose rollouts are that good, over five steps. Infinite: none, or rollouts that were selected."""
+    rewards = [m["rewards/exact/mean"] for m in lines[1:] if m.get("groups") == m.get("prompts_drawn")]
+    return next((k + 1 for k in range(4, len(rewards)) if statistics.mean(rewards[k - 4:k + 1]) >= level), math.inf)
 
 
 def summary(runs):
@@ -100,8 +104,8 @@ def summary(runs):
         if key in last[0]:
             found[name] = statistics.median(m[key] for m in last)
     if "rewards/exact/mean" in last[0]:
-        steps = [steps_to(lines) for lines in runs.values()]
-        found["steps to 0.8"] = None if None in steps else statistics.median(steps)
+        steps = statistics.median(steps_to(lines) for lines in runs.values())
+        found["steps to 0.8"] = steps if steps < math.inf else None
     if "val/explained_variance" in last[0]:
         found["explained variance"] = statistics.median(
             statistics.mean(m["val/explained_variance"] for m in lines[-10:]) for lines in runs.values())
