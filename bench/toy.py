@@ -50,8 +50,7 @@ GRPO = {
     "GRPO, half the rate": ["--lr", "5e-4"], "CISPO, half the rate": ["--loss", "cispo", "--lr", "5e-4"],
     "SAPO, half the rate": ["--loss", "sapo", "--agg", "sequence", "--lr", "5e-4"]}
 FROM_REWARD_MODEL = ["--reward", "exact", "model:{rm}", "--reward_weights", "0", "1"]
-PPO = {"exact reward": [], "exact, value from the reward model": ["--value_model", "{rm}"],
-       "exact, head on the policy": ["--value_model", "head"],
+PPO = {"exact reward": [], "exact reward, head on the policy": ["--value_model", "head"],
        "reward model": [*FROM_REWARD_MODEL, "--score_scale", "--beta", "0.4"],
        "reward model, no KL": FROM_REWARD_MODEL}
 
