@@ -134,7 +134,7 @@ def plot(runs, path):
         axis.axhline(0.8, color="gray", linewidth=0.5, linestyle="--")
         axis.set_title(name, fontsize=9)
     figure.supxlabel("step"), figure.supylabel("right sums among the rollouts")
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=75)
 
 
 def main():
