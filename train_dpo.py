@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nanopost import InputError, check_numbers, checkpoint, data, dist, hf, losses, optim, pairs, rewards, toy
+from nanopost import Help, check_numbers, checkpoint, data, dist, hf, losses, optim, pairs, refuse, rewards, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
 from nanopost.logger import Logger
 from nanopost.logprob import logprobs_of
@@ -28,9 +28,9 @@ from nanopost.rollout import Engine, Sampling, length_metrics, prompt_seed, samp
 
 # N packed tokens of a micro-batch, S its sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one.
 # ------------------------------------------------------------------------------------------------------- arguments
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
 add = parser.add_argument
-add("--model", default="out/sft", help="folder of a Hugging Face checkpoint; default: what train_sft.py writes")
+add("--model", default="out/sft", help="folder of a Hugging Face checkpoint; default out/sft, what train_sft.py writes")
 add("--data", default="toy", help="rows: JSONL, .jsonl.gz, .json or Parquet, or toy")
 add("--eval_data", help="held-out rows; without it --holdout rows of --data are kept back")
 add("--holdout", type=int, default=100, help="rows of --data kept for evaluation, if there is no --eval_data")
@@ -46,7 +46,7 @@ add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton f
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 2e-4, with --online 5e-4")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
-add("--warmup", type=int, default=20, help="steps from 0 to --lr")
+add("--warmup", type=int, default=20, help="steps from 0 to --lr, at most half of the run")
 add("--weight_decay", type=float, default=0.0)
 add("--betas", type=float, nargs=2, default=[0.9, 0.95])
 add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient; 0: any")
@@ -110,6 +110,7 @@ reference, reference_model = None, args.reference_model or args.model
 if not losses.REFERENCE_FREE.issuperset(args.loss):
     reference = hf.load_model(reference_model, world.device, shard=shard).requires_grad_(False)
 following = reference if args.reference == "follow" else None
+tokenizer.check_same(reference_model, "--reference_model ")
 stage = "\n".join(filter(None, {stage, check_stage(reference_model, tokenizer)}))
 engine = None
 if args.online or args.reward:
@@ -118,17 +119,16 @@ if args.online or args.reward:
     engine = Engine(sampler, tokenizer.stop_ids, tokenizer.decode, args.engine_rows)
 
 # ------------------------------------------------------------------------------------------------------------ data
-for wrong, sentence in (
-        (args.online and not args.reward and not args.judge, "--online needs --reward or --judge."),
-        (args.online and (kto or args.reference == "precomputed"), "--online goes neither with kto nor precomputed."),
-        (kto and len(args.loss) > 1, "--loss kto pairs a row with another's answer: it goes with no other loss."),
-        (args.divergence != "reverse_kl" and not losses.OF_MARGINS.issuperset(args.loss),
-         f"--divergence {args.divergence} is known to {', '.join(sorted(losses.OF_MARGINS))}."),
-        (args.wpo and coupled, "--wpo does not go with bco, aot, aot_unpaired or kto."),
-        (len(args.loss_weights or args.loss) != len(args.loss), "--loss_weights: give one for each --loss.")):
-    if wrong:
-        raise InputError(sentence)
+refuse((args.online and args.group < 2, f"--group {args.group} makes no pairs: give 2 or more."),
+       (args.online and not args.reward and not args.judge, "--online needs --reward or --judge."),
+       (args.online and (kto or args.reference == "precomputed"), "--online goes neither with kto nor precomputed."),
+       (kto and len(args.loss) > 1, "--loss kto pairs a row with another's answer: it goes with no other loss."),
+       (args.divergence != "reverse_kl" and not losses.OF_MARGINS.issuperset(args.loss),
+        f"--divergence {args.divergence} is known to {', '.join(sorted(losses.OF_MARGINS))}."),
+       (args.wpo and coupled, "--wpo does not go with bco, aot, aot_unpaired or kto."),
+       (len(args.loss_weights or args.loss) != len(args.loss), "--loss_weights: give one for each --loss."))
 if args.data == "toy":
+    toy.check(tokenizer, args.model)
     rows, eval_rows = (toy.pair_rows(args.model, held_out) for held_out in (False, True))
     prompts, eval_prompts = (toy.prompt_rows(held_out) for held_out in (False, True))
 else:
@@ -155,14 +155,14 @@ def encode(rows):
 (all_pairs, cut), (eval_pairs, eval_cut) = [([], {})] * 2 if args.online else (encode(rows), encode(eval_rows))
 reference = reference if args.reference != "precomputed" or args.reward else None  # else it has said all it has to
 per_epoch = len(prompts if args.online else all_pairs)
-if args.epochs:
-    args.steps = math.ceil(args.epochs * per_epoch / args.rows)
-reward_functions, reward_weights = rewards.load_rewards(args.reward, args.reward_weights, tokenizer, world.device)
+args.steps = math.ceil(args.epochs * per_epoch / args.rows) if args.epochs else args.steps
+reward_functions, reward_weights = rewards.load_rewards(
+    args.reward, args.reward_weights, tokenizer, world.device) if args.reward else ([], [])
 judge = args.judge and rewards.load_reward(args.judge)
 
 # ------------------------------------------------------------------------------------------------------- optimizer
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
-found = checkpoint.to_resume(args.out, args.steps) if args.resume else None
+found = checkpoint.to_resume(args) if args.resume else None
 state = {"step": 0, "consumed": 0, "seen": 0, "reward_sum": 0.0, "reward_count": 0}
 state |= checkpoint.load(found, model, optimizer, following) if found else {}
 shown = ["reward", "loss", "rewards/accuracies", "rewards/margins", "entropy", "grad_norm", "lr", "tokens_per_second"]

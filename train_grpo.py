@@ -17,7 +17,6 @@ Deviations from the GRPO paper: no KL by default (--beta 0), aggregation by toke
     torchrun --nproc_per_node 8 train_grpo.py --model out/sft --data prompts.jsonl --reward gsm8k
 """
 import argparse
-import math
 import time
 from collections import defaultdict
 from functools import partial
@@ -26,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, advantages, check_numbers, checkpoint, data, dist, hf, losses, optim, rewards, toy
+from nanopost import Help, advantages, check_numbers, checkpoint, data, dist, hf, losses, optim, refuse, rewards, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, tokenizer_files
 from nanopost.logger import Logger
 from nanopost.logprob import logprobs_of, per_token
@@ -34,9 +33,9 @@ from nanopost.rollout import Engine, LogpGap, Sampling, length_metrics, prompt_s
 
 # N packed tokens of a micro-batch, S its sequences, P prompts, G samples of a prompt, F reward functions.
 # ------------------------------------------------------------------------------------------------------- arguments
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
 add = parser.add_argument
-add("--model", default="out/sft", help="folder of a Hugging Face checkpoint; default: what train_sft.py writes")
+add("--model", default="out/sft", help="folder of a Hugging Face checkpoint; default out/sft, what train_sft.py writes")
 add("--data", default="toy", help="rows: JSONL, .jsonl.gz, .json or Parquet, or toy")
 add("--eval_data", help="held-out rows; without it --holdout rows of --data are kept back")
 add("--holdout", type=int, default=100, help="rows of --data kept for evaluation, if there is no --eval_data")
@@ -52,7 +51,7 @@ add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton f
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 1e-3")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
-add("--warmup", type=int, default=10, help="optimizer steps from 0 to --lr")
+add("--warmup", type=int, default=10, help="optimizer steps from 0 to --lr, at most half of the run")
 add("--weight_decay", type=float, default=0.0)
 add("--betas", type=float, nargs=2, default=[0.9, 0.95])
 add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient; 0: any")
@@ -70,8 +69,8 @@ add("--max_new_tokens", type=int, help="longest completion; default 512, for the
 add("--max_prompt", type=int, help="leave out longer prompts, in tokens; default: refuse those that do not fit")
 add("--temperature", type=float, default=1.0)
 add("--stop", nargs="*", default=[], help="strings that end a completion")
-add("--reward", nargs="+", default=["exact"], metavar="REWARD",
-    help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER (train_rm.py) or file.py:f")
+add("--reward", nargs="+", metavar="REWARD",
+    help="exact (the toy's default), gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or file.py:f")
 add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1")
 add("--resample", type=int, default=0, help="rounds of prompts that replace groups with equal rewards; 0: they stay")
 add("--mask_overlong", action="store_true", help="completions without an end stay out of the loss")
@@ -97,6 +96,7 @@ add("--correct_cap", type=float, default=3.0, help="largest such weight")
 add("--max_logp_gap", type=float, help="mean |trainer - engine| log-prob that stops the run; default 1e-3, in bf16 0.1")
 add("--engine_rows", type=int, default=512, help="completions sampled at once on a rank")
 args = parser.parse_args()
+args.reward = args.reward or ["exact"] * (args.data == "toy")
 args.lr = args.lr if args.lr is not None else 1e-3 if args.data == "toy" else 1e-6
 args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 8 if args.data == "toy" else 512
 
@@ -119,6 +119,7 @@ engine = Engine(sampler, tokenizer.stop_ids, tokenizer.decode, args.engine_rows)
 
 # ------------------------------------------------------------------------------------------------------------ data
 if args.data == "toy":
+    toy.check(tokenizer, args.model)
     rows, eval_rows = toy.prompt_rows(held_out=False), toy.prompt_rows(held_out=True)
 else:
     rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
@@ -126,26 +127,25 @@ else:
                                                    args.tokens, model.config.max_positions)
 reward_functions, reward_weights = rewards.load_rewards(args.reward, args.reward_weights, tokenizer, world.device)
 data.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
-for wrong, sentence in (
-        (args.correct != "none" and args.old_logp != "trainer", "--correct needs --old_logp trainer."),
-        (args.adv == "gdpo" and args.kl_in == "reward", "--adv gdpo takes no KL in the reward: --kl_in loss."),
-        (args.temperature <= 0, f"--temperature {args.temperature}: training samples, so give more than 0.")):
-    if wrong:
-        raise InputError(sentence)
+refuse((args.group < 2, f"--group {args.group} has nothing to compare a sample with: give 2 or more."),
+       (args.correct != "none" and args.old_logp != "trainer", "--correct needs --old_logp trainer."),
+       (args.adv == "gdpo" and args.kl_in == "reward", "--adv gdpo takes no KL in the reward: --kl_in loss."),
+       (args.temperature <= 0, f"--temperature {args.temperature}: training samples, so give more than 0."))
 
 # ------------------------------------------------------------------------------------------------------- optimizer
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
-found = checkpoint.to_resume(args.out, args.steps) if args.resume else None
+found = checkpoint.to_resume(args) if args.resume else None
 state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
-shown = ["reward", "reward_std", "kl", "entropy", "loss", "grad_norm", "completions/mean_length", "tokens_per_second"]
+shown = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "loss", "grad_norm",
+         "completions/mean_length", "completions/clipped_ratio", "tokens_per_second"]
 logger = Logger(args.out, world.rank, args.steps, shown, args.verbose)
 replace = args.overwrite or args.resume and not Path(args.out, "config.json").exists()  # killed before a checkpoint
 logger.open(state["step"] if found else None, replace, {"args": vars(args), **fingerprint(tokenizer)})
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
-logger.say(f"{len(rows):,} prompts to train on, {len(eval_rows):,} held out; {report}; the first as the model sees "
-           f"it:\n{tokenizer.decode(rows[0]['prompt_ids'])}")
+logger.say(f"{len(rows):,} prompts to train on, {len(eval_rows):,} held out; {report}; rewarded by "
+           f"{' '.join(args.reward)}; the first as the model sees it:\n{tokenizer.decode(rows[0]['prompt_ids'])}")
 
 
 def rollout(rows, serials, n, sampling):
@@ -180,7 +180,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     began = time.perf_counter()
     groups, rewards_of, drawn, zero_std, missing = [], [], 0, 0, args.prompts
     for _ in range(args.resample + 1):
-        count = math.ceil(missing / world.size) * world.size
+        count = -(-missing // world.size) * world.size
         serials = range(consumed + drawn, consumed + drawn + count)[world.rank::world.size]
         indices = data.take(len(rows), args.seed, consumed + drawn, count)[world.rank::world.size]
         drawn += count
@@ -196,9 +196,9 @@ for step in range(state["step"] + 1, args.steps + 1):
             break
     if missing == args.prompts:
         checkpoint.save(args.out, step - 1, model, optimizer, state | {"consumed": consumed, "seen": seen})
-        raise InputError(f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group of "
-                         f"{args.group} had equal rewards: warm up with train_sft.py, change prompts or --reward, or "
-                         f"raise --group. The weights are saved: --resume goes on from them.")
+    refuse((missing == args.prompts, f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group"
+            f" of {args.group} had equal rewards: warm up with train_sft.py, change prompts or --reward, or raise "
+            "--group. The weights are saved: --resume goes on from them."))
     consumed += drawn
     *reward_FPG, reward_PG = torch.cat(rewards_of, 1)
     flat = [r for group in groups for r in group]

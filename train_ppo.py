@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, advantages, check_numbers, checkpoint, data, dist, hf, losses, optim, rewards, toy
+from nanopost import Help, advantages, check_numbers, checkpoint, data, dist, hf, losses, optim, refuse, rewards, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, tokenizer_files
 from nanopost.logger import Logger
 from nanopost.logprob import logprobs_of, per_token
@@ -33,9 +33,9 @@ from nanopost.rollout import Engine, LogpGap, Sampling, length_metrics, prompt_s
 
 # N packed tokens of a micro-batch, S its sequences, P prompts, G samples of a prompt, B = PG, T sampled tokens.
 # ------------------------------------------------------------------------------------------------------- arguments
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
 add = parser.add_argument
-add("--model", default="out/sft", help="folder of a Hugging Face checkpoint; default: what train_sft.py writes")
+add("--model", default="out/sft", help="folder of a Hugging Face checkpoint; default out/sft, what train_sft.py writes")
 add("--data", default="toy", help="rows: JSONL, .jsonl.gz, .json or Parquet, or toy")
 add("--eval_data", help="held-out rows; without it --holdout rows of --data are kept back")
 add("--holdout", type=int, default=100, help="rows of --data kept for evaluation, if there is no --eval_data")
@@ -51,7 +51,7 @@ add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton f
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 5e-4")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
-add("--warmup", type=int, default=10, help="rollout batches from 0 to --lr")
+add("--warmup", type=int, default=10, help="rollout batches from 0 to --lr, at most half of the run")
 add("--weight_decay", type=float, default=0.0)
 add("--betas", type=float, nargs=2, default=[0.9, 0.95])
 add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient; 0: any")
@@ -70,8 +70,8 @@ add("--max_new_tokens", type=int, help="longest completion; default 512, for the
 add("--max_prompt", type=int, help="leave out longer prompts, in tokens; default: refuse those that do not fit")
 add("--temperature", type=float, default=1.0)
 add("--stop", nargs="*", default=[], help="strings that end a completion")
-add("--reward", nargs="+", default=["exact"], metavar="REWARD",
-    help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER (train_rm.py) or file.py:f")
+add("--reward", nargs="+", metavar="REWARD",
+    help="exact (the toy's default), gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or file.py:f")
 add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1; 0: only to be watched")
 add("--value_model", metavar="FOLDER", help="where the value model begins, or the word head; default: see above")
 add("--value_lr", type=float, help="peak learning rate of the value model; default: --lr")
@@ -94,6 +94,7 @@ add("--old_logp", default="engine", choices=["engine", "trainer"], help="whose l
 add("--max_logp_gap", type=float, help="mean |trainer - engine| log-prob that stops the run; default 1e-3, in bf16 0.1")
 add("--engine_rows", type=int, default=512, help="completions sampled at once on a rank")
 args = parser.parse_args()
+args.reward = args.reward or ["exact"] * (args.data == "toy")
 args.lr = args.lr if args.lr is not None else 5e-4 if args.data == "toy" else 1e-6
 args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 8 if args.data == "toy" else 512
 
@@ -122,6 +123,7 @@ engine = Engine(sampler, tokenizer.stop_ids, tokenizer.decode, args.engine_rows)
 
 # ------------------------------------------------------------------------------------------------------------ data
 if args.data == "toy":
+    toy.check(tokenizer, args.model)
     rows, eval_rows = toy.prompt_rows(held_out=False), toy.prompt_rows(held_out=True)
 else:
     rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
@@ -129,17 +131,14 @@ else:
                                                    args.tokens, model.config.max_positions)
 reward_functions, reward_weights = rewards.load_rewards(args.reward, args.reward_weights, tokenizer, world.device)
 data.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
-for wrong, sentence in (
-        (args.kl_target and not args.beta, "--kl_target adapts --beta: give it a first value above 0."),
-        (args.value_lr is not None and not args.lr, "--value_lr beside --lr 0: let --value_warmup hold the policy."),
-        (args.temperature <= 0, f"--temperature {args.temperature}: training samples, so give more than 0.")):
-    if wrong:
-        raise InputError(sentence)
+refuse((args.kl_target and not args.beta, "--kl_target adapts --beta: give it a first value above 0."),
+       (args.value_lr is not None and not args.lr, "--value_lr beside --lr 0: let --value_warmup hold the policy."),
+       (args.temperature <= 0, f"--temperature {args.temperature}: training samples, so give more than 0."))
 
 # ------------------------------------------------------------------------------------------------------- optimizer
 value_rate = 1.0 if args.value_lr is None else args.value_lr / args.lr
 optimizer = optim.adamw(model, args.weight_decay, args.betas, value=value_rate)
-found = checkpoint.to_resume(args.out, args.steps) if args.resume else None
+found = checkpoint.to_resume(args) if args.resume else None
 state = {"step": 0, "consumed": 0, "seen": 0, "beta": args.beta, "scores": (0, 0.0, 0.0)}
 state |= checkpoint.load(found, model, optimizer) if found else {}
 if found and (args.beta != state["args"]["beta"] or not args.kl_target):
@@ -152,8 +151,8 @@ logger.open(state["step"] if found else None, replace, {"args": vars(args), **fi
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
-logger.say(f"{len(rows):,} prompts to train on, {len(eval_rows):,} held out; {report}; the first as the model sees "
-           f"it:\n{tokenizer.decode(rows[0]['prompt_ids'])}")
+logger.say(f"{len(rows):,} prompts to train on, {len(eval_rows):,} held out; {report}; rewarded by "
+           f"{' '.join(args.reward)}; the first as the model sees it:\n{tokenizer.decode(rows[0]['prompt_ids'])}")
 
 
 def rollout(rows, serials, n, sampling):

@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import check_numbers, checkpoint, data, dist, hf, losses, optim, toy
+from nanopost import Help, check_numbers, checkpoint, data, dist, hf, losses, optim, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
 from nanopost.logger import Logger
 from nanopost.pairs import fit
 
 # N packed tokens of a micro-batch, S its sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one; P pairs.
 # ------------------------------------------------------------------------------------------------------- arguments
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
 add = parser.add_argument
-add("--model", default="out/sft", help="folder of a Hugging Face checkpoint; default: what train_sft.py writes")
+add("--model", default="out/sft", help="folder of a Hugging Face checkpoint; default out/sft, what train_sft.py writes")
 add("--data", default="toy", help="rows: JSONL, .jsonl.gz, .json or Parquet, or toy")
 add("--eval_data", help="held-out rows; without it --holdout rows of --data are kept back")
 add("--holdout", type=int, default=100, help="rows of --data kept for evaluation, if there is no --eval_data")
@@ -43,7 +43,7 @@ add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton f
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-5, for the toy 5e-4")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
-add("--warmup", type=int, default=20, help="steps from 0 to --lr")
+add("--warmup", type=int, default=20, help="steps from 0 to --lr, at most half of the run")
 add("--weight_decay", type=float, default=0.01)
 add("--betas", type=float, nargs=2, default=[0.9, 0.95])
 add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient; 0: any")
@@ -78,6 +78,7 @@ model = hf.load_scalar_model(args.model, world.device, shard=shard, new_head=Tru
 
 # ------------------------------------------------------------------------------------------------------------ data
 if args.data == "toy":
+    toy.check(tokenizer, args.model)
     rows, eval_rows = (toy.pair_rows(args.model, held_out) for held_out in (False, True))
 else:
     rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
@@ -97,12 +98,11 @@ eval_pairs, eval_cut = encode(eval_rows)
 lengths = [len(chosen) + len(rejected) for chosen, rejected in pairs]
 per_step, unit = args.rows, "pairs"
 per_epoch, micro_batches_of_step = data.by_rows(lengths, args.tokens, args.seed)
-if args.epochs:
-    args.steps = math.ceil(args.epochs * per_epoch / per_step)
+args.steps = math.ceil(args.epochs * per_epoch / per_step) if args.epochs else args.steps
 
 # ------------------------------------------------------------------------------------------------------- optimizer
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
-found = checkpoint.to_resume(args.out, args.steps) if args.resume else None
+found = checkpoint.to_resume(args) if args.resume else None
 state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
 shown = ["loss", "accuracy", "margin", "grad_norm", "lr", "tokens_per_second"]
 logger = Logger(args.out, world.rank, args.steps, shown, args.verbose)

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-from nanopost import check_numbers, checkpoint, data, dist, hf, losses, optim, toy
+from nanopost import Help, check_numbers, checkpoint, data, dist, hf, losses, optim, refuse, toy
 from nanopost.chat import Tokenizer, check_stage, fingerprint, report, tokenizer_files
 from nanopost.logger import Logger
 
 # N packed tokens of a micro-batch.
 # ------------------------------------------------------------------------------------------------------- arguments
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
 add = parser.add_argument
 add("--model", default="toy", help="folder of a Hugging Face checkpoint, or toy: a fresh tiny one")
 add("--data", default="toy", help="rows: JSONL, .jsonl.gz, .json or Parquet, or toy")
@@ -40,7 +40,7 @@ add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton f
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-5, for the toy 3e-3")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
-add("--warmup", type=int, default=20, help="steps from 0 to --lr")
+add("--warmup", type=int, default=20, help="steps from 0 to --lr, at most half of the run")
 add("--weight_decay", type=float, default=0.01)
 add("--betas", type=float, nargs=2, default=[0.9, 0.95])
 add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient; 0: any")
@@ -68,6 +68,7 @@ torch.manual_seed(args.seed)
 bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
 
 # --------------------------------------------------------------------------------------------- tokenizer and model
+refuse((args.model == "toy" != args.data, "--model is missing: the toy's own model is for the toy's own data."))
 if args.model == "toy":
     args.model = f"{args.out}/toy"
     if world.rank == 0:
@@ -81,6 +82,7 @@ model = hf.load_model(args.model, world.device, shard=shard)
 
 # ------------------------------------------------------------------------------------------------------------ data
 if args.data == "toy":
+    toy.check(tokenizer, args.model)
     rows, eval_rows = toy.sft_rows(), toy.sft_rows(held_out=True, noise=0.0, copies=1)
 else:
     rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
@@ -100,12 +102,11 @@ eval_examples, eval_cut, _ = encode(eval_rows)
 lengths = [len(e) for e in examples]
 per_step, unit = (args.bins, "bins") if args.bins else (args.rows, "rows")
 per_epoch, micro_batches_of_step = (data.by_bins if args.bins else data.by_rows)(lengths, args.tokens, args.seed)
-if args.epochs:
-    args.steps = math.ceil(args.epochs * per_epoch / per_step)
+args.steps = math.ceil(args.epochs * per_epoch / per_step) if args.epochs else args.steps
 
 # ------------------------------------------------------------------------------------------------------- optimizer
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
-found = checkpoint.to_resume(args.out, args.steps) if args.resume else None
+found = checkpoint.to_resume(args) if args.resume else None
 state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
 logger = Logger(args.out, world.rank, args.steps, ["loss", "grad_norm", "lr", "tokens_per_second"], args.verbose)
 replace = args.overwrite or args.resume and not Path(args.out, "config.json").exists()  # killed before a checkpoint
@@ -113,7 +114,7 @@ logger.open(state["step"] if found else None, replace, {"args": vars(args), **fi
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
-logger.say(f"{args.data}: {text}")
+logger.say(f"{args.data}, before anything is cut: {text}")
 logger.say(f"cut or left out: {data.counted(cut)}; held out: {data.counted(eval_cut)}")
 logger.say(f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, {args.tokens}-token bins "
            f"would be filled to {data.fill_rate(lengths, data.pack(lengths, args.tokens), args.tokens):.1%}")

@@ -87,8 +87,7 @@ class Tokenizer:
             raise InputError(f"{folder}: the tokenizer's last id is {last}, for {raw.id_to_token(last)!r}, and "
                              f"config.json has a vocab_size of {embedded}: they do not belong together.")
         stops = _read_json(folder / "generation_config.json").get("eos_token_id")
-        stops = stops if isinstance(stops, list) else [stops]
-        return cls(raw, config, _template(folder, config, chat_template), stops)
+        return cls(raw, config, _template(folder, config, chat_template), _listed(stops))
 
     # ------------------------------------------------------------------------------------------------------------ text
     @property
@@ -173,12 +172,14 @@ class Tokenizer:
                     half = " / 2, a side of a pair" if sides == 2 else ""
                     limit = f"the model's {positions} positions" if room == positions else f"--tokens {tokens}{half}"
                     raise InputError(f"{row.get('__line__', 'row')}: a prompt of {len(ids)} tokens and {max_new} new "
-                                     f"ones are more than {limit}: leave long prompts out (--max_prompt), lower "
-                                     f"--max_new_tokens{' or raise --tokens' if room < positions else ''}.")
+                                     f"ones are more than {limit}: leave long prompts out (--max_prompt, in training), "
+                                     f"lower --max_new_tokens{' or raise --tokens' if room < positions else ''}.")
                 plain += isinstance(row["prompt"], str)
                 keep.append({**dict.fromkeys(names), **row, "prompt_ids": ids})
-        if any(rows and not keep for rows, keep in zip(parts, kept)):
-            raise InputError(f"no prompt is left within --max_prompt {max_prompt}.")
+        if emptied := next((rows for rows, keep in zip(parts, kept) if rows and not keep), None):
+            counts = " and ".join(str(len(rows)) for rows in parts)
+            raise InputError(f"none of {len(emptied):,} prompts is left within --max_prompt {max_prompt} (there are "
+                             f"{counts} to train on and held out).")
         doubt = f"; doubtful: {plain:,} prompts are plain text, and the model has a chat template"
         return kept, f"{left_out:,} left out by --max_prompt{doubt if plain and self.template else ''}"
 
@@ -499,9 +500,17 @@ def marked_text(example: Example, tokenizer: Tokenizer) -> str:
 
 def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes | None]:
     """What goes beside a checkpoint: the folder's tokenizer files and generation_config.json as they are, the template
-    in force, and a fingerprint for check_stage. None: the model has no such file, and another one's may not stay."""
+    in force, and a fingerprint for check_stage. None: the model has no such file, and another one's may not stay.
+
+    A token that ends answers here and not in the folder (another template's) joins generation_config.json's
+    eos_token_id: else transformers and vLLM, which know nothing of the template's end, would write on behind it.
+    """
     files = {name: path.read_bytes() if (path := Path(folder) / name).is_file() else None for name in FILES}
     files["chat_template.jinja"] = tokenizer.template
+    generation, config = (_read_json(Path(folder) / name) for name in ("generation_config.json", "config.json"))
+    known = _listed((generation or config).get("eos_token_id"))
+    if new := sorted(tokenizer.stop_ids - {*known}):
+        files["generation_config.json"] = json.dumps({**generation, "eos_token_id": known + new}, indent=2) + "\n"
     return {**files, "nanopost.json": json.dumps(fingerprint(tokenizer), indent=1) + "\n"}
 
 
@@ -523,6 +532,9 @@ def _raw(folder):
     path = folder / "tokenizer.json"
     if not folder.is_dir():
         read_config(folder)  # says what it could be
+    if (folder / "state.json").is_file():
+        raise InputError(f"{folder} is a checkpoint of a run, for --resume, which writes the model when it ends: with "
+                         "--steps at the checkpoint's own step, at once.")
     if not path.is_file():
         raise InputError(f"{folder} has no tokenizer.json: load its tokenizer in transformers and save_pretrained it "
                          "there.")
@@ -537,6 +549,10 @@ def _read_json(path):
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}).") from error
+
+
+def _listed(ids):
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def _template(folder, config, chat_template):

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 
-from nanopost import InputError
+from nanopost import InputError, refuse
 
 
 def save(out, step: int, model, optimizer, state: dict, reference=None):
@@ -55,15 +55,19 @@ def save(out, step: int, model, optimizer, state: dict, reference=None):
     dist.barrier()
 
 
-def to_resume(out, steps: int) -> Path | None:
-    """The newest complete checkpoint under OUT; None if the run was killed before its first. InputError if it ended, or
-    went past `steps`."""
-    found = latest(out)
-    if found and (done := json.loads((found / "state.json").read_text())["step"]) > steps:
-        raise InputError(f"--resume: {found} is past --steps {steps}: give {done} or more.")
-    if found is None and Path(out, "config.json").exists():
-        raise InputError(f"--resume: {out} holds a run that ended and left no checkpoint (--save_every): go on with "
-                         f"--model {out} and another --out, or --overwrite it.")
+def to_resume(args) -> Path | None:
+    """The newest complete checkpoint under --out; None if the run was killed before its first. InputError if it ended,
+    went past --steps, or is another script's."""
+    out, found = args.out, latest(args.out)
+    saved = json.loads((found / "state.json").read_text()) if found else {"step": 0}
+    foreign = sorted(saved.get("args", {}).keys() - vars(args).keys())
+    refuse((args.overwrite, "--resume goes on and --overwrite begins anew: give one of them."),
+           (foreign, f"--resume: {found} is of another script (with --{', --'.join(foreign)}): choose another --out."),
+           (saved["step"] > args.steps,
+            f"--resume: {found} is past --steps {args.steps}: give {saved['step']} or more."),
+           (found is None and Path(out, "config.json").exists(),
+            f"--resume: {out} holds a run that ended and left no checkpoint (--save_every): go on with --model {out} "
+            "and another --out, or --overwrite it."))
     return found
 
 

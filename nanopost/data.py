@@ -267,7 +267,8 @@ def overlong(examples: list[Example], max_length: int, how: str) -> tuple[list[E
     """
     if max_length < 2:
         raise InputError(f"--max_length {max_length}: give 2 or more, since the first token is nobody's target.")
-    kept, counts = [], dict.fromkeys(("overlong", "pieces", "tokens_cut", "untrained_after", "untrained_before"), 0)
+    kept, counts = [], dict.fromkeys(("overlong", "pieces", "tokens_cut", "answers_without_their_end",
+                                    "untrained_after", "untrained_before"), 0)
     for e in examples:
         if not e.mask[1:].any():
             counts["untrained_before"] += 1
@@ -277,6 +278,7 @@ def overlong(examples: list[Example], max_length: int, how: str) -> tuple[list[E
             starts = {"truncate": [0], "split": range(0, len(e) - 1, max_length - 1), "drop": []}[how]
             pieces = [e[i:i + max_length] for i in starts]
             counts["overlong"] += 1
+            counts["answers_without_their_end"] += how == "truncate" and e.mask[max_length:].any()
             counts["pieces"] += len(pieces)
             counts["tokens_cut"] += 0 if how == "split" else len(e) - sum(map(len, pieces))
         trained = [p for p in pieces if p.mask[1:].any()]

@@ -151,10 +151,10 @@ def mean_and_std(x: torch.Tensor) -> tuple[float, float]:
 
 
 def means(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """{name: (sum, count)} -> {name: sum / count}, both added up over ranks first; 0 where the count is. Every rank has
-    the same names."""
+    """{name: (sum, count)} -> {name: sum / count}, both added up over ranks first. A mean of nothing is left out: as 0
+    it would look like one. Every rank has the same names."""
     total = all_sum(*(x for pair in metrics.values() for x in pair))
-    return {name: a / n if n else 0.0 for name, a, n in zip(metrics, total[::2], total[1::2])}
+    return {name: a / n for name, a, n in zip(metrics, total[::2], total[1::2]) if n}
 
 
 def gather(values: list) -> list:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, check_numbers, data, dist, hf, toy
+from nanopost import Help, InputError, check_numbers, data, dist, hf, refuse, toy
 from nanopost.chat import Tokenizer, check_stage
 from nanopost.logprob import logprobs_of
 from nanopost.rewards import ModelReward, answer_of, load_rewards, score_groups, scores_of
@@ -105,7 +105,8 @@ def accuracy(args, rows, device):
         if not applies:
             raise InputError(f"--reward {reward.name} applies to no row.")
         values = [reward_PG[p] for p in applies]
-        if reward.name in ("length", "model") or any(v not in (0, 1) for reward_G in values for v in reward_G):
+        unbounded = reward.name.partition("-")[0] in ("length", "model")
+        if unbounded or any(v not in (0, 1) for reward_G in values for v in reward_G):
             yield f"mean {reward.name}", *normal([np.mean(v) for v in values]), len(values)
             continue
         yield from bounded(f"accuracy {reward.name}", [np.mean(v) for v in values])
@@ -181,7 +182,7 @@ def keep(args, records):
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     add = parser.add_argument
     add("--model", help="folder of the checkpoint that answers")
     add("--against", metavar="DIR", help="another, to be compared with")
@@ -190,7 +191,7 @@ def main(arguments=None):
     add("--rename", nargs="*", default=[], metavar="THEIRS=OURS", help="columns, such as question=prompt")
     add("--limit", type=int, help="only the first rows")
     add("--chat_template", help="a Jinja file used instead of the model's own template")
-    add("--reward", nargs="+", default=["exact"], help="as in train_grpo.py")
+    add("--reward", nargs="+", help="as in train_grpo.py")
     add("--perplexity", action="store_true")
     add("--samples", type=int, default=1, help="of each prompt")
     add("--k", type=int, nargs="+", help="of pass@k; default: 1 and --samples")
@@ -212,15 +213,15 @@ def main(arguments=None):
     args.bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
     args.temperature = (0.0 if args.samples == 1 else 1.0) if args.temperature is None else args.temperature
     args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 8 if args.data == "toy" else 512
+    args.reward = args.reward or ["exact"] * (args.data == "toy")
     args.k = args.k or sorted({1, args.samples})
-    for wrong, sentence in (
-            (not args.model and not args.reward_model, "give --model, or --reward_model, or both: see --help."),
-            (bool(args.against) != bool(args.model and args.reward_model),
-             "a win rate needs all of --model, --against and --reward_model."),
-            (max(args.k) > args.samples, f"pass@{max(args.k)} needs --samples {max(args.k)}."),
-            (args.samples > 1 and not args.temperature, "--samples above 1 would all be alike at --temperature 0.")):
-        if wrong:
-            raise InputError(sentence)
+    refuse((not args.model and not args.reward_model, "give --model, or --reward_model, or both: see --help."),
+           (bool(args.against) != bool(args.model and args.reward_model),
+            "a win rate needs all of --model, --against and --reward_model."),
+           (max(args.k) > args.samples, f"pass@{max(args.k)} needs --samples {max(args.k)}."),
+           (args.samples > 1 and not args.temperature, "--samples above 1 would all be alike at --temperature 0."),
+           (not (folder := Path(args.out or ".").absolute().parent).is_dir(),
+            f"--out {args.out}: there is no folder {folder}: make it first."))
     rows = toy.prompt_rows(held_out=True) if args.data == "toy" else data.read_rows(args.data, args.rename)
     rows = rows[:args.limit]
     what = scored if not args.model else win_rate if args.against else of_text if args.perplexity else accuracy

@@ -40,10 +40,10 @@ def read_config(folder) -> Config:
         raise InputError(f"{folder} has no config.json: a save was cut off here; --resume the run that wrote it.")
     if folder.is_dir():
         raise InputError(f"{folder} has no config.json: it is not a Hugging Face checkpoint.")
-    sentence = f"{folder} is no folder: mend --model, or make it first (python train_sft.py writes out/sft)"
+    sentence = f"{folder} is no folder: mend the path, or make it first (python train_sft.py writes out/sft)"
     if str(folder).count("/") == 1 and not str(folder).startswith((".", "/", "out/")):
         sentence += (f"; if it is a hub name, run 'hf download {folder} --local-dir {folder.name}' and pass "
-                     f"--model {folder.name}")
+                     f"{folder.name}")
     raise InputError(sentence + ".")
 
 
@@ -51,7 +51,8 @@ def load_model(folder, device="cpu", dtype: torch.dtype = torch.float32, shard=l
     """The model of a checkpoint folder. shard: applied to it while it holds no memory yet (dist.shard)."""
     config = read_config(folder)
     if config.scalar:
-        raise InputError(f"{folder} is a reward model and writes no text: pass it as --reward_model.")
+        raise InputError(f"{folder} is a reward model and writes no text: pass it as --reward model:{folder} "
+                         f"(nanopost.eval: --reward_model {folder}).")
     return _loaded(CausalLM, config, folder, device, dtype, shard)
 
 

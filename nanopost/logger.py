@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from nanopost import InputError
+from nanopost import InputError, refuse
 
 
 class Logger:
@@ -23,12 +23,19 @@ class Logger:
     def open(self, resumed_at: int | None, overwrite: bool, manifest: dict):
         """Begin a run, or go on from a checkpoint: what was logged after it will be logged again, so it goes.
 
-        A run that is there is replaced only with overwrite, or if it ended before its first checkpoint.
+        A run that is there is replaced only with overwrite, or if it ended before its first checkpoint. What no run of
+        ours wrote, and what this run reads, is never replaced.
         """
         if not self.on:
             return
-        if Path(manifest["args"]["model"]).resolve() == self.out.resolve():
-            raise InputError(f"--out {self.out} is --model too, and would be overwritten: choose another --out.")
+        args, ours = manifest["args"], (self.out / "run.json").exists()
+        inputs = [args.get(name) for name in ("model", "reference_model", "value_model")]
+        inputs += [spec.removeprefix("model:") for spec in args.get("reward") or [] if spec.startswith("model:")]
+        written = self.out.resolve(), (self.out / "value").resolve()
+        read = next((folder for folder in inputs if folder and Path(folder).resolve() in written), None)
+        refuse((read, f"--out {self.out}: this run reads {read}, which would be overwritten: choose another --out."),
+               (not ours and any(Path(self.out, name).exists() for name in ("config.json", "checkpoints", "value")),
+                f"--out {self.out} holds what no run of these scripts wrote: choose another --out."))
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -41,6 +48,8 @@ class Logger:
             lines = path.read_text().split("\n") if resumed_at is not None and path.exists() else []
             kept = [line for line in lines if _step(line) <= resumed_at]
             path.write_text("".join(line + "\n" for line in kept))
+        if resumed_at is None and args.get("resume"):
+            self.say(f"--resume: no checkpoint is in {self.out}, so the run begins anew")
         if resumed_at is None:  # what is left of the run that this one replaces would be taken for its own
             for folder in ("checkpoints", "value"):
                 shutil.rmtree(self.out / folder, ignore_errors=True)

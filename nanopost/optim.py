@@ -19,10 +19,12 @@ def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float], **r
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """The rate of step 1..steps: linear from 0 to the peak over `warmup` steps, then constant, linear or cosine.
+    """The rate of step 1..steps: linear from 0 to the peak over `warmup` steps, at most half of them, then constant,
+    linear or cosine.
 
     A pure function of the step, so a resumed run needs no scheduler state. linear and cosine end one step above 0.
     """
+    warmup = min(warmup, steps // 2)  # a short run, too, reaches its rate
     if step <= warmup:
         return peak * step / warmup
     left = (steps - step + 1) / max(1, steps - warmup)

@@ -33,10 +33,12 @@ class Reward(NamedTuple):
 # ---------------------------------------------------------------------------------------- loading and calling
 def load_rewards(specs: list[str], weights: list[float] | None, tokenizer=None, device=None):
     """All of --reward, and --reward_weights or ones -> (list[Reward], list[float])."""
+    if not specs:
+        raise InputError("--reward is missing: say what scores the answers (--help lists what there is).")
     rewards = [load_reward(spec, tokenizer, device) for spec in specs]
     names = [r.name for r in rewards]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"--reward: two are called {twice!r}, and their metrics would be too: rename one.")
+    rewards = [r._replace(name=f"{r.name}-{names[:i].count(r.name) + 1}") if r.name in names[:i] else r
+               for i, r in enumerate(rewards)]  # each has metrics of its own
     if weights and len(weights) != len(rewards):
         raise InputError(f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each.")
     return rewards, weights or [1.0] * len(rewards)
@@ -68,6 +70,7 @@ def _from_file(path, name):
     if not path.is_file():
         raise InputError(f"--reward {path}:{name}: there is no file {path}.")
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
+    sys.path.append(str(path.parent.resolve()))  # so that it can import its neighbours
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)  # what the file raises is shown as it is: its own traceback says it best
     own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == spec.name]
@@ -139,8 +142,13 @@ def judged(judge: Reward, decode: Callable, rows: list[dict], groups: list[list]
     """
     texts = [[decode(r.ids, skip_special=True) for r in group] for group in groups]
     duels = [(p, i, j) for p, group in enumerate(texts) for i in range(len(group)) for j in range(i)]
-    verdicts = judge.function([rows[p]["prompt"] for p, _, _ in duels],
-                              [(texts[p][i], texts[p][j]) for p, i, j in duels]) if duels else []
+    try:
+        verdicts = judge.function([rows[p]["prompt"] for p, _, _ in duels],
+                                  [(texts[p][i], texts[p][j]) for p, i, j in duels]) if duels else []
+    except Exception as error:  # a user's function raises anything: it is named and chained
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(f"--judge {judge.name} raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}) on "
+                         f"{len(duels)} pairs.") from error
     if len(verdicts) != len(duels) or any(v not in (0, 1, None) for v in verdicts):
         raise InputError(f"--judge {judge.name} gave {len(verdicts)} verdicts for {len(duels)} pairs, or one that is "
                          "not 0, 1 or None: it returns one of these for each pair.")

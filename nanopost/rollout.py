@@ -61,7 +61,7 @@ class LogpGap:
 
     def check(self, step: int, metrics: dict[str, float]):
         """RuntimeError if the mean is above the limit."""
-        if (gap := metrics["sampling/sampling_logp_difference/mean"]) > self.limit:
+        if (gap := metrics.get("sampling/sampling_logp_difference/mean", 0.0)) > self.limit:
             raise RuntimeError(f"step {step}: engine and trainer disagree by {gap:.2g} in mean log-prob "
                                f"(--max_logp_gap {self.limit:g}): the engine's weights are stale, or its precision is "
                                "too low.")

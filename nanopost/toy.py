@@ -15,7 +15,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from nanopost import hf
+from nanopost import InputError, hf
 from nanopost.chat import Tokenizer
 from nanopost.model import CausalLM, Config
 from nanopost.rollout import Engine, Sampling, prompt_seed
@@ -40,6 +40,13 @@ def write_model(folder, seed: int = 0):
         "initializer_range": 0.08, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None})
     model = CausalLM(config).init_weights(seed)
     hf.save_model(folder, model.state_dict().items(), config, files)
+
+
+def check(tokenizer: Tokenizer, folder):
+    """InputError if a model that does not know the toy's tokens would be trained on its sums."""
+    if tokenizer.raw.get_vocab() != tokenizers.Tokenizer.from_str(tokenizer_files()["tokenizer.json"]).get_vocab():
+        raise InputError(f"--data is missing: without it the data are the toy's sums, and {folder} is no model of the "
+                         "toy's.")
 
 
 def tokenizer_files() -> dict[str, str]:

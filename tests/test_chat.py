@@ -917,6 +917,28 @@ def test_tokens_spelled_out_in_a_message_are_seen_in_the_report():
         report([tokenizer.example({"messages": [user("<s>a")]}, "all")], tokenizer)
 
 
+def test_what_ends_an_answer_here_ends_one_in_transformers_too(tmp_path):
+    """A base model, whose folder knows its EOS alone, trained with a template that ends turns with another token."""
+    transformers = pytest.importorskip("transformers")
+    folder = folder_of(tmp_path, raw_bytes(SPECIAL), {"eos_token": "</s>"})
+    (tmp_path / "chatml.jinja").write_text(CHATML)
+    end, turn_end = SPECIAL.index("</s>"), SPECIAL.index("<|im_end|>")
+
+    def generation(template):
+        return tokenizer_files(folder, Tokenizer.load(folder, template))["generation_config.json"]
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": end}))
+    assert generation(None) is None
+    for before, after in (({}, {}), ({"eos_token_id": end, "top_k": 20}, {"top_k": 20}),
+                          ({"eos_token_id": [end, 9]}, {"eos_token_id": [end, 9, turn_end]})):
+        if before:
+            (tmp_path / "generation_config.json").write_text(json.dumps(before))
+        written = json.loads(generation(tmp_path / "chatml.jinja"))
+        assert written == {"eos_token_id": [end, turn_end], **after}
+        assert transformers.GenerationConfig.from_dict(written).eos_token_id == written["eos_token_id"]
+    (tmp_path / "generation_config.json").write_text(known := json.dumps({"eos_token_id": [turn_end, end]}))
+    assert generation(tmp_path / "chatml.jinja") == known.encode()
+
+
 def test_files_beside_a_checkpoint_load_in_transformers_with_the_template_in_force(tmp_path):
     transformers = pytest.importorskip("transformers")
     folder, out = tmp_path / "a", tmp_path / "b"

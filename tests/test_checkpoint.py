@@ -1,5 +1,6 @@
 """What a run leaves behind and takes up again: checkpoints, the log, and folders that another run has used before."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,14 +81,28 @@ def test_only_the_newest_checkpoint_stays_whatever_its_number(tmp_path):
 
 
 def test_what_cannot_be_resumed_says_so(tmp_path):
-    assert checkpoint.to_resume(tmp_path, 5) is None
-    checkpoint.save(tmp_path, 4, *fresh(), {})
-    with pytest.raises(InputError, match="past --steps 3: give 4 or more"):
-        checkpoint.to_resume(tmp_path, 3)
+    def to_resume(out, steps, **flags):
+        return checkpoint.to_resume(SimpleNamespace(out=str(out), steps=steps, **{"overwrite": False, **flags}))
+
+    assert to_resume(tmp_path, 5) is None
+    checkpoint.save(tmp_path, 4, *fresh(), {"args": {"steps": 5, "bins": 0}})
+    assert to_resume(tmp_path, 5, bins=0, newer=1).name == "step-000004"
+    for flags, sentence in (({"steps": 3, "bins": 0}, "past --steps 3: give 4 or more"),
+                            ({"steps": 5, "bins": 0, "overwrite": True}, "give one of them"),
+                            ({"steps": 5}, "of another script .with --bins.: choose another --out")):
+        with pytest.raises(InputError, match=sentence):
+            to_resume(tmp_path, **flags)
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "config.json").write_text("{}")
     with pytest.raises(InputError, match="ended and left no checkpoint"):
-        checkpoint.to_resume(tmp_path / "done", 5)
+        to_resume(tmp_path / "done", 5)
+
+
+@pytest.mark.parametrize("schedule, last", [("constant", 1.0), ("linear", 1 / 3), ("cosine", 0.25)])
+def test_a_run_shorter_than_its_warmup_still_reaches_its_rate(schedule, last):
+    rates = [optim.learning_rate(step, 6, 1.0, 20, schedule) for step in range(1, 7)]
+    assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0]) and rates[-1] == pytest.approx(last)
+    assert optim.learning_rate(1, 1, 1.0, 20, schedule) == 1.0
 
 
 def test_arguments_that_changed_are_told_and_no_others():
@@ -96,9 +111,9 @@ def test_arguments_that_changed_are_told_and_no_others():
     assert checkpoint.changed_arguments(saved, now) == ["lr: 0.001 -> 0.0001"]
 
 
-def opened(out, resumed_at=None, overwrite=False, model="elsewhere"):
+def opened(out, resumed_at=None, overwrite=False, **args):
     logger = Logger(out, 0, 9, [])
-    logger.open(resumed_at, overwrite, {"args": {"model": model}})
+    logger.open(resumed_at, overwrite, {"args": {"model": "elsewhere", **args}})
     return logger
 
 
@@ -110,11 +125,30 @@ def test_a_new_run_keeps_nothing_of_the_one_it_replaces(tmp_path):
         opened(tmp_path)
     opened(tmp_path, overwrite=True)
     assert checkpoint.latest(tmp_path) is None and not (tmp_path / "config.json").exists()
-    with pytest.raises(InputError, match="is --model too"):
-        opened(tmp_path, overwrite=True, model=tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="no folder can be made"):
         opened(tmp_path / "file")
+
+
+def test_what_a_run_reads_or_no_run_wrote_is_never_replaced(tmp_path):
+    run, foreign = tmp_path / "run", tmp_path / "foreign"
+    opened(run)
+    for reads in ({"model": run}, {"reference_model": run}, {"value_model": run / "value"},
+                  {"reward": ["exact", f"model:{run}"]}):
+        with pytest.raises(InputError, match=f"--out {run}: this run reads {run}.*, which would be overwritten"):
+            opened(run, overwrite=True, **reads)
+    for kept in ("config.json", "checkpoints/mine", "value/mine"):
+        (foreign / kept).parent.mkdir(parents=True, exist_ok=True)
+        (foreign / kept).write_text("{}")
+        with pytest.raises(InputError, match="holds what no run of these scripts wrote"):
+            opened(foreign, overwrite=True)
+        assert (foreign / kept).exists()
+        (foreign / "config.json").unlink(missing_ok=True)
+
+
+def test_resuming_where_nothing_is_says_that_the_run_begins_anew(tmp_path, capsys):
+    opened(tmp_path, resume=True)
+    assert "no checkpoint is in" in capsys.readouterr().out
 
 
 def test_a_resumed_log_has_every_step_once_whatever_was_sampled(tmp_path):
@@ -180,7 +214,7 @@ def test_prompts_are_encoded_checked_and_counted_before_a_run(tmp_path):
         prompts(tokenizer, [row("x" * 5)], tokens=9)
     kept, said = prompts(tokenizer, [row("x"), row("x" * 60)], max_prompt=20)
     assert len(kept) == 1 and said == "1 left out by --max_prompt"
-    with pytest.raises(InputError, match="no prompt is left"):
+    with pytest.raises(InputError, match="none of 1 prompts is left within"):
         prompts(tokenizer, [row("x" * 60)], max_prompt=20)
     _, said = prompts(tokenizer, [{"prompt": "1+1=?"}])
     assert "1 prompts are plain text, and the model has a chat template" in said

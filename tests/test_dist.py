@@ -9,6 +9,8 @@ import pytest
 import torch
 from small import small_model
 
+from nanopost import dist
+
 WORKER = Path(__file__).parent / "dist_worker.py"
 
 
@@ -77,3 +79,8 @@ def test_an_error_on_one_rank_ends_all_of_them_promptly(tmp_path):
     assert done.returncode != 0 and "error: the last rank has had enough." in done.stderr
     assert "Traceback" not in done.stderr.split("error: the last rank")[0]
     assert time.monotonic() - start < 45
+
+
+def test_a_mean_of_nothing_is_no_metric(monkeypatch):
+    monkeypatch.setattr(dist, "all_sum", lambda *values: list(map(float, values)))  # of one rank
+    assert dist.means({"a": (1, 2), "of nothing": (0, 0), "zero": (0, 4)}) == {"a": 0.5, "zero": 0.0}

@@ -177,7 +177,7 @@ def refused(folder, *words):
 
 
 def test_a_hub_name_is_answered_with_the_command_that_downloads_it():
-    refused("Qwen/Qwen2.5-0.5B", "hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B", "--model Qwen2.5-0.5B")
+    refused("Qwen/Qwen2.5-0.5B", "hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B", "and pass Qwen2.5-0.5B.")
     assert "hf download" not in refused("/nowhere/at/all", "/nowhere/at/all is no folder")
 
 

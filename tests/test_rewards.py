@@ -17,12 +17,15 @@ from nanopost.rewards import (
     final_number,
     gsm8k,
     gsm8k_format,
+    judged,
     last_boxed,
     load_reward,
+    load_rewards,
     plain_latex,
     same_answer,
     score,
 )
+from nanopost.rollout import Rollout
 
 
 def rows(path):
@@ -344,6 +347,27 @@ def test_columns_that_do_not_fit_are_named_before_the_call(user):
 
 def test_no_completions_are_scored_without_a_call(user):
     assert score(load_reward(user("divides")), [], {}) == [] == score(load_reward("gsm8k"), [], {})
+
+
+def test_rewards_of_one_name_have_metrics_of_their_own():
+    rewards, weights = load_rewards(["exact", "length:9:3", "exact", "exact"], None)
+    assert [r.name for r in rewards] == ["exact", "length", "exact-2", "exact-3"] and weights == [1.0] * 4
+    with pytest.raises(InputError, match="--reward is missing"):
+        load_rewards([], None)
+
+
+def test_a_file_of_rewards_may_import_its_neighbour(tmp_path):
+    (tmp_path / "neighbour_of_reward.py").write_text("LENGTH = 3\n")
+    (tmp_path / "mine.py").write_text("import neighbour_of_reward as n\n\n\ndef f(completions, **columns):\n"
+                                      "    return [len(c) - n.LENGTH for c in completions]\n")
+    assert score(load_reward(f"{tmp_path}/mine.py:f"), ["abcd"], {}) == [1.0]
+
+
+def test_a_judge_that_raises_is_named(tmp_path):
+    (tmp_path / "judge.py").write_text("def f(prompts, pairs):\n    return pairs[0][2]\n")
+    rollouts = [Rollout([1], [2], np.zeros(1), "stop", 0)] * 2
+    with pytest.raises(InputError, match=r"--judge f raised IndexError: .*judge.py:2\) on 1 pairs"):
+        judged(load_reward(f"{tmp_path}/judge.py:f"), lambda ids, skip_special: "x", [{"prompt": "p"}], [rollouts])
 
 
 def test_an_input_error_of_a_reward_passes_as_it_is():

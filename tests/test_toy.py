@@ -2,8 +2,24 @@
 
 The whole of it, over three seeds and all losses, is `python -m bench.toy`.
 """
+import json
+
 import pytest
 from scripts import metrics, run
+
+from nanopost import InputError, toy
+from nanopost.chat import Tokenizer
+
+
+def test_the_toys_sums_are_for_the_toys_model(tmp_path):
+    toy.write_model(tmp_path)
+    toy.check(Tokenizer.load(tmp_path), tmp_path)
+    other = json.loads((tmp_path / "tokenizer.json").read_text())
+    other["model"]["vocab"]["more"] = 400
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match="--data is missing: .* is no model of the toy's"):
+        toy.check(Tokenizer.load(tmp_path), tmp_path)
 
 
 @pytest.fixture(scope="module")
