@@ -13,7 +13,9 @@ from pathlib import Path
 
 from bench import random_model
 
-data, source, out = map(Path, sys.argv[1:4])
+if len(sys.argv) != 4:
+    sys.exit(__doc__)
+data, source, out = map(Path, sys.argv[1:])
 root = Path(__file__).parents[1]
 train = next(p for p in (data / "train.jsonl", data / "train.jsonl.gz") if p.exists())
 random_model.write(out / "base", source)
