@@ -278,7 +278,7 @@ def overlong(examples: list[Example], max_length: int, how: str) -> tuple[list[E
             starts = {"truncate": [0], "split": range(0, len(e) - 1, max_length - 1), "drop": []}[how]
             pieces = [e[i:i + max_length] for i in starts]
             counts["overlong"] += 1
-            counts["answers_without_their_end"] += how == "truncate" and e.mask[max_length:].any()
+            counts["answers_without_their_end"] += int(how == "truncate" and e.mask[max_length:].any())
             counts["pieces"] += len(pieces)
             counts["tokens_cut"] += 0 if how == "split" else len(e) - sum(map(len, pieces))
         trained = [p for p in pieces if p.mask[1:].any()]

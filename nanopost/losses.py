@@ -120,12 +120,12 @@ def off_policy_mask(logp_N, engine_logp_N, adv_N, mask_N, seq_N, num_sequences: 
 
 
 def value_loss(value_N, old_value_N, return_N, mask_N, clip: float):
-    """sum_t max((V - R)^2, (V_old + clamp(V - V_old, -clip, clip) - R)^2) / 2 -> (sum, metrics)
+    """sum_t max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 -> (sum, metrics)
 
     As in PPO's code: a value that has moved further than clip gains nothing by going on. metrics val/clipfrac_avg:
     tokens where the clipped term is the larger one.
     """
-    clipped_N = old_value_N + (value_N - old_value_N).clamp(-clip, clip)
+    clipped_N = value_N.clamp(old_value_N - clip, old_value_N + clip)  # exactly V where nothing is clipped
     error_N, clipped_error_N = (value_N - return_N).square(), (clipped_N - return_N).square()
     loss = masked(torch.max(error_N, clipped_error_N), mask_N).sum() / 2
     return loss, {"val/clipfrac_avg": (masked(clipped_error_N - error_N, mask_N) > 0).sum()}

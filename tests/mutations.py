@@ -252,7 +252,7 @@ MUTATIONS = [
              'reward_BT = -state["beta"] * kl_BT', 'reward_BT = state["beta"] * kl_BT',
              "test_ppo.py::test_two_rollout_batches_of_train_ppo_are_those_of_a_slow_twin"),
     mutation("values-of-after-the-update", "nanopost/losses.py",
-             "clipped_N = old_value_N + (value_N - old_value_N).clamp(-clip, clip)", "clipped_N = value_N",
+             "clipped_N = value_N.clamp(old_value_N - clip, old_value_N + clip)", "clipped_N = value_N",
              "test_ppo.py::test_value_loss_and_its_gradient_are_those_of_a_loop"),
     mutation("gae-bootstraps-behind-the-end", "nanopost/advantages.py",
              "next_B = later_B\n", "next_B = value_BT[:, -1]\n",

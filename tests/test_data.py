@@ -319,15 +319,16 @@ def overlong_examples():
 
 
 @pytest.mark.parametrize("how, kept, counts", [
-    ("truncate", [[0, 1, 2, 3], [0, 1, 2, 3]], dict(overlong=3, pieces=3, tokens_cut=16, untrained_after=2)),
+    ("truncate", [[0, 1, 2, 3], [0, 1, 2, 3]],
+     dict(pieces=3, tokens_cut=16, answers_without_their_end=2, untrained_after=2)),
     ("split", [[0, 1, 2, 3], [6, 7, 8, 9], [0, 1, 2, 3], [3, 4, 5, 6]],
-     dict(overlong=3, pieces=9, tokens_cut=0, untrained_after=6)),
-    ("drop", [[0, 1, 2, 3]], dict(overlong=3, pieces=0, tokens_cut=28, untrained_after=0))])
+     dict(pieces=9, tokens_cut=0, answers_without_their_end=0, untrained_after=6)),
+    ("drop", [[0, 1, 2, 3]], dict(pieces=0, tokens_cut=28, answers_without_their_end=0, untrained_after=0))])
 def test_overlong_cuts_and_counts(how, kept, counts):
     examples = overlong_examples()
     got, count = data.overlong(examples, 4, how)
     assert [e.ids.tolist() for e in got] == kept
-    assert count == counts | {"untrained_before": 1}
+    assert count == counts | {"overlong": 3, "untrained_before": 1}
 
 
 def test_overlong_cuts_columns_with_their_tokens():
