@@ -63,6 +63,26 @@ MUTATIONS = [
              "encoding = self.raw.encode(''.join(map(self.raw.id_to_token, self.prefix)) + text)",
              "test_mutation_gaps.py::test_a_template_that_writes_bos_gets_no_second_from_the_tokenizer"),
 
+    # ---- the Triton kernel
+    mutation("kernel-phantom-vocabulary-tail", "kernels/logprob.py",
+             "z = tl.where(column[None, :] < V, z, -1e30)", "z = z + 0",
+             "test_kernels.py::test_values_and_gradients_are_those_of_float64_and_of_the_twin"),
+    mutation("kernel-entropy-of-tiles-not-recentred", "kernels/logprob.py",
+             "(s_JM + (m_JM - m_M) * l_JM)", "s_JM",
+             "test_kernels.py::test_values_and_gradients_are_those_of_float64_and_of_the_twin"),
+    mutation("kernel-target-of-a-later-chunk", "kernels/logprob.py",
+             "(column + first)[None, :] == target", "column[None, :] == target",
+             "test_kernels.py::test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_read"),
+    mutation("kernel-stored-exponentials-of-another-tile", "kernels/logprob.py",
+             "(first // BLOCK_V + j).to(tl.int64)", "j.to(tl.int64)",
+             "test_kernels.py::test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_read"),
+    mutation("kernel-upstream-gradient-of-the-first-token", "kernels/logprob.py",
+             "tl.load(g_ptr + row, mask=real, other=0.0)", "tl.load(g_ptr + row * 0, mask=real, other=0.0)",
+             "test_kernels.py::test_values_and_gradients_are_those_of_float64_and_of_the_twin"),
+    mutation("kernel-stores-without-a-backward-pass-to-come", "kernels/logprob.py",
+             "store and torch.is_grad_enabled() and", "store and",
+             "test_kernels.py::test_exponentials_are_stored_only_for_a_backward_pass_and_where_they_fit"),
+
     # ---- order, packing and attention
     mutation("positions-not-reset", "nanopost/data.py",
              "position_N = np.arange(len(token_N)) - np.repeat(end_S - length_S, length_S)",

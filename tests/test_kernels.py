@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,10 +50,10 @@ def assert_close(ours, expected, tolerance):
 # Odd sizes; one token; a vocabulary within a tile, of whole tiles, and of one entry more; a width of no multiple of 4.
 @pytest.mark.parametrize("tokens, vocabulary, width", [(17, 97, 24), (1, 33, 16), (16, 32, 16), (40, 65, 21),
                                                        (5, 7, 3), (33, 64, 40)])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_values_and_gradients_are_those_of_float64_and_of_the_twin(tokens, vocabulary, width, temperature):
+@pytest.mark.parametrize("temperature, store", [(1.0, False), (0.7, False), (0.7, True)])
+def test_values_and_gradients_are_those_of_float64_and_of_the_twin(tokens, vocabulary, width, temperature, store):
     given = inputs(tokens, vocabulary, width)
-    ours = results(fused.logprob_triton, *given, temperature)
+    ours = results(partial(fused.logprob_triton, store=store), *given, temperature)
     assert_close(ours, results(fused.logprob_reference, *given, temperature), 1e-5)
     assert_close(ours, results(logprob, *given, temperature), 1e-5)
 
@@ -64,12 +65,14 @@ def test_each_output_has_its_own_gradient(parts):
                  results(fused.logprob_reference, *given, parts=parts), 1e-5)
 
 
-def test_the_ends_of_the_vocabulary_and_peaked_and_very_negative_logits():
+@pytest.mark.parametrize("store", [False, True])
+def test_the_ends_of_the_vocabulary_and_peaked_and_very_negative_logits(store):
     hidden, weight, target, g, h = inputs(24, 65, 16, seed=2, scale=30.0, ignored=0.0)
     target[:8], target[8:16] = 0, 64
     weight[:, 0] -= 200 * hidden[:, 0].sign().mean()
     given = hidden, weight, target, g, h
-    ours, expected = results(fused.logprob_triton, *given), results(fused.logprob_reference, *given)
+    ours = results(partial(fused.logprob_triton, store=store), *given)
+    expected = results(fused.logprob_reference, *given)
     assert float(expected[0].min()) < -60 and float(expected[1].min()) < 1e-3  # far from uniform, as it should be
     assert_close(ours, expected, 1e-5)
     assert float(ours[0].max()) <= 1e-6 and float(ours[1].min()) > -1e-5
@@ -86,9 +89,11 @@ def test_all_rows_ignored_and_a_frozen_head():
     assert torch.allclose(hidden.grad.double(), expected[2].double(), atol=1e-5) and weight.grad is None
 
 
-def test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_read(monkeypatch):
+@pytest.mark.parametrize("store", [False, True])
+def test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_read(monkeypatch, store):
     given = inputs(12, 2100, 16, seed=3)
-    whole = results(fused.logprob_triton, *given)
+    kernel = partial(fused.logprob_triton, store=store)
+    whole = results(kernel, *given)
     monkeypatch.setattr(fused, "CHUNK_BYTES", 1)  # 1,024 entries at a time
 
     def poisoned(real):
@@ -99,7 +104,7 @@ def test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_r
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    assert_close(results(fused.logprob_triton, *given), whole, 1e-6)
+    assert_close(results(kernel, *given), whole, 1e-6)
 
 
 def test_fp16_inputs_keep_their_statistics_in_fp32():
@@ -112,6 +117,35 @@ def test_fp16_inputs_keep_their_statistics_in_fp32():
     assert (d_hidden - expected[2]).abs().max() < 4e-3 and (d_weight - expected[3]).abs().max() < 4e-3
 
 
+def test_stored_exponentials_are_as_good_as_logits_made_again():
+    """fp16 inputs, so that bf16 is stored. Also for tokens that are nearly certain: there 1 - p is smaller by far than
+    what bf16 leaves of p."""
+    hidden, weight, target, g, h = inputs(24, 100, 32, seed=5, ignored=0.0)
+    hidden[:12] = 14 * weight[target[:12]] / weight[target[:12]].norm(dim=1, keepdim=True) ** 2
+    given = hidden.half(), weight.half(), target, g, 0 * h
+    expected = results(fused.logprob_reference, *(x.double() for x in given[:2]), *given[2:])
+    assert -1e-2 < float(expected[0][:12].min()) < -1e-5
+    for store in (False, True):
+        ours = results(partial(fused.logprob_triton, store=store), *given)
+        gap = (ours[2].double() - expected[2]).norm(dim=1) / expected[2].norm(dim=1)
+        print(store, float(gap.max()))
+        assert float(gap.max()) < 1e-2
+        assert (ours[3] - expected[3]).abs().max() < 4e-3
+
+
+def test_exponentials_are_stored_only_for_a_backward_pass_and_where_they_fit(monkeypatch):
+    hidden, weight, target, *_ = inputs(24, 100, 32)
+    real, asked = fused._statistics, []
+    monkeypatch.setattr(fused, "_statistics", lambda *given: asked.append(bool(given[-1])) or real(*given))
+    for leaf, grad, store in ((True, True, True), (True, True, False), (True, False, True), (False, True, True)):
+        with torch.set_grad_enabled(grad):
+            fused.logprob_triton(hidden.detach().requires_grad_(leaf), weight, target, store=store)
+    assert asked == [True, False, False, False]
+    if DEVICE == "cpu":  # a device without memory of its own
+        fused.logprob_triton(hidden.requires_grad_(), weight, target)
+        assert asked[-1] is False
+
+
 # --------------------------------------------------------------------------------------------------- Hopper, offline
 COMPILE = """
 import json, sys
@@ -120,13 +154,16 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from kernels import logprob as f
 
-def compiled(kernel, blocks, pointers):
+def compiled(kernel, blocks, pointers, stored=None):
     m, v, d, warps, stages = blocks
     names = kernel.arg_names
-    constants = {"BLOCK_M": m, "BLOCK_V": v, "BLOCK_D": d, "IEEE": False}
+    constants = {"BLOCK_M": m, "BLOCK_V": v, "BLOCK_D": d, "IEEE": False} | ({} if stored else {"stored": None})
+    constants = {name: value for name, value in constants.items() if name in names}
     signature = {}
     for name in names:
-        if name in ("hidden", "weight"):
+        if name == "stored" and stored:
+            signature[name] = f"tensordesc<bf16[{m}, {v}]>"
+        elif name in ("hidden", "weight"):
             signature[name] = f"tensordesc<bf16[{m if name == 'hidden' else v}, {d}]>"
         elif name in constants:
             signature[name] = "constexpr"
@@ -134,21 +171,27 @@ def compiled(kernel, blocks, pointers):
             signature[name] = pointers.get(name, "*fp32")
         else:
             signature[name] = "fp32" if name == "inverse_temperature" else "i32"
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in ("V", "D")}
+    sixteens = "V", "D", "width", "first"
+    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in sixteens}
     source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): c for n, c in constants.items()},
                        attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, num_stages=stages))
 
-for name, kernel, blocks, pointers in (
-        ("stats", f._stats_kernel, f.STATS, {"target_ptr": "*i64"}),
-        ("gradient", f._gradient_kernel, f.GRADIENT, {"target_ptr": "*i64", "dz_ptr": "*bf16"})):
-    asm = compiled(kernel, blocks, pointers).asm
+shared = {}
+halves = {"dz_ptr": "*bf16", "stored_ptr": "*bf16", "target_ptr": "*i64"}
+for name, kernel, blocks, stored in (
+        ("stats", f._stats_kernel, f.STATS, False), ("storing", f._stats_kernel, f.STATS, True),
+        ("gradient", f._gradient_kernel, f.GRADIENT, False),
+        ("restore", f._restore_kernel, (f.RESTORED_ROWS, f.STATS[1], None, 8, 1), False)):
+    made = compiled(kernel, blocks, halves, stored)
+    asm, shared[name] = made.asm, made.metadata.shared
     open(f"{sys.argv[1]}/{name}.cubin", "wb").write(asm["cubin"])
     open(f"{sys.argv[1]}/{name}.ptx", "w").write(asm["ptx"])
+print(json.dumps(shared))
 """
 
 
-def test_compiled_for_hopper_both_use_wgmma_and_tma_and_do_not_spill(tmp_path):
+def test_compiled_for_hopper_they_use_wgmma_and_tma_and_do_not_spill(tmp_path):
     import triton
     tool = shutil.which("cuobjdump") or str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
     if not Path(tool).exists():
@@ -156,13 +199,14 @@ def test_compiled_for_hopper_both_use_wgmma_and_tma_and_do_not_spill(tmp_path):
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", COMPILE, tmp_path], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = {}
-    for name in ("stats", "gradient"):
+    shared, found = json.loads(done.stdout), {}
+    assert len(shared) == 4 and max(shared.values()) <= 227 * 1024  # bytes of shared memory that a program can have
+    for name in shared:
         ptx = (tmp_path / f"{name}.ptx").read_text()
         usage = subprocess.run([tool, "--dump-resource-usage", tmp_path / f"{name}.cubin"], capture_output=True,
                                text=True)
         registers, stack = (int(re.search(rf"{key}:(\d+)", usage.stdout)[1]) for key in ("REG", "STACK"))
         found[name] = registers, stack, ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor")
     print(json.dumps(found))
-    assert all(registers <= 255 and wgmma and tma for registers, _, wgmma, tma in found.values())
+    assert all(found[name][2] and found[name][3] for name in ("stats", "storing", "gradient"))
     assert not any(stack for _, stack, _, _ in found.values())  # bytes of stack: what is spilled
