@@ -113,7 +113,7 @@ def _restore_kernel(stored_ptr, m_ptr, target_ptr, lse_ptr, entropy_ptr, g_ptr, 
                 mask=real[:, None] & (column < V)[None, :], other=0.0).to(tl.float32)
     m = tl.load(m_ptr + (first // BLOCK_V + j).to(tl.int64) * M + row, mask=real, other=0.0)
     lse, target = tl.load(lse_ptr + row, mask=real, other=0.0), tl.load(target_ptr + row, mask=real, other=-1)
-    log_p = tl.log(tl.maximum(e, 1e-38)) + (m - lse)[:, None]  # an underflow stays 0 for all purposes
+    log_p = tl.log(tl.maximum(e, 2e-38)) + (m - lse)[:, None]  # finite; 1e-38, no normal fp32, would make it all fp64
     _store_dz(log_p, row, column, target, entropy_ptr, g_ptr, h_ptr, dz_ptr, M, V, first, inverse_temperature)
 
 

@@ -203,6 +203,7 @@ def test_compiled_for_hopper_they_use_wgmma_and_tma_and_do_not_spill(tmp_path):
     assert len(shared) == 4 and max(shared.values()) <= 227 * 1024  # bytes of shared memory that a program can have
     for name in shared:
         ptx = (tmp_path / f"{name}.ptx").read_text()
+        assert ".f64" not in ptx, name
         usage = subprocess.run([tool, "--dump-resource-usage", tmp_path / f"{name}.cubin"], capture_output=True,
                                text=True)
         registers, stack = (int(re.search(rf"{key}:(\d+)", usage.stdout)[1]) for key in ("REG", "STACK"))
