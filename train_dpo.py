@@ -157,7 +157,7 @@ reference = reference if args.reference != "precomputed" or args.reward else Non
 per_epoch = len(prompts if args.online else all_pairs)
 args.steps = math.ceil(args.epochs * per_epoch / args.rows) if args.epochs else args.steps
 reward_functions, reward_weights = rewards.load_rewards(
-    args.reward, args.reward_weights, tokenizer, world.device) if args.reward else ([], [])
+    args.reward, args.reward_weights, tokenizer, world.device) if args.reward or args.reward_weights else ([], [])
 judge = args.judge and rewards.load_reward(args.judge)
 
 # ------------------------------------------------------------------------------------------------------- optimizer

@@ -4,7 +4,8 @@
 
 The same step three ways, in turn: our torch code; the logits of all tokens at once with cross_entropy and an entropy
 for the log; and these without the entropy. A model of 4 layers and width 256, 2,048 packed tokens, AdamW, fp32. Peak
-memory is the process's largest resident size, less that of the same step with a vocabulary of 256.
+memory is the process's largest resident size, less that of the same step with a vocabulary of 256. Then the log-probs
+alone, forward and backward: their peak beyond the head's weight and its gradient.
 """
 import argparse
 import json
@@ -57,6 +58,31 @@ for _ in range(steps):
     losses.append(float(loss.detach()))
 print(json.dumps({"seconds": seconds[2:], "losses": losses}))
 """
+HEAD = """
+import resource, sys
+import torch
+from nanopost.logprob import logprob
+
+def peak_mb():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def step(tokens, entries):
+    logp_N, entropy_N = logprob(hidden[:tokens], weight[:entries], target[:tokens] % entries)
+    (logp_N + entropy_N).sum().backward()
+
+tokens, vocabulary = int(sys.argv[1]), int(sys.argv[2])
+hidden, weight = (torch.randn(rows, 256, requires_grad=True) for rows in (tokens, vocabulary))
+target = torch.randint(0, vocabulary, (tokens,))
+step(2, 8)  # what is loaded when first needed
+weight.grad = None
+room = torch.ones_like(weight)  # that the gradient will take
+before = peak_mb()
+del room
+for _ in range(3):
+    weight.grad = None
+    step(tokens, vocabulary)
+print(peak_mb() - before)
+"""
 KINDS = "chunks", "whole", "whole, no entropy"
 
 
@@ -92,9 +118,14 @@ def main():
             print(f"V {vocabulary:7,d}  {share:4.0%} trained  " + "   ".join(
                 f"{kind}: {v['seconds']:.3f} s, {v['peak_mb_beyond_weights']:5.0f} MB" for kind, v in row.items()),
                 flush=True)
+    head = {vocabulary: statistics.median(float(run(["-c", HEAD, 1434, vocabulary])[0]) for _ in range(3))
+            for vocabulary in (1024, *args.vocabularies)}
+    print("log-probs of 1,434 tokens alone, beyond weight and gradient: "
+          + ", ".join(f"V {vocabulary:,}: {mb:.0f} MB" for vocabulary, mb in head.items()))
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     result = {"torch": version("torch"), "threads": THREADS, "date": time.strftime("%Y-%m-%d"),
-              "commit": commit.stdout.strip(), "rounds": args.rounds, "steps": args.steps, "results": found}
+              "commit": commit.stdout.strip(), "rounds": args.rounds, "steps": args.steps, "results": found,
+              "peak_mb_of_log_probs_alone": head}
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -146,8 +146,8 @@ class Tokenizer:
     def check_same(self, folder, flag: str):
         """InputError if the checkpoint in `folder`, that `flag` named, has another tokenizer than this."""
         if Tokenizer.load(folder).tokenizer_hash != self.tokenizer_hash:
-            raise InputError(f"{flag}{folder}: its tokenizer is not the policy's, so it reads other text: train it "
-                             "from the policy's model (train_rm.py --model).")
+            raise InputError(f"{flag}{folder}: its tokenizer is not the policy's, so it reads other text: take one "
+                             "that was trained from the policy's model.")
 
     def with_prompts(self, parts, max_prompt: int | None, max_new: int, tokens: int, positions: int,
                      sides: int = 1):
@@ -508,7 +508,8 @@ def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes | Non
     files = {name: path.read_bytes() if (path := Path(folder) / name).is_file() else None for name in FILES}
     files["chat_template.jinja"] = tokenizer.template
     generation, config = (_read_json(Path(folder) / name) for name in ("generation_config.json", "config.json"))
-    known = _listed((generation or config).get("eos_token_id"))
+    known = _listed(generation.get("eos_token_id"))
+    known = known or [i for i in _listed(config.get("eos_token_id")) if i in tokenizer.stop_ids]
     if new := sorted(tokenizer.stop_ids - {*known}):
         files["generation_config.json"] = json.dumps({**generation, "eos_token_id": known + new}, indent=2) + "\n"
     return {**files, "nanopost.json": json.dumps(fingerprint(tokenizer), indent=1) + "\n"}
@@ -532,7 +533,7 @@ def _raw(folder):
     path = folder / "tokenizer.json"
     if not folder.is_dir():
         read_config(folder)  # says what it could be
-    if (folder / "state.json").is_file():
+    if (folder / "state.json").is_file() and not path.is_file():
         raise InputError(f"{folder} is a checkpoint of a run, for --resume, which writes the model when it ends: with "
                          "--steps at the checkpoint's own step, at once.")
     if not path.is_file():

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
 
 from nanopost import InputError, refuse
+from nanopost.logger import starts_of
 
 
 def save(out, step: int, model, optimizer, state: dict, reference=None):
@@ -59,10 +60,12 @@ def to_resume(args) -> Path | None:
     """The newest complete checkpoint under --out; None if the run was killed before its first. InputError if it ended,
     went past --steps, or is another script's."""
     out, found = args.out, latest(args.out)
-    saved = json.loads((found / "state.json").read_text()) if found else {"step": 0}
+    started = {"step": 0, **(starts_of(out) or [{}])[-1]}
+    saved = json.loads((found / "state.json").read_text()) if found else started
     foreign = sorted(saved.get("args", {}).keys() - vars(args).keys())
     refuse((args.overwrite, "--resume goes on and --overwrite begins anew: give one of them."),
-           (foreign, f"--resume: {found} is of another script (with --{', --'.join(foreign)}): choose another --out."),
+           (foreign, f"--resume: {found or out} is of another script (with --{', --'.join(foreign)}): choose another "
+            "--out."),
            (saved["step"] > args.steps,
             f"--resume: {found} is past --steps {args.steps}: give {saved['step']} or more."),
            (found is None and Path(out, "config.json").exists(),

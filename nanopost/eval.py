@@ -105,8 +105,8 @@ def accuracy(args, rows, device):
         if not applies:
             raise InputError(f"--reward {reward.name} applies to no row.")
         values = [reward_PG[p] for p in applies]
-        unbounded = reward.name.partition("-")[0] in ("length", "model")
-        if unbounded or any(v not in (0, 1) for reward_G in values for v in reward_G):
+        kind = reward.name.partition("-")[0]  # gsm8k-2 is the second of that name
+        if kind in ("length", "model") or any(v not in (0, 1) for reward_G in values for v in reward_G):
             yield f"mean {reward.name}", *normal([np.mean(v) for v in values]), len(values)
             continue
         yield from bounded(f"accuracy {reward.name}", [np.mean(v) for v in values])
@@ -115,7 +115,7 @@ def accuracy(args, rows, device):
         for k in args.k:
             passed = [pass_at_k(len(v), int(sum(v)), k) for v in values]
             yield from bounded(f"pass@{k} {reward.name}", passed)
-        votes = [[answer_of(reward.name, text) for text in texts[p]] for p in applies]
+        votes = [[answer_of(kind, text) for text in texts[p]] for p in applies]
         yield from bounded(f"majority of {args.samples} {reward.name}", [majority(a, v) for a, v in zip(votes, values)])
     yield "completion length", *normal([np.mean([len(r.ids) for r in group]) for group in groups]), len(groups)
     keep(args, [{"prompt": row["prompt"], "completions": group, "rewards": reward_FPG[:, p].tolist()}

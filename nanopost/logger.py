@@ -12,6 +12,15 @@ import torch
 from nanopost import InputError, refuse
 
 
+def starts_of(out) -> list[dict]:
+    """What run.json in `out` says of each start of its run; nothing where no run of these scripts wrote one."""
+    try:
+        starts = json.loads((Path(out) / "run.json").read_text())
+    except (OSError, ValueError):
+        return []
+    return starts if isinstance(starts, list) and all(isinstance(s, dict) and "args" in s for s in starts) else []
+
+
 class Logger:
     """Writes on rank 0 and does nothing elsewhere, so that no call site asks for the rank."""
 
@@ -28,13 +37,15 @@ class Logger:
         """
         if not self.on:
             return
-        args, ours = manifest["args"], (self.out / "run.json").exists()
-        inputs = [args.get(name) for name in ("model", "reference_model", "value_model")]
+        args = manifest["args"]
+        inputs = [args.get(name) for name in ("model", "reference_model", "value_model", "data", "eval_data")]
         inputs += [spec.removeprefix("model:") for spec in args.get("reward") or [] if spec.startswith("model:")]
-        written = self.out.resolve(), (self.out / "value").resolve()
-        read = next((folder for folder in inputs if folder and Path(folder).resolve() in written), None)
+        out, names = self.out.resolve(), ("value", "checkpoints", "metrics.jsonl", "samples.jsonl", "run.json")
+        read = next((path for path in filter(None, inputs) if (found := Path(path).resolve()) == out
+                     or any(found.is_relative_to(out / name) for name in names)), None)
+        signs = ("checkpoints", "value", "config.json", "tokenizer.json", "*.safetensors")
         refuse((read, f"--out {self.out}: this run reads {read}, which would be overwritten: choose another --out."),
-               (not ours and any(Path(self.out, name).exists() for name in ("config.json", "checkpoints", "value")),
+               (not starts_of(self.out) and any(any(self.out.glob(sign)) for sign in signs),
                 f"--out {self.out} holds what no run of these scripts wrote: choose another --out."))
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -59,9 +70,10 @@ class Logger:
         record = {"command": " ".join(sys.argv), "resumed_at": resumed_at, "git": _git_commit(),
                   "python": platform.python_version(), "torch": torch.__version__,
                   "cuda": torch.version.cuda, "started": time.strftime("%Y-%m-%dT%H:%M:%S"), **manifest}
-        path = self.out / "run.json"
-        starts = json.loads(path.read_text()) if resumed_at is not None and path.exists() else []
-        path.write_text(json.dumps([*starts, record], indent=1, default=str) + "\n")
+        starts = starts_of(self.out) if resumed_at is not None else []
+        beside = self.out / "run.json.tmp"  # renamed when whole: without run.json a folder is not ours
+        beside.write_text(json.dumps([*starts, record], indent=1, default=str) + "\n")
+        beside.replace(self.out / "run.json")
 
     def say(self, text: str):
         if self.on and text:

@@ -74,7 +74,7 @@ def policy_loss_clip(log_ratio_N, adv_N, weight_N, clip_low: float, clip_high: f
     above 1 + clip_high, bounds the ratio where A < 0 and the clip does not (two-sided, 2505.07291).
     metrics clip_ratio/{low,high,region}_mean: tokens where the clip cuts the gradient off.
     """
-    if delta is not None and delta <= 1:
+    if delta is not None and delta < 1:
         raise InputError(f"--delta {delta} would cut on-policy ratios, which are 1: give more than 1 + --clip_high.")
     ratio_N = log_ratio_N.exp()
     capped_N = ratio_N if delta is None else ratio_N.clamp(max=delta)

@@ -6,6 +6,7 @@ completion_ids), each a list as long as completions. None says that the reward d
 """
 import importlib.util
 import inspect
+import itertools
 import math
 import re
 import sys
@@ -35,10 +36,11 @@ def load_rewards(specs: list[str], weights: list[float] | None, tokenizer=None, 
     """All of --reward, and --reward_weights or ones -> (list[Reward], list[float])."""
     if not specs:
         raise InputError("--reward is missing: say what scores the answers (--help lists what there is).")
-    rewards = [load_reward(spec, tokenizer, device) for spec in specs]
-    names = [r.name for r in rewards]
-    rewards = [r._replace(name=f"{r.name}-{names[:i].count(r.name) + 1}") if r.name in names[:i] else r
-               for i, r in enumerate(rewards)]  # each has metrics of its own
+    rewards = []
+    for spec in specs:
+        reward, taken = load_reward(spec, tokenizer, device), {r.name for r in rewards}
+        names = itertools.chain([reward.name], (f"{reward.name}-{k}" for k in itertools.count(2)))
+        rewards.append(reward._replace(name=next(n for n in names if n not in taken)))  # each has metrics of its own
     if weights and len(weights) != len(rewards):
         raise InputError(f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each.")
     return rewards, weights or [1.0] * len(rewards)
@@ -70,7 +72,14 @@ def _from_file(path, name):
     if not path.is_file():
         raise InputError(f"--reward {path}:{name}: there is no file {path}.")
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    sys.path.append(str(path.parent.resolve()))  # so that it can import its neighbours
+    if (folder := str(path.parent.resolve())) not in sys.path:
+        sys.path.append(folder)  # so that it can import its neighbours, which must be found there and nowhere before
+    for beside in path.parent.resolve().glob("*.py"):
+        taken = re.search(rf"^\s*(from|import)\s+{beside.stem}\b", path.read_text(), re.MULTILINE) and (
+            importlib.util.find_spec(beside.stem).origin)
+        if taken and Path(taken).resolve() != beside:
+            raise InputError(f"--reward {path}:{name}: it imports {beside.name} beside it, but {taken} has that name: "
+                             "rename it.")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)  # what the file raises is shown as it is: its own traceback says it best
     own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == spec.name]

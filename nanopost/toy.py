@@ -45,8 +45,8 @@ def write_model(folder, seed: int = 0):
 def check(tokenizer: Tokenizer, folder):
     """InputError if a model that does not know the toy's tokens would be trained on its sums."""
     if tokenizer.raw.get_vocab() != tokenizers.Tokenizer.from_str(tokenizer_files()["tokenizer.json"]).get_vocab():
-        raise InputError(f"--data is missing: without it the data are the toy's sums, and {folder} is no model of the "
-                         "toy's.")
+        raise InputError(f"--data toy, the default, has sums for the toy's own model, and {folder} is another: give "
+                         "--data.")
 
 
 def tokenizer_files() -> dict[str, str]:

@@ -935,6 +935,9 @@ def test_what_ends_an_answer_here_ends_one_in_transformers_too(tmp_path):
         written = json.loads(generation(tmp_path / "chatml.jinja"))
         assert written == {"eos_token_id": [end, turn_end], **after}
         assert transformers.GenerationConfig.from_dict(written).eos_token_id == written["eos_token_id"]
+    (tmp_path / "generation_config.json").unlink()  # and a token that ends nothing in training does not get there
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": [end, 7, 99999]}))
+    assert json.loads(generation(tmp_path / "chatml.jinja")) == {"eos_token_id": [end, turn_end]}
     (tmp_path / "generation_config.json").write_text(known := json.dumps({"eos_token_id": [turn_end, end]}))
     assert generation(tmp_path / "chatml.jinja") == known.encode()
 

@@ -1,5 +1,6 @@
 """What a run leaves behind and takes up again: checkpoints, the log, and folders that another run has used before."""
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,11 @@ def test_what_cannot_be_resumed_says_so(tmp_path):
                             ({"steps": 5}, "of another script .with --bins.: choose another --out")):
         with pytest.raises(InputError, match=sentence):
             to_resume(tmp_path, **flags)
+    (tmp_path / "young").mkdir()  # killed before its first checkpoint
+    (tmp_path / "young" / "run.json").write_text('[{"args": {"steps": 5, "bins": 0}}]')
+    assert to_resume(tmp_path / "young", 5, bins=0) is None
+    with pytest.raises(InputError, match="young is of another script .with --bins."):
+        to_resume(tmp_path / "young", 5)
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "config.json").write_text("{}")
     with pytest.raises(InputError, match="ended and left no checkpoint"):
@@ -134,16 +140,21 @@ def test_what_a_run_reads_or_no_run_wrote_is_never_replaced(tmp_path):
     run, foreign = tmp_path / "run", tmp_path / "foreign"
     opened(run)
     for reads in ({"model": run}, {"reference_model": run}, {"value_model": run / "value"},
-                  {"reward": ["exact", f"model:{run}"]}):
+                  {"model": run / "value" / "kept"}, {"data": str(run / "samples.jsonl")},
+                  {"eval_data": run / "checkpoints" / "x"}, {"reward": ["exact", f"model:{run}"]}):
         with pytest.raises(InputError, match=f"--out {run}: this run reads {run}.*, which would be overwritten"):
             opened(run, overwrite=True, **reads)
-    for kept in ("config.json", "checkpoints/mine", "value/mine"):
-        (foreign / kept).parent.mkdir(parents=True, exist_ok=True)
-        (foreign / kept).write_text("{}")
-        with pytest.raises(InputError, match="holds what no run of these scripts wrote"):
-            opened(foreign, overwrite=True)
-        assert (foreign / kept).exists()
-        (foreign / "config.json").unlink(missing_ok=True)
+    opened(run, overwrite=True, data=str(run / "rows.jsonl"), model=str(run / ".." / "other"))  # which stay
+    for kept in ("config.json", "checkpoints/mine", "value/mine", "model-00001.safetensors", "tokenizer.json"):
+        for theirs in (None, "{}", "[1]", "no JSON"):
+            (foreign / kept).parent.mkdir(parents=True, exist_ok=True)
+            (foreign / kept).write_text("{}")
+            if theirs:
+                (foreign / "run.json").write_text(theirs)
+            with pytest.raises(InputError, match="holds what no run of these scripts wrote"):
+                opened(foreign, overwrite=True)
+            assert (foreign / kept).exists()
+        shutil.rmtree(foreign)
 
 
 def test_resuming_where_nothing_is_says_that_the_run_begins_anew(tmp_path, capsys):

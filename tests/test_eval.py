@@ -129,7 +129,8 @@ def evaluated(*arguments, ok=True):
 
 def test_samples_are_scored_counted_and_kept(place):
     found = evaluated("--model", place / "sft", "--data", place / "prompts.jsonl", "--samples", 6, "--k", 1, 3, 6,
-                      "--max_new_tokens", 8, "--out", place / "out.jsonl", "--reward", "exact", "length:8:4")
+                      "--max_new_tokens", 8, "--out", place / "out.jsonl", "--reward", "exact", "length:8:4",
+                      "gsm8k", "gsm8k")
     kept = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
     right = [sum(row["rewards"][0]) for row in kept]
     prompts = toy.prompt_rows(held_out=True)[:30]
@@ -140,6 +141,7 @@ def test_samples_are_scored_counted_and_kept(place):
         value, low, high, rows = found[f"pass@{k} exact"]
         assert (value, rows) == (pytest.approx(expected, abs=1e-4), 30) and low < value < high
     assert found["accuracy exact"][0] == found["pass@1 exact"][0] and "mean length" in found
+    assert found["majority of 6 gsm8k"] == found["majority of 6 gsm8k-2"]  # both vote on numbers
 
 
 def test_win_rate_of_planted_checkpoints(place):

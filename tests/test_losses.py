@@ -341,7 +341,8 @@ def test_a_cispo_cap_below_one_says_what_the_paper_means():
 
 @pytest.mark.parametrize("call, message", [
     (lambda zero, one: losses.policy_loss_clip(zero, zero, one, 0.2, 0.2, delta=0.9), "--delta 0.9 .* 1 . --clip_high"),
-    (lambda zero, one: losses.policy_loss_sapo(zero, zero, one, 1.0, 0.0), "--sapo_tau 1.0 0.0: .* above 0")])
+    (lambda zero, one: losses.policy_loss_sapo(zero, zero, one, 1.0, 0.0), "--sapo_tau 1.0 0.0: .* above 0"),
+    (lambda zero, one: losses.policy_loss_clip(zero, zero, one, 0.2, 0.2, 0.9), "--delta 0.9 would cut")])
 def test_bounds_that_leave_no_gradient_are_refused(call, message):
     with pytest.raises(InputError, match=message):
         call(torch.zeros(1), torch.ones(1))

@@ -1,6 +1,7 @@
 """Verifiers on tables of tricky strings and on the real files; loading, calling and checking a user's own reward."""
 import gzip
 import json
+import sys
 import time
 from decimal import Decimal
 from fractions import Fraction
@@ -352,6 +353,8 @@ def test_no_completions_are_scored_without_a_call(user):
 def test_rewards_of_one_name_have_metrics_of_their_own():
     rewards, weights = load_rewards(["exact", "length:9:3", "exact", "exact"], None)
     assert [r.name for r in rewards] == ["exact", "length", "exact-2", "exact-3"] and weights == [1.0] * 4
+    rewards, _ = load_rewards(["regex:a", "regex:a", "regex:a-2"], None)
+    assert [r.name for r in rewards] == ["regex:a", "regex:a-2", "regex:a-2-2"]
     with pytest.raises(InputError, match="--reward is missing"):
         load_rewards([], None)
 
@@ -361,6 +364,14 @@ def test_a_file_of_rewards_may_import_its_neighbour(tmp_path):
     (tmp_path / "mine.py").write_text("import neighbour_of_reward as n\n\n\ndef f(completions, **columns):\n"
                                       "    return [len(c) - n.LENGTH for c in completions]\n")
     assert score(load_reward(f"{tmp_path}/mine.py:f"), ["abcd"], {}) == [1.0]
+    load_reward(f"{tmp_path}/mine.py:f")
+    assert sys.path.count(str(tmp_path)) == 1
+    (tmp_path / "other").mkdir()  # a neighbour of the same name would not be the one that is imported
+    for name in ("neighbour_of_reward", "kernels"):
+        (tmp_path / "other" / f"{name}.py").write_text("LENGTH = 2\n")
+        (tmp_path / "other" / f"of_{name}.py").write_text(f"from {name} import LENGTH\n\n\ndef f(**columns): pass\n")
+        with pytest.raises(InputError, match=f"it imports {name}.py beside it, but .* has that name: rename it"):
+            load_reward(f"{tmp_path}/other/of_{name}.py:f")
 
 
 def test_a_judge_that_raises_is_named(tmp_path):

@@ -18,7 +18,7 @@ def test_the_toys_sums_are_for_the_toys_model(tmp_path):
     other["model"]["vocab"]["more"] = 400
     (tmp_path / "config.json").unlink()
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
-    with pytest.raises(InputError, match="--data is missing: .* is no model of the toy's"):
+    with pytest.raises(InputError, match="--data toy, the default, has sums for the toy's own model"):
         toy.check(Tokenizer.load(tmp_path), tmp_path)
 
 
