@@ -66,22 +66,20 @@ from nanopost.logprob import logprob
 def peak_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
-def step(tokens, entries):
-    logp_N, entropy_N = logprob(hidden[:tokens], weight[:entries], target[:tokens] % entries)
-    (logp_N + entropy_N).sum().backward()
+def steps(tokens, vocabulary):
+    hidden, weight = (torch.randn(rows, 256, requires_grad=True) for rows in (tokens, vocabulary))
+    target = torch.randint(0, vocabulary, (tokens,))
+    room = torch.ones_like(weight)  # that the gradient will take
+    before = peak_mb()
+    del room
+    for _ in range(3):
+        weight.grad = None
+        logp_N, entropy_N = logprob(hidden, weight, target)
+        (logp_N + entropy_N).sum().backward()
+    return peak_mb() - before
 
-tokens, vocabulary = int(sys.argv[1]), int(sys.argv[2])
-hidden, weight = (torch.randn(rows, 256, requires_grad=True) for rows in (tokens, vocabulary))
-target = torch.randint(0, vocabulary, (tokens,))
-step(2, 8)  # what is loaded when first needed
-weight.grad = None
-room = torch.ones_like(weight)  # that the gradient will take
-before = peak_mb()
-del room
-for _ in range(3):
-    weight.grad = None
-    step(tokens, vocabulary)
-print(peak_mb() - before)
+steps(2, 8)  # what is loaded when first needed
+print(steps(int(sys.argv[1]), int(sys.argv[2])))
 """
 KINDS = "chunks", "whole", "whole, no entropy"
 

@@ -465,13 +465,13 @@ def report(examples: list[Example], tokenizer: Tokenizer, rows: list[dict] | Non
     def having(test):
         return [i for i, e in enumerate(examples) if test(e)]
 
-    bos, prefix, stops = tokenizer.bos_id, tokenizer.prefix, list(tokenizer.stop_ids)
+    bos, prefix, stops = tokenizer.bos_id, tokenizer.prefix, tokenizer.stop_ids
     if bos is not None and (doubled := having(lambda e: e.ids[:2].tolist() == [bos, bos])):
         raise InputError(f"{places(doubled)} begin with BOS twice: the text brings one along; take it out there.")
     if len(empty := having(lambda e: not e.mask[1:].any())) == len(examples):
         raise InputError(f"not one of {len(examples):,} rows has a token to train: --train_on and the template leave "
                          "nothing of them.")
-    unended = having(lambda e: not np.isin(e.ids[e.mask], stops).any())
+    unended = having(lambda e: stops.isdisjoint(e.ids[e.mask].tolist()))
     counts = [int((e.ids == bos).sum()) for e in examples] if bos is not None else [0]
     twice = having(lambda e: (e.ids[1:] == bos).any()) if min(counts) < 2 and bos not in {None, *stops} else []
     bare = having(lambda e: e.ids[:len(prefix)].tolist() != prefix)
@@ -627,7 +627,9 @@ def _compile(template, begin, end):
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now, "namespace": _Namespace,
                             "dict": lambda *args, **more: dict(*args, **more)}  # the class itself would unlock mutation
     try:
-        return environment.from_string(template)
+        compiled = environment.from_string(template)
+        compiled.globals = dict(compiled.globals)  # a ChainMap, copied at each rendering, takes most of the time
+        return compiled
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message}).") from error
 
