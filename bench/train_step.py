@@ -1,4 +1,4 @@
-"""Whole SFT, DPO and GRPO steps of a random model of Qwen2.5-1.5B's shape on one GPU -> bench/results/train_step.json.
+"""Whole steps of every script, a random model of Qwen2.5-1.5B's shape, one GPU -> bench/results/train_step.json.
 
     python -m bench.train_step                          # CUDA, bf16; --only sft for one of them
     python -m bench.train_step --try                    # anywhere, a tiny model: does the script work?
@@ -99,6 +99,9 @@ def jobs(folder: Path, tiny: bool) -> dict[str, list]:
     dpo = ["train_dpo.py", "--data", folder / "dpo.jsonl", "--rows", 8 if tiny else 32, *common]
     grpo = ["train_grpo.py", "--data", folder / "grpo.jsonl", "--prompts", 4 if tiny else 32, "--group", 8,
             "--max_new_tokens", completion, "--reward", ROOT / "bench/reward.py:length_modulo_7", *common]
+    rm = ["train_rm.py", "--data", folder / "dpo.jsonl", "--rows", 8 if tiny else 32, *common]
+    ppo = ["train_ppo.py", "--data", folder / "grpo.jsonl", "--prompts", 8 if tiny else 256, "--max_new_tokens",
+           completion, "--reward", ROOT / "bench/reward.py:length_modulo_7", *common]
     common = ["--model", folder / "model", "--lr", 1e-6, "--device", "cpu" if tiny else "cuda", "--dtype", "bf16"]
     theirs = {
         "sft, TRL": ["bench/trl_sft.py", "--data", folder / "sft.jsonl", "--packing", "--max_length", tokens, "--batch",
@@ -112,7 +115,7 @@ def jobs(folder: Path, tiny: bool) -> dict[str, list]:
         theirs = {}
     return {"sft": sft, "sft, --kernels torch": [*sft, "--kernels", "torch"], "sft, --compile": [*sft, "--compile"],
             "sft, --checkpointing": [*sft, "--checkpointing"], "dpo": dpo,
-            "dpo, --kernels torch": [*dpo, "--kernels", "torch"], "grpo": grpo, **theirs}
+            "dpo, --kernels torch": [*dpo, "--kernels", "torch"], "grpo": grpo, "rm": rm, "ppo": ppo, **theirs}
 
 
 def run(folder: Path, command, steps: int, profile="") -> tuple[list[dict], float]:
@@ -194,7 +197,7 @@ def main():
             found[name] = {"tokens_per_second": speed, "peak_mb": peak}
             if name.startswith("sft") and rate:
                 found[name]["utilisation"] = speed * sft_flops(config, lengths) / rate
-            if name.startswith("grpo"):
+            if name.startswith(("grpo", "ppo")):
                 found[name] |= {key: statistics.median(m[key] for m in lines[WARM:])
                                 for key in lines[0] if key.startswith("time/")}
             print(name, found[name], flush=True)

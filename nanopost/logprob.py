@@ -43,7 +43,9 @@ def logprob(hidden_ND, weight_VD, target_N, temperature: float = 1.0, chunk: int
 
 
 def matmul_fp32(a, b):
-    """a @ b with the product kept in fp32 (or fp64) whatever the inputs: bf16 logits would cost 2 % of a ratio."""
+    """a @ b with the product kept in fp32 (or fp64) whatever the inputs: bf16 logits would cost 2 % of a ratio.
+
+    For use under no_grad or in an autograd.Function: torch.mm(out_dtype=...) has no derivative."""
     if a.is_cuda and a.dtype in HALF:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.to(_accumulator(a)) @ b.to(_accumulator(b))

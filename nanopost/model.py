@@ -297,6 +297,13 @@ class CausalLM(nn.Module):
         return self
 
 
+def scalar_head(hidden_ND, weight_1D):
+    """hidden weight^T, one fp32 (or fp64) number for each token, differentiable: matmul_fp32's product has no
+    derivative on CUDA in bf16."""
+    precision = torch.promote_types(hidden_ND.dtype, torch.float32)
+    return (hidden_ND.to(precision) @ weight_1D.to(precision).T)[:, 0]
+
+
 class ScalarModel(nn.Module):
     """A decoder with one number for each token: a reward model reads it at the last token of a sequence."""
 
@@ -308,7 +315,7 @@ class ScalarModel(nn.Module):
     def forward(self, batch):
         """A Batch (data.py) -> fp32 value_N."""
         hidden_ND = self.model.packed(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)
-        return matmul_fp32(hidden_ND, self.score.weight.T)[:, 0]
+        return scalar_head(hidden_ND, self.score.weight)
 
 
 class ActorCritic(nn.Module):
@@ -333,5 +340,5 @@ class ActorCritic(nn.Module):
         if not value_alone:
             logp_N, entropy_N = logprob(hidden_ND, self.policy.head_weight, batch.target_N, temperature,
                                         kernels=self.policy.kernels)
-        value_N = matmul_fp32(hidden_ND, self.value.weight.T)[:, 0] if head else self.value(batch)
+        value_N = scalar_head(hidden_ND, self.value.weight) if head else self.value(batch)
         return logp_N, entropy_N, value_N.where(batch.mask_N, 0.0)

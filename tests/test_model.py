@@ -2,13 +2,16 @@
 import copy
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from small import random_ids, small_config
 
-from nanopost import InputError, hf
+import nanopost.model as model_module
+from nanopost import InputError, data, hf
 from nanopost.attention import Cache
-from nanopost.data import Batch
-from nanopost.model import CausalLM, Config
+from nanopost.data import Batch, Example
+from nanopost.model import ActorCritic, CausalLM, Config, ScalarModel
 
 transformers = pytest.importorskip("transformers")
 
@@ -289,3 +292,21 @@ def test_all_blocks_share_the_compiled_code():
         for lengths in ([9, 4], [8, 2, 7], [20, 1]):
             docs = documents(lengths)
             assert_close(loss_and_gradients(compiled, docs), loss_and_gradients(model, docs), 1e-6)
+
+
+def test_no_loss_goes_through_the_product_without_a_derivative(monkeypatch):
+    """torch.mm(out_dtype=...), which matmul_fp32 takes on CUDA in bf16, has none: train_rm.py and train_ppo.py would
+    die in their first backward pass."""
+    product = model_module.matmul_fp32
+
+    def refuse(a, b):
+        assert not torch.is_grad_enabled(), "matmul_fp32 where a gradient is wanted"
+        return product(a, b)
+    monkeypatch.setattr(model_module, "matmul_fp32", refuse)
+    config = small_config()
+    batch = data.batch_of([Example(random_ids(9, 0), np.arange(9) > 3)])
+    for model in (ScalarModel(config), ActorCritic(config, None), ActorCritic(config, config)):
+        out = model(batch)
+        (out if isinstance(model, ScalarModel) else sum(out)).sum().backward()
+        head = model.score if isinstance(model, ScalarModel) else getattr(model.value, "score", model.value)
+        assert head.weight.grad.abs().sum() > 0
