@@ -9,6 +9,7 @@ The folder written is a transformers ...ForSequenceClassification with one label
     python train_sft.py && python train_rm.py                       # the toy: right sums above the model's own slips
     torchrun --nproc_per_node 8 train_rm.py --model out/sft --data pairs.jsonl
 """
+
 import argparse
 import math
 import time
@@ -27,19 +28,44 @@ from nanopost.pairs import fit
 # ------------------------------------------------------------------------------------------------------- arguments
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
 add = parser.add_argument
-add("--model", default="out/sft", help="folder of a Hugging Face checkpoint; default out/sft, what train_sft.py writes")
+add(
+    "--model",
+    default="out/sft",
+    help="folder of a Hugging Face checkpoint; default out/sft, what train_sft.py writes",
+)
 add("--data", default="toy", help="rows: JSONL, .jsonl.gz, .json or Parquet, or toy")
 add("--eval_data", help="held-out rows; without it --holdout rows of --data are kept back")
-add("--holdout", type=int, default=100, help="rows of --data kept for evaluation, if there is no --eval_data")
-add("--rename", nargs="*", default=[], metavar="THEIRS=OURS", help="columns, such as better=chosen worse=rejected")
+add(
+    "--holdout",
+    type=int,
+    default=100,
+    help="rows of --data kept for evaluation, if there is no --eval_data",
+)
+add(
+    "--rename",
+    nargs="*",
+    default=[],
+    metavar="THEIRS=OURS",
+    help="columns, such as better=chosen worse=rejected",
+)
 add("--out", default="out/rm", help="folder of the run; the trained model is written here")
 add("--chat_template", help="a Jinja file used instead of the model's own template")
 add("--seed", type=int, default=0)
 add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to compute in; auto: bf16 on CUDA, else fp32")
+add(
+    "--dtype",
+    default="auto",
+    choices=["auto", "fp32", "bf16"],
+    help="to compute in; auto: bf16 on CUDA, else fp32",
+)
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton for log-probs on CUDA; torch: none")
+add(
+    "--kernels",
+    default="auto",
+    choices=["auto", "torch"],
+    help="auto: Triton for log-probs on CUDA; torch: none",
+)
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-5, for the toy 5e-4")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
@@ -58,7 +84,12 @@ add("--epochs", type=float, help="instead of --steps: times over the pairs")
 add("--rows", type=int, default=64, help="pairs of an optimizer step, over all ranks")
 add("--centre", type=float, default=0.0, help="weight of the squared sum of a pair's scores")
 add("--max_length", type=int, help="longest side of a pair in tokens; default: half of --tokens")
-add("--overlong", default="truncate", choices=["truncate", "drop"], help="what becomes of longer pairs")
+add(
+    "--overlong",
+    default="truncate",
+    choices=["truncate", "drop"],
+    help="what becomes of longer pairs",
+)
 args = parser.parse_args()
 args.lr = args.lr if args.lr is not None else 5e-4 if args.data == "toy" else 1e-5
 
@@ -71,8 +102,14 @@ bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "c
 # --------------------------------------------------------------------------------------------- tokenizer and model
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 stage = check_stage(args.model, tokenizer)
-shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile,
-                kernels=args.kernels)
+shard = partial(
+    dist.shard,
+    world=world,
+    bf16=bf16,
+    checkpointing=args.checkpointing,
+    compile=args.compile,
+    kernels=args.kernels,
+)
 pad_id = None if tokenizer.pad_id in tokenizer.stop_ids else tokenizer.pad_id
 model = hf.load_scalar_model(args.model, world.device, shard=shard, new_head=True, pad_id=pad_id)
 
@@ -90,7 +127,9 @@ def encode(rows):
         pairs.append(tokenizer.pair(row))
         for e in pairs[-1]:
             e.columns["margin"] = data.number(row, "margin", default=0.0)
-    return fit(pairs, args.tokens // 2 if args.max_length is None else args.max_length, args.overlong)
+    return fit(
+        pairs, args.tokens // 2 if args.max_length is None else args.max_length, args.overlong
+    )
 
 
 pairs, cut = encode(rows)
@@ -106,13 +145,19 @@ found = checkpoint.to_resume(args) if args.resume else None
 state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
 shown = ["loss", "accuracy", "margin", "grad_norm", "lr", "tokens_per_second"]
 logger = Logger(args.out, world.rank, args.steps, shown, args.verbose)
-replace = args.overwrite or args.resume and not Path(args.out, "config.json").exists()  # killed before a checkpoint
-logger.open(state["step"] if found else None, replace, {"args": vars(args), **fingerprint(tokenizer)})
+replace = (
+    args.overwrite or args.resume and not Path(args.out, "config.json").exists()
+)  # killed before a checkpoint
+logger.open(
+    state["step"] if found else None, replace, {"args": vars(args), **fingerprint(tokenizer)}
+)
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
-logger.say(f"{args.data}: {len(pairs):,} pairs, {len(eval_pairs):,} held out; the first, with » and « around answers:\n"
-           + "\n".join(marked_text(e, tokenizer) for e in pairs[0]))
+logger.say(
+    f"{args.data}: {len(pairs):,} pairs, {len(eval_pairs):,} held out; the first, with » and « around answers:\n"
+    + "\n".join(marked_text(e, tokenizer) for e in pairs[0])
+)
 logger.say(f"cut, left out or doubtful: {data.counted(cut)}; held out: {data.counted(eval_cut)}")
 logger.say(f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch")
 
@@ -122,7 +167,11 @@ def forward(part, pairs):
     batch = data.batch_of([e for i in part for e in pairs[i]], world.device)
     score_S = model(batch)[batch.cu_seqlens[1:].long() - 1]
     loss_P = losses.reward_model_loss(score_S, batch["margin"][0::2], args.centre)
-    return score_S.detach().view(-1, 2).T[:, :len(part)], loss_P * (not batch.dummy), len(batch.token_N)
+    return (
+        score_S.detach().view(-1, 2).T[:, : len(part)],
+        loss_P * (not batch.dummy),
+        len(batch.token_N),
+    )
 
 
 @torch.no_grad()
@@ -130,7 +179,7 @@ def evaluate():
     """Held-out pairs: loss, accuracy, margin, and quantiles of all scores."""
     if not eval_pairs:
         return {}
-    mine, loss, scores = eval_pairs[world.rank::world.size], 0.0, []
+    mine, loss, scores = eval_pairs[world.rank :: world.size], 0.0, []
     for part in dist.even(data.micro_batches([len(a) + len(b) for a, b in mine], args.tokens)):
         score_2P, loss_P, _ = forward(part, mine)
         loss += float(loss_P.sum())
@@ -138,8 +187,12 @@ def evaluate():
     score_P2 = np.array(dist.gather(scores))
     margin_P = score_P2[:, 0] - score_P2[:, 1]
     quantiles = zip((5, 50, 95), np.quantile(score_P2, (0.05, 0.5, 0.95)).tolist())
-    return {**dist.means({"eval/loss": (loss, len(mine))}), "eval/accuracy": float((margin_P > 0).mean()),
-            "eval/margin": float(margin_P.mean()), **{f"eval/score/q{q:02d}": value for q, value in quantiles}}
+    return {
+        **dist.means({"eval/loss": (loss, len(mine))}),
+        "eval/accuracy": float((margin_P > 0).mean()),
+        "eval/margin": float(margin_P.mean()),
+        **{f"eval/score/q{q:02d}": value for q, value in quantiles},
+    }
 
 
 # ------------------------------------------------------------------------------------------------------------ loop
@@ -156,7 +209,9 @@ for step in range(state["step"] + 1, args.steps + 1):
     loss_sum, tokens, scores = 0.0, 0, []
     for part in micro_batches:
         score_2P, loss_P, count = forward(part, pairs)
-        (loss_P.sum() * world.size / per_step).backward()  # FSDP averages gradients over ranks: world.size undoes it
+        (
+            loss_P.sum() * world.size / per_step
+        ).backward()  # FSDP averages gradients over ranks: world.size undoes it
         loss_sum += float(loss_P.detach().sum())
         tokens += count
         scores.append(score_2P)
@@ -171,13 +226,29 @@ for step in range(state["step"] + 1, args.steps + 1):
     (tokens,) = dist.all_sum(tokens)
     seen += tokens
     count = len(chosen_P)
-    low, high = dist.all_max(*(max((sign * torch.cat(scores, 1)).flatten().tolist(), default=-math.inf)
-                               for sign in (-1, 1)))
-    metrics = {**dist.means({
-        "loss": (loss_sum, count), "accuracy": ((chosen_P > rejected_P).sum(), count),
-        "margin": ((chosen_P - rejected_P).sum(), count), "mean_reward": ((chosen_P + rejected_P).sum(), 2 * count)}),
-        "min_reward": -low, "max_reward": high, "grad_norm": grad_norm, "lr": lr, "epoch": consumed / per_epoch,
-        "num_tokens": seen, "tokens_per_second": tokens / (time.perf_counter() - began)}
+    low, high = dist.all_max(
+        *(
+            max((sign * torch.cat(scores, 1)).flatten().tolist(), default=-math.inf)
+            for sign in (-1, 1)
+        )
+    )
+    metrics = {
+        **dist.means(
+            {
+                "loss": (loss_sum, count),
+                "accuracy": ((chosen_P > rejected_P).sum(), count),
+                "margin": ((chosen_P - rejected_P).sum(), count),
+                "mean_reward": ((chosen_P + rejected_P).sum(), 2 * count),
+            }
+        ),
+        "min_reward": -low,
+        "max_reward": high,
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "epoch": consumed / per_epoch,
+        "num_tokens": seen,
+        "tokens_per_second": tokens / (time.perf_counter() - began),
+    }
     if step == args.steps or args.eval_every and step % args.eval_every == 0:
         logger.phase("eval", step)
         metrics |= evaluate()
@@ -186,10 +257,17 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- save
     if args.save_every and step % args.save_every == 0 and step < args.steps:
         logger.phase("save", step)
-        checkpoint.save(args.out, step, model, optimizer, state | {"consumed": consumed, "seen": seen})
+        checkpoint.save(
+            args.out, step, model, optimizer, state | {"consumed": consumed, "seen": seen}
+        )
 
 # ------------------------------------------------------------------------------------------------------------ save
-hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),
-              write=world.rank == 0)
+hf.save_model(
+    args.out,
+    dist.full_weights(model),
+    model.config,
+    tokenizer_files(args.model, tokenizer),
+    write=world.rank == 0,
+)
 logger.say(f"the model is in {args.out}")
 dist.finish()

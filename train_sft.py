@@ -8,6 +8,7 @@ packed without padding, and no document sees another; --train_on says which of t
     python train_sft.py                                              # the toy: 0.8 M parameters, two-digit sums
     torchrun --nproc_per_node 8 train_sft.py --model Qwen2.5-1.5B --data chats.jsonl --chat_template chatml.jinja
 """
+
 import argparse
 import math
 import time
@@ -27,16 +28,37 @@ add = parser.add_argument
 add("--model", default="toy", help="folder of a Hugging Face checkpoint, or toy: a fresh tiny one")
 add("--data", default="toy", help="rows: JSONL, .jsonl.gz, .json or Parquet, or toy")
 add("--eval_data", help="held-out rows; without it --holdout rows of --data are kept back")
-add("--holdout", type=int, default=100, help="rows of --data kept for evaluation, if there is no --eval_data")
-add("--rename", nargs="*", default=[], metavar="THEIRS=OURS", help="columns, such as question=prompt answer=completion")
+add(
+    "--holdout",
+    type=int,
+    default=100,
+    help="rows of --data kept for evaluation, if there is no --eval_data",
+)
+add(
+    "--rename",
+    nargs="*",
+    default=[],
+    metavar="THEIRS=OURS",
+    help="columns, such as question=prompt answer=completion",
+)
 add("--out", default="out/sft", help="folder of the run; the trained model is written here")
 add("--chat_template", help="a Jinja file used instead of the model's own template")
 add("--seed", type=int, default=0)
 add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="to compute in; auto: bf16 on CUDA, else fp32")
+add(
+    "--dtype",
+    default="auto",
+    choices=["auto", "fp32", "bf16"],
+    help="to compute in; auto: bf16 on CUDA, else fp32",
+)
 add("--compile", action="store_true", help="torch.compile each block")
 add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton for log-probs on CUDA; torch: none")
+add(
+    "--kernels",
+    default="auto",
+    choices=["auto", "torch"],
+    help="auto: Triton for log-probs on CUDA; torch: none",
+)
 add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
 add("--lr", type=float, help="peak learning rate; default 1e-5, for the toy 3e-3")
 add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
@@ -53,11 +75,30 @@ add("--verbose", action="store_true", help="say when each phase begins")
 add("--steps", type=int, default=700, help="optimizer steps")
 add("--epochs", type=float, help="instead of --steps: times over the rows")
 add("--rows", type=int, default=64, help="rows of an optimizer step, over all ranks")
-add("--bins", type=int, default=0, help="instead of --rows: bins of --tokens tokens, packed over the whole epoch")
+add(
+    "--bins",
+    type=int,
+    default=0,
+    help="instead of --rows: bins of --tokens tokens, packed over the whole epoch",
+)
 add("--loss", default="nll", choices=["nll", "dft"])
-add("--train_on", default="assistant", choices=["assistant", "last", "completion", "all"], help="what is a target")
-add("--max_length", type=int, help="longest row in tokens; default: --tokens, or what the model takes")
-add("--overlong", default="truncate", choices=["truncate", "split", "drop"], help="what becomes of longer rows")
+add(
+    "--train_on",
+    default="assistant",
+    choices=["assistant", "last", "completion", "all"],
+    help="what is a target",
+)
+add(
+    "--max_length",
+    type=int,
+    help="longest row in tokens; default: --tokens, or what the model takes",
+)
+add(
+    "--overlong",
+    default="truncate",
+    choices=["truncate", "split", "drop"],
+    help="what becomes of longer rows",
+)
 args = parser.parse_args()
 args.lr = args.lr if args.lr is not None else 3e-3 if args.data == "toy" else 1e-5
 
@@ -68,7 +109,12 @@ torch.manual_seed(args.seed)
 bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
 
 # --------------------------------------------------------------------------------------------- tokenizer and model
-refuse((args.model == "toy" != args.data, "--model is missing: the toy's own model is for the toy's own data."))
+refuse(
+    (
+        args.model == "toy" != args.data,
+        "--model is missing: the toy's own model is for the toy's own data.",
+    )
+)
 if args.model == "toy":
     args.model = f"{args.out}/toy"
     if world.rank == 0:
@@ -76,8 +122,14 @@ if args.model == "toy":
     torch.distributed.barrier()
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 stage = check_stage(args.model, tokenizer)
-shard = partial(dist.shard, world=world, bf16=bf16, checkpointing=args.checkpointing, compile=args.compile,
-                kernels=args.kernels)
+shard = partial(
+    dist.shard,
+    world=world,
+    bf16=bf16,
+    checkpointing=args.checkpointing,
+    compile=args.compile,
+    kernels=args.kernels,
+)
 model = hf.load_model(args.model, world.device, shard=shard)
 
 # ------------------------------------------------------------------------------------------------------------ data
@@ -93,7 +145,9 @@ def encode(rows):
         data.check_sft_row(row)
     examples = [tokenizer.example(row, args.train_on) for row in rows]
     text = report(examples, tokenizer, rows) if rows else ""
-    longest = min(args.tokens, model.config.max_positions) if args.max_length is None else args.max_length
+    longest = (
+        min(args.tokens, model.config.max_positions) if args.max_length is None else args.max_length
+    )
     return *data.overlong(examples, longest, args.overlong), text
 
 
@@ -101,23 +155,33 @@ examples, cut, text = encode(rows)
 eval_examples, eval_cut, _ = encode(eval_rows)
 lengths = [len(e) for e in examples]
 per_step, unit = (args.bins, "bins") if args.bins else (args.rows, "rows")
-per_epoch, micro_batches_of_step = (data.by_bins if args.bins else data.by_rows)(lengths, args.tokens, args.seed)
+per_epoch, micro_batches_of_step = (data.by_bins if args.bins else data.by_rows)(
+    lengths, args.tokens, args.seed
+)
 args.steps = math.ceil(args.epochs * per_epoch / per_step) if args.epochs else args.steps
 
 # ------------------------------------------------------------------------------------------------------- optimizer
 optimizer = optim.adamw(model, args.weight_decay, args.betas)
 found = checkpoint.to_resume(args) if args.resume else None
 state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
-logger = Logger(args.out, world.rank, args.steps, ["loss", "grad_norm", "lr", "tokens_per_second"], args.verbose)
-replace = args.overwrite or args.resume and not Path(args.out, "config.json").exists()  # killed before a checkpoint
-logger.open(state["step"] if found else None, replace, {"args": vars(args), **fingerprint(tokenizer)})
+logger = Logger(
+    args.out, world.rank, args.steps, ["loss", "grad_norm", "lr", "tokens_per_second"], args.verbose
+)
+replace = (
+    args.overwrite or args.resume and not Path(args.out, "config.json").exists()
+)  # killed before a checkpoint
+logger.open(
+    state["step"] if found else None, replace, {"args": vars(args), **fingerprint(tokenizer)}
+)
 for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
     logger.say(f"resumed with another {change}")
 logger.say(stage)
 logger.say(f"{args.data}, before anything is cut: {text}")
 logger.say(f"cut or left out: {data.counted(cut)}; held out: {data.counted(eval_cut)}")
-logger.say(f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, {args.tokens}-token bins "
-           f"would be filled to {data.fill_rate(lengths, data.pack(lengths, args.tokens), args.tokens):.1%}")
+logger.say(
+    f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, {args.tokens}-token bins "
+    f"would be filled to {data.fill_rate(lengths, data.pack(lengths, args.tokens), args.tokens):.1%}"
+)
 
 
 @torch.no_grad()
@@ -125,7 +189,7 @@ def evaluate():
     """Mean loss and entropy of a trained token of the held-out rows."""
     if not eval_examples:
         return {}
-    mine, loss, entropy = eval_examples[world.rank::world.size], 0.0, 0.0
+    mine, loss, entropy = eval_examples[world.rank :: world.size], 0.0, 0.0
     for part in dist.even(data.micro_batches([len(e) for e in mine], args.tokens)):
         logp_N, entropy_N = model(data.batch_of([mine[i] for i in part], world.device))
         loss -= float(logp_N.sum())
@@ -147,13 +211,17 @@ for step in range(state["step"] + 1, args.steps + 1):
     micro_batches = micro_batches_of_step(consumed, per_step, world.rank, world.size)
     consumed += per_step
     batches = [data.batch_of([examples[i] for i in part], world.device) for part in micro_batches]
-    trained, tokens = dist.all_sum(sum(int(b.mask_N.sum()) for b in batches),
-                                   sum(lengths[i] for part in micro_batches for i in part))
+    trained, tokens = dist.all_sum(
+        sum(int(b.mask_N.sum()) for b in batches),
+        sum(lengths[i] for part in micro_batches for i in part),
+    )
     loss_sum = entropy_sum = 0.0
     for batch in batches:
         logp_N, entropy_N = model(batch)
         loss, _ = loss_function(logp_N, batch.mask_N)
-        (loss * world.size / trained).backward()  # FSDP averages gradients over ranks: world.size undoes it
+        (
+            loss * world.size / trained
+        ).backward()  # FSDP averages gradients over ranks: world.size undoes it
         loss_sum += float(loss.detach())
         entropy_sum += float(entropy_N.detach().sum())
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
@@ -165,9 +233,14 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- log
     seen += tokens
     share = trained / world.size
-    metrics = {**dist.means({"loss": (loss_sum, share), "entropy": (entropy_sum, share)}), "grad_norm": grad_norm,
-               "lr": lr, "epoch": consumed / per_epoch, "num_tokens": seen,
-               "tokens_per_second": tokens / (time.perf_counter() - began)}
+    metrics = {
+        **dist.means({"loss": (loss_sum, share), "entropy": (entropy_sum, share)}),
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "epoch": consumed / per_epoch,
+        "num_tokens": seen,
+        "tokens_per_second": tokens / (time.perf_counter() - began),
+    }
     if step == args.steps or args.eval_every and step % args.eval_every == 0:
         logger.phase("eval", step)
         metrics |= evaluate()
@@ -176,10 +249,17 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- save
     if args.save_every and step % args.save_every == 0 and step < args.steps:
         logger.phase("save", step)
-        checkpoint.save(args.out, step, model, optimizer, state | {"consumed": consumed, "seen": seen})
+        checkpoint.save(
+            args.out, step, model, optimizer, state | {"consumed": consumed, "seen": seen}
+        )
 
 # ------------------------------------------------------------------------------------------------------------ save
-hf.save_model(args.out, dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer),
-              write=world.rank == 0)
+hf.save_model(
+    args.out,
+    dist.full_weights(model),
+    model.config,
+    tokenizer_files(args.model, tokenizer),
+    write=world.rank == 0,
+)
 logger.say(f"the model is in {args.out}")
 dist.finish()

@@ -3,6 +3,7 @@
 The text is the Python standard library's own source. Sizes are those of the comparison: 4 layers, 256 wide, 4,096
 tokens; the tests make smaller ones.
 """
+
 import json
 import random
 import sysconfig
@@ -24,7 +25,9 @@ CHATML = """\
 {{- '\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
-TIGHT = CHATML.replace("{{- '\n' }}\n", "")  # no newline behind a turn: TRL would train it in pairs, nanopost would not
+TIGHT = CHATML.replace(
+    "{{- '\n' }}\n", ""
+)  # no newline behind a turn: TRL would train it in pairs, nanopost would not
 
 
 def corpus(max_characters: int = 3_000_000) -> list[str]:
@@ -38,32 +41,72 @@ def corpus(max_characters: int = 3_000_000) -> list[str]:
     return texts
 
 
-def make_model(folder, vocab: int = 4096, width: int = 256, layers: int = 4, heads: int = 8, kv_heads: int = 4,
-               mlp_width: int = 768, scale: float = 0.02, characters: int = 3_000_000, endless: bool = False,
-               stop_ids: tuple[int, ...] = (), template: str = CHATML) -> PreTrainedTokenizerFast:
+def make_model(
+    folder,
+    vocab: int = 4096,
+    width: int = 256,
+    layers: int = 4,
+    heads: int = 8,
+    kv_heads: int = 4,
+    mlp_width: int = 768,
+    scale: float = 0.02,
+    characters: int = 3_000_000,
+    endless: bool = False,
+    stop_ids: tuple[int, ...] = (),
+    template: str = CHATML,
+) -> PreTrainedTokenizerFast:
     """Write a random Qwen3 with its tokenizer to a folder, through transformers.
 
     scale: standard deviation of the weights. stop_ids: end a completion beside <|im_end|>. endless: hardly anything
     ends one, because the only stop token is one of 4,097 that are all as likely; there is no chat template then.
     """
     raw = Tokenizer(models.BPE())
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    raw.train_from_iterator(corpus(characters), trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[PAD, START, END], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    raw.pre_tokenizer, raw.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+    raw.train_from_iterator(
+        corpus(characters),
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=[PAD, START, END],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     vocab = raw.get_vocab_size()
     if endless:
         raw.add_special_tokens([NEVER])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token=PAD, eos_token=NEVER if endless else END,
-                                        chat_template=None if endless else template, padding_side="left")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token=PAD,
+        eos_token=NEVER if endless else END,
+        chat_template=None if endless else template,
+        padding_side="left",
+    )
     stops = [tokenizer.eos_token_id, *stop_ids]
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(
-        vocab_size=vocab + endless, hidden_size=width, intermediate_size=mlp_width, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=width // heads, initializer_range=scale,
-        max_position_embeddings=2048, tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=stops, bos_token_id=None))
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = stops, tokenizer.pad_token_id
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=vocab + endless,
+            hidden_size=width,
+            intermediate_size=mlp_width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=width // heads,
+            initializer_range=scale,
+            max_position_embeddings=2048,
+            tie_word_embeddings=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=stops,
+            bos_token_id=None,
+        )
+    )
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = (
+        stops,
+        tokenizer.pad_token_id,
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return tokenizer
@@ -74,21 +117,32 @@ def random_stops(count: int = 48, vocab: int = 4096) -> tuple[int, ...]:
     return tuple(random.Random(1).sample(range(300, vocab), count))
 
 
-def pieces(tokenizer, count: int, log_mean: float, log_std: float, low: int, high: int, seed: int) -> list[str]:
+def pieces(
+    tokenizer, count: int, log_mean: float, log_std: float, low: int, high: int, seed: int
+) -> list[str]:
     """Stretches of the corpus with log-normal lengths in tokens, clipped to low..high."""
     draw = random.Random(seed)
     ids = [i for text in corpus(600_000) for i in tokenizer(text[:40_000])["input_ids"]]
-    lengths = [int(min(high, max(low, draw.lognormvariate(log_mean, log_std)))) for _ in range(count)]
+    lengths = [
+        int(min(high, max(low, draw.lognormvariate(log_mean, log_std)))) for _ in range(count)
+    ]
     starts = [draw.randrange(len(ids) - length) for length in lengths]
-    return [tokenizer.decode(ids[start:start + length]) for start, length in zip(starts, lengths)]
+    return [tokenizer.decode(ids[start : start + length]) for start, length in zip(starts, lengths)]
 
 
 def chat_rows(tokenizer, count: int, longest: int = 440, seed: int = 0) -> list[dict]:
     """Rows {"messages"}: a short question and an answer of up to `longest` tokens, median 148."""
     questions = pieces(tokenizer, count, 2.7, 0.4, 6, 40, seed + 1)
     answers = pieces(tokenizer, count, 5.0, 0.7, 16, longest, seed)
-    return [{"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-            for question, answer in zip(questions, answers)]
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
+        }
+        for question, answer in zip(questions, answers)
+    ]
 
 
 def pair_rows(tokenizer, count: int, longest: int = 400, seed: int = 0) -> list[dict]:
@@ -96,10 +150,14 @@ def pair_rows(tokenizer, count: int, longest: int = 400, seed: int = 0) -> list[
     a newline at the start of an answer would join the prompt's last one in a single token, which nanopost refuses."""
     questions = pieces(tokenizer, count, 3.5, 0.4, 8, 80, seed)
     answers = [pieces(tokenizer, count, 4.7, 0.6, 16, longest, seed + side) for side in (1, 2)]
-    return [{"prompt": [{"role": "user", "content": question}],
-             "chosen": [{"role": "assistant", "content": chosen.strip()}],
-             "rejected": [{"role": "assistant", "content": rejected.strip()}]}
-            for question, chosen, rejected in zip(questions, *answers)]
+    return [
+        {
+            "prompt": [{"role": "user", "content": question}],
+            "chosen": [{"role": "assistant", "content": chosen.strip()}],
+            "rejected": [{"role": "assistant", "content": rejected.strip()}],
+        }
+        for question, chosen, rejected in zip(questions, *answers)
+    ]
 
 
 def prompt_rows(tokenizer, count: int, seed: int = 0) -> list[dict]:

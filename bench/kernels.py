@@ -10,6 +10,7 @@ kernels that skip small gradients have less to do. Times are medians; memory is 
 gradients; the error is that of log-probs against float64 of the same bf16 inputs, on 256 tokens. Peers that are not
 installed are left out, and the result says so: pip install liger-kernel cut-cross-entropy.
 """
+
 import argparse
 import json
 import statistics
@@ -37,27 +38,43 @@ def naive(hidden, weight, target):
 def chunked(hidden, weight, target):
     """Cross-entropy of 1,024 tokens at a time, recomputed in the backward pass: what torch.compile is given."""
     parts = zip(hidden.split(1024), target.split(1024))
-    return torch.cat([torch.utils.checkpoint.checkpoint(naive, h, weight, t, use_reentrant=False) for h, t in parts])
+    return torch.cat(
+        [
+            torch.utils.checkpoint.checkpoint(naive, h, weight, t, use_reentrant=False)
+            for h, t in parts
+        ]
+    )
 
 
 def contestants(tiny: bool) -> dict:
     """name -> f(hidden, weight, target) -> logp_N, or a scalar loss for those that know no other."""
-    found = {"nanopost kernel": lambda *x: logprob_triton(*x, store=False)[0],
-             "nanopost kernel, stored": lambda *x: logprob_triton(*x, store=True)[0],
-             "nanopost torch twin": lambda *x: logprob(*x, kernels="torch")[0], "naive": naive, "chunked": chunked}
+    found = {
+        "nanopost kernel": lambda *x: logprob_triton(*x, store=False)[0],
+        "nanopost kernel, stored": lambda *x: logprob_triton(*x, store=True)[0],
+        "nanopost torch twin": lambda *x: logprob(*x, kernels="torch")[0],
+        "naive": naive,
+        "chunked": chunked,
+    }
     if tiny:
         return found
     found["chunked, compiled"] = torch.compile(chunked)
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-        found["liger-kernel"] = lambda h, w, t: -liger_fused_linear_cross_entropy(h, w, t, reduction="sum")
+
+        found["liger-kernel"] = lambda h, w, t: (
+            -liger_fused_linear_cross_entropy(h, w, t, reduction="sum")
+        )
     except ImportError:
         found["liger-kernel"] = None
     try:
         from cut_cross_entropy import linear_cross_entropy
-        found["cut-cross-entropy"] = lambda h, w, t: -linear_cross_entropy(h, w, t, reduction="none")
-        found["cut-cross-entropy, exact"] = lambda h, w, t: -linear_cross_entropy(
-            h, w, t, reduction="none", impl="cce_exact")
+
+        found["cut-cross-entropy"] = lambda h, w, t: (
+            -linear_cross_entropy(h, w, t, reduction="none")
+        )
+        found["cut-cross-entropy, exact"] = lambda h, w, t: (
+            -linear_cross_entropy(h, w, t, reduction="none", impl="cce_exact")
+        )
     except ImportError:
         found["cut-cross-entropy"] = None
     return found
@@ -125,7 +142,10 @@ def check(device):
         target[::3] = -100
         h = g.flip(0)
         found = []
-        for function in (logprob_reference, *(partial(logprob_triton, store=store) for store in (False, True))):
+        for function in (
+            logprob_reference,
+            *(partial(logprob_triton, store=store) for store in (False, True)),
+        ):
             dtype = torch.float64 if function is logprob_reference else hidden.dtype
             leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
             logp, entropy = function(*leaves, target)
@@ -133,7 +153,9 @@ def check(device):
             found.append((logp.detach(), entropy.detach(), *(x.grad for x in leaves)))
         for name, b, *ours in zip(("logp", "entropy", "d_hidden", "d_weight"), *found):
             gap = max(float((a.double() - b.double()).abs().max() / b.abs().max()) for a in ours)
-            limit = 1e-4 if name in ("logp", "entropy") or device == "cpu" else 1e-2  # gradients come in bf16
+            limit = (
+                1e-4 if name in ("logp", "entropy") or device == "cpu" else 1e-2
+            )  # gradients come in bf16
             print(f"  {shape} {name}: {gap:.1e}", flush=True)
             if not gap < limit:
                 raise AssertionError(f"{name} is off by {gap:.2g} of its largest value at {shape}")
@@ -141,17 +163,24 @@ def check(device):
 
 def plot(results, path):
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, len(results), figsize=(5 * len(results), 4), layout="constrained", squeeze=False)
+
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(5 * len(results), 4), layout="constrained", squeeze=False
+    )
     for axis, (shape, found) in zip(axes[0], results.items()):
         names = [n for n, v in found["random"].items() if v]
         axis.barh(names, [found["random"][n]["forward_backward_ms"] for n in names])
         axis.axvline(found["floor_ms"], color="tab:red", linestyle="--", linewidth=1)
-        axis.set(title=shape, xlabel="forward and backward, ms (red: 4 matmuls at the measured rate)")
+        axis.set(
+            title=shape, xlabel="forward and backward, ms (red: 4 matmuls at the measured rate)"
+        )
     figure.savefig(path, dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--try", action="store_true", dest="tiny")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/kernels")
@@ -167,23 +196,33 @@ def main():
     for shape in [(64, 257, 32)] if args.tiny else SHAPES:
         tokens, vocabulary, width = shape
         found = results[" x ".join(map(str, shape))] = {
-            "floor_ms": 1e3 * 8 * tokens * vocabulary * width / rate if rate else 0.0}
+            "floor_ms": 1e3 * 8 * tokens * vocabulary * width / rate if rate else 0.0
+        }
         for kind in ("random", "peaked"):
             found[kind] = {}
             for name, function in contestants(args.tiny).items():
                 torch._dynamo.reset()  # else the second shape is compiled for any shape
                 try:
-                    measure = function and measured(function, shape, kind == "peaked", device, args.repeats)
+                    measure = function and measured(
+                        function, shape, kind == "peaked", device, args.repeats
+                    )
                 except torch.OutOfMemoryError:
                     measure = None
                 found[kind][name] = measure
                 print(shape, kind, name, measure or "not installed, or out of memory", flush=True)
                 if device == "cuda":
                     torch.cuda.empty_cache()
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    result = {"device": torch.cuda.get_device_name() if rate else "cpu", "matmul_tflops": rate and rate / 1e12,
-              "versions": {n: version(n) for n in ("torch", "triton")}, "date": time.strftime("%Y-%m-%d"),
-              "commit": commit.stdout.strip(), "results": results}
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    result = {
+        "device": torch.cuda.get_device_name() if rate else "cpu",
+        "matmul_tflops": rate and rate / 1e12,
+        "versions": {n: version(n) for n in ("torch", "triton")},
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "results": results,
+    }
     if args.tiny:
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,5 @@
 """A random Llama-shaped model around any tokenizer, for runs on real text without weights from a hub."""
+
 from pathlib import Path
 
 from nanopost import hf
@@ -9,12 +10,30 @@ from nanopost.model import CausalLM, Config
 def write(folder, tokenizer_folder, width: int = 192, layers: int = 4, positions: int = 1024):
     """tokenizer_folder: with tokenizer.json, and tokenizer_config.json if there is one."""
     source, tokenizer = Path(tokenizer_folder), Tokenizer.load(tokenizer_folder)
-    config = Config.of({
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": width,
-        "vocab_size": tokenizer.vocab_size, "intermediate_size": width * 8 // 3, "num_hidden_layers": layers,
-        "num_attention_heads": width // 32, "num_key_value_heads": width // 96, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "max_position_embeddings": positions, "tie_word_embeddings": True,
-        "initializer_range": 0.06, "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id})
+    config = Config.of(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": width,
+            "vocab_size": tokenizer.vocab_size,
+            "intermediate_size": width * 8 // 3,
+            "num_hidden_layers": layers,
+            "num_attention_heads": width // 32,
+            "num_key_value_heads": width // 96,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "max_position_embeddings": positions,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.06,
+            "bos_token_id": tokenizer.bos_id,
+            "eos_token_id": tokenizer.eos_id,
+        }
+    )
     names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    hf.save_model(folder, CausalLM(config).init_weights(0).state_dict().items(), config,
-                  {name: (source / name).read_bytes() for name in names if (source / name).exists()})
+    hf.save_model(
+        folder,
+        CausalLM(config).init_weights(0).state_dict().items(),
+        config,
+        {name: (source / name).read_bytes() for name in names if (source / name).exists()},
+    )

@@ -4,6 +4,7 @@
 
 A step samples --batch x --accumulate completions with transformers' generate and trains on them once.
 """
+
 import json
 import time
 
@@ -23,6 +24,7 @@ def generation_recorded(trainer):
         seconds.append(time.perf_counter() - began)
         tokens.append(sum(map(len, completion_ids)))
         return completion_ids, logp
+
     trainer._generate_single_turn = recorded
     return seconds, tokens
 
@@ -35,13 +37,29 @@ def main():
     args = p.parse_args()
     model, tokenizer = load(args.model)
     recorder = Recorder()
-    config = GRPOConfig(**settings(args), num_generations=args.group, max_completion_length=args.max_new_tokens,
-                        temperature=1.0, beta=args.beta, loss_type="dapo")
-    trainer = GRPOTrainer(model=model, reward_funcs=length_modulo_7, args=config, train_dataset=rows_of(args.data),
-                          processing_class=tokenizer, callbacks=[recorder])
+    config = GRPOConfig(
+        **settings(args),
+        num_generations=args.group,
+        max_completion_length=args.max_new_tokens,
+        temperature=1.0,
+        beta=args.beta,
+        loss_type="dapo",
+    )
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=length_modulo_7,
+        args=config,
+        train_dataset=rows_of(args.data),
+        processing_class=tokenizer,
+        callbacks=[recorder],
+    )
     generate_seconds, tokens = generation_recorded(trainer)
     trainer.train()
-    print(json.dumps({"seconds": recorder.seconds, "generate_seconds": generate_seconds, "tokens": tokens}))
+    print(
+        json.dumps(
+            {"seconds": recorder.seconds, "generate_seconds": generate_seconds, "tokens": tokens}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ for the log; and these without the entropy. A model of 4 layers and width 256, 2
 memory is the process's largest resident size, less that of the same step with a vocabulary of 256. Then the log-probs
 alone, forward and backward: their peak beyond the head's weight and its gradient.
 """
+
 import argparse
 import json
 import statistics
@@ -91,11 +92,15 @@ def step(kind, vocabulary, share, steps):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[4096, 151936])
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.7], help="of the tokens that are trained")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.7], help="of the tokens that are trained"
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/cpu_twin.json")
     args = parser.parse_args()
     found = {}
@@ -104,26 +109,55 @@ def main():
         for vocabulary in args.vocabularies:
             rounds = {kind: [] for kind in KINDS}
             for k in range(args.rounds):
-                for kind in KINDS[k % 3:] + KINDS[:k % 3]:
+                for kind in KINDS[k % 3 :] + KINDS[: k % 3]:
                     rounds[kind].append(step(kind, vocabulary, share, args.steps))
             first, *others = (rounds[kind][0][2] for kind in KINDS)
             if any(abs(a - b) > 1e-4 for other in others for a, b in zip(first, other)):
                 raise AssertionError(f"the losses differ: {first} {others}")
-            weights_mb = 16 * vocabulary * 256 / 2**20  # weight, gradient and Adam's two moments, in fp32
-            row = {kind: {"seconds": statistics.median(s for s, *_ in of), "peak_mb_beyond_weights":
-                          statistics.median(p for _, p, _ in of) - small - weights_mb} for kind, of in rounds.items()}
+            weights_mb = (
+                16 * vocabulary * 256 / 2**20
+            )  # weight, gradient and Adam's two moments, in fp32
+            row = {
+                kind: {
+                    "seconds": statistics.median(s for s, *_ in of),
+                    "peak_mb_beyond_weights": statistics.median(p for _, p, _ in of)
+                    - small
+                    - weights_mb,
+                }
+                for kind, of in rounds.items()
+            }
             found[f"V {vocabulary}, {share:.0%} trained"] = row
-            print(f"V {vocabulary:7,d}  {share:4.0%} trained  " + "   ".join(
-                f"{kind}: {v['seconds']:.3f} s, {v['peak_mb_beyond_weights']:5.0f} MB" for kind, v in row.items()),
-                flush=True)
-    head = {vocabulary: statistics.median(float(run(["-c", HEAD, 1434, vocabulary])[0]) for _ in range(3))
-            for vocabulary in (1024, *args.vocabularies)}
-    print("log-probs of 1,434 tokens alone, beyond weight and gradient: "
-          + ", ".join(f"V {vocabulary:,}: {mb:.0f} MB" for vocabulary, mb in head.items()))
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    result = {"torch": version("torch"), "threads": THREADS, "date": time.strftime("%Y-%m-%d"),
-              "commit": commit.stdout.strip(), "rounds": args.rounds, "steps": args.steps, "results": found,
-              "peak_mb_of_log_probs_alone": head}
+            print(
+                f"V {vocabulary:7,d}  {share:4.0%} trained  "
+                + "   ".join(
+                    f"{kind}: {v['seconds']:.3f} s, {v['peak_mb_beyond_weights']:5.0f} MB"
+                    for kind, v in row.items()
+                ),
+                flush=True,
+            )
+    head = {
+        vocabulary: statistics.median(
+            float(run(["-c", HEAD, 1434, vocabulary])[0]) for _ in range(3)
+        )
+        for vocabulary in (1024, *args.vocabularies)
+    }
+    print(
+        "log-probs of 1,434 tokens alone, beyond weight and gradient: "
+        + ", ".join(f"V {vocabulary:,}: {mb:.0f} MB" for vocabulary, mb in head.items())
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    result = {
+        "torch": version("torch"),
+        "threads": THREADS,
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": commit.stdout.strip(),
+        "rounds": args.rounds,
+        "steps": args.steps,
+        "results": found,
+        "peak_mb_of_log_probs_alone": head,
+    }
     args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -21,6 +21,7 @@ Where memory allows, the forward pass stores e^(z-m) in bf16, and the backward p
 there: three matmuls instead of four, for 2 M V bytes. bf16 rounds p by 2^-9 of itself, as it rounds dz; where p is
 nearly 1, and 1 - p needs more than that, e^(z-m) is 1 and not rounded at all.
 """
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -32,12 +33,24 @@ STATS, GRADIENT = (128, 256, 64, 8, 3), (128, 128, 64, 8, 4)
 SMALL = (16, 32, 16, 4, 1)  # fp32, in tests: tensor cores would round it
 RESTORED_ROWS = 16  # of a tile of stored exponentials
 CHUNK_BYTES = 2**28  # of dz
-STORED_SHARE = 1 / 16  # of a device's memory: what stored exponentials may take (8,192 tokens at 151,936: 2.5 GB)
+STORED_SHARE = (
+    1 / 16
+)  # of a device's memory: what stored exponentials may take (8,192 tokens at 151,936: 2.5 GB)
 
 
 @triton.jit
-def _logits(hidden, weight, m0, v0, D, inverse_temperature, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
-            BLOCK_D: tl.constexpr, IEEE: tl.constexpr):
+def _logits(
+    hidden,
+    weight,
+    m0,
+    v0,
+    D,
+    inverse_temperature,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IEEE: tl.constexpr,
+):
     """The tile of z that begins at token m0 and vocabulary entry v0, fp32; what lies outside reads as 0."""
     z = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for d in range(0, D, BLOCK_D):
@@ -54,17 +67,37 @@ def _tile(M, V, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
-def _stats_kernel(hidden, weight, stored, target_ptr, z_target_ptr, m_ptr, l_ptr, s_ptr, M, V, D, inverse_temperature,
-                  BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, IEEE: tl.constexpr):
+def _stats_kernel(
+    hidden,
+    weight,
+    stored,
+    target_ptr,
+    z_target_ptr,
+    m_ptr,
+    l_ptr,
+    s_ptr,
+    M,
+    V,
+    D,
+    inverse_temperature,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IEEE: tl.constexpr,
+):
     """stored: descriptor of a buffer for e^(z-m), or None."""
     m0, j = _tile(M, V, BLOCK_M, BLOCK_V)
-    z = _logits(hidden, weight, m0, j * BLOCK_V, D, inverse_temperature, BLOCK_M, BLOCK_V, BLOCK_D, IEEE)
+    z = _logits(
+        hidden, weight, m0, j * BLOCK_V, D, inverse_temperature, BLOCK_M, BLOCK_V, BLOCK_D, IEEE
+    )
     row, column = m0 + tl.arange(0, BLOCK_M), j * BLOCK_V + tl.arange(0, BLOCK_V)
     real = row < M
     target = tl.load(target_ptr + row, mask=real, other=-1)
     z_target = tl.sum(tl.where(column[None, :] == target[:, None], z, 0.0), 1)
     tl.store(z_target_ptr + row, z_target, mask=real & (target // BLOCK_V == j))
-    z = tl.where(column[None, :] < V, z, -1e30)  # finite: e^z is 0 all the same, and 0 times it is no NaN
+    z = tl.where(
+        column[None, :] < V, z, -1e30
+    )  # finite: e^z is 0 all the same, and 0 times it is no NaN
     m = tl.max(z, 1)
     z -= m[:, None]
     p = tl.exp(z)
@@ -77,56 +110,135 @@ def _stats_kernel(hidden, weight, stored, target_ptr, z_target_ptr, m_ptr, l_ptr
 
 
 @triton.jit
-def _store_dz(log_p, row, column, target, entropy_ptr, g_ptr, h_ptr, dz_ptr, M, V, first, inverse_temperature):
+def _store_dz(
+    log_p, row, column, target, entropy_ptr, g_ptr, h_ptr, dz_ptr, M, V, first, inverse_temperature
+):
     """dz of a tile of log-probabilities; V columns of which the first is number `first` of the vocabulary."""
     real = row < M
     entropy = tl.load(entropy_ptr + row, mask=real, other=0.0)
     g, h = tl.load(g_ptr + row, mask=real, other=0.0), tl.load(h_ptr + row, mask=real, other=0.0)
     dz = tl.where((column + first)[None, :] == target[:, None], g[:, None], 0.0)
-    dz = (dz - tl.exp(log_p) * (g[:, None] + h[:, None] * (log_p + entropy[:, None]))) * inverse_temperature
+    dz = (
+        dz - tl.exp(log_p) * (g[:, None] + h[:, None] * (log_p + entropy[:, None]))
+    ) * inverse_temperature
     at = dz_ptr + row[:, None].to(tl.int64) * V + column[None, :]
     tl.store(at, dz.to(dz_ptr.dtype.element_ty), mask=real[:, None] & (column < V)[None, :])
 
 
 @triton.jit
-def _gradient_kernel(hidden, weight, target_ptr, lse_ptr, entropy_ptr, g_ptr, h_ptr, dz_ptr, M, V, D, first,
-                     inverse_temperature, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
-                     IEEE: tl.constexpr):
+def _gradient_kernel(
+    hidden,
+    weight,
+    target_ptr,
+    lse_ptr,
+    entropy_ptr,
+    g_ptr,
+    h_ptr,
+    dz_ptr,
+    M,
+    V,
+    D,
+    first,
+    inverse_temperature,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    IEEE: tl.constexpr,
+):
     """dz from the logits, made again: of the V entries of the vocabulary that `weight` holds."""
     m0, j = _tile(M, V, BLOCK_M, BLOCK_V)
-    z = _logits(hidden, weight, m0, j * BLOCK_V, D, inverse_temperature, BLOCK_M, BLOCK_V, BLOCK_D, IEEE)
+    z = _logits(
+        hidden, weight, m0, j * BLOCK_V, D, inverse_temperature, BLOCK_M, BLOCK_V, BLOCK_D, IEEE
+    )
     row, column = m0 + tl.arange(0, BLOCK_M), j * BLOCK_V + tl.arange(0, BLOCK_V)
     target = tl.load(target_ptr + row, mask=row < M, other=-1)
     lse = tl.load(lse_ptr + row, mask=row < M, other=0.0)
     log_p = z - lse[:, None]
-    _store_dz(log_p, row, column, target, entropy_ptr, g_ptr, h_ptr, dz_ptr, M, V, first, inverse_temperature)
+    _store_dz(
+        log_p,
+        row,
+        column,
+        target,
+        entropy_ptr,
+        g_ptr,
+        h_ptr,
+        dz_ptr,
+        M,
+        V,
+        first,
+        inverse_temperature,
+    )
 
 
 @triton.jit
-def _restore_kernel(stored_ptr, m_ptr, target_ptr, lse_ptr, entropy_ptr, g_ptr, h_ptr, dz_ptr, M, V, width, first,
-                    inverse_temperature, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
+def _restore_kernel(
+    stored_ptr,
+    m_ptr,
+    target_ptr,
+    lse_ptr,
+    entropy_ptr,
+    g_ptr,
+    h_ptr,
+    dz_ptr,
+    M,
+    V,
+    width,
+    first,
+    inverse_temperature,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
     """dz from stored exponentials, `width` a row: of V entries from `first` on, with BLOCK_V of the statistics."""
     m0, j = _tile(M, V, BLOCK_M, BLOCK_V)
     row, column = m0 + tl.arange(0, BLOCK_M), j * BLOCK_V + tl.arange(0, BLOCK_V)
     real = row < M
-    e = tl.load(stored_ptr + row[:, None].to(tl.int64) * width + (first + column)[None, :],
-                mask=real[:, None] & (column < V)[None, :], other=0.0).to(tl.float32)
+    e = tl.load(
+        stored_ptr + row[:, None].to(tl.int64) * width + (first + column)[None, :],
+        mask=real[:, None] & (column < V)[None, :],
+        other=0.0,
+    ).to(tl.float32)
     m = tl.load(m_ptr + (first // BLOCK_V + j).to(tl.int64) * M + row, mask=real, other=0.0)
-    lse, target = tl.load(lse_ptr + row, mask=real, other=0.0), tl.load(target_ptr + row, mask=real, other=-1)
-    log_p = tl.log(tl.maximum(e, 2e-38)) + (m - lse)[:, None]  # finite; 1e-38, no normal fp32, would make it all fp64
-    _store_dz(log_p, row, column, target, entropy_ptr, g_ptr, h_ptr, dz_ptr, M, V, first, inverse_temperature)
+    lse, target = (
+        tl.load(lse_ptr + row, mask=real, other=0.0),
+        tl.load(target_ptr + row, mask=real, other=-1),
+    )
+    log_p = (
+        tl.log(tl.maximum(e, 2e-38)) + (m - lse)[:, None]
+    )  # finite; 1e-38, no normal fp32, would make it all fp64
+    _store_dz(
+        log_p,
+        row,
+        column,
+        target,
+        entropy_ptr,
+        g_ptr,
+        h_ptr,
+        dz_ptr,
+        M,
+        V,
+        first,
+        inverse_temperature,
+    )
 
 
-def logprob_triton(hidden_ND, weight_VD, target_N, temperature: float = 1.0, store: bool | None = None):
+def logprob_triton(
+    hidden_ND, weight_VD, target_N, temperature: float = 1.0, store: bool | None = None
+):
     """As nanopost.logprob.logprob: (logp_N, entropy_N) fp32, both 0 where the target is negative, differentiable.
 
     hidden_ND and weight_VD: one dtype of fp32, bf16 and fp16, contiguous. Deterministic. Not differentiable twice.
     store: the exponentials, for a faster backward pass; None: where they take no more than STORED_SHARE of the device.
     """
     if store is None:
-        memory = torch.cuda.get_device_properties(hidden_ND.device).total_memory if hidden_ND.is_cuda else 0
+        memory = (
+            torch.cuda.get_device_properties(hidden_ND.device).total_memory
+            if hidden_ND.is_cuda
+            else 0
+        )
         store = 2 * len(target_N) * len(weight_VD) <= STORED_SHARE * memory
-    store = store and torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    store = (
+        store and torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad)
+    )
     return _Fused.apply(hidden_ND, weight_VD, target_N, temperature, store)
 
 
@@ -135,34 +247,52 @@ class _Fused(torch.autograd.Function):
     def forward(ctx, hidden_ND, weight_VD, target_N, temperature, store):
         keep_M = (target_N >= 0).nonzero()[:, 0]
         hidden_MD, target_M = hidden_ND.index_select(0, keep_M), target_N.index_select(0, keep_M)
-        logp_M, entropy_M, lse_M, *stored = _statistics(hidden_MD, weight_VD, target_M, temperature, store)
+        logp_M, entropy_M, lse_M, *stored = _statistics(
+            hidden_MD, weight_VD, target_M, temperature, store
+        )
         ctx.save_for_backward(hidden_MD, weight_VD, target_M, keep_M, lse_M, entropy_M, *stored)
         ctx.temperature, ctx.num_tokens = temperature, len(target_N)
         ctx.set_materialize_grads(False)
-        return tuple(hidden_ND.new_zeros(len(target_N), dtype=torch.float32).index_copy_(0, keep_M, x)
-                     for x in (logp_M, entropy_M))
+        return tuple(
+            hidden_ND.new_zeros(len(target_N), dtype=torch.float32).index_copy_(0, keep_M, x)
+            for x in (logp_M, entropy_M)
+        )
 
     @staticmethod
     def backward(ctx, g_N, h_N):
         hidden_MD, weight_VD, target_M, keep_M, lse_M, entropy_M, *stored = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        g_M, h_M = (torch.zeros_like(lse_M) if x is None else x.index_select(0, keep_M) for x in (g_N, h_N))
+        g_M, h_M = (
+            torch.zeros_like(lse_M) if x is None else x.index_select(0, keep_M) for x in (g_N, h_N)
+        )
         vocabulary = weight_VD.shape[0]
         chunk = CHUNK_BYTES // (max(1, len(keep_M)) * weight_VD.element_size())
         chunk = max(1024, chunk // 256 * 256)  # whole tiles
         d_hidden_MD = torch.zeros_like(hidden_MD, dtype=torch.float32) if need_hidden else None
         d_weight_VD = torch.empty_like(weight_VD) if need_weight else None
         for first in range(0, vocabulary, chunk):
-            weight_CD = weight_VD[first:first + chunk]
-            dz_MC = _gradient(hidden_MD, weight_CD, target_M, lse_M, entropy_M, g_M, h_M, first, ctx.temperature,
-                              *stored)
+            weight_CD = weight_VD[first : first + chunk]
+            dz_MC = _gradient(
+                hidden_MD,
+                weight_CD,
+                target_M,
+                lse_M,
+                entropy_M,
+                g_M,
+                h_M,
+                first,
+                ctx.temperature,
+                *stored,
+            )
             if need_hidden:
                 _add_product(d_hidden_MD, dz_MC, weight_CD)
             if need_weight:
-                torch.mm(dz_MC.T, hidden_MD, out=d_weight_VD[first:first + chunk])
+                torch.mm(dz_MC.T, hidden_MD, out=d_weight_VD[first : first + chunk])
         if need_hidden:
             shape = ctx.num_tokens, hidden_MD.shape[1]
-            d_hidden_MD = hidden_MD.new_zeros(shape).index_copy_(0, keep_M, d_hidden_MD.to(hidden_MD.dtype))
+            d_hidden_MD = hidden_MD.new_zeros(shape).index_copy_(
+                0, keep_M, d_hidden_MD.to(hidden_MD.dtype)
+            )
         return d_hidden_MD, d_weight_VD, None, None, None
 
 
@@ -188,10 +318,25 @@ def _statistics(hidden_MD, weight_VD, target_M, temperature, store):
         e_MV = hidden_MD.new_empty(tokens, width, dtype=torch.float32 if exact else torch.bfloat16)
     if tokens:
         _stats_kernel[(triton.cdiv(tokens, block_m) * tiles,)](
-            _descriptor(hidden_MD, block_m, block_d), _descriptor(weight_VD, block_v, block_d),
-            _descriptor(e_MV, block_m, block_v) if store else None, target_M, z_target_M, m_JM, l_JM, s_JM, tokens,
-            vocabulary, hidden_MD.shape[1], 1 / temperature, block_m, block_v, block_d, exact, num_warps=warps,
-            num_stages=stages)
+            _descriptor(hidden_MD, block_m, block_d),
+            _descriptor(weight_VD, block_v, block_d),
+            _descriptor(e_MV, block_m, block_v) if store else None,
+            target_M,
+            z_target_M,
+            m_JM,
+            l_JM,
+            s_JM,
+            tokens,
+            vocabulary,
+            hidden_MD.shape[1],
+            1 / temperature,
+            block_m,
+            block_v,
+            block_d,
+            exact,
+            num_warps=warps,
+            num_stages=stages,
+        )
     m_M = m_JM.amax(0)
     w_JM = (m_JM - m_M).exp()
     l_M = (w_JM * l_JM).sum(0)
@@ -200,7 +345,19 @@ def _statistics(hidden_MD, weight_VD, target_M, temperature, store):
     return z_target_M - lse_M, l_M.log() - s_M / l_M, lse_M, *((e_MV, m_JM) if store else ())
 
 
-def _gradient(hidden_MD, weight_CD, target_M, lse_M, entropy_M, g_M, h_M, first, temperature, e_MV=None, m_JM=None):
+def _gradient(
+    hidden_MD,
+    weight_CD,
+    target_M,
+    lse_M,
+    entropy_M,
+    g_M,
+    h_M,
+    first,
+    temperature,
+    e_MV=None,
+    m_JM=None,
+):
     """-> dz_MC in the weight's dtype, from the exponentials if these are given."""
     (tokens, width), entries = hidden_MD.shape, weight_CD.shape[0]
     exact = hidden_MD.dtype == torch.float32
@@ -210,13 +367,43 @@ def _gradient(hidden_MD, weight_CD, target_M, lse_M, entropy_M, g_M, h_M, first,
     if tokens and e_MV is not None:
         block_v = (SMALL if exact else STATS)[1]
         _restore_kernel[(triton.cdiv(tokens, RESTORED_ROWS) * triton.cdiv(entries, block_v),)](
-            e_MV, m_JM, target_M, lse_M, entropy_M, *upstream, dz_MC, tokens, entries, e_MV.shape[1], first,
-            1 / temperature, RESTORED_ROWS, block_v, num_warps=8)
+            e_MV,
+            m_JM,
+            target_M,
+            lse_M,
+            entropy_M,
+            *upstream,
+            dz_MC,
+            tokens,
+            entries,
+            e_MV.shape[1],
+            first,
+            1 / temperature,
+            RESTORED_ROWS,
+            block_v,
+            num_warps=8,
+        )
     elif tokens:
         _gradient_kernel[(triton.cdiv(tokens, block_m) * triton.cdiv(entries, block_v),)](
-            _descriptor(hidden_MD, block_m, block_d), _descriptor(weight_CD, block_v, block_d), target_M, lse_M,
-            entropy_M, *upstream, dz_MC, tokens, entries, width, first, 1 / temperature, block_m, block_v, block_d,
-            exact, num_warps=warps, num_stages=stages)
+            _descriptor(hidden_MD, block_m, block_d),
+            _descriptor(weight_CD, block_v, block_d),
+            target_M,
+            lse_M,
+            entropy_M,
+            *upstream,
+            dz_MC,
+            tokens,
+            entries,
+            width,
+            first,
+            1 / temperature,
+            block_m,
+            block_v,
+            block_d,
+            exact,
+            num_warps=warps,
+            num_stages=stages,
+        )
     return dz_MC
 
 

@@ -2,6 +2,7 @@
 
 Shapes: P prompts, G samples of each, F reward functions; B sequences of at most T sampled tokens.
 """
+
 import numpy as np
 import torch
 
@@ -14,12 +15,16 @@ def combine_rewards(rewards, weights):
     rewards: [F, ...], a tensor or nested lists; weights: F numbers. InputError names a completion that has no reward.
     """
     if len(weights) != len(rewards):
-        raise InputError(f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each.")
+        raise InputError(
+            f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each."
+        )
     rewards = np.asarray(rewards, np.float64)
     lost = np.argwhere(np.isnan(rewards).all(0))
     if len(lost):
-        raise InputError(f"No reward applies to completion {', '.join(map(str, lost[0]))}, nor to {len(lost) - 1} "
-                         f"others of {rewards[0].size}: all returned None; add a --reward that scores such rows.")
+        raise InputError(
+            f"No reward applies to completion {', '.join(map(str, lost[0]))}, nor to {len(lost) - 1} "
+            f"others of {rewards[0].size}: all returned None; add a --reward that scores such rows."
+        )
     return torch.from_numpy(np.tensordot(np.array(weights, np.float64), np.nan_to_num(rewards), 1))
 
 
@@ -65,11 +70,17 @@ def normalised_sum(reward_FPG, weights):
     return total_PG
 
 
-def most_uncertain(entropies: list, masks: list, share: float, gather=lambda values: values) -> list:
+def most_uncertain(
+    entropies: list, masks: list, share: float, gather=lambda values: values
+) -> list:
     """Whether a trained token is among the `share` of highest entropy (the 80/20 rule, 2506.01939) -> one bool array
     for each sequence. gather brings the entropies of all ranks together: the quantile is that of the whole batch."""
-    every = gather([h for entropy, mask in zip(entropies, masks) for h in entropy[mask].tolist()]) or [0.0]
-    return [mask & (entropy >= np.quantile(every, 1 - share)) for entropy, mask in zip(entropies, masks)]
+    every = gather(
+        [h for entropy, mask in zip(entropies, masks) for h in entropy[mask].tolist()]
+    ) or [0.0]
+    return [
+        mask & (entropy >= np.quantile(every, 1 - share)) for entropy, mask in zip(entropies, masks)
+    ]
 
 
 def gae(reward_BT, value_BT, gamma: float, lam: float):
@@ -96,6 +107,8 @@ def adapted(beta: float, kl: float, target: float) -> float:
 def soft_overlong_penalty(length: int, max_length: int, buffer: int) -> float:
     """DAPO 2503.14476 eq. 13: 0 up to max_length - buffer tokens, then falling evenly to -1 at max_length."""
     if not 0 <= buffer <= max_length:
-        raise InputError(f"The overlong buffer {buffer} is not between 0 and the length {max_length}.")
+        raise InputError(
+            f"The overlong buffer {buffer} is not between 0 and the length {max_length}."
+        )
     over = length - (max_length - buffer)
     return -min(1.0, over / buffer if buffer else 1.0) if over > 0 else 0.0

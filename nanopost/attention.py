@@ -8,6 +8,7 @@ document. On CUDA in bf16 or fp16 this is one `varlen_attn` kernel. Elsewhere do
 padded on the right: under a causal mask no real query sees the padding, so the result is exact, and a batch of five
 hundred short documents costs a few calls instead of five hundred.
 """
+
 import inspect
 
 import torch
@@ -47,7 +48,14 @@ class Packing:
             inverse_N = torch.empty_like(real_R).index_copy_(0, index_M[real_R], real_R)
             moved = not index_M.equal(torch.arange(len(index_M)))
             device = self.cu_seqlens.device
-            self.stacked = shapes, *((index_M.clamp(min=0).to(device), inverse_N.to(device)) if moved else (None, None))
+            self.stacked = (
+                shapes,
+                *(
+                    (index_M.clamp(min=0).to(device), inverse_N.to(device))
+                    if moved
+                    else (None, None)
+                ),
+            )
         return self.stacked
 
 
@@ -63,6 +71,7 @@ def packed_attention(q_NHK, k_NGK, v_NGK, packing: Packing, window: int | None =
 
 def _varlen(q_NHK, k_NGK, v_NGK, packing, window):
     from torch.nn.attention.varlen import varlen_attn
+
     gqa = {}
     if q_NHK.shape[1] != k_NGK.shape[1]:
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
@@ -78,12 +87,16 @@ def _varlen(q_NHK, k_NGK, v_NGK, packing, window):
 @torch.compiler.disable
 def _stacked(q_NHK, k_NGK, v_NGK, packing, window):
     shapes, index_M, inverse_N = packing.stacks()
-    q_MHK, k_MGK, v_MGK = (x if index_M is None else x.index_select(0, index_M) for x in (q_NHK, k_NGK, v_NGK))
+    q_MHK, k_MGK, v_MGK = (
+        x if index_M is None else x.index_select(0, index_M) for x in (q_NHK, k_NGK, v_NGK)
+    )
     sizes, out = [rows * longest for rows, longest in shapes], []
     for shape, *qkv in zip(shapes, q_MHK.split(sizes), k_MGK.split(sizes), v_MGK.split(sizes)):
         q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)
         band = None if window is None or shape[1] <= window else _band(shape[1], window, q.device)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=band, is_causal=band is None, enable_gqa=True)
+        o = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=band, is_causal=band is None, enable_gqa=True
+        )
         out.append(o.transpose(1, 2).flatten(0, 1))
     out_MHK = torch.cat(out)
     return out_MHK if inverse_N is None else out_MHK.index_select(0, inverse_N)
@@ -103,7 +116,9 @@ def cached_attention(q_BHK, k_BGTK, v_BGTK, length_B, window: int | None = None)
         seen_BT &= at_T >= length_B[:, None] - window
     # The query heads that share a key head stand where query positions would: nothing is repeated.
     q_BGRK = q_BHK.view(rows, groups, -1, width)
-    return F.scaled_dot_product_attention(q_BGRK, k_BGTK, v_BGTK, attn_mask=seen_BT[:, None, None]).view_as(q_BHK)
+    return F.scaled_dot_product_attention(
+        q_BGRK, k_BGTK, v_BGTK, attn_mask=seen_BT[:, None, None]
+    ).view_as(q_BHK)
 
 
 class Cache:
@@ -113,14 +128,21 @@ class Cache:
     """
 
     def __init__(self, layers, rows, copies, groups, capacity, width, dtype, device):
-        self.k, self.v = ([torch.zeros(rows, groups, capacity, width, dtype=dtype, device=device)
-                           for _ in range(layers)] for _ in "kv")
+        self.k, self.v = (
+            [
+                torch.zeros(rows, groups, capacity, width, dtype=dtype, device=device)
+                for _ in range(layers)
+            ]
+            for _ in "kv"
+        )
         self.copies, self.longest = copies, 0
         self.length_B = torch.zeros(rows, dtype=torch.long, device=device)
 
     def write_prompts(self, layer, k_NGK, v_NGK, cu_seqlens, max_seqlen):
         start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-        index_PT = torch.minimum(start[:, None] + torch.arange(max_seqlen, device=start.device), end[:, None] - 1)
+        index_PT = torch.minimum(
+            start[:, None] + torch.arange(max_seqlen, device=start.device), end[:, None] - 1
+        )
         for new_NGK, cache_BGTK in ((k_NGK, self.k[layer]), (v_NGK, self.v[layer])):
             new_PGTK = rearrange(new_NGK[index_PT], "p t g k -> p g t k")
             cache_BGTK[:, :, :max_seqlen] = new_PGTK.repeat_interleave(self.copies, 0)
@@ -131,7 +153,7 @@ class Cache:
         row_B = torch.arange(len(k_BGK), device=k_BGK.device)
         self.k[layer][row_B, :, self.length_B] = k_BGK
         self.v[layer][row_B, :, self.length_B] = v_BGK
-        return self.k[layer][:, :, :self.longest], self.v[layer][:, :, :self.longest]
+        return self.k[layer][:, :, : self.longest], self.v[layer][:, :, : self.longest]
 
     def keep(self, row_A):
         """Only these rows stay: what the others held is free."""

@@ -4,6 +4,7 @@ OUT/checkpoints/step-000120/ holds the shards of weights and optimizer (torch.di
 processes may load them), each rank's random state, and state.json (step, rows or prompts consumed, arguments). It is
 written beside its name and renamed when whole: what bears the name is complete.
 """
+
 import json
 import os
 import random
@@ -14,7 +15,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 
 from nanopost import InputError, refuse
 from nanopost.logger import starts_of
@@ -32,19 +37,30 @@ def save(out, step: int, model, optimizer, state: dict, reference=None):
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
-    for p in (p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state):
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                              "exp_avg_sq": torch.zeros_like(p)}  # of what has not learnt yet: AdamW's beginning
+    for p in (
+        p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state
+    ):
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }  # of what has not learnt yet: AdamW's beginning
     weights, moments = get_state_dict(model, optimizer)
     try:
-        dcp.save({"model": weights, "optimizer": moments, **_weights_of(reference)}, checkpoint_id=beside)
+        dcp.save(
+            {"model": weights, "optimizer": moments, **_weights_of(reference)}, checkpoint_id=beside
+        )
     except dcp.api.CheckpointException as error:
-        raise InputError(f"{beside} cannot be written ({_cause(error)}); the checkpoint before it stays: make room, "
-                         "then --resume.") from error
+        raise InputError(
+            f"{beside} cannot be written ({_cause(error)}); the checkpoint before it stays: make room, "
+            "then --resume."
+        ) from error
     torch.save(_random_state(), beside / f"random-{dist.get_rank()}.pt")
     dist.barrier()
     if first:
-        (beside / "state.json").write_text(json.dumps({**state, "step": step, "ranks": dist.get_world_size()}))
+        (beside / "state.json").write_text(
+            json.dumps({**state, "step": step, "ranks": dist.get_world_size()})
+        )
         for path in beside.iterdir():
             _to_disk(path)
         shutil.rmtree(final, ignore_errors=True)
@@ -63,14 +79,23 @@ def to_resume(args) -> Path | None:
     started = {"step": 0, **(starts_of(out) or [{}])[-1]}
     saved = json.loads((found / "state.json").read_text()) if found else started
     foreign = sorted(saved.get("args", {}).keys() - vars(args).keys())
-    refuse((args.overwrite, "--resume goes on and --overwrite begins anew: give one of them."),
-           (foreign, f"--resume: {found or out} is of another script (with --{', --'.join(foreign)}): choose another "
-            "--out."),
-           (saved["step"] > args.steps,
-            f"--resume: {found} is past --steps {args.steps}: give {saved['step']} or more."),
-           (found is None and Path(out, "config.json").exists(),
+    refuse(
+        (args.overwrite, "--resume goes on and --overwrite begins anew: give one of them."),
+        (
+            foreign,
+            f"--resume: {found or out} is of another script (with --{', --'.join(foreign)}): choose another "
+            "--out.",
+        ),
+        (
+            saved["step"] > args.steps,
+            f"--resume: {found} is past --steps {args.steps}: give {saved['step']} or more.",
+        ),
+        (
+            found is None and Path(out, "config.json").exists(),
             f"--resume: {out} holds a run that ended and left no checkpoint (--save_every): go on with --model {out} "
-            "and another --out, or --overwrite it."))
+            "and another --out, or --overwrite it.",
+        ),
+    )
     return found
 
 
@@ -85,20 +110,32 @@ def load(path: Path, model, optimizer, reference=None) -> dict:
     Of the optimizer the moments: weight decay, betas and rates are those of the flags of now.
     """
     state = json.loads((path / "state.json").read_text())
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
     weights, moments = get_state_dict(model, optimizer)
     stored = {"model": weights, "optimizer": moments, **_weights_of(reference)}  # filled in place
     try:
         names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        here, there = ({f"model.{name}" for name in weights}, {name for name in names if name.startswith("model.")})
+        here, there = (
+            {f"model.{name}" for name in weights},
+            {name for name in names if name.startswith("model.")},
+        )
         if here != there:
-            raise InputError(f"{path} is of another model ({len(there)} tensors there, {len(here)} here): resume with "
-                             "the --model (and --value_model) that the run began with.")
+            raise InputError(
+                f"{path} is of another model ({len(there)} tensors there, {len(here)} here): resume with "
+                "the --model (and --value_model) that the run began with."
+            )
         dcp.load(stored, checkpoint_id=path)
     except dcp.api.CheckpointException as error:
-        raise InputError(f"{path} does not fit this model or is damaged; remove it to start from the one before it, "
-                         f"or anew ({_cause(error)}).") from error
-    set_state_dict(model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"])
+        raise InputError(
+            f"{path} does not fit this model or is damaged; remove it to start from the one before it, "
+            f"or anew ({_cause(error)})."
+        ) from error
+    set_state_dict(
+        model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"]
+    )
     for group, own in zip(optimizer.param_groups, settings):
         group.update(own)
     if state["ranks"] == dist.get_world_size():
@@ -126,11 +163,20 @@ def _complete(folder):
 
 def _random_state():
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(), "cuda": cuda}
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+    }
 
 
 def _set_random_state(state):
-    random.setstate(state["python"]), np.random.set_state(state["numpy"]), torch.set_rng_state(state["torch"])
+    (
+        random.setstate(state["python"]),
+        np.random.set_state(state["numpy"]),
+        torch.set_rng_state(state["torch"]),
+    )
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 

@@ -2,6 +2,7 @@
 
 A run always has a process group, of one process if need be, so no call site asks whether there is one.
 """
+
 import os
 import sys
 from collections.abc import Iterator
@@ -26,21 +27,29 @@ class World:
 def init(device: str = "auto", timeout_minutes: float = 30) -> World:
     """Join the processes that torchrun started, or be one alone. device: auto, cpu or cuda."""
     sys.excepthook = _one_sentence
-    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, size, local = (
+        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if local >= torch.cuda.device_count():
-            raise InputError(f"rank {rank} wants GPU {local} and this machine has {torch.cuda.device_count()}: "
-                             "lower --nproc_per_node or add --device cpu.")
+            raise InputError(
+                f"rank {rank} wants GPU {local} and this machine has {torch.cuda.device_count()}: "
+                "lower --nproc_per_node or add --device cpu."
+            )
         torch.cuda.set_device(local)
     else:
         torch.set_flush_denormal(True)  # late in training, denormals slow some CPUs down tenfold
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore()}
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes), **alone)
+    dist.init_process_group(
+        backend, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes), **alone
+    )
     sys.excepthook = _one_sentence  # again: init_process_group put its own in place
-    return World(rank, size, torch.device(device, local) if device == "cuda" else torch.device("cpu"))
+    return World(
+        rank, size, torch.device(device, local) if device == "cuda" else torch.device("cpu")
+    )
 
 
 def _one_sentence(kind, error, trace):
@@ -53,7 +62,9 @@ def _one_sentence(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
     if dist.is_initialized() and dist.get_world_size() > 1:
         sys.stdout.flush(), sys.stderr.flush()
-        os._exit(1)  # a rank that waits for the others' clean-up would keep all of them waiting for it
+        os._exit(
+            1
+        )  # a rank that waits for the others' clean-up would keep all of them waiting for it
 
 
 def finish():
@@ -66,7 +77,14 @@ def finish():
     os._exit(0)
 
 
-def shard(model, world: World, bf16: bool, checkpointing: bool = False, compile: bool = False, kernels: str = "auto"):
+def shard(
+    model,
+    world: World,
+    bf16: bool,
+    checkpointing: bool = False,
+    compile: bool = False,
+    kernels: str = "auto",
+):
     """Apply activation checkpointing, compilation and FSDP2 to a model of model.py, block by block, and return it.
     kernels: see logprob.
 
@@ -88,8 +106,11 @@ def shard(model, world: World, bf16: bool, checkpointing: bool = False, compile:
     if world.size == 1 and not bf16:
         return model
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
-    precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32,
-                                     cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if bf16 else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     return model
@@ -103,7 +124,10 @@ def full_weights(model, part: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """
     for name, p in model.state_dict().items():
         if name.startswith(part):
-            yield name.removeprefix(part), (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+            yield (
+                name.removeprefix(part),
+                (p.full_tensor() if isinstance(p, DTensor) else p).detach(),
+            )
 
 
 def clip_grad_norm(model, max_norm: float) -> float:
@@ -114,7 +138,9 @@ def clip_grad_norm(model, max_norm: float) -> float:
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if not norm < float("inf"):
-        raise FloatingPointError(f"the gradient norm is {norm}: lower --lr; the weights are those of the step before.")
+        raise FloatingPointError(
+            f"the gradient norm is {norm}: lower --lr; the weights are those of the step before."
+        )
     return norm
 
 

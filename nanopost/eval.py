@@ -9,6 +9,7 @@
 A row is one draw, however many samples are taken for it. Where a number is a share of yes and no the interval is
 Wilson's (a bit too wide where a row is a share itself: nothing in [0, 1] varies as much as yes and no), else Student's.
 """
+
 import argparse
 import json
 import math
@@ -39,13 +40,22 @@ def student(n: int) -> float:
     (Abramowitz and Stegun 26.7.5; 3 % short at n = 3, less beyond). Infinite for one value, which tells no spread."""
     if n < 2:
         return math.inf
-    terms = Z, (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96, (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384
+    terms = (
+        Z,
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+    )
     return sum(term / (n - 1) ** power for power, term in enumerate(terms))
 
 
 def normal(values) -> tuple[float, float, float]:
     """(mean, low, high) of values of any size."""
-    half = student(len(values)) * np.std(values, ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.inf
+    half = (
+        student(len(values)) * np.std(values, ddof=1) / math.sqrt(len(values))
+        if len(values) > 1
+        else math.inf
+    )
     return float(np.mean(values)), float(np.mean(values) - half), float(np.mean(values) + half)
 
 
@@ -77,20 +87,31 @@ class Sampler:
     """A checkpoint that answers prompts."""
 
     def __init__(self, folder, args, device):
-        self.tokenizer, self.args, self.device = Tokenizer.load(folder, args.chat_template), args, device
+        self.tokenizer, self.args, self.device = (
+            Tokenizer.load(folder, args.chat_template),
+            args,
+            device,
+        )
         if warning := check_stage(folder, self.tokenizer):
             print(warning)
         self.model = hf.load_model(folder, device, torch.bfloat16 if args.bf16 else torch.float32)
-        self.engine = Engine(self.model, self.tokenizer.stop_ids, self.tokenizer.decode, args.engine_rows)
+        self.engine = Engine(
+            self.model, self.tokenizer.stop_ids, self.tokenizer.decode, args.engine_rows
+        )
 
     def answers(self, rows):
         """-> (rows with prompt_ids, their groups of Rollouts)."""
         a = self.args
         (rows,), report = self.tokenizer.with_prompts(
-            (rows,), None, a.max_new_tokens, a.tokens, self.model.config.max_positions)
-        sampling = Sampling(a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.min_p, tuple(a.stop))
+            (rows,), None, a.max_new_tokens, a.tokens, self.model.config.max_positions
+        )
+        sampling = Sampling(
+            a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.min_p, tuple(a.stop)
+        )
         seeds = [prompt_seed(a.seed, serial) for serial in range(len(rows))]
-        return rows, self.engine.generate([row["prompt_ids"] for row in rows], a.samples, sampling, seeds)
+        return rows, self.engine.generate(
+            [row["prompt_ids"] for row in rows], a.samples, sampling, seeds
+        )
 
 
 def accuracy(args, rows, device):
@@ -106,7 +127,9 @@ def accuracy(args, rows, device):
             raise InputError(f"--reward {reward.name} applies to no row.")
         values = [reward_PG[p] for p in applies]
         kind = reward.name.partition("-")[0]  # gsm8k-2 is the second of that name
-        if kind in ("length", "model") or any(v not in (0, 1) for reward_G in values for v in reward_G):
+        if kind in ("length", "model") or any(
+            v not in (0, 1) for reward_G in values for v in reward_G
+        ):
             yield f"mean {reward.name}", *normal([np.mean(v) for v in values]), len(values)
             continue
         yield from bounded(f"accuracy {reward.name}", [np.mean(v) for v in values])
@@ -116,10 +139,22 @@ def accuracy(args, rows, device):
             passed = [pass_at_k(len(v), int(sum(v)), k) for v in values]
             yield from bounded(f"pass@{k} {reward.name}", passed)
         votes = [[answer_of(kind, text) for text in texts[p]] for p in applies]
-        yield from bounded(f"majority of {args.samples} {reward.name}", [majority(a, v) for a, v in zip(votes, values)])
-    yield "completion length", *normal([np.mean([len(r.ids) for r in group]) for group in groups]), len(groups)
-    keep(args, [{"prompt": row["prompt"], "completions": group, "rewards": reward_FPG[:, p].tolist()}
-                for p, (row, group) in enumerate(zip(rows, texts))])
+        yield from bounded(
+            f"majority of {args.samples} {reward.name}",
+            [majority(a, v) for a, v in zip(votes, values)],
+        )
+    yield (
+        "completion length",
+        *normal([np.mean([len(r.ids) for r in group]) for group in groups]),
+        len(groups),
+    )
+    keep(
+        args,
+        [
+            {"prompt": row["prompt"], "completions": group, "rewards": reward_FPG[:, p].tolist()}
+            for p, (row, group) in enumerate(zip(rows, texts))
+        ],
+    )
 
 
 def win_rate(args, rows, device):
@@ -129,13 +164,25 @@ def win_rate(args, rows, device):
         sampler = Sampler(folder, args, device)
         rewards, _ = load_rewards([f"model:{args.reward_model}"], None, sampler.tokenizer, device)
         answered, groups = sampler.answers(rows)
-        scores.append(score_groups(rewards, sampler.tokenizer.decode, answered, groups, args.samples)[0])
-        texts.append([[sampler.tokenizer.decode(r.ids, skip_special=True) for r in group] for group in groups])
+        scores.append(
+            score_groups(rewards, sampler.tokenizer.decode, answered, groups, args.samples)[0]
+        )
+        texts.append(
+            [
+                [sampler.tokenizer.decode(r.ids, skip_special=True) for r in group]
+                for group in groups
+            ]
+        )
     wins_PG = (scores[0] > scores[1]).double() + (scores[0] == scores[1]).double() / 2
     yield from bounded("win rate", wins_PG.mean(1).tolist())
     yield "score difference", *normal((scores[0] - scores[1]).mean(1).tolist()), len(rows)
-    keep(args, [{"prompt": row["prompt"], "completions": a, "against": b, "wins": w}
-                for row, a, b, w in zip(rows, *texts, wins_PG.tolist())])
+    keep(
+        args,
+        [
+            {"prompt": row["prompt"], "completions": a, "against": b, "wins": w}
+            for row, a, b, w in zip(rows, *texts, wins_PG.tolist())
+        ],
+    )
 
 
 def of_text(args, rows, device):
@@ -160,11 +207,15 @@ def scored(args, rows, device):
     if "chosen" not in rows[0]:
         for row in rows:
             data.check_sft_row(row)
-        score_B = scores_of(reward.model, [tokenizer.example(row).ended() for row in rows], args.tokens, device)
+        score_B = scores_of(
+            reward.model, [tokenizer.example(row).ended() for row in rows], args.tokens, device
+        )
         yield "score", *normal(score_B), len(rows)
         return keep(args, [{"score": s} for s in score_B])
     pairs = [tokenizer.pair(row) for row in rows]
-    score_P2 = np.reshape(scores_of(reward.model, [e for pair in pairs for e in pair], args.tokens, device), (-1, 2))
+    score_P2 = np.reshape(
+        scores_of(reward.model, [e for pair in pairs for e in pair], args.tokens, device), (-1, 2)
+    )
     margin_P = score_P2[:, 0] - score_P2[:, 1]
     yield from bounded("accuracy", ((margin_P > 0) + (margin_P == 0) / 2).tolist())
     yield "margin", *normal(margin_P), len(rows)
@@ -188,7 +239,13 @@ def main(arguments=None):
     add("--against", metavar="DIR", help="another, to be compared with")
     add("--reward_model", metavar="DIR", help="what train_rm.py wrote")
     add("--data", required=True, help="rows, as the training script reads them, or toy")
-    add("--rename", nargs="*", default=[], metavar="THEIRS=OURS", help="columns, such as question=prompt")
+    add(
+        "--rename",
+        nargs="*",
+        default=[],
+        metavar="THEIRS=OURS",
+        help="columns, such as question=prompt",
+    )
     add("--limit", type=int, help="only the first rows")
     add("--chat_template", help="a Jinja file used instead of the model's own template")
     add("--reward", nargs="+", help="as in train_grpo.py")
@@ -203,7 +260,12 @@ def main(arguments=None):
     add("--max_new_tokens", type=int, help="longest completion; default 512, for the toy 8")
     add("--seed", type=int, default=0)
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on CUDA, else fp32")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="auto: bf16 on CUDA, else fp32",
+    )
     add("--tokens", type=int, default=8192, help="tokens of a batch, at most")
     add("--engine_rows", type=int, default=512, help="completions sampled at once")
     add("--out", help="JSONL with what each row gave")
@@ -211,20 +273,48 @@ def main(arguments=None):
     world = dist.init(args.device)
     check_numbers(vars(args))
     args.bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
-    args.temperature = (0.0 if args.samples == 1 else 1.0) if args.temperature is None else args.temperature
-    args.max_new_tokens = args.max_new_tokens if args.max_new_tokens is not None else 8 if args.data == "toy" else 512
+    args.temperature = (
+        (0.0 if args.samples == 1 else 1.0) if args.temperature is None else args.temperature
+    )
+    args.max_new_tokens = (
+        args.max_new_tokens if args.max_new_tokens is not None else 8 if args.data == "toy" else 512
+    )
     args.reward = args.reward or ["exact"] * (args.data == "toy")
     args.k = args.k or sorted({1, args.samples})
-    refuse((not args.model and not args.reward_model, "give --model, or --reward_model, or both: see --help."),
-           (bool(args.against) != bool(args.model and args.reward_model),
-            "a win rate needs all of --model, --against and --reward_model."),
-           (max(args.k) > args.samples, f"pass@{max(args.k)} needs --samples {max(args.k)}."),
-           (args.samples > 1 and not args.temperature, "--samples above 1 would all be alike at --temperature 0."),
-           (not (folder := Path(args.out or ".").absolute().parent).is_dir(),
-            f"--out {args.out}: there is no folder {folder}: make it first."))
-    rows = toy.prompt_rows(held_out=True) if args.data == "toy" else data.read_rows(args.data, args.rename)
-    rows = rows[:args.limit]
-    what = scored if not args.model else win_rate if args.against else of_text if args.perplexity else accuracy
+    refuse(
+        (
+            not args.model and not args.reward_model,
+            "give --model, or --reward_model, or both: see --help.",
+        ),
+        (
+            bool(args.against) != bool(args.model and args.reward_model),
+            "a win rate needs all of --model, --against and --reward_model.",
+        ),
+        (max(args.k) > args.samples, f"pass@{max(args.k)} needs --samples {max(args.k)}."),
+        (
+            args.samples > 1 and not args.temperature,
+            "--samples above 1 would all be alike at --temperature 0.",
+        ),
+        (
+            not (folder := Path(args.out or ".").absolute().parent).is_dir(),
+            f"--out {args.out}: there is no folder {folder}: make it first.",
+        ),
+    )
+    rows = (
+        toy.prompt_rows(held_out=True)
+        if args.data == "toy"
+        else data.read_rows(args.data, args.rename)
+    )
+    rows = rows[: args.limit]
+    what = (
+        scored
+        if not args.model
+        else win_rate
+        if args.against
+        else of_text
+        if args.perplexity
+        else accuracy
+    )
     for name, value, low, high, n in what(args, rows, world.device):
         print(f"{name:32s} {value:8.4f}   95 % interval {low:8.4f} to {high:8.4f}   {n:,} rows")
     dist.finish()

@@ -6,6 +6,7 @@ long or can fail (a full disk) happens in FOLDER/.saving, and only renames follo
 whole. Where config.json or a tokenizer file changes as well, config.json leaves first and comes back last: killed
 between these renames, the folder says that it is not complete, and is never a mixture. Other files in it stay.
 """
+
 import errno
 import hashlib
 import json
@@ -25,7 +26,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from nanopost import InputError
 from nanopost.model import FAMILIES, ActorCritic, CausalLM, Config, ScalarModel
 
-SINGLE, INDEX, SHARDS = "model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors"
+SINGLE, INDEX, SHARDS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "model-*-of-*.safetensors",
+)
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -35,43 +40,64 @@ def read_config(folder) -> Config:
     if (folder / "config.json").is_file():
         return Config.of(_read_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "adapter_config.json").is_file():
-        raise InputError(f"{folder} holds a LoRA adapter, not a model: merge it into its base model first.")
+        raise InputError(
+            f"{folder} holds a LoRA adapter, not a model: merge it into its base model first."
+        )
     if (folder / ".saving").is_dir():
-        raise InputError(f"{folder} has no config.json: a save was cut off here; --resume the run that wrote it.")
+        raise InputError(
+            f"{folder} has no config.json: a save was cut off here; --resume the run that wrote it."
+        )
     if folder.is_dir():
         raise InputError(f"{folder} has no config.json: it is not a Hugging Face checkpoint.")
     sentence = f"{folder} is no folder: mend the path, or make it first (python train_sft.py writes out/sft)"
     if str(folder).count("/") == 1 and not str(folder).startswith((".", "/", "out/")):
-        sentence += (f"; if it is a hub name, run 'hf download {folder} --local-dir {folder.name}' and pass "
-                     f"{folder.name}")
+        sentence += (
+            f"; if it is a hub name, run 'hf download {folder} --local-dir {folder.name}' and pass "
+            f"{folder.name}"
+        )
     raise InputError(sentence + ".")
 
 
-def load_model(folder, device="cpu", dtype: torch.dtype = torch.float32, shard=lambda model: model) -> CausalLM:
+def load_model(
+    folder, device="cpu", dtype: torch.dtype = torch.float32, shard=lambda model: model
+) -> CausalLM:
     """The model of a checkpoint folder. shard: applied to it while it holds no memory yet (dist.shard)."""
     config = read_config(folder)
     if config.scalar:
-        raise InputError(f"{folder} is a reward model and writes no text: pass it as --reward model:{folder} "
-                         f"(nanopost.eval: --reward_model {folder}).")
+        raise InputError(
+            f"{folder} is a reward model and writes no text: pass it as --reward model:{folder} "
+            f"(nanopost.eval: --reward_model {folder})."
+        )
     return _loaded(CausalLM, config, folder, device, dtype, shard)
 
 
-def load_scalar_model(folder, device="cpu", dtype: torch.dtype = torch.float32, shard=lambda model: model,
-                      new_head: bool = False, pad_id: int | None = None) -> ScalarModel:
+def load_scalar_model(
+    folder,
+    device="cpu",
+    dtype: torch.dtype = torch.float32,
+    shard=lambda model: model,
+    new_head: bool = False,
+    pad_id: int | None = None,
+) -> ScalarModel:
     """A reward model. new_head: the folder may be that of a language model, whose head gives way to a new one."""
     config = read_config(folder)
     if not config.scalar and not new_head:
-        raise InputError(f"{folder} is a language model and scores nothing: train_rm.py makes a reward model of it.")
+        raise InputError(
+            f"{folder} is a language model and scores nothing: train_rm.py makes a reward model of it."
+        )
     return _loaded(ScalarModel, config.with_scalar_head(pad_id), folder, device, dtype, shard)
 
 
-def load_actor_critic(folder, value_folder=None, device="cpu", shard=lambda model: model,
-                      pad_id: int | None = None) -> ActorCritic:
+def load_actor_critic(
+    folder, value_folder=None, device="cpu", shard=lambda model: model, pad_id: int | None = None
+) -> ActorCritic:
     """A policy with a value model begun from a reward model or a language model (with a new head), or, for None, with a
     head on its own hidden states that is 0 everywhere."""
     config = read_config(folder)
     if config.scalar:
-        raise InputError(f"{folder} is a reward model and writes no text: pass it as --value_model or model:{folder}.")
+        raise InputError(
+            f"{folder} is a reward model and writes no text: pass it as --value_model or model:{folder}."
+        )
     value_config = read_config(value_folder).with_scalar_head(pad_id) if value_folder else None
     with torch.device("meta"):
         model = ActorCritic(config, value_config).to(torch.float32)
@@ -104,22 +130,39 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     redundant = {"lm_head.weight"} if model.config.tied else set()
     if model.config.scalar and "score.weight" not in file_of:
         p = wanted.pop("score.weight")
-        head = torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) / (p.shape[1] + 1) ** 0.5
+        head = (
+            torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+            / (p.shape[1] + 1) ** 0.5
+        )
         _copy(p, head)
         file_of.pop("lm_head.weight", None)
-    extra = {n for n in file_of if n not in wanted and n not in redundant and not n.endswith("rotary_emb.inv_freq")}
+    extra = {
+        n
+        for n in file_of
+        if n not in wanted and n not in redundant and not n.endswith("rotary_emb.inv_freq")
+    }
     missing = set(wanted) - set(file_of)
     if missing or extra:
-        tie = " (config.json says the head is not tied to the embedding)" if "lm_head.weight" in missing else ""
-        raise InputError(f"{folder}: the weights do not match config.json{tie}; missing: {_some(missing)}; "
-                         f"unexpected: {_some(extra)}.")
+        tie = (
+            " (config.json says the head is not tied to the embedding)"
+            if "lm_head.weight" in missing
+            else ""
+        )
+        raise InputError(
+            f"{folder}: the weights do not match config.json{tie}; missing: {_some(missing)}; "
+            f"unexpected: {_some(extra)}."
+        )
     for path in sorted({file_of[n] for n in wanted}):
         with _opened(path) as file:
             for name in (n for n in wanted if file_of[n] == path):
                 _fill(wanted[name], file.get_slice(name), name, path)
-    if redundant & set(file_of) and not torch.equal(_whole(file_of, "lm_head.weight"), _whole(file_of, EMBEDDING)):
-        raise InputError(f"{folder}: config.json ties the head to the embedding and the weights hold a lm_head.weight "
-                         "that differs from it: set tie_word_embeddings to false in config.json to use it.")
+    if redundant & set(file_of) and not torch.equal(
+        _whole(file_of, "lm_head.weight"), _whole(file_of, EMBEDDING)
+    ):
+        raise InputError(
+            f"{folder}: config.json ties the head to the embedding and the weights hold a lm_head.weight "
+            "that differs from it: set tie_word_embeddings to false in config.json to use it."
+        )
 
 
 def content_hash(folder) -> str:
@@ -133,7 +176,9 @@ def content_hash(folder) -> str:
 
 def _fill(p, source, name, path):
     if list(p.shape) != source.get_shape():
-        raise InputError(f"{path}: {name} has shape {source.get_shape()} and config.json wants {list(p.shape)}.")
+        raise InputError(
+            f"{path}: {name} has shape {source.get_shape()} and config.json wants {list(p.shape)}."
+        )
     _copy(p, source)
 
 
@@ -156,13 +201,17 @@ def _weight_files(folder) -> dict[str, Path]:
         with _opened(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)
     if not (folder / INDEX).is_file():
-        other = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".gguf", ".pth", ".pt"))
+        other = sorted(
+            p.name for p in folder.iterdir() if p.suffix in (".bin", ".gguf", ".pth", ".pt")
+        )
         there = f"only {_some(other)}; convert it to safetensors" if other else "no weights at all"
         raise InputError(f"{folder}: neither {SINGLE} nor {INDEX}, {there}.")
     file_of = {n: folder / f for n, f in _read_json(folder / INDEX)["weight_map"].items()}
     gone = {p.name for p in file_of.values() if not p.is_file()}
     if gone:
-        raise InputError(f"{folder}: {INDEX} names {_some(gone)}, which is not there; copy the folder again.")
+        raise InputError(
+            f"{folder}: {INDEX} names {_some(gone)}, which is not there; copy the folder again."
+        )
     return file_of
 
 
@@ -184,12 +233,20 @@ def _read_json(path):
 
 def _some(names):
     names = sorted(names)
-    return (", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")) or "none"
+    return (
+        ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    ) or "none"
 
 
-def save_model(folder, named_tensors: Iterable[tuple[str, torch.Tensor]], config: Config,
-               files: dict[str, str | bytes | None] | None = None, dtype: torch.dtype | None = None,
-               max_shard_bytes: int = 5 * 2**30, write: bool = True):
+def save_model(
+    folder,
+    named_tensors: Iterable[tuple[str, torch.Tensor]],
+    config: Config,
+    files: dict[str, str | bytes | None] | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 2**30,
+    write: bool = True,
+):
     """Write a folder that transformers and vLLM load: weights, config.json, and `files` beside them: name -> content,
     or None for one that is to go, because another model left it here.
 
@@ -211,13 +268,25 @@ def save_model(folder, named_tensors: Iterable[tuple[str, torch.Tensor]], config
             shards.append((path, {n: t.nbytes for n, t in tensors.items()}))
             kind = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
         # torch_dtype is what transformers 4 reads, dtype what 5 does.
-        hf = {"architectures": [FAMILIES[config.hf["model_type"]]], **config.hf, "dtype": kind, "torch_dtype": kind}
-        _install(Path(folder), beside, shards, {**(files or {}), "config.json": json.dumps(hf, indent=2) + "\n"})
+        hf = {
+            "architectures": [FAMILIES[config.hf["model_type"]]],
+            **config.hf,
+            "dtype": kind,
+            "torch_dtype": kind,
+        }
+        _install(
+            Path(folder),
+            beside,
+            shards,
+            {**(files or {}), "config.json": json.dumps(hf, indent=2) + "\n"},
+        )
     except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         if _full_disk(error):
-            raise InputError(f"{folder}: the disk is full; the model that was there is untouched: make room, then "
-                             "--resume from the last checkpoint.") from error
+            raise InputError(
+                f"{folder}: the disk is full; the model that was there is untouched: make room, then "
+                "--resume from the last checkpoint."
+            ) from error
         raise
 
 
@@ -238,7 +307,9 @@ def _install(folder, beside, shards, files):
     names, index = _names(folder, shards)
     if index:
         files = {**files, INDEX: index}
-    stale = [name for name, content in files.items() if content is None and (folder / name).exists()]
+    stale = [
+        name for name, content in files.items() if content is None and (folder / name).exists()
+    ]
     files = {name: content for name, content in files.items() if content is not None}
     for name, content in files.items():
         (beside / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -274,7 +345,9 @@ def _names(folder, shards):
         names = [n.replace("model-", f"model-{tag}-") for n in names]
     weight_map = {tensor: name for (_, sizes), name in zip(shards, names) for tensor in sizes}
     total = sum(sum(sizes.values()) for _, sizes in shards)
-    return names, json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2) + "\n"
+    return names, json.dumps(
+        {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2
+    ) + "\n"
 
 
 def _same(path, other):

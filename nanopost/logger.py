@@ -1,4 +1,5 @@
 """A run's record: a line a step on stdout, metrics.jsonl, samples.jsonl, and run.json with what the run was."""
+
 import json
 import platform
 import shutil
@@ -18,7 +19,11 @@ def starts_of(out) -> list[dict]:
         starts = json.loads((Path(out) / "run.json").read_text())
     except (OSError, ValueError):
         return []
-    return starts if isinstance(starts, list) and all(isinstance(s, dict) and "args" in s for s in starts) else []
+    return (
+        starts
+        if isinstance(starts, list) and all(isinstance(s, dict) and "args" in s for s in starts)
+        else []
+    )
 
 
 class Logger:
@@ -26,7 +31,13 @@ class Logger:
 
     def __init__(self, out, rank: int, steps: int, shown: list[str], verbose: bool = False):
         """shown: names of the metrics on the printed line. verbose: say when each phase begins."""
-        self.out, self.on, self.steps, self.shown, self.verbose = Path(out), rank == 0, steps, shown, verbose
+        self.out, self.on, self.steps, self.shown, self.verbose = (
+            Path(out),
+            rank == 0,
+            steps,
+            shown,
+            verbose,
+        )
         self.began, self.first = None, 0
 
     def open(self, resumed_at: int | None, overwrite: bool, manifest: dict):
@@ -38,40 +49,79 @@ class Logger:
         if not self.on:
             return
         args = manifest["args"]
-        inputs = [args.get(name) for name in ("model", "reference_model", "value_model", "data", "eval_data")]
-        inputs += [spec.removeprefix("model:") for spec in args.get("reward") or [] if spec.startswith("model:")]
-        out, names = self.out.resolve(), ("value", "checkpoints", "metrics.jsonl", "samples.jsonl", "run.json")
-        read = next((path for path in filter(None, inputs) if (found := Path(path).resolve()) == out
-                     or any(found.is_relative_to(out / name) for name in names)), None)
+        inputs = [
+            args.get(name)
+            for name in ("model", "reference_model", "value_model", "data", "eval_data")
+        ]
+        inputs += [
+            spec.removeprefix("model:")
+            for spec in args.get("reward") or []
+            if spec.startswith("model:")
+        ]
+        out, names = (
+            self.out.resolve(),
+            ("value", "checkpoints", "metrics.jsonl", "samples.jsonl", "run.json"),
+        )
+        read = next(
+            (
+                path
+                for path in filter(None, inputs)
+                if (found := Path(path).resolve()) == out
+                or any(found.is_relative_to(out / name) for name in names)
+            ),
+            None,
+        )
         signs = ("checkpoints", "value", "config.json", "tokenizer.json", "*.safetensors")
-        refuse((read, f"--out {self.out}: this run reads {read}, which would be overwritten: choose another --out."),
-               (not starts_of(self.out) and any(any(self.out.glob(sign)) for sign in signs),
-                f"--out {self.out} holds what no run of these scripts wrote: choose another --out."))
+        refuse(
+            (
+                read,
+                f"--out {self.out}: this run reads {read}, which would be overwritten: choose another --out.",
+            ),
+            (
+                not starts_of(self.out) and any(any(self.out.glob(sign)) for sign in signs),
+                f"--out {self.out} holds what no run of these scripts wrote: choose another --out.",
+            ),
+        )
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"--out {self.out}: no folder can be made ({error.strerror}); choose another.") from error
+            raise InputError(
+                f"--out {self.out}: no folder can be made ({error.strerror}); choose another."
+            ) from error
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.out / name
             if resumed_at is None and not overwrite and path.exists():
-                raise InputError(f"{self.out} already holds a run: add --resume to continue it, --overwrite to "
-                                 "replace it, or choose another --out.")
+                raise InputError(
+                    f"{self.out} already holds a run: add --resume to continue it, --overwrite to "
+                    "replace it, or choose another --out."
+                )
             lines = path.read_text().split("\n") if resumed_at is not None and path.exists() else []
             kept = [line for line in lines if _step(line) <= resumed_at]
             path.write_text("".join(line + "\n" for line in kept))
         if resumed_at is None and args.get("resume"):
             self.say(f"--resume: no checkpoint is in {self.out}, so the run begins anew")
-        if resumed_at is None:  # what is left of the run that this one replaces would be taken for its own
+        if (
+            resumed_at is None
+        ):  # what is left of the run that this one replaces would be taken for its own
             for folder in ("checkpoints", "value"):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             (self.out / "config.json").unlink(missing_ok=True)
         else:
             self.say(f"resumed at step {resumed_at}")
-        record = {"command": " ".join(sys.argv), "resumed_at": resumed_at, "git": _git_commit(),
-                  "python": platform.python_version(), "torch": torch.__version__,
-                  "cuda": torch.version.cuda, "started": time.strftime("%Y-%m-%dT%H:%M:%S"), **manifest}
+        record = {
+            "command": " ".join(sys.argv),
+            "resumed_at": resumed_at,
+            "git": _git_commit(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
+            **manifest,
+        }
         starts = starts_of(self.out) if resumed_at is not None else []
-        beside = self.out / "run.json.tmp"  # renamed when whole: without run.json a folder is not ours
+        beside = (
+            self.out / "run.json.tmp"
+        )  # renamed when whole: without run.json a folder is not ours
         beside.write_text(json.dumps([*starts, record], indent=1, default=str) + "\n")
         beside.replace(self.out / "run.json")
 
@@ -95,13 +145,21 @@ class Logger:
             self.began, self.first, left = now, step, ""
         else:
             left = f"  left {_duration((now - self.began) / max(1, step - self.first) * (self.steps - step))}"
-        shown = [k for k in (*self.shown, *metrics) if k in metrics and (k in self.shown or k.startswith("eval/"))]
+        shown = [
+            k
+            for k in (*self.shown, *metrics)
+            if k in metrics and (k in self.shown or k.startswith("eval/"))
+        ]
         text = "  ".join(f"{k} {_number(metrics[k])}" for k in dict.fromkeys(shown))
         print(f"step {step}/{self.steps}  {text}{left}", flush=True)
 
     def say_change(self, before: dict[str, float], after: dict[str, float]):
         """What the run has made of the held-out metrics."""
-        change = [f"{name} {value:.3f} -> {after[name]:.3f}" for name, value in before.items() if name in after]
+        change = [
+            f"{name} {value:.3f} -> {after[name]:.3f}"
+            for name, value in before.items()
+            if name in after
+        ]
         if change:
             self.say(f"held out, before and after: {', '.join(change)}")
 
@@ -109,7 +167,9 @@ class Logger:
         """Decoded text beside what was made of it, one object a line in samples.jsonl."""
         if self.on:
             with open(self.out / "samples.jsonl", "a") as file:
-                file.writelines(json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows)
+                file.writelines(
+                    json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows
+                )
 
 
 def _step(line):
@@ -131,5 +191,7 @@ def _duration(seconds):
 
 def _git_commit():
     here = Path(__file__).parent
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
+    )
     return done.stdout.strip() or None

@@ -15,6 +15,7 @@ upstream gradients g of logp and h of entropy,
 
 Chunks of the vocabulary and not of tokens: each row of dW is then written once, and matmuls keep all their rows.
 """
+
 import numpy as np
 import torch
 
@@ -27,7 +28,14 @@ KEPT_ELEMENTS = 2**22  # of log-probs, 16 MiB in fp32
 HALF = torch.bfloat16, torch.float16
 
 
-def logprob(hidden_ND, weight_VD, target_N, temperature: float = 1.0, chunk: int | None = None, kernels: str = "auto"):
+def logprob(
+    hidden_ND,
+    weight_VD,
+    target_N,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+    kernels: str = "auto",
+):
     """Log-probability of each target and entropy of its distribution -> (logp_N, entropy_N), fp32.
 
     hidden_ND, weight_VD: fp32, bf16, fp16 (fp64 gives fp64 back). target_N: int64; a negative target has no
@@ -38,6 +46,7 @@ def logprob(hidden_ND, weight_VD, target_N, temperature: float = 1.0, chunk: int
     """
     if kernels == "auto" and hidden_ND.is_cuda and hidden_ND.dtype == weight_VD.dtype in HALF:
         from kernels.logprob import logprob_triton
+
         return logprob_triton(hidden_ND, weight_VD, target_N, temperature)
     return _LogProb.apply(hidden_ND, weight_VD, target_N, temperature, chunk)
 
@@ -63,9 +72,14 @@ def _ready(x):
 def _chunks(weight_VD, target_M, chunk):
     """weight_CD, where in d_weight it stands, which targets are in it, and where (anywhere, for those that are not)."""
     for first in range(0, len(weight_VD), chunk):
-        weight_CD, at_M = weight_VD[first:first + chunk], target_M - first
+        weight_CD, at_M = weight_VD[first : first + chunk], target_M - first
         inside_M = (at_M >= 0) & (at_M < len(weight_CD))
-        yield _ready(weight_CD), slice(first, first + chunk), inside_M, at_M.clamp(0, len(weight_CD) - 1)[:, None]
+        yield (
+            _ready(weight_CD),
+            slice(first, first + chunk),
+            inside_M,
+            at_M.clamp(0, len(weight_CD) - 1)[:, None],
+        )
 
 
 def _logits(hidden_MD, weight_CD, temperature):
@@ -80,9 +94,15 @@ class _LogProb(torch.autograd.Function):
         hidden_MD, target_M = hidden_ND.index_select(0, keep_M), target_N.index_select(0, keep_M)
         tokens, vocabulary = len(keep_M), len(weight_VD)
         few = tokens * vocabulary <= KEPT_ELEMENTS
-        chunk = chunk or (vocabulary if few else max(CHUNK_ENTRIES, CHUNK_ELEMENTS[hidden_ND.device.type] // tokens))
+        chunk = chunk or (
+            vocabulary
+            if few
+            else max(CHUNK_ENTRIES, CHUNK_ELEMENTS[hidden_ND.device.type] // tokens)
+        )
         ready_MD, lse_JM, entropy_JM = _ready(hidden_MD), [], []
-        log_p_M = torch.zeros(tokens, dtype=_accumulator(hidden_ND), device=hidden_ND.device)  # of targets in chunks
+        log_p_M = torch.zeros(
+            tokens, dtype=_accumulator(hidden_ND), device=hidden_ND.device
+        )  # of targets in chunks
         for weight_CD, _, inside_M, at_M1 in _chunks(weight_VD, target_M, chunk):
             z_MC = _logits(ready_MD, weight_CD, temperature)
             log_p_MC = z_MC.log_softmax(-1)
@@ -98,15 +118,19 @@ class _LogProb(torch.autograd.Function):
         ctx.save_for_backward(hidden_MD, weight_VD, target_M, keep_M, lse_M, entropy_M, kept_MV)
         ctx.temperature, ctx.chunk, ctx.num_tokens = temperature, chunk, len(target_N)
         ctx.set_materialize_grads(False)
-        return tuple(hidden_ND.new_zeros(len(target_N), dtype=x.dtype).index_copy_(0, keep_M, x)
-                     for x in (logp_M, entropy_M))
+        return tuple(
+            hidden_ND.new_zeros(len(target_N), dtype=x.dtype).index_copy_(0, keep_M, x)
+            for x in (logp_M, entropy_M)
+        )
 
     @staticmethod
     def backward(ctx, g_N, h_N):
         hidden_MD, weight_VD, target_M, keep_M, lse_M, entropy_M, kept_MV = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         g_M, h_M = (None if x is None else x.index_select(0, keep_M) for x in (g_N, h_N))
-        d_hidden_MD = torch.zeros_like(hidden_MD, dtype=_accumulator(hidden_MD)) if need_hidden else None
+        d_hidden_MD = (
+            torch.zeros_like(hidden_MD, dtype=_accumulator(hidden_MD)) if need_hidden else None
+        )
         d_weight_VD = torch.empty_like(weight_VD) if need_weight else None
         ready_MD = _ready(hidden_MD)
         for weight_CD, c, inside_M, at_M1 in _chunks(weight_VD, target_M, ctx.chunk):
@@ -127,7 +151,9 @@ class _LogProb(torch.autograd.Function):
                 d_weight_VD[c] = matmul_fp32(dz_MC.T, ready_MD)
         if need_hidden:
             shape = ctx.num_tokens, hidden_MD.shape[1]
-            d_hidden_MD = hidden_MD.new_zeros(shape).index_copy_(0, keep_M, d_hidden_MD.to(hidden_MD.dtype))
+            d_hidden_MD = hidden_MD.new_zeros(shape).index_copy_(
+                0, keep_M, d_hidden_MD.to(hidden_MD.dtype)
+            )
         return d_hidden_MD, d_weight_VD, None, None, None
 
 

@@ -9,6 +9,7 @@ step: tokens, sequences, or sequences x max_new_tokens, as token_weights says. M
 Masked positions hold 0 in logp_N, old_logp_N, ref_logp_N and adv_N, and give exactly 0 to sums and gradients.
 A sequence lies whole in one micro-batch.
 """
+
 import math
 from dataclasses import dataclass
 
@@ -44,9 +45,13 @@ def token_weights(mask_N, seq_N, num_sequences: int, how: str):
     sequence_sum 1    sequences of the optimizer step                LUSPO 2602.05261
     """
     if how not in ("sequence", "token", "constant", "sequence_sum"):
-        raise InputError(f"Aggregation {how!r} is none of sequence, token, constant and sequence_sum.")
+        raise InputError(
+            f"Aggregation {how!r} is none of sequence, token, constant and sequence_sum."
+        )
     weight_N = mask_N.to(torch.get_default_dtype())
-    return weight_N / sequence_length(mask_N, seq_N, num_sequences) if how == "sequence" else weight_N
+    return (
+        weight_N / sequence_length(mask_N, seq_N, num_sequences) if how == "sequence" else weight_N
+    )
 
 
 def log_ratio(logp_N, old_logp_N, mask_N, seq_N, num_sequences: int, level: str):
@@ -64,7 +69,11 @@ def log_ratio(logp_N, old_logp_N, mask_N, seq_N, num_sequences: int, level: str)
     if level not in ("sequence", "sequence_sum"):
         raise InputError(f"Ratio {level!r} is none of token, sequence and sequence_sum.")
     sum_N = masked(sequence_sum(log_ratio_N, seq_N, num_sequences), mask_N)
-    return sum_N / sequence_length(mask_N, seq_N, num_sequences) if level == "sequence" else sum_N.clamp(max=80.0)
+    return (
+        sum_N / sequence_length(mask_N, seq_N, num_sequences)
+        if level == "sequence"
+        else sum_N.clamp(max=80.0)
+    )
 
 
 def policy_loss_clip(log_ratio_N, adv_N, weight_N, clip_low: float, clip_high: float, delta=None):
@@ -75,7 +84,9 @@ def policy_loss_clip(log_ratio_N, adv_N, weight_N, clip_low: float, clip_high: f
     metrics clip_ratio/{low,high,region}_mean: tokens where the clip cuts the gradient off.
     """
     if delta is not None and delta < 1:
-        raise InputError(f"--delta {delta} would cut on-policy ratios, which are 1: give more than 1 + --clip_high.")
+        raise InputError(
+            f"--delta {delta} would cut on-policy ratios, which are 1: give more than 1 + --clip_high."
+        )
     ratio_N = log_ratio_N.exp()
     capped_N = ratio_N if delta is None else ratio_N.clamp(max=delta)
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
@@ -83,7 +94,10 @@ def policy_loss_clip(log_ratio_N, adv_N, weight_N, clip_low: float, clip_high: f
     low = ((ratio_N < 1 - clip_low) & (adv_N < 0)).sum()
     high = ((ratio_N > 1 + clip_high) & (adv_N > 0)).sum()
     return (weight_N * loss_N).sum(), {
-        "clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low + high,
+    }
 
 
 def policy_loss_cispo(log_ratio_N, logp_N, adv_N, weight_N, cap: float):
@@ -94,8 +108,10 @@ def policy_loss_cispo(log_ratio_N, logp_N, adv_N, weight_N, cap: float):
     metrics cispo_clip_ratio: tokens of positive advantage with a ratio above the cap.
     """
     if cap < 1:
-        raise InputError(f"The CISPO cap {cap} would cut on-policy ratios, which are 1: it bounds the ratio, "
-                         f"so the paper's eps_high = {cap} is a cap of {1 + cap}.")
+        raise InputError(
+            f"The CISPO cap {cap} would cut on-policy ratios, which are 1: it bounds the ratio, "
+            f"so the paper's eps_high = {cap} is a cap of {1 + cap}."
+        )
     ratio_N = log_ratio_N.detach().exp()
     loss_N = -ratio_N.clamp(max=cap) * adv_N * logp_N
     return (weight_N * loss_N).sum(), {"cispo_clip_ratio": ((ratio_N > cap) & (adv_N > 0)).sum()}
@@ -109,10 +125,14 @@ def policy_loss_sapo(log_ratio_N, adv_N, weight_N, tau_positive: float, tau_nega
     if min(tau_positive, tau_negative) <= 0:
         raise InputError(f"--sapo_tau {tau_positive} {tau_negative}: give two numbers above 0.")
     tau_N = torch.where(adv_N > 0, tau_positive, tau_negative)
-    return (weight_N * -adv_N * torch.sigmoid(tau_N * torch.expm1(log_ratio_N)) * 4 / tau_N).sum(), {}
+    return (
+        weight_N * -adv_N * torch.sigmoid(tau_N * torch.expm1(log_ratio_N)) * 4 / tau_N
+    ).sum(), {}
 
 
-def off_policy_mask(logp_N, engine_logp_N, adv_N, mask_N, seq_N, num_sequences: int, threshold: float):
+def off_policy_mask(
+    logp_N, engine_logp_N, adv_N, mask_N, seq_N, num_sequences: int, threshold: float
+):
     """Which tokens stay: all but those of sequences with A < 0 whose mean log-prob has fallen by more than `threshold`
     since they were sampled (DeepSeek-V3.2 2512.02556, off-policy sequence masking) -> keep_N bool."""
     fallen_N = log_ratio(engine_logp_N, logp_N.detach(), mask_N, seq_N, num_sequences, "sequence")
@@ -125,7 +145,9 @@ def value_loss(value_N, old_value_N, return_N, mask_N, clip: float):
     As in PPO's code: a value that has moved further than clip gains nothing by going on. metrics val/clipfrac_avg:
     tokens where the clipped term is the larger one.
     """
-    clipped_N = value_N.clamp(old_value_N - clip, old_value_N + clip)  # exactly V where nothing is clipped
+    clipped_N = value_N.clamp(
+        old_value_N - clip, old_value_N + clip
+    )  # exactly V where nothing is clipped
     error_N, clipped_error_N = (value_N - return_N).square(), (clipped_N - return_N).square()
     loss = masked(torch.max(error_N, clipped_error_N), mask_N).sum() / 2
     return loss, {"val/clipfrac_avg": (masked(clipped_error_N - error_N, mask_N) > 0).sum()}
@@ -150,8 +172,16 @@ def kl_estimate(logp_N, ref_logp_N, kind: str):
     raise InputError(f"KL estimator {kind!r} is none of k1, k2 and k3.")
 
 
-def importance_weight(trainer_logp_N, engine_logp_N, mask_N, seq_N, num_sequences: int, level: str, mode: str,
-                      cap: float):
+def importance_weight(
+    trainer_logp_N,
+    engine_logp_N,
+    mask_N,
+    seq_N,
+    num_sequences: int,
+    level: str,
+    mode: str,
+    cap: float,
+):
     """Ratio trainer / engine, correcting for an engine that is not quite the trainer -> (weight_N, metrics).
 
     level  token: exp(trainer - engine); sequence: exp of the SUM over the sequence, at each of its tokens
@@ -160,7 +190,9 @@ def importance_weight(trainer_logp_N, engine_logp_N, mask_N, seq_N, num_sequence
     over tokens of the ratios BEFORE the cap; sampling/capped counts those above it.
     """
     if level not in ("token", "sequence") or mode not in ("truncate", "mask"):
-        raise InputError(f"Importance correction {level}-{mode}: token or sequence, and truncate or mask.")
+        raise InputError(
+            f"Importance correction {level}-{mode}: token or sequence, and truncate or mask."
+        )
     gap_N = masked(trainer_logp_N - engine_logp_N, mask_N).detach()
     ratio_N = (gap_N if level == "token" else sequence_sum(gap_N, seq_N, num_sequences)).exp()
     ratio_N = masked(ratio_N, mask_N)
@@ -168,7 +200,8 @@ def importance_weight(trainer_logp_N, engine_logp_N, mask_N, seq_N, num_sequence
     return weight_N, {
         "sampling/sampling_logp_difference/mean": gap_N.abs().sum(),
         "sampling/importance_sampling_ratio/mean": ratio_N.sum(),
-        "sampling/capped": (ratio_N > cap).sum()}
+        "sampling/capped": (ratio_N > cap).sum(),
+    }
 
 
 # ------------------------------------------------------------------------------------------------- preferences
@@ -181,6 +214,7 @@ class Pairs:
     the prompt too. nll_tokens: trained tokens of the chosen sequences, a mean over the pairs of the optimizer step.
     KTO has no pairs: there the first is a row's completion, the second that of another row, label_P: the first is good.
     """
+
     logp_S: torch.Tensor
     ref_logp_S: torch.Tensor
     length_S: torch.Tensor
@@ -255,18 +289,25 @@ def pair_hinge(p: Pairs, beta: float, smoothing: float = 0.0):
 def pair_robust(p: Pairs, beta: float, smoothing: float):
     """Robust DPO 2403.00409: an unbiased loss if a share `smoothing` < 1/2 of the pairs is swapped."""
     if not 0 <= smoothing < 0.5:
-        raise InputError(f"--smoothing {smoothing}: robust needs the share of swapped pairs, from 0 to below 0.5.")
+        raise InputError(
+            f"--smoothing {smoothing}: robust needs the share of swapped pairs, from 0 to below 0.5."
+        )
     z_P = beta * p.margin_P
-    return (smoothing * F.logsigmoid(-z_P) - (1 - smoothing) * F.logsigmoid(z_P)) / (1 - 2 * smoothing)
+    return (smoothing * F.logsigmoid(-z_P) - (1 - smoothing) * F.logsigmoid(z_P)) / (
+        1 - 2 * smoothing
+    )
 
 
 def pair_exo(p: Pairs, beta: float, smoothing: float):
     """EXO 2402.00856 eq. 16: KL(policy's preference || (1 - smoothing, smoothing))."""
     if not 0 < smoothing < 0.5:
-        raise InputError(f"--smoothing {smoothing}: exo needs more than 0 (such as 1e-3) and less than 0.5.")
+        raise InputError(
+            f"--smoothing {smoothing}: exo needs more than 0 (such as 1e-3) and less than 0.5."
+        )
     log_q_P, log_other_P = F.logsigmoid(beta * p.margin_P), F.logsigmoid(-beta * p.margin_P)
-    return (log_q_P.exp() * (log_q_P - math.log1p(-smoothing))
-            + log_other_P.exp() * (log_other_P - math.log(smoothing)))
+    return log_q_P.exp() * (log_q_P - math.log1p(-smoothing)) + log_other_P.exp() * (
+        log_other_P - math.log(smoothing)
+    )
 
 
 def pair_nca(p: Pairs, beta: float, smoothing: float = 0.0):
@@ -289,7 +330,9 @@ def pair_sppo(p: Pairs, beta: float, smoothing: float = 0.0):
 
 def pair_aot(p: Pairs, beta: float, smoothing: float = 0.0):
     """AOT 2406.05882, paired: margins of the policy above those of the reference, quantile by quantile of the step."""
-    policy_P, reference_P = ((x_S.view(-1, 2) @ x_S.new_tensor([1.0, -1.0])) for x_S in (p.logp_S, p.ref_logp_S))
+    policy_P, reference_P = (
+        (x_S.view(-1, 2) @ x_S.new_tensor([1.0, -1.0])) for x_S in (p.logp_S, p.ref_logp_S)
+    )
     return smoothed_sigmoid(beta * (policy_P.sort().values - reference_P.sort().values), smoothing)
 
 
@@ -314,7 +357,9 @@ def pair_apo_down(p: Pairs, beta: float, smoothing: float = 0.0):
 def pair_discopop(p: Pairs, beta: float, smoothing: float = 0.0, tau: float = 0.05):
     """DiscoPOP 2406.08414 eq. 5: between a logistic and an exponential loss, found by search; tau is the paper's."""
     z_P = beta * p.margin_P
-    share_P = torch.sigmoid(z_P / tau)  # times e^-z as the exponent of a sum: neither overflows at a very low margin
+    share_P = torch.sigmoid(
+        z_P / tau
+    )  # times e^-z as the exponent of a sum: neither overflows at a very low margin
     return (F.logsigmoid(z_P / tau) - z_P).exp() - (1 - share_P) * F.logsigmoid(z_P)
 
 
@@ -341,22 +386,56 @@ def pair_orpo(p: Pairs, beta: float, smoothing: float = 0.0):
     return pair_sft(p) - beta * F.logsigmoid(log_odds_2P[0] - log_odds_2P[1])
 
 
-def kto(p: Pairs, beta: float, smoothing: float = 0.0, desirable: float = 1.0, undesirable: float = 1.0):
+def kto(
+    p: Pairs, beta: float, smoothing: float = 0.0, desirable: float = 1.0, undesirable: float = 1.0
+):
     """KTO 2402.01306 eq. 8: value of a row against the KL, estimated from the mismatched pairs of the whole step."""
     ratio_P, mismatched_P = p.ratio_2P
     kl = mismatched_P.detach().mean().clamp(min=0)
-    return torch.where(p.label_P > 0, desirable * torch.sigmoid(beta * (kl - ratio_P)),
-                       undesirable * torch.sigmoid(beta * (ratio_P - kl)))
+    return torch.where(
+        p.label_P > 0,
+        desirable * torch.sigmoid(beta * (kl - ratio_P)),
+        undesirable * torch.sigmoid(beta * (ratio_P - kl)),
+    )
 
 
 PREFERENCE = {
-    "sigmoid": pair_sigmoid, "sigmoid_norm": pair_sigmoid_norm, "ipo": pair_ipo, "hinge": pair_hinge,
-    "robust": pair_robust, "exo": pair_exo, "nca": pair_nca, "bco": pair_bco, "sppo": pair_sppo, "aot": pair_aot,
-    "aot_unpaired": pair_aot_unpaired, "apo_zero": pair_apo_zero, "apo_down": pair_apo_down,
-    "discopop": pair_discopop, "simpo": pair_simpo, "sft": pair_sft, "cpo": pair_cpo, "orpo": pair_orpo, "kto": kto}
+    "sigmoid": pair_sigmoid,
+    "sigmoid_norm": pair_sigmoid_norm,
+    "ipo": pair_ipo,
+    "hinge": pair_hinge,
+    "robust": pair_robust,
+    "exo": pair_exo,
+    "nca": pair_nca,
+    "bco": pair_bco,
+    "sppo": pair_sppo,
+    "aot": pair_aot,
+    "aot_unpaired": pair_aot_unpaired,
+    "apo_zero": pair_apo_zero,
+    "apo_down": pair_apo_down,
+    "discopop": pair_discopop,
+    "simpo": pair_simpo,
+    "sft": pair_sft,
+    "cpo": pair_cpo,
+    "orpo": pair_orpo,
+    "kto": kto,
+}
 REFERENCE_FREE = {"simpo", "sft", "cpo", "orpo"}
-OF_MARGINS = {"sigmoid", "sigmoid_norm", "ipo", "hinge", "robust", "exo", "discopop"}  # know a --divergence
-COUPLED = {"bco", "aot", "aot_unpaired", "kto"}  # a pair's loss depends on the other pairs of the optimizer step
+OF_MARGINS = {
+    "sigmoid",
+    "sigmoid_norm",
+    "ipo",
+    "hinge",
+    "robust",
+    "exo",
+    "discopop",
+}  # know a --divergence
+COUPLED = {
+    "bco",
+    "aot",
+    "aot_unpaired",
+    "kto",
+}  # a pair's loss depends on the other pairs of the optimizer step
 
 
 def preference_metrics(p: Pairs, loss_P, beta: float, by_label: bool = False) -> dict:
@@ -366,13 +445,26 @@ def preference_metrics(p: Pairs, loss_P, beta: float, by_label: bool = False) ->
     logp_2P = p.logp_S.detach().view(-1, 2).T
     if by_label:
         good_P = p.label_P > 0
-        right = chosen_P[good_P][:, None] > chosen_P[~good_P]  # any desirable row against any undesirable one
-        return loss | {"rewards/accuracies": (right.sum(), right.numel())} | {
-            f"{kind}/{name}": (x_P[which_P].sum(), which_P.sum())
-            for kind, x_P in (("rewards", chosen_P), ("logps", logp_2P[0]))
-            for name, which_P in (("chosen", good_P), ("rejected", ~good_P))}
-    values = {"rewards/chosen": chosen_P, "rewards/rejected": rejected_P, "rewards/margins": chosen_P - rejected_P,
-              "rewards/accuracies": chosen_P > rejected_P, "logps/chosen": logp_2P[0], "logps/rejected": logp_2P[1]}
+        right = (
+            chosen_P[good_P][:, None] > chosen_P[~good_P]
+        )  # any desirable row against any undesirable one
+        return (
+            loss
+            | {"rewards/accuracies": (right.sum(), right.numel())}
+            | {
+                f"{kind}/{name}": (x_P[which_P].sum(), which_P.sum())
+                for kind, x_P in (("rewards", chosen_P), ("logps", logp_2P[0]))
+                for name, which_P in (("chosen", good_P), ("rejected", ~good_P))
+            }
+        )
+    values = {
+        "rewards/chosen": chosen_P,
+        "rewards/rejected": rejected_P,
+        "rewards/margins": chosen_P - rejected_P,
+        "rewards/accuracies": chosen_P > rejected_P,
+        "logps/chosen": logp_2P[0],
+        "logps/rejected": logp_2P[1],
+    }
     return loss | {name: (x_P.sum(), len(x_P)) for name, x_P in values.items()}
 
 
@@ -383,8 +475,10 @@ def wpo_weight(logp_N, half_logp_N, weight_N, seq_N, num_sequences: int):
     half_logp_N: log-probs at temperature 1/2, 2 z_y - lse(2 z); log p = z_y - lse(z) off them leaves just that.
     """
     answer_N = (weight_N > 0).to(logp_N.dtype)
-    sum_S, length_S = (per_sequence(x_N, seq_N, num_sequences)
-                       for x_N in ((half_logp_N - logp_N).detach() * answer_N, answer_N))
+    sum_S, length_S = (
+        per_sequence(x_N, seq_N, num_sequences)
+        for x_N in ((half_logp_N - logp_N).detach() * answer_N, answer_N)
+    )
     return (sum_S / length_S.clamp(min=1)).exp().view(-1, 2).prod(1)
 
 
@@ -392,7 +486,9 @@ def reward_model_loss(score_S, margin_P, centre: float):
     """- log sigmoid(r_c - r_r - margin) + centre (r_c + r_r)^2 -> loss_P. Bradley-Terry 2203.02155 eq. 1; the margin:
     2307.09288 eq. 2; centring: 2312.09244."""
     chosen_P, rejected_P = score_S.view(-1, 2).T
-    return -F.logsigmoid(chosen_P - rejected_P - margin_P) + centre * (chosen_P + rejected_P).square()
+    return (
+        -F.logsigmoid(chosen_P - rejected_P - margin_P) + centre * (chosen_P + rejected_P).square()
+    )
 
 
 def smoothed_sigmoid(z, smoothing):

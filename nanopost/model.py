@@ -7,6 +7,7 @@ Parameter names are the checkpoint's. The head and the log-probability lie insid
 `model(batch) -> logp_N, entropy_N`: outside it, under FSDP2, the head's weight is a shard before the first forward
 and stale after a backward. Sharding, compilation and checkpointing are applied from outside (dist.py).
 """
+
 import math
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,15 +22,24 @@ from nanopost import InputError
 from nanopost.attention import Cache, Packing, cached_attention, packed_attention
 from nanopost.logprob import logprob, matmul_fp32
 
-FAMILIES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-            "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-ROPE_NEEDS = {"default": (), "linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-              "yarn": ("factor",)}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
 
 
 @dataclass(frozen=True)
 class Config:
     """What the decoder needs to know, read from a checkpoint's config.json; `hf` is that file, kept for writing."""
+
     hf: dict
     vocab_size: int
     width: int
@@ -53,33 +63,67 @@ class Config:
         """Read the dictionary of a config.json. InputError for whatever this decoder does not compute."""
         family = hf.get("model_type")
         architecture = (hf.get("architectures") or [FAMILIES.get(family)])[0]
-        if family not in FAMILIES or architecture not in (FAMILIES[family], scalar_architecture(family)):
-            raise InputError(f"{source}: architecture {architecture} (model_type {family}) is not one of those that "
-                             f"nanopost computes: {', '.join(FAMILIES.values())}, and ...ForSequenceClassification of "
-                             "the same families.")
+        if family not in FAMILIES or architecture not in (
+            FAMILIES[family],
+            scalar_architecture(family),
+        ):
+            raise InputError(
+                f"{source}: architecture {architecture} (model_type {family}) is not one of those that "
+                f"nanopost computes: {', '.join(FAMILIES.values())}, and ...ForSequenceClassification of "
+                "the same families."
+            )
         scalar = architecture == scalar_architecture(family)
         labels = hf.get("num_labels") or len(hf.get("id2label") or "01")
         if scalar and labels != 1:
-            raise InputError(f"{source}: a classifier of {labels} labels; a reward model has one (num_labels 1).")
+            raise InputError(
+                f"{source}: a classifier of {labels} labels; a reward model has one (num_labels 1)."
+            )
         if hf.get("quantization_config"):
-            raise InputError(f"{source}: the weights are quantised ({hf['quantization_config'].get('quant_method')}); "
-                             "take the unquantised checkpoint of this model.")
+            raise InputError(
+                f"{source}: the weights are quantised ({hf['quantization_config'].get('quant_method')}); "
+                "take the unquantised checkpoint of this model."
+            )
         if hf.get("hidden_act", "silu") != "silu":
-            raise InputError(f"{source}: activation {hf['hidden_act']!r} is not computed here, only 'silu'.")
-        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                               "num_attention_heads") if hf.get(k) is None]
+            raise InputError(
+                f"{source}: activation {hf['hidden_act']!r} is not computed here, only 'silu'."
+            )
+        missing = [
+            k
+            for k in (
+                "vocab_size",
+                "hidden_size",
+                "intermediate_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+            )
+            if hf.get(k) is None
+        ]
         if missing:
-            raise InputError(f"{source}: {', '.join(missing)} missing; this is not a complete config.json.")
+            raise InputError(
+                f"{source}: {', '.join(missing)} missing; this is not a complete config.json."
+            )
         heads = hf["num_attention_heads"]
         bias = bool(hf.get("attention_bias", False))
         return cls(
-            hf=hf, vocab_size=hf["vocab_size"], width=hf["hidden_size"], mlp_width=hf["intermediate_size"],
-            layers=hf["num_hidden_layers"], heads=heads, kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or (128 if family == "qwen3" else hf["hidden_size"] // heads),
-            norm_eps=hf.get("rms_norm_eps", 1e-6), tied=bool(hf.get("tie_word_embeddings", False)),
-            rope=_rope(hf, source), windows=_windows(hf, family),
-            qkv_bias=family == "qwen2" or bias, out_bias=bias and family in ("llama", "qwen3"),
-            mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama", qk_norm=family == "qwen3", scalar=scalar)
+            hf=hf,
+            vocab_size=hf["vocab_size"],
+            width=hf["hidden_size"],
+            mlp_width=hf["intermediate_size"],
+            layers=hf["num_hidden_layers"],
+            heads=heads,
+            kv_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim")
+            or (128 if family == "qwen3" else hf["hidden_size"] // heads),
+            norm_eps=hf.get("rms_norm_eps", 1e-6),
+            tied=bool(hf.get("tie_word_embeddings", False)),
+            rope=_rope(hf, source),
+            windows=_windows(hf, family),
+            qkv_bias=family == "qwen2" or bias,
+            out_bias=bias and family in ("llama", "qwen3"),
+            mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
+            qk_norm=family == "qwen3",
+            scalar=scalar,
+        )
 
     @property
     def max_positions(self) -> int:
@@ -87,8 +131,13 @@ class Config:
 
     def with_scalar_head(self, pad_id: int | None) -> "Config":
         """The same decoder as a reward model. pad_id: transformers scores the last token that is not this one."""
-        names = {"architectures": [scalar_architecture(self.hf["model_type"])], "pad_token_id": pad_id,
-                 "num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+        names = {
+            "architectures": [scalar_architecture(self.hf["model_type"])],
+            "pad_token_id": pad_id,
+            "num_labels": 1,
+            "id2label": {"0": "reward"},
+            "label2id": {"reward": 0},
+        }
         return replace(self, hf={**self.hf, **names}, scalar=True)
 
 
@@ -99,14 +148,20 @@ def scalar_architecture(family: str) -> str:
 def _rope(hf, source):
     """rope_theta and rope_scaling (or transformers 5's rope_parameters) as one dictionary with a `rope_type`."""
     given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    rope = {"rope_theta": hf.get("rope_theta", 10000.0), "max": hf.get("max_position_embeddings", 2048), **given}
+    rope = {
+        "rope_theta": hf.get("rope_theta", 10000.0),
+        "max": hf.get("max_position_embeddings", 2048),
+        **given,
+    }
     kind = rope["rope_type"] = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE_NEEDS or any(isinstance(v, dict) for v in given.values()):
         kind = "one for each kind of layer" if kind in ROPE_NEEDS else repr(kind)
         raise InputError(f"{source}: rope type {kind} is not one of {', '.join(ROPE_NEEDS)}.")
     missing = [k for k in ROPE_NEEDS[kind] if rope.get(k) is None]
     if missing:
-        raise InputError(f"{source}: rope type {kind!r} needs {', '.join(missing)} too, and config.json has none.")
+        raise InputError(
+            f"{source}: rope type {kind!r} needs {', '.join(missing)} too, and config.json has none."
+        )
     if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
         raise InputError(f"{source}: a partial_rotary_factor other than 1 is not computed here.")
     return rope
@@ -115,18 +170,26 @@ def _rope(hf, source):
 def _windows(hf, family):
     """The sliding window of each layer, or None."""
     layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
-    if family == "llama" or window is None or (family != "mistral" and not hf.get("use_sliding_window", False)):
+    if (
+        family == "llama"
+        or window is None
+        or (family != "mistral" and not hf.get("use_sliding_window", False))
+    ):
         return (None,) * layers
     kinds = hf.get("layer_types")
     first = 0 if family == "mistral" else hf.get("max_window_layers", 28)
-    sliding = [k == "sliding_attention" for k in kinds] if kinds else [i >= first for i in range(layers)]
+    sliding = (
+        [k == "sliding_attention" for k in kinds] if kinds else [i >= first for i in range(layers)]
+    )
     return tuple(window if s else None for s in sliding)
 
 
 def rope_frequencies(rope: dict, head_dim: int, device=None):
     """Rotary frequencies -> (inv_freq fp32 [K/2], factor of cos and sin). RoFormer 2104.09864, YaRN 2309.00071."""
     base, kind = rope["rope_theta"], rope["rope_type"]
-    freq = 1.0 / base ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    freq = 1.0 / base ** (
+        torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+    )
     if kind == "default":
         return freq, 1.0
     factor = rope["factor"]
@@ -140,18 +203,23 @@ def rope_frequencies(rope: dict, head_dim: int, device=None):
         return smooth * freq + (1 - smooth) * freq / factor, 1.0
     magnitude = rope.get("attention_factor")
     if magnitude is None:
+
         def scale(m):
             return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
+
         m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
         magnitude = scale(m) / scale(m_all) if m and m_all else scale(1)
 
     def dimension(rotations):
         return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
     low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
     if rope.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / max(high - low, 0.001)
+    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / max(
+        high - low, 0.001
+    )
     ramp = ramp.clamp(0, 1)
     return freq / factor * ramp + freq * (1 - ramp), magnitude
 
@@ -186,8 +254,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x_ND, cos_NK, sin_NK, attend):
-        q, k, v = (rearrange(project(x_ND), "n (h k) -> n h k", k=self.head_dim)
-                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (
+            rearrange(project(x_ND), "n (h k) -> n h k", k=self.head_dim)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
         q, k = rotate(self.q_norm(q), cos_NK, sin_NK), rotate(self.k_norm(k), cos_NK, sin_NK)
         return self.o_proj(attend(q, k, v, self.window).flatten(1))
 
@@ -245,6 +315,7 @@ class Decoder(nn.Module):
 
         def attend(layer, q, k, v, window):
             return packed_attention(q, k, v, packing, window)
+
         return self(token_N, position_N, attend)
 
 
@@ -252,7 +323,9 @@ class CausalLM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.model, self.kernels = config, Decoder(config), "auto"
-        self.lm_head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.lm_head = (
+            None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        )
 
     @property
     def head_weight(self):
@@ -260,8 +333,12 @@ class CausalLM(nn.Module):
 
     def forward(self, batch, temperature: float = 1.0):
         """A Batch (data.py) -> fp32 log-prob of each target and entropy of its distribution, 0 where no target is."""
-        hidden_ND = self.model.packed(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)
-        return logprob(hidden_ND, self.head_weight, batch.target_N, temperature, kernels=self.kernels)
+        hidden_ND = self.model.packed(
+            batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen
+        )
+        return logprob(
+            hidden_ND, self.head_weight, batch.target_N, temperature, kernels=self.kernels
+        )
 
     def logits(self, hidden_ND):
         """-> fp32 [N, V], whole: for a few rows."""
@@ -274,12 +351,15 @@ class CausalLM(nn.Module):
         def attend(layer, q, k, v, window):
             cache.write_prompts(layer, k, v, cu_seqlens, max_seqlen)
             return packed_attention(q, k, v, packing, window)
+
         return self.model(token_N, position_N, attend)[cu_seqlens[1:].long() - 1]
 
     def decode(self, token_B, cache: Cache):
         """One further token a row -> hidden_BD; its keys and values join the cache."""
+
         def attend(layer, q, k, v, window):
             return cached_attention(q, *cache.append(layer, k, v), cache.length_B + 1, window)
+
         cache.longest += 1
         hidden_BD = self.model(token_B, cache.length_B, attend)
         cache.length_B = cache.length_B + 1
@@ -314,7 +394,9 @@ class ScalarModel(nn.Module):
 
     def forward(self, batch):
         """A Batch (data.py) -> fp32 value_N."""
-        hidden_ND = self.model.packed(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)
+        hidden_ND = self.model.packed(
+            batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen
+        )
         return scalar_head(hidden_ND, self.score.weight)
 
 
@@ -327,7 +409,9 @@ class ActorCritic(nn.Module):
     def __init__(self, config: Config, value_config: Config | None):
         super().__init__()
         self.config, self.policy = config, CausalLM(config)
-        self.value = ScalarModel(value_config) if value_config else nn.Linear(config.width, 1, bias=False)
+        self.value = (
+            ScalarModel(value_config) if value_config else nn.Linear(config.width, 1, bias=False)
+        )
 
     def forward(self, batch, temperature: float = 1.0, value_alone: bool = False):
         """A Batch -> logp_N and entropy_N of the policy, and fp32 value_N: of the state in which each target was
@@ -335,10 +419,16 @@ class ActorCritic(nn.Module):
         head, logp_N, entropy_N = isinstance(self.value, nn.Linear), None, None
         if head or not value_alone:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not value_alone):
-                hidden_ND = self.policy.model.packed(batch.token_N, batch.position_N, batch.cu_seqlens,
-                                                     batch.max_seqlen)
+                hidden_ND = self.policy.model.packed(
+                    batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen
+                )
         if not value_alone:
-            logp_N, entropy_N = logprob(hidden_ND, self.policy.head_weight, batch.target_N, temperature,
-                                        kernels=self.policy.kernels)
+            logp_N, entropy_N = logprob(
+                hidden_ND,
+                self.policy.head_weight,
+                batch.target_N,
+                temperature,
+                kernels=self.policy.kernels,
+            )
         value_N = scalar_head(hidden_ND, self.value.weight) if head else self.value(batch)
         return logp_N, entropy_N, value_N.where(batch.mask_N, 0.0)

@@ -1,11 +1,14 @@
 """Parameter groups and the learning rate as a function of the step."""
+
 import math
 
 from torch import nn
 from torch.optim import AdamW
 
 
-def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float], **rates: float) -> AdamW:
+def adamw(
+    model: nn.Module, weight_decay: float, betas: tuple[float, float], **rates: float
+) -> AdamW:
     """AdamW (1711.05101) that decays matrices and leaves norms and biases alone; the rate is set at each step.
 
     rates: value=5.0: the part of the model with that name learns at five times that rate.
@@ -14,8 +17,19 @@ def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float], **r
     for name, p in model.named_parameters():
         part = next((part for part in rates if name.startswith(part + ".")), None)
         groups.setdefault((part, p.ndim < 2), []).append(p)
-    return AdamW([{"params": params, "weight_decay": 0.0 if vector else weight_decay, "rate": rates.get(part, 1.0)}
-                  for (part, vector), params in groups.items()], lr=0.0, betas=betas, fused=True)
+    return AdamW(
+        [
+            {
+                "params": params,
+                "weight_decay": 0.0 if vector else weight_decay,
+                "rate": rates.get(part, 1.0),
+            }
+            for (part, vector), params in groups.items()
+        ],
+        lr=0.0,
+        betas=betas,
+        fused=True,
+    )
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:

@@ -2,6 +2,7 @@
 
 Shapes: P pairs, S = 2 P sequences, of which 2p is the chosen one of pair p and 2p + 1 the rejected one.
 """
+
 import hashlib
 from pathlib import Path
 
@@ -24,8 +25,10 @@ def unpaired(rows: list[dict]) -> list[dict]:
         check_pair_row(row)
         row = split_prompt(row)
         rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
-        out += [{**rest, "completion": row["chosen"], "label": True},
-                {**rest, "completion": row["rejected"], "label": False}]
+        out += [
+            {**rest, "completion": row["chosen"], "label": True},
+            {**rest, "completion": row["rejected"], "label": False},
+        ]
     return out
 
 
@@ -53,8 +56,10 @@ def fit(pairs: list[tuple[Example, Example]], max_length: int, how: str):
     seen = {tuple(e.ids.tobytes() for e in pair) for pair in kept}
     counts["swapped"] = sum((b, a) in seen for a, b in seen)
     if pairs and not kept:
-        raise InputError(f"none of {len(pairs)} pairs is left within --max_length {max_length} (--overlong {how}): "
-                         f"{', '.join(f'{n} {name}' for name, n in counts.items())}.")
+        raise InputError(
+            f"none of {len(pairs)} pairs is left within --max_length {max_length} (--overlong {how}): "
+            f"{', '.join(f'{n} {name}' for name, n in counts.items())}."
+        )
     return kept, counts
 
 
@@ -79,8 +84,8 @@ def mismatched(examples: list[Example], max_length: int) -> list[tuple[Example, 
     drawn, pairs = order(len(examples), 0, 0), {}
     for i, j in zip(drawn, np.roll(drawn, -1)):
         a, b = examples[i], examples[j]
-        ids = np.concatenate([a.ids[:a.mask.argmax()], b.ids[b.mask.argmax():]])
-        mask = np.concatenate([a.mask[:a.mask.argmax()], b.mask[b.mask.argmax():]])
+        ids = np.concatenate([a.ids[: a.mask.argmax()], b.ids[b.mask.argmax() :]])
+        mask = np.concatenate([a.mask[: a.mask.argmax()], b.mask[b.mask.argmax() :]])
         pairs[i] = a, Example(ids, mask, dict(a.columns))[:max_length]
     return [pairs[i] for i in range(len(examples))]
 
@@ -88,9 +93,16 @@ def mismatched(examples: list[Example], max_length: int) -> list[tuple[Example, 
 def best_and_worst(groups: list[list], reward_PG: torch.Tensor) -> list[tuple[Example, Example]]:
     """Of each prompt's rollouts the one of highest and the one of lowest reward. A group where these are equal gives
     none, nor does one where both are the same tokens: a reward model's scores of these differ in the last digits."""
-    best = [(group[int(reward_G.argmax())], group[int(reward_G.argmin())])
-            for group, reward_G in zip(groups, reward_PG) if reward_G.max() > reward_G.min()]
-    return [(chosen.example(), rejected.example()) for chosen, rejected in best if chosen.ids != rejected.ids]
+    best = [
+        (group[int(reward_G.argmax())], group[int(reward_G.argmin())])
+        for group, reward_G in zip(groups, reward_PG)
+        if reward_G.max() > reward_G.min()
+    ]
+    return [
+        (chosen.example(), rejected.example())
+        for chosen, rejected in best
+        if chosen.ids != rejected.ids
+    ]
 
 
 def add_columns(pairs: list, ld_alpha: float = 1.0, train_prompt: bool = False):
@@ -113,7 +125,11 @@ def add_reference(pairs: list, reference, tokens: int, device):
     A collective: every rank calls it with pairs of its own.
     """
     examples = [e for pair in pairs for e in pair]
-    logps = logprobs_of(reference, examples, tokens, 1.0, device) if reference else [0.0] * len(examples)
+    logps = (
+        logprobs_of(reference, examples, tokens, 1.0, device)
+        if reference
+        else [0.0] * len(examples)
+    )
     for e, logp in zip(examples, logps):
         e.columns["ref_logp"] = float((logp * e.columns["weight"]).sum())
 
@@ -129,10 +145,12 @@ def add_cached_reference(pairs: list, reference, tokens: int, world, path):
     if dist.all_sum(path.is_file())[0] == world.size:
         table = np.load(path)
     else:
-        mine = range(len(pairs))[world.rank::world.size]
+        mine = range(len(pairs))[world.rank :: world.size]
         add_reference([pairs[i] for i in mine], reference, tokens, world.device)
         table = np.empty((len(pairs), 2))
-        for i, *values in dist.gather([(i, *(e.columns["ref_logp"] for e in pairs[i])) for i in mine]):
+        for i, *values in dist.gather(
+            [(i, *(e.columns["ref_logp"] for e in pairs[i])) for i in mine]
+        ):
             table[i] = values
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,20 +178,42 @@ def gathered(model, pairs: list, tokens: int, device, **options) -> tuple[Pairs,
     exactly. options: those of Pairs. A collective.
     """
     examples = [e for pair in pairs for e in pair]
-    table = [[float(x) for x in ((logp * e.columns["weight"]).sum(), -logp.sum(), e.columns["ref_logp"],
-                                 e.columns["length"], e.mask[1:].sum(), e.columns.get("label", 1.0))]
-             for e, logp in zip(examples, logprobs_of(model, examples, tokens, 1.0, device))]
-    before = sum(dist.gather([len(table)])[:torch.distributed.get_rank()])
+    table = [
+        [
+            float(x)
+            for x in (
+                (logp * e.columns["weight"]).sum(),
+                -logp.sum(),
+                e.columns["ref_logp"],
+                e.columns["length"],
+                e.mask[1:].sum(),
+                e.columns.get("label", 1.0),
+            )
+        ]
+        for e, logp in zip(examples, logprobs_of(model, examples, tokens, 1.0, device))
+    ]
+    before = sum(dist.gather([len(table)])[: torch.distributed.get_rank()])
     table, mine = dist.gather(table), slice(before, before + len(table))
-    logp_S, nll_S, ref_S, length_S, trained_S, label_S = torch.tensor(table, dtype=torch.float64).view(len(table), 6).T
-    return Pairs(logp_S.clone().requires_grad_(), ref_S, length_S, nll_S.clone().requires_grad_(),
-                 float(trained_S[0::2].mean()), label_S[0::2], **options), mine
+    logp_S, nll_S, ref_S, length_S, trained_S, label_S = (
+        torch.tensor(table, dtype=torch.float64).view(len(table), 6).T
+    )
+    return Pairs(
+        logp_S.clone().requires_grad_(),
+        ref_S,
+        length_S,
+        nll_S.clone().requires_grad_(),
+        float(trained_S[0::2].mean()),
+        label_S[0::2],
+        **options,
+    ), mine
 
 
 def pulled_back(pairs: list, p: Pairs, mine: slice) -> list[tuple[Example]]:
     """After loss_P.sum().backward() on gathered pairs -> this rank's examples, each alone, with the columns slope and
     nll_slope: the second pass is (slope_S logp_S + nll_slope_S nll_S).sum(). Those with neither need no pass."""
-    slopes_2S = [torch.zeros_like(x_S) if x_S.grad is None else x_S.grad for x_S in (p.logp_S, p.nll_S)]
+    slopes_2S = [
+        torch.zeros_like(x_S) if x_S.grad is None else x_S.grad for x_S in (p.logp_S, p.nll_S)
+    ]
     examples = [e for pair in pairs for e in pair]
     for e, *slopes in zip(examples, *(x_S[mine].tolist() for x_S in slopes_2S)):
         e.columns["slope"], e.columns["nll_slope"] = slopes
@@ -182,7 +222,10 @@ def pulled_back(pairs: list, p: Pairs, mine: slice) -> list[tuple[Example]]:
 
 def of_batch(batch, logp_N, nll_tokens: float, **options) -> Pairs:
     """The pairs of a micro-batch; the options are those of Pairs."""
-    logp_S, nll_S = (per_sequence(x_N, batch.seq_N, batch.num_sequences) for x_N in (logp_N * batch["weight"], -logp_N))
+    logp_S, nll_S = (
+        per_sequence(x_N, batch.seq_N, batch.num_sequences)
+        for x_N in (logp_N * batch["weight"], -logp_N)
+    )
     return Pairs(logp_S, batch["ref_logp"], batch["length"], nll_S, nll_tokens, **options)
 
 

@@ -4,6 +4,7 @@ A reward is f(completions, **columns) -> list[float | None], TRL's signature. co
 lists of which the last is read. columns: those of the rows and what the loop adds (prompts, prompt_ids,
 completion_ids), each a list as long as completions. None says that the reward does not apply to a completion.
 """
+
 import importlib.util
 import inspect
 import itertools
@@ -35,14 +36,20 @@ class Reward(NamedTuple):
 def load_rewards(specs: list[str], weights: list[float] | None, tokenizer=None, device=None):
     """All of --reward, and --reward_weights or ones -> (list[Reward], list[float])."""
     if not specs:
-        raise InputError("--reward is missing: say what scores the answers (--help lists what there is).")
+        raise InputError(
+            "--reward is missing: say what scores the answers (--help lists what there is)."
+        )
     rewards = []
     for spec in specs:
         reward, taken = load_reward(spec, tokenizer, device), {r.name for r in rewards}
         names = itertools.chain([reward.name], (f"{reward.name}-{k}" for k in itertools.count(2)))
-        rewards.append(reward._replace(name=next(n for n in names if n not in taken)))  # each has metrics of its own
+        rewards.append(
+            reward._replace(name=next(n for n in names if n not in taken))
+        )  # each has metrics of its own
     if weights and len(weights) != len(rewards):
-        raise InputError(f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each.")
+        raise InputError(
+            f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each."
+        )
     return rewards, weights or [1.0] * len(rewards)
 
 
@@ -64,8 +71,10 @@ def load_reward(spec: str, tokenizer=None, device=None) -> Reward:
     path, _, name = (spec + ":").rpartition(":") if spec.endswith(".py") else spec.rpartition(":")
     if path.endswith(".py"):
         return Reward(name, _from_file(Path(path), name))
-    raise InputError(f"--reward {spec!r} is unknown: built in are {', '.join(built_in)}, regex:PATTERN, "
-                     f"length:MAX:BUFFER and model:FOLDER; one of your own is file.py:function.")
+    raise InputError(
+        f"--reward {spec!r} is unknown: built in are {', '.join(built_in)}, regex:PATTERN, "
+        f"length:MAX:BUFFER and model:FOLDER; one of your own is file.py:function."
+    )
 
 
 def _from_file(path, name):
@@ -73,24 +82,37 @@ def _from_file(path, name):
         raise InputError(f"--reward {path}:{name}: there is no file {path}.")
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     if (folder := str(path.parent.resolve())) not in sys.path:
-        sys.path.append(folder)  # so that it can import its neighbours, which must be found there and nowhere before
+        sys.path.append(
+            folder
+        )  # so that it can import its neighbours, which must be found there and nowhere before
     for beside in path.parent.resolve().glob("*.py"):
-        taken = re.search(rf"^\s*(from|import)\s+{beside.stem}\b", path.read_text(), re.MULTILINE) and (
-            importlib.util.find_spec(beside.stem).origin)
+        taken = re.search(
+            rf"^\s*(from|import)\s+{beside.stem}\b", path.read_text(), re.MULTILINE
+        ) and (importlib.util.find_spec(beside.stem).origin)
         if taken and Path(taken).resolve() != beside:
-            raise InputError(f"--reward {path}:{name}: it imports {beside.name} beside it, but {taken} has that name: "
-                             "rename it.")
+            raise InputError(
+                f"--reward {path}:{name}: it imports {beside.name} beside it, but {taken} has that name: "
+                "rename it."
+            )
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)  # what the file raises is shown as it is: its own traceback says it best
-    own = [key for key, value in vars(module).items() if getattr(value, "__module__", "") == spec.name]
+    spec.loader.exec_module(
+        module
+    )  # what the file raises is shown as it is: its own traceback says it best
+    own = [
+        key for key, value in vars(module).items() if getattr(value, "__module__", "") == spec.name
+    ]
     function = vars(module).get(name)
     if not callable(function):
-        raise InputError(f"--reward {path}:{name}: {path} has no function {name!r}; it has "
-                         f"{', '.join(own) or 'none'}.")
+        raise InputError(
+            f"--reward {path}:{name}: {path} has no function {name!r}; it has "
+            f"{', '.join(own) or 'none'}."
+        )
     function = function() if inspect.isclass(function) else function
     if not callable(function):
-        raise InputError(f"--reward {path}:{name}: an instance of the class {name} cannot be called; give it "
-                         f"__call__(self, completions, **columns).")
+        raise InputError(
+            f"--reward {path}:{name}: an instance of the class {name} cannot be called; give it "
+            f"__call__(self, completions, **columns)."
+        )
     return function
 
 
@@ -105,36 +127,61 @@ def score(reward: Reward, completions: list, columns: dict[str, list]) -> list[f
         raise
     except Exception as error:  # a user's function raises anything: it is named and chained
         at = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(f"Reward {reward.name} raised {type(error).__name__}: {error} ({at.filename}:"
-                         f"{at.lineno}) {_culprit(reward, completions, columns, error)}") from error
+        raise InputError(
+            f"Reward {reward.name} raised {type(error).__name__}: {error} ({at.filename}:"
+            f"{at.lineno}) {_culprit(reward, completions, columns, error)}"
+        ) from error
     if not hasattr(values, "__len__"):
-        raise InputError(f"Reward {reward.name} returned {type(values).__name__}, no list of float | None.")
+        raise InputError(
+            f"Reward {reward.name} returned {type(values).__name__}, no list of float | None."
+        )
     if len(values) != len(completions):
-        raise InputError(f"Reward {reward.name} returned {len(values)} values for {len(completions)} "
-                         f"completions: return one for each, None where it does not apply.")
+        raise InputError(
+            f"Reward {reward.name} returned {len(values)} values for {len(completions)} "
+            f"completions: return one for each, None where it does not apply."
+        )
     return [_number(reward, value, i, completions[i]) for i, value in enumerate(values)]
 
 
-def score_groups(rewards: list[Reward], decode: Callable, rows: list[dict], groups: list[list], size: int):
+def score_groups(
+    rewards: list[Reward], decode: Callable, rows: list[dict], groups: list[list], size: int
+):
     """Rewards of the rollouts of each row -> float64 reward_FPG, NaN where one does not apply.
 
     groups: for each row `size` Rollouts. They are decoded without special tokens; a row whose prompt is a list of
     messages gets its completions as messages. Columns are the rows' own, and prompts, prompt_ids and completion_ids.
     """
-    flat, flat_rows = [r for group in groups for r in group], [row for row, g in zip(rows, groups) for _ in g]
+    flat, flat_rows = (
+        [r for group in groups for r in group],
+        [row for row, g in zip(rows, groups) for _ in g],
+    )
     texts = [decode(r.ids, skip_special=True) for r in flat]
-    completions = [[{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
-                   for text, row in zip(texts, flat_rows)]
-    names = dict.fromkeys(name for row in rows for name in row if name not in ("prompt", "prompt_ids", "__line__"))
+    completions = [
+        [{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
+        for text, row in zip(texts, flat_rows)
+    ]
+    names = dict.fromkeys(
+        name for row in rows for name in row if name not in ("prompt", "prompt_ids", "__line__")
+    )
     columns = {name: [row.get(name) for row in flat_rows] for name in names}
-    columns |= {"prompts": [row["prompt"] for row in flat_rows], "prompt_ids": [r.prompt for r in flat],
-                "completion_ids": [r.ids for r in flat]}
+    columns |= {
+        "prompts": [row["prompt"] for row in flat_rows],
+        "prompt_ids": [r.prompt for r in flat],
+        "completion_ids": [r.ids for r in flat],
+    }
     scores = [score(reward, completions, columns) if flat else [] for reward in rewards]
     return torch.tensor(np.array(scores, np.float64).reshape(len(rewards), len(rows), size))
 
 
-def total_reward(rewards: list[Reward], weights: list[float], judge: Reward | None, decode: Callable, rows: list[dict],
-                 groups: list[list], size: int) -> torch.Tensor:
+def total_reward(
+    rewards: list[Reward],
+    weights: list[float],
+    judge: Reward | None,
+    decode: Callable,
+    rows: list[dict],
+    groups: list[list],
+    size: int,
+) -> torch.Tensor:
     """The weighted sum of the rewards, and the wins that a judge gives -> float64 reward_PG."""
     reward_PG = torch.zeros(len(rows), size, dtype=torch.float64)
     if rewards:
@@ -150,17 +197,29 @@ def judged(judge: Reward, decode: Callable, rows: list[dict], groups: list[list]
     judge: f(prompts, pairs) -> for each pair of texts 0 (the first is better), 1 (the second) or None (a tie).
     """
     texts = [[decode(r.ids, skip_special=True) for r in group] for group in groups]
-    duels = [(p, i, j) for p, group in enumerate(texts) for i in range(len(group)) for j in range(i)]
+    duels = [
+        (p, i, j) for p, group in enumerate(texts) for i in range(len(group)) for j in range(i)
+    ]
     try:
-        verdicts = judge.function([rows[p]["prompt"] for p, _, _ in duels],
-                                  [(texts[p][i], texts[p][j]) for p, i, j in duels]) if duels else []
+        verdicts = (
+            judge.function(
+                [rows[p]["prompt"] for p, _, _ in duels],
+                [(texts[p][i], texts[p][j]) for p, i, j in duels],
+            )
+            if duels
+            else []
+        )
     except Exception as error:  # a user's function raises anything: it is named and chained
         at = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(f"--judge {judge.name} raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}) on "
-                         f"{len(duels)} pairs.") from error
+        raise InputError(
+            f"--judge {judge.name} raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}) on "
+            f"{len(duels)} pairs."
+        ) from error
     if len(verdicts) != len(duels) or any(v not in (0, 1, None) for v in verdicts):
-        raise InputError(f"--judge {judge.name} gave {len(verdicts)} verdicts for {len(duels)} pairs, or one that is "
-                         "not 0, 1 or None: it returns one of these for each pair.")
+        raise InputError(
+            f"--judge {judge.name} gave {len(verdicts)} verdicts for {len(duels)} pairs, or one that is "
+            "not 0, 1 or None: it returns one of these for each pair."
+        )
     wins_PG = torch.zeros(len(groups), max(map(len, groups), default=0), dtype=torch.float64)
     for (p, i, j), verdict in zip(duels, verdicts):
         if verdict is not None:
@@ -180,7 +239,9 @@ class ModelReward:
 
     def __call__(self, completions, prompt_ids, completion_ids, **columns):
         ids = [[*prompt, *new] for prompt, new in zip(prompt_ids, completion_ids)]
-        return scores_of(self.model, [Example(i, [False] * len(i)) for i in ids], self.tokens, self.device)
+        return scores_of(
+            self.model, [Example(i, [False] * len(i)) for i in ids], self.tokens, self.device
+        )
 
 
 @torch.no_grad()
@@ -198,16 +259,20 @@ def _check_arguments(reward, completions, columns):
     try:
         inspect.signature(reward.function).bind(completions=completions, **columns)
     except TypeError as error:
-        raise InputError(f"Reward {reward.name} cannot be called with completions and the columns "
-                         f"{', '.join(columns) or '(none)'}: {error}; it takes completions, the columns it "
-                         f"needs and **columns, and --rename renames those of the data.") from error
+        raise InputError(
+            f"Reward {reward.name} cannot be called with completions and the columns "
+            f"{', '.join(columns) or '(none)'}: {error}; it takes completions, the columns it "
+            f"needs and **columns, and --rename renames those of the data."
+        ) from error
 
 
 def _culprit(reward, completions, columns, error):
     """Which completion a batch failed on: the first that fails in the same way when it is alone."""
     for i, completion in enumerate(completions):
         try:
-            reward.function(completions=[completion], **{name: c[i:i + 1] for name, c in columns.items()})
+            reward.function(
+                completions=[completion], **{name: c[i : i + 1] for name, c in columns.items()}
+            )
         except type(error):
             return f"on completion {i} of {len(completions)}, called alone: {_excerpt(completion)}."
         except Exception:  # not the failure to be explained
@@ -219,11 +284,15 @@ def _number(reward, value, i, completion):
     if value is None:
         return None
     if isinstance(value, str) or not hasattr(value, "__float__"):
-        raise InputError(f"Reward {reward.name} returned {value!r}, no number, for completion {i}: "
-                         f"{_excerpt(completion)}.")
+        raise InputError(
+            f"Reward {reward.name} returned {value!r}, no number, for completion {i}: "
+            f"{_excerpt(completion)}."
+        )
     if not math.isfinite(value):
-        raise InputError(f"Reward {reward.name} returned {float(value)} for completion {i}, "
-                         f"{_excerpt(completion)}: return None where it does not apply.")
+        raise InputError(
+            f"Reward {reward.name} returned {float(value)} for completion {i}, "
+            f"{_excerpt(completion)}: return None where it does not apply."
+        )
     return float(value)
 
 
@@ -249,31 +318,40 @@ def full_match(pattern: str) -> Callable:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise InputError(f"--reward regex:{pattern}: not a regular expression: {error}.") from error
-    return lambda completions, **columns: [float(bool(compiled.fullmatch(text_of(c)))) for c in completions]
+    return lambda completions, **columns: [
+        float(bool(compiled.fullmatch(text_of(c)))) for c in completions
+    ]
 
 
 def gsm8k_format(completions, **columns):
     """1 where a completion has the form of GSM8K: some text, and a last line "#### number", the only ####."""
     parts = [text_of(c).partition("####") for c in completions]
     last_line = re.compile(r" -?\$?[0-9][0-9,]*(\.[0-9]+)?\s*")
-    return [float(bool(head.strip() and head.endswith("\n") and last_line.fullmatch(tail)))
-            for head, _, tail in parts]
+    return [
+        float(bool(head.strip() and head.endswith("\n") and last_line.fullmatch(tail)))
+        for head, _, tail in parts
+    ]
 
 
 def overlong(limits: str) -> Callable:
     """soft_overlong_penalty of the tokens in the column completion_ids; limits: "MAX:BUFFER"."""
     if not re.fullmatch(r"\d+:\d+", limits):
-        raise InputError(f"--reward length:{limits}: write length:MAX:BUFFER in tokens, as length:1024:256.")
+        raise InputError(
+            f"--reward length:{limits}: write length:MAX:BUFFER in tokens, as length:1024:256."
+        )
     longest, buffer = map(int, limits.split(":"))
     soft_overlong_penalty(0, longest, buffer)  # refuses a buffer that does not fit before the run
     return lambda completions, completion_ids, **columns: [
-        soft_overlong_penalty(len(ids), longest, buffer) for ids in completion_ids]
+        soft_overlong_penalty(len(ids), longest, buffer) for ids in completion_ids
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ gsm8k
 # A minus is a sign where no operand stands before it (10-3 ends in 3); commas stand before three digits.
-NUMBER = re.compile(r"((?<![\w.)])-)?[$€£]?"
-                    r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)")
+NUMBER = re.compile(
+    r"((?<![\w.)])-)?[$€£]?"
+    r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
+)
 
 
 def gsm8k(completions, answer, **columns):
@@ -281,8 +359,10 @@ def gsm8k(completions, answer, **columns):
     gold = [final_number(str(a)) for a in answer]
     if None in gold:
         i = gold.index(None)
-        raise InputError(f"Reward gsm8k: the answer {str(answer[i])[:80]!r} to completion {i} has no number; "
-                         f"name the right column with --rename.")
+        raise InputError(
+            f"Reward gsm8k: the answer {str(answer[i])[:80]!r} to completion {i} has no number; "
+            f"name the right column with --rename."
+        )
     return [float(final_number(text_of(c)) == number) for c, number in zip(completions, gold)]
 
 
@@ -298,23 +378,32 @@ def final_number(text: str) -> Decimal | None:
 
 # ------------------------------------------------------------------------------------------------------ boxed
 ARGUMENT = r"(\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-z]+|\w)"
-REWRITES = [(re.compile(pattern), new) for pattern, new in [
-    (r"\\(text|mbox|mathrm)\s*\{\s*(or|and)\s*\}", ","),
-    (r"(?:(?<=[\d})])|(?<=\\pi))\s*\\(text|mbox|mathrm)\s*\{[^{}]*\}(\s*\^\s*\{?\d\}?)?\s*$", ""),  # units
-    (r"\\(text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\2"),
-    (r"\\[$%]|[$%]|\\(left|right|displaystyle)(?![a-zA-Z])|\^\s*\{?\s*\\circ\s*\}?|\\degree|°", ""),
-    (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
-    (r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-zA-Z])|~|\s+", ""),  # but \\ ends the row of a matrix
-    (r"\{,\}", ","),
-    (r"\\[dtc]frac", r"\\frac"),
-    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
-    (r"([_^])\{(\w)\}", r"\1\2"),
-    (r"(?<![\w}.])(\d*\\pi|\d+)/(\d+)(?![\w{]|\\(?!\\|end)|\.\d)", r"\\frac{\1}{\2}"),
-    (r"(?<![\d.])\.(?=\d)", "0."),
-    (r"^\w{1,2}(=|\\in(?![a-zA-Z]))(?!.*=)", ""),  # x = 5, x \in [0, 1]
-    (r"\.+$", ""),
-    (r"^\((\w)\)$", r"\1"),  # (C)
-]]
+REWRITES = [
+    (re.compile(pattern), new)
+    for pattern, new in [
+        (r"\\(text|mbox|mathrm)\s*\{\s*(or|and)\s*\}", ","),
+        (
+            r"(?:(?<=[\d})])|(?<=\\pi))\s*\\(text|mbox|mathrm)\s*\{[^{}]*\}(\s*\^\s*\{?\d\}?)?\s*$",
+            "",
+        ),  # units
+        (r"\\(text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\2"),
+        (
+            r"\\[$%]|[$%]|\\(left|right|displaystyle)(?![a-zA-Z])|\^\s*\{?\s*\\circ\s*\}?|\\degree|°",
+            "",
+        ),
+        (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
+        (r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-zA-Z])|~|\s+", ""),  # but \\ ends the row of a matrix
+        (r"\{,\}", ","),
+        (r"\\[dtc]frac", r"\\frac"),
+        (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+        (r"([_^])\{(\w)\}", r"\1\2"),
+        (r"(?<![\w}.])(\d*\\pi|\d+)/(\d+)(?![\w{]|\\(?!\\|end)|\.\d)", r"\\frac{\1}{\2}"),
+        (r"(?<![\d.])\.(?=\d)", "0."),
+        (r"^\w{1,2}(=|\\in(?![a-zA-Z]))(?!.*=)", ""),  # x = 5, x \in [0, 1]
+        (r"\.+$", ""),
+        (r"^\((\w)\)$", r"\1"),  # (C)
+    ]
+]
 
 
 def boxed(completions, answer, **columns):
@@ -323,8 +412,10 @@ def boxed(completions, answer, **columns):
     Equal are equal numbers, and LaTeX that is the same after the rewriting of plain_latex, which goes a bit
     further than is_equiv of the MATH data set (2103.03874). It knows no algebra: 2x + 1 is not 1 + 2x.
     """
-    return [float(same_answer(last_boxed(text_of(c)), last_boxed(str(a)) or str(a)))
-            for c, a in zip(completions, answer)]
+    return [
+        float(same_answer(last_boxed(text_of(c)), last_boxed(str(a)) or str(a)))
+        for c, a in zip(completions, answer)
+    ]
 
 
 def last_boxed(text: str) -> str | None:
@@ -339,7 +430,7 @@ def last_boxed(text: str) -> str | None:
     for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, head.end()):
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
-            return text[head.end():brace.start()]
+            return text[head.end() : brace.start()]
     return None
 
 
@@ -368,7 +459,9 @@ def plain_latex(text: str) -> str:
         text = pattern.sub(new, text.strip())
     if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
-    return re.sub(r"\\frac" + ARGUMENT + ARGUMENT, lambda m: f"\\frac{_braced(m[1])}{_braced(m[2])}", text)
+    return re.sub(
+        r"\\frac" + ARGUMENT + ARGUMENT, lambda m: f"\\frac{_braced(m[1])}{_braced(m[2])}", text
+    )
 
 
 def _braced(argument):

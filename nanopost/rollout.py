@@ -7,6 +7,7 @@ sampled token is that of the distribution it was drawn from, in fp32. Each row d
 made from its seed, so a rollout depends on weights, prompt, sampling and seed and not on its neighbours, on the
 number of ranks, or on the order in which rows finish.
 """
+
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from nanopost.data import Example
 @dataclass
 class Rollout:
     """One sampled completion. ids includes the stop token if one was sampled: it is an action like the others."""
+
     prompt: list[int]
     ids: list[int]
     logp: np.ndarray  # fp32, one for each of ids
@@ -36,9 +38,15 @@ class Rollout:
 
 def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list[dict]:
     """What samples.jsonl shows of rollouts: text, finish, and columns of one number each."""
-    return [{"prompt": decode(r.prompt), "completion": decode(r.ids), "finish": r.finish,
-             **{name: float(value) for name, value in zip(columns, values)}}
-            for r, *values in zip(rollouts, *columns.values())]
+    return [
+        {
+            "prompt": decode(r.prompt),
+            "completion": decode(r.ids),
+            "finish": r.finish,
+            **{name: float(value) for name, value in zip(columns, values)},
+        }
+        for r, *values in zip(rollouts, *columns.values())
+    ]
 
 
 class LogpGap:
@@ -62,18 +70,27 @@ class LogpGap:
     def check(self, step: int, metrics: dict[str, float]):
         """RuntimeError if the mean is above the limit."""
         if (gap := metrics.get("sampling/sampling_logp_difference/mean", 0.0)) > self.limit:
-            raise RuntimeError(f"step {step}: engine and trainer disagree by {gap:.2g} in mean log-prob "
-                               f"(--max_logp_gap {self.limit:g}): the engine's weights are stale, or its precision is "
-                               "too low.")
+            raise RuntimeError(
+                f"step {step}: engine and trainer disagree by {gap:.2g} in mean log-prob "
+                f"(--max_logp_gap {self.limit:g}): the engine's weights are stale, or its precision is "
+                "too low."
+            )
 
 
 def length_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     """completions/*: lengths in tokens and the share without an end, over all ranks (a collective)."""
     length_B, unended = [len(r.ids) for r in rollouts], sum(r.finish == "length" for r in rollouts)
     longest, shortest = dist.all_max(max(length_B, default=0), -min(length_B, default=2**31))
-    return {**dist.means({"completions/mean_length": (sum(length_B), len(rollouts)),
-                          "completions/clipped_ratio": (unended, len(rollouts))}),
-            "completions/min_length": -shortest, "completions/max_length": longest}
+    return {
+        **dist.means(
+            {
+                "completions/mean_length": (sum(length_B), len(rollouts)),
+                "completions/clipped_ratio": (unended, len(rollouts)),
+            }
+        ),
+        "completions/min_length": -shortest,
+        "completions/max_length": longest,
+    }
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,7 @@ class Sampling:
     top_k, top_p and min_p cut the distribution and renormalise it: for evaluation and chat. In training the trainer's
     distribution would not be cut, so the training scripts have no such flag.
     """
+
     max_tokens: int
     temperature: float = 1.0
     top_k: int = 0
@@ -94,11 +112,18 @@ class Sampling:
 class Engine:
     """Samples with a CausalLM in this process. The model may be the trainer's own: then weights are shared."""
 
-    def __init__(self, model, stop_ids: Iterable[int], decode: Callable[[list[int]], str] | None = None,
-                 rows: int = 512):
+    def __init__(
+        self,
+        model,
+        stop_ids: Iterable[int],
+        decode: Callable[[list[int]], str] | None = None,
+        rows: int = 512,
+    ):
         """stop_ids end a completion. decode: tokens to text, needed for stop strings. rows: sampled at once at most."""
         self.model, self.decode, self.rows, self.version = model, decode, rows, 0
-        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.long, device=model.head_weight.device)
+        self.stop_ids = torch.tensor(
+            sorted(stop_ids), dtype=torch.long, device=model.head_weight.device
+        )
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int):
         """Copy full weights (checkpoint names) into the engine's model; its own tensors are recognised and skipped."""
@@ -119,27 +144,34 @@ class Engine:
         """See sleep."""
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], n: int, sampling: Sampling,
-                 seeds: list[int] | None = None) -> list[list[Rollout]]:
+    def generate(
+        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int] | None = None
+    ) -> list[list[Rollout]]:
         """n rollouts of each prompt (token ids). Sample i of prompt p draws from seed seeds[p] + i."""
         if any(len(p) == 0 for p in prompts):
-            raise InputError(f"prompt {[len(p) for p in prompts].index(0)} has no tokens to continue from.")
+            raise InputError(
+                f"prompt {[len(p) for p in prompts].index(0)} has no tokens to continue from."
+            )
         if "" in sampling.stop:
             raise InputError("--stop: an empty string would end every completion at once.")
         room = self.model.config.hf.get("max_position_embeddings", 2**31)
         longest = max((len(p) for p in prompts), default=0)
         if longest + sampling.max_tokens > room:
-            raise InputError(f"a prompt of {longest} tokens and {sampling.max_tokens} new ones exceed the model's "
-                             f"{room} positions: lower --max_new_tokens, or leave long prompts out.")
+            raise InputError(
+                f"a prompt of {longest} tokens and {sampling.max_tokens} new ones exceed the model's "
+                f"{room} positions: lower --max_new_tokens, or leave long prompts out."
+            )
         seeds = seeds or [0] * len(prompts)
         at_once, out = max(1, self.rows // n), []
         for i in range(0, len(prompts), at_once):
-            out += self._generate(prompts[i:i + at_once], n, sampling, seeds[i:i + at_once])
+            out += self._generate(prompts[i : i + at_once], n, sampling, seeds[i : i + at_once])
         return out
 
     def _generate(self, prompts, n, sampling, seeds):
         model, device, rows = self.model, self.stop_ids.device, len(prompts) * n
-        uniform_BT = torch.stack([_uniforms(s + i, sampling.max_tokens) for s in seeds for i in range(n)]).to(device)
+        uniform_BT = torch.stack(
+            [_uniforms(s + i, sampling.max_tokens) for s in seeds for i in range(n)]
+        ).to(device)
         token_BT = torch.zeros(rows, sampling.max_tokens, dtype=torch.long, device=device)
         logp_BT = torch.zeros(rows, sampling.max_tokens, device=device)
         length_B = torch.full((rows,), sampling.max_tokens, device=device)
@@ -147,15 +179,25 @@ class Engine:
 
         token_N, position_N, cu_seqlens, longest = _packed(prompts, device)
         c = model.config
-        cache = Cache(c.layers, rows, n, c.kv_heads, longest + sampling.max_tokens, c.head_dim,
-                      model.head_weight.dtype, device)
+        cache = Cache(
+            c.layers,
+            rows,
+            n,
+            c.kv_heads,
+            longest + sampling.max_tokens,
+            c.head_dim,
+            model.head_weight.dtype,
+            device,
+        )
         logits_PV = model.logits(model.prefill(token_N, position_N, cu_seqlens, longest, cache))
         logits_AV = logits_PV.repeat_interleave(n, 0)
         row_A = torch.arange(rows, device=device)  # the living rows
         for t in range(sampling.max_tokens):
             token_A, logp_A = sample(logits_AV, uniform_BT[row_A, t], sampling)
             token_BT[row_A, t], logp_BT[row_A, t] = token_A, logp_A
-            ended_A = torch.isin(token_A, self.stop_ids) | self._stop_strings(token_BT[row_A, :t + 1], sampling.stop)
+            ended_A = torch.isin(token_A, self.stop_ids) | self._stop_strings(
+                token_BT[row_A, : t + 1], sampling.stop
+            )
             ended_A &= ~stopped_B[row_A]
             length_B[row_A[ended_A]] = t + 1
             stopped_B[row_A[ended_A]] = True
@@ -167,16 +209,28 @@ class Engine:
                 cache.keep(living_A.nonzero()[:, 0])
                 row_A, token_A = row_A[living_A], token_A[living_A]
             logits_AV = model.logits(model.decode(token_A, cache))
-        token, logp, length, stopped = (x.cpu().numpy() for x in (token_BT, logp_BT, length_B, stopped_B))
-        flat = [Rollout(prompts[b // n], token[b, :length[b]].tolist(), logp[b, :length[b]].copy(),
-                        "stop" if stopped[b] else "length", self.version) for b in range(rows)]
-        return [flat[i:i + n] for i in range(0, rows, n)]
+        token, logp, length, stopped = (
+            x.cpu().numpy() for x in (token_BT, logp_BT, length_B, stopped_B)
+        )
+        flat = [
+            Rollout(
+                prompts[b // n],
+                token[b, : length[b]].tolist(),
+                logp[b, : length[b]].copy(),
+                "stop" if stopped[b] else "length",
+                self.version,
+            )
+            for b in range(rows)
+        ]
+        return [flat[i : i + n] for i in range(0, rows, n)]
 
     def _stop_strings(self, token_AT, stop):
         if not stop:
             return torch.zeros(len(token_AT), dtype=torch.bool, device=token_AT.device)
         texts = [self.decode(ids) for ids in token_AT.tolist()]
-        return torch.tensor([any(s in text for s in stop) for text in texts], device=token_AT.device)
+        return torch.tensor(
+            [any(s in text for s in stop) for text in texts], device=token_AT.device
+        )
 
 
 def sample(logits_BV, uniform_B, sampling: Sampling):
@@ -201,7 +255,9 @@ def cut(log_p_BV, top_k: int, top_p: float, min_p: float):
     if top_p < 1:
         sorted_BV, order_BV = log_p_BV.sort(-1, descending=True)
         before_BV = sorted_BV.exp().cumsum(-1) - sorted_BV.exp()
-        dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(1, order_BV, before_BV >= top_p)
+        dropped_BV = torch.zeros_like(before_BV, dtype=torch.bool).scatter(
+            1, order_BV, before_BV >= top_p
+        )
         log_p_BV = log_p_BV.masked_fill(dropped_BV, -torch.inf).log_softmax(-1)
     if min_p:
         least = log_p_BV.max(-1, keepdim=True).values + float(np.log(min_p))

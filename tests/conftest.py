@@ -1,4 +1,5 @@
 """Shared by all tests: one thread per process, no hub, and the folder of real data where there is one."""
+
 import os
 from pathlib import Path
 
@@ -18,7 +19,9 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 @pytest.fixture
 def alone():
     """A process group of this process."""
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
     yield
     torch.distributed.destroy_process_group()
 

@@ -1,7 +1,8 @@
 """Run by test_dist.py under torchrun: one optimizer step on uneven data, its gradient and what comes after, to a file.
 
-    torchrun --nproc_per_node N tests/dist_worker.py OUT TOKENS {step|fail|hang}
+torchrun --nproc_per_node N tests/dist_worker.py OUT TOKENS {step|fail|hang}
 """
+
 import sys
 from pathlib import Path
 
@@ -27,13 +28,15 @@ optimizer = optim.adamw(model, 0.1, (0.9, 0.95))
 optim.set_learning_rate(optimizer, 0.01)
 rng = np.random.default_rng(0)
 examples = [Example(rng.integers(0, 61, n), rng.random(n) < 0.6) for n in (3, 40, 7, 2, 25, 11, 30)]
-mine = examples[world.rank::min(world.size, 3)] if world.rank < 3 else []  # a fourth rank has nothing
+mine = (
+    examples[world.rank :: min(world.size, 3)] if world.rank < 3 else []
+)  # a fourth rank has nothing
 
 
 def step():
     micro_batches = dist.even(data.micro_batches([len(e) for e in mine], tokens))
     batches = [data.batch_of([mine[i] for i in m]) for m in micro_batches]
-    trained, = dist.all_sum(sum(int(b.mask_N.sum()) for b in batches))
+    (trained,) = dist.all_sum(sum(int(b.mask_N.sum()) for b in batches))
     loss = 0.0
     for batch in batches:
         logp_N, entropy_N = model(batch)
@@ -50,14 +53,25 @@ def logp():
 
 before = logp()
 loss = step()
-gradient = {name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
-            for name, p in model.named_parameters()}
+gradient = {
+    name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
+    for name, p in model.named_parameters()
+}
 norm = dist.clip_grad_norm(model, 0.5)
 optimizer.step()
 optimizer.zero_grad()
 after = logp()
 weights = dict(dist.full_weights(model))
 if world.rank == 0:
-    torch.save({"loss": loss, "gradient": gradient, "norm": norm, "before": before, "after": after,
-                "weights": {n: w.clone() for n, w in weights.items()}}, out)
+    torch.save(
+        {
+            "loss": loss,
+            "gradient": gradient,
+            "norm": norm,
+            "before": before,
+            "after": after,
+            "weights": {n: w.clone() for n, w in weights.items()},
+        },
+        out,
+    )
 dist.finish()

@@ -1,4 +1,5 @@
 """Running the training scripts as a person does: as subprocesses, by their command lines."""
+
 import json
 import os
 import subprocess
@@ -6,7 +7,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 
 
@@ -17,8 +23,13 @@ def command(script, *arguments, ranks=0):
 
 def run(script, *arguments, ranks=0, ok=True, timeout=300):
     """-> CompletedProcess; with ok, its success is asserted."""
-    done = subprocess.run(command(script, *arguments, ranks=ranks), env=ENVIRONMENT, capture_output=True, text=True,
-                          timeout=timeout)
+    done = subprocess.run(
+        command(script, *arguments, ranks=ranks),
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert not ok or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

@@ -1,4 +1,5 @@
 """Packed and cached attention against one dense masked softmax in float64."""
+
 import pytest
 import torch
 
@@ -21,7 +22,9 @@ def dense(q_NHK, k_NGK, v_NGK, lengths, window):
     document_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     at_N = torch.arange(len(document_N))
     back_NN = at_N[:, None] - at_N
-    sees_NN = (document_N[:, None] == document_N) & (back_NN >= 0) & (back_NN < (window or len(at_N)))
+    sees_NN = (
+        (document_N[:, None] == document_N) & (back_NN >= 0) & (back_NN < (window or len(at_N)))
+    )
     score_HNN = torch.einsum("nhk,mhk->hnm", q_NHK, k_NHK) / q_NHK.shape[2] ** 0.5
     p_HNN = score_HNN.masked_fill(~sees_NN, -torch.inf).softmax(-1)
     return torch.einsum("hnm,mhk->nhk", p_HNN, v_NHK)
@@ -29,8 +32,12 @@ def dense(q_NHK, k_NGK, v_NGK, lengths, window):
 
 def inputs(N, H, G, K, dtype=torch.float64, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [(2 * torch.randn(N, heads, K, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
-            for heads in (H, G, G)]
+    return [
+        (2 * torch.randn(N, heads, K, generator=generator, dtype=torch.float64))
+        .to(dtype)
+        .requires_grad_()
+        for heads in (H, G, G)
+    ]
 
 
 def packing(lengths):
@@ -40,12 +47,18 @@ def packing(lengths):
 @pytest.mark.parametrize("heads, groups", [(4, 4), (8, 2), (8, 1)])
 @pytest.mark.parametrize("window", [None, 1, 5, 64])
 @pytest.mark.parametrize("lengths", PACKINGS.values(), ids=PACKINGS)
-def test_packed_equals_the_dense_block_diagonal_softmax_forward_and_backward(lengths, window, heads, groups):
+def test_packed_equals_the_dense_block_diagonal_softmax_forward_and_backward(
+    lengths, window, heads, groups
+):
     qkv = inputs(sum(lengths), heads, groups, 8)
-    upstream = torch.randn(qkv[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    upstream = torch.randn(
+        qkv[0].shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
     expected, got = dense(*qkv, lengths, window), packed_attention(*qkv, packing(lengths), window)
     assert (got - expected).abs().max() <= 1e-12
-    for a, b in zip(torch.autograd.grad(got, qkv, upstream), torch.autograd.grad(expected, qkv, upstream)):
+    for a, b in zip(
+        torch.autograd.grad(got, qkv, upstream), torch.autograd.grad(expected, qkv, upstream)
+    ):
         assert (a - b).abs().max() <= 1e-11
 
 
@@ -91,7 +104,10 @@ def test_cached_equals_the_last_row_of_packed(window, heads, groups):
     longest = max(lengths) + 3
     cache_k, cache_v = torch.full((2, len(lengths), groups, longest, 8), 1e3, dtype=torch.float64)
     for row, (kept_k, kept_v) in enumerate(zip(k.split(lengths), v.split(lengths))):
-        cache_k[row, :, :lengths[row]], cache_v[row, :, :lengths[row]] = kept_k.transpose(0, 1), kept_v.transpose(0, 1)
+        cache_k[row, :, : lengths[row]], cache_v[row, :, : lengths[row]] = (
+            kept_k.transpose(0, 1),
+            kept_v.transpose(0, 1),
+        )
     got = cached_attention(q[last], cache_k, cache_v, torch.tensor(lengths), window)
     assert (got - packed_attention(q, k, v, packing(lengths), window)[last]).abs().max() <= 1e-12
 
@@ -109,24 +125,36 @@ def test_a_cache_holds_each_prompt_once_a_copy_and_what_is_appended_behind_it():
     for seen, given, new in ((seen_k, k_NGK, new_k), (seen_v, v_NGK, new_v)):
         assert seen.shape == (6, 2, 6, 4)
         for row, prompt in enumerate(given.split(lengths)[b] for b in (0, 0, 0, 1, 1, 1)):
-            assert torch.equal(seen[row, :, :len(prompt)], prompt.transpose(0, 1))
+            assert torch.equal(seen[row, :, : len(prompt)], prompt.transpose(0, 1))
             assert torch.equal(seen[row, :, len(prompt)], new[row])
     cache.keep(torch.tensor([1, 2]))
-    assert cache.length_B.tolist() == [3, 3] and cache.longest == 3 and torch.equal(cache.k[0], cache.k[0][:2])
-    assert torch.equal(cache.k[0][:, :, 2], new_k[1:3]) and torch.equal(cache.v[0][:, :, 2], new_v[1:3])
+    assert (
+        cache.length_B.tolist() == [3, 3]
+        and cache.longest == 3
+        and torch.equal(cache.k[0], cache.k[0][:2])
+    )
+    assert torch.equal(cache.k[0][:, :, 2], new_k[1:3]) and torch.equal(
+        cache.v[0][:, :, 2], new_v[1:3]
+    )
 
 
 def test_the_cuda_kernel_is_called_in_a_way_it_accepts_and_compiles_without_a_break():
     """On meta tensors: names, dtypes and shapes, forward and backward. Its numbers need a GPU."""
-    q, k, v = (torch.empty(10, heads, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
-               for heads in (8, 2, 2))
+    q, k, v = (
+        torch.empty(10, heads, 64, device="meta", dtype=torch.bfloat16, requires_grad=True)
+        for heads in (8, 2, 2)
+    )
     p = Packing(torch.empty(4, dtype=torch.int32, device="meta"), 5)
     compiled = torch.compile(_varlen, backend="eager", fullgraph=True)
     for window in (None, 3):
         for attend in (_varlen, compiled):
             out = attend(q, k, v, p, window)
             assert out.shape == q.shape
-            assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [q.shape, k.shape, v.shape]
+            assert [g.shape for g in torch.autograd.grad(out.sum(), (q, k, v))] == [
+                q.shape,
+                k.shape,
+                v.shape,
+            ]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -138,9 +166,17 @@ def test_the_cuda_kernel_equals_the_dense_softmax_of_the_same_inputs(window, hea
     on_gpu = [x.detach().to("cuda", torch.bfloat16).requires_grad_() for x in exact]
     exact = [x.detach().cpu().double().requires_grad_() for x in on_gpu]
     cu = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
-    got, expected = packed_attention(*on_gpu, Packing(cu, max(lengths)), window), dense(*exact, lengths, window)
+    got, expected = (
+        packed_attention(*on_gpu, Packing(cu, max(lengths)), window),
+        dense(*exact, lengths, window),
+    )
     upstream = torch.randn(expected.shape, dtype=torch.float64).bfloat16()
-    pairs = [(got, expected), *zip(torch.autograd.grad(got, on_gpu, upstream.cuda()),
-                                   torch.autograd.grad(expected, exact, upstream.double()))]
+    pairs = [
+        (got, expected),
+        *zip(
+            torch.autograd.grad(got, on_gpu, upstream.cuda()),
+            torch.autograd.grad(expected, exact, upstream.double()),
+        ),
+    ]
     for a, b in pairs:
         assert (a.detach().cpu().double() - b.detach()).norm() <= 1e-2 * b.norm()

@@ -1,4 +1,5 @@
 """What a run leaves behind and takes up again: checkpoints, the log, and folders that another run has used before."""
+
 import json
 import shutil
 from types import SimpleNamespace
@@ -62,10 +63,14 @@ def test_a_part_that_has_not_learnt_yet_is_saved_too_and_the_flags_of_now_stay(t
     found = optim.adamw(other, 0.5, (0.5, 0.6))
     checkpoint.load(checkpoint.latest(tmp_path), other, found)
     assert {(g["weight_decay"], g["betas"], g["rate"]) for g in found.param_groups} == {
-        (0.5, (0.5, 0.6), 1.0), (0.0, (0.5, 0.6), 1.0)}
+        (0.5, (0.5, 0.6), 1.0),
+        (0.0, (0.5, 0.6), 1.0),
+    }
     assert [int(found.state[p]["step"]) for p in other.parameters()][:4] == [1, 1, 1, 0]
     for p, q in zip(model.parameters(), other.parameters()):
-        assert torch.equal(p, q) and torch.equal(found.state[q]["exp_avg"], optimizer.state[p]["exp_avg"])
+        assert torch.equal(p, q) and torch.equal(
+            found.state[q]["exp_avg"], optimizer.state[p]["exp_avg"]
+        )
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
@@ -83,14 +88,18 @@ def test_only_the_newest_checkpoint_stays_whatever_its_number(tmp_path):
 
 def test_what_cannot_be_resumed_says_so(tmp_path):
     def to_resume(out, steps, **flags):
-        return checkpoint.to_resume(SimpleNamespace(out=str(out), steps=steps, **{"overwrite": False, **flags}))
+        return checkpoint.to_resume(
+            SimpleNamespace(out=str(out), steps=steps, **{"overwrite": False, **flags})
+        )
 
     assert to_resume(tmp_path, 5) is None
     checkpoint.save(tmp_path, 4, *fresh(), {"args": {"steps": 5, "bins": 0}})
     assert to_resume(tmp_path, 5, bins=0, newer=1).name == "step-000004"
-    for flags, sentence in (({"steps": 3, "bins": 0}, "past --steps 3: give 4 or more"),
-                            ({"steps": 5, "bins": 0, "overwrite": True}, "give one of them"),
-                            ({"steps": 5}, "of another script .with --bins.: choose another --out")):
+    for flags, sentence in (
+        ({"steps": 3, "bins": 0}, "past --steps 3: give 4 or more"),
+        ({"steps": 5, "bins": 0, "overwrite": True}, "give one of them"),
+        ({"steps": 5}, "of another script .with --bins.: choose another --out"),
+    ):
         with pytest.raises(InputError, match=sentence):
             to_resume(tmp_path, **flags)
     (tmp_path / "young").mkdir()  # killed before its first checkpoint
@@ -139,13 +148,29 @@ def test_a_new_run_keeps_nothing_of_the_one_it_replaces(tmp_path):
 def test_what_a_run_reads_or_no_run_wrote_is_never_replaced(tmp_path):
     run, foreign = tmp_path / "run", tmp_path / "foreign"
     opened(run)
-    for reads in ({"model": run}, {"reference_model": run}, {"value_model": run / "value"},
-                  {"model": run / "value" / "kept"}, {"data": str(run / "samples.jsonl")},
-                  {"eval_data": run / "checkpoints" / "x"}, {"reward": ["exact", f"model:{run}"]}):
-        with pytest.raises(InputError, match=f"--out {run}: this run reads {run}.*, which would be overwritten"):
+    for reads in (
+        {"model": run},
+        {"reference_model": run},
+        {"value_model": run / "value"},
+        {"model": run / "value" / "kept"},
+        {"data": str(run / "samples.jsonl")},
+        {"eval_data": run / "checkpoints" / "x"},
+        {"reward": ["exact", f"model:{run}"]},
+    ):
+        with pytest.raises(
+            InputError, match=f"--out {run}: this run reads {run}.*, which would be overwritten"
+        ):
             opened(run, overwrite=True, **reads)
-    opened(run, overwrite=True, data=str(run / "rows.jsonl"), model=str(run / ".." / "other"))  # which stay
-    for kept in ("config.json", "checkpoints/mine", "value/mine", "model-00001.safetensors", "tokenizer.json"):
+    opened(
+        run, overwrite=True, data=str(run / "rows.jsonl"), model=str(run / ".." / "other")
+    )  # which stay
+    for kept in (
+        "config.json",
+        "checkpoints/mine",
+        "value/mine",
+        "model-00001.safetensors",
+        "tokenizer.json",
+    ):
         for theirs in (None, "{}", "[1]", "no JSON"):
             (foreign / kept).parent.mkdir(parents=True, exist_ok=True)
             (foreign / kept).write_text("{}")
@@ -179,7 +204,12 @@ def test_a_folder_that_another_model_used_holds_the_new_one_alone(tmp_path):
     toy.write_model(tmp_path / "b")
     tokenizer, model = Tokenizer.load(tmp_path / "b"), hf.load_model(tmp_path / "b")
     base = Tokenizer(tokenizer.raw, {"eos_token": "<|end|>"}, None)
-    for source, t in (("a", Tokenizer.load(tmp_path / "a")), ("b", tokenizer), ("b", base), ("b", base)):
+    for source, t in (
+        ("a", Tokenizer.load(tmp_path / "a")),
+        ("b", tokenizer),
+        ("b", base),
+        ("b", base),
+    ):
         files = tokenizer_files(tmp_path / source, t)
         hf.save_model(tmp_path / "out", model.state_dict().items(), model.config, files)
         assert (tmp_path / "out" / "config.json").exists()
@@ -188,7 +218,9 @@ def test_a_folder_that_another_model_used_holds_the_new_one_alone(tmp_path):
     assert 7 not in Tokenizer.load(tmp_path / "out").stop_ids
 
 
-@pytest.mark.parametrize("name, value", [("steps", 0), ("group", -2), ("tokens", 1), ("lr", -1.0), ("save_every", -1)])
+@pytest.mark.parametrize(
+    "name, value", [("steps", 0), ("group", -2), ("tokens", 1), ("lr", -1.0), ("save_every", -1)]
+)
 def test_numbers_that_mean_nothing_are_refused(name, value):
     with pytest.raises(InputError, match=f"--{name} {value}: give"):
         check_numbers({name: value})
@@ -198,7 +230,9 @@ def test_numbers_that_mean_nothing_are_refused(name, value):
 def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
     toy.write_model(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "vocab_size": small_config().vocab_size}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "vocab_size": small_config().vocab_size})
+    )
     with pytest.raises(InputError, match="last id is 262, .* vocab_size of 61"):
         Tokenizer.load(tmp_path)
 
@@ -214,12 +248,20 @@ def test_prompts_are_encoded_checked_and_counted_before_a_run(tmp_path):
     tokenizer = Tokenizer.load(tmp_path)
 
     def row(text, **more):
-        return {"prompt": [{"role": "user", "content": text}], "__line__": f"p.jsonl:{len(text)}", **more}
+        return {
+            "prompt": [{"role": "user", "content": text}],
+            "__line__": f"p.jsonl:{len(text)}",
+            **more,
+        }
+
     kept, said = prompts(tokenizer, [row("1+1=?", answer="2"), row("2+2=?")])
     texts = [tokenizer.decode(r["prompt_ids"]) for r in kept]
     assert texts == ["<|user|>1+1=?<|assistant|>", "<|user|>2+2=?<|assistant|>"]
     assert [r["answer"] for r in kept] == ["2", None] and "doubtful" not in said
-    with pytest.raises(InputError, match="p.jsonl:60: a prompt of 62 tokens and 4 new ones are more than the model's"):
+    with pytest.raises(
+        InputError,
+        match="p.jsonl:60: a prompt of 62 tokens and 4 new ones are more than the model's",
+    ):
         prompts(tokenizer, [row("x"), row("x" * 60)])
     with pytest.raises(InputError, match="more than --tokens 9: .*or raise --tokens"):
         prompts(tokenizer, [row("x" * 5)], tokens=9)
@@ -230,15 +272,23 @@ def test_prompts_are_encoded_checked_and_counted_before_a_run(tmp_path):
     _, said = prompts(tokenizer, [{"prompt": "1+1=?"}])
     assert "1 prompts are plain text, and the model has a chat template" in said
     with pytest.raises(InputError, match="ends with an assistant's message"):
-        prompts(tokenizer, [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+        prompts(
+            tokenizer,
+            [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
+        )
 
 
 def test_tools_and_template_variables_of_a_row_reach_its_prompt(tmp_path):
     toy.write_model(tmp_path)
-    template = ("{{ tools | length if tools else 0 }}{{ mood }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + "
-                "m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+    template = (
+        "{{ tools | length if tools else 0 }}{{ mood }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + "
+        "m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     tokenizer = Tokenizer(Tokenizer.load(tmp_path).raw, {"eos_token": "<|end|>"}, template)
-    row = {"prompt": [{"role": "user", "content": "a"}], "tools": [{"name": "f"}],
-           "chat_template_kwargs": {"mood": "!"}}
+    row = {
+        "prompt": [{"role": "user", "content": "a"}],
+        "tools": [{"name": "f"}],
+        "chat_template_kwargs": {"mood": "!"},
+    }
     kept, _ = prompts(tokenizer, [row])
     assert tokenizer.decode(kept[0]["prompt_ids"]) == "1!<|user|>a<|assistant|>"

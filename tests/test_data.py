@@ -1,4 +1,5 @@
 """data.py: files and their mistakes, the order of rows, packing, and the one place that shifts."""
+
 import gzip
 import itertools
 import json
@@ -17,8 +18,12 @@ from nanopost.data import Example, batch_of
 def examples_of(lengths, seed=0, **columns):
     """Random examples; columns: name -> f(T) that gives an array or a number."""
     rng = np.random.default_rng(seed)
-    return [Example(rng.integers(0, 1000, n), rng.random(n) < 0.6, {k: f(n) for k, f in columns.items()})
-            for n in lengths]
+    return [
+        Example(
+            rng.integers(0, 1000, n), rng.random(n) < 0.6, {k: f(n) for k, f in columns.items()}
+        )
+        for n in lengths
+    ]
 
 
 def skewed(n, longest, seed=0):
@@ -33,10 +38,21 @@ def write(path, content):
 
 # --------------------------------------------------------------------------------------------------------- batch_of
 def test_batch_of_equals_a_golden_token_by_token():
-    batch = batch_of([
-        Example([10, 11, 12, 13], [False, False, True, True], {"old_logp": [.1, .2, .3, .4], "adv": 2.0}),
-        Example([20], [True], {"old_logp": [.5], "adv": -1.0}),
-        Example([30, 31, 32], [True, True, False], {"old_logp": np.float64([.6, .7, .8]), "adv": np.float32(3)})])
+    batch = batch_of(
+        [
+            Example(
+                [10, 11, 12, 13],
+                [False, False, True, True],
+                {"old_logp": [0.1, 0.2, 0.3, 0.4], "adv": 2.0},
+            ),
+            Example([20], [True], {"old_logp": [0.5], "adv": -1.0}),
+            Example(
+                [30, 31, 32],
+                [True, True, False],
+                {"old_logp": np.float64([0.6, 0.7, 0.8]), "adv": np.float32(3)},
+            ),
+        ]
+    )
     assert batch.token_N.tolist() == [10, 11, 12, 13, 20, 30, 31, 32]
     assert batch.position_N.tolist() == [0, 1, 2, 3, 0, 0, 1, 2]
     assert batch.target_N.tolist() == [-100, 12, 13, -100, -100, 31, -100, -100]
@@ -44,20 +60,39 @@ def test_batch_of_equals_a_golden_token_by_token():
     assert batch.seq_N.tolist() == [0, 0, 0, 0, 1, 2, 2, 2]
     assert batch.cu_seqlens.tolist() == [0, 4, 5, 8]
     assert (batch.max_seqlen, batch.num_sequences, batch.dummy) == (4, 3, False)
-    torch.testing.assert_close(batch["old_logp"], torch.tensor([.2, .3, .4, 0, 0, .7, .8, 0]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        batch["old_logp"], torch.tensor([0.2, 0.3, 0.4, 0, 0, 0.7, 0.8, 0]), rtol=0, atol=0
+    )
     assert batch["adv"].tolist() == [2.0, -1.0, 3.0]
 
 
 def test_batch_has_the_stated_types_and_moves_as_a_whole():
     batch = batch_of(examples_of([3, 5], old_logp=np.zeros, adv=float))
-    kinds = {name: getattr(batch, name).dtype for name in ("token_N", "position_N", "target_N", "seq_N", "mask_N",
-                                                           "cu_seqlens")}
-    assert kinds == {"token_N": torch.int64, "position_N": torch.int64, "target_N": torch.int64, "seq_N": torch.int64,
-                     "mask_N": torch.bool, "cu_seqlens": torch.int32}
+    kinds = {
+        name: getattr(batch, name).dtype
+        for name in ("token_N", "position_N", "target_N", "seq_N", "mask_N", "cu_seqlens")
+    }
+    assert kinds == {
+        "token_N": torch.int64,
+        "position_N": torch.int64,
+        "target_N": torch.int64,
+        "seq_N": torch.int64,
+        "mask_N": torch.bool,
+        "cu_seqlens": torch.int32,
+    }
     assert {c.dtype for c in batch.columns.values()} == {torch.float32}
     moved = batch.to("meta")
-    tensors = [moved.token_N, moved.position_N, moved.target_N, moved.mask_N, moved.cu_seqlens, *moved.columns.values()]
-    assert {t.device.type for t in tensors} == {"meta"} and moved.columns.keys() == batch.columns.keys()
+    tensors = [
+        moved.token_N,
+        moved.position_N,
+        moved.target_N,
+        moved.mask_N,
+        moved.cu_seqlens,
+        *moved.columns.values(),
+    ]
+    assert {t.device.type for t in tensors} == {
+        "meta"
+    } and moved.columns.keys() == batch.columns.keys()
     assert moved.max_seqlen == 5 and batch.token_N.device.type == "cpu"
 
 
@@ -65,7 +100,7 @@ def test_every_target_is_the_next_token_of_the_same_sequence():
     examples = examples_of(np.random.default_rng(1).integers(1, 9, 50))
     batch = batch_of(examples)
     for s, e in enumerate(examples):
-        begin, end = batch.cu_seqlens[s:s + 2].tolist()
+        begin, end = batch.cu_seqlens[s : s + 2].tolist()
         assert batch.token_N[begin:end].tolist() == e.ids.tolist()
         want = [int(t) if m else -100 for t, m in zip(e.ids[1:], e.mask[1:])] + [-100]
         assert batch.target_N[begin:end].tolist() == want
@@ -73,7 +108,7 @@ def test_every_target_is_the_next_token_of_the_same_sequence():
 
 
 def test_a_batch_is_its_examples_one_after_the_other():
-    examples = examples_of([4, 1, 7], logp=lambda n: np.arange(n) + .5, adv=float)
+    examples = examples_of([4, 1, 7], logp=lambda n: np.arange(n) + 0.5, adv=float)
     together, alone = batch_of(examples), [batch_of([e]) for e in examples]
     for name in ("token_N", "position_N", "target_N", "mask_N"):
         assert torch.equal(getattr(together, name), torch.cat([getattr(b, name) for b in alone]))
@@ -83,7 +118,12 @@ def test_a_batch_is_its_examples_one_after_the_other():
 
 def test_no_examples_give_a_dummy_that_trains_nothing_and_has_every_column():
     batch = batch_of([])
-    assert batch.dummy and batch.to("meta").dummy and not batch.mask_N.any() and (batch.target_N == -100).all()
+    assert (
+        batch.dummy
+        and batch.to("meta").dummy
+        and not batch.mask_N.any()
+        and (batch.target_N == -100).all()
+    )
     assert len(batch.token_N) == batch.num_sequences == 2 and batch.cu_seqlens.tolist() == [0, 1, 2]
     assert batch["old_logp"].tolist() == batch["adv"][batch.seq_N].tolist() == [0, 0]
 
@@ -97,21 +137,37 @@ def test_a_dummy_runs_forward_and_backward_with_zero_gradients(tmp_path):
     assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
-@pytest.mark.parametrize("build, said", [
-    (lambda: Example([1, 2], [True]), "2 tokens and a mask of 1"),
-    (lambda: Example([], []), "0 tokens"),
-    (lambda: batch_of([Example([1], [True], {"a": 1.0}), Example([1], [True])]), "columns a and none"),
-    (lambda: batch_of([Example([1], [True]), Example([1], [True], {"a": 1.0})]), "columns none and a"),
-    # As many values as tokens in total, but one example's reach into the next.
-    (lambda: batch_of([Example([1, 2], [True] * 2, {"a": [0.]}), Example([3], [True], {"a": [0., 0.]})]), "column a"),
-])
+@pytest.mark.parametrize(
+    "build, said",
+    [
+        (lambda: Example([1, 2], [True]), "2 tokens and a mask of 1"),
+        (lambda: Example([], []), "0 tokens"),
+        (
+            lambda: batch_of([Example([1], [True], {"a": 1.0}), Example([1], [True])]),
+            "columns a and none",
+        ),
+        (
+            lambda: batch_of([Example([1], [True]), Example([1], [True], {"a": 1.0})]),
+            "columns none and a",
+        ),
+        # As many values as tokens in total, but one example's reach into the next.
+        (
+            lambda: batch_of(
+                [Example([1, 2], [True] * 2, {"a": [0.0]}), Example([3], [True], {"a": [0.0, 0.0]})]
+            ),
+            "column a",
+        ),
+    ],
+)
 def test_what_would_misalign_a_batch_is_refused(build, said):
     with pytest.raises(InputError, match=said):
         build()
 
 
 def test_batch_of_512_short_sequences_takes_milliseconds():
-    examples = examples_of(np.random.default_rng(0).integers(20, 60, 512), old_logp=np.zeros, adv=float)
+    examples = examples_of(
+        np.random.default_rng(0).integers(20, 60, 512), old_logp=np.zeros, adv=float
+    )
     times = []
     for _ in range(10):
         began = time.perf_counter()
@@ -124,7 +180,7 @@ def test_batch_of_512_short_sequences_takes_milliseconds():
 def test_each_epoch_is_a_permutation_of_its_own():
     for n in (1, 2, 7, 50):
         rows = data.take(n, seed=3, consumed=0, count=4 * n)
-        epochs = [rows[i:i + n] for i in range(0, 4 * n, n)]
+        epochs = [rows[i : i + n] for i in range(0, 4 * n, n)]
         assert all(sorted(e) == list(range(n)) for e in epochs)
     assert len({tuple(e) for e in epochs}) == 4
     assert epochs == [data.order(50, 3, e).tolist() for e in range(4)]
@@ -203,7 +259,9 @@ def test_pack_is_best_fit_decreasing():
         budget = int(rng.integers(5, 200))
         lengths = rng.integers(1, budget + 1, 60).tolist()
         bins = data.pack(lengths, budget)
-        assert sorted(sum(lengths[i] for i in b) for b in bins) == best_fit_decreasing(lengths, budget)
+        assert sorted(sum(lengths[i] for i in b) for b in bins) == best_fit_decreasing(
+            lengths, budget
+        )
 
 
 @pytest.mark.parametrize("n, longest, budget", [(3000, 512, 512), (3000, 700, 2048)])
@@ -218,7 +276,7 @@ def test_pack_fills_as_many_bins_as_trl_does(n, longest, budget):
 
 def test_packing_everything_at_once_fills_more_than_packing_a_thousand_at_a_time():
     lengths, budget = skewed(20_000, 2048), 2048
-    chunks = sum(len(data.pack(lengths[i:i + 1000], budget)) for i in range(0, 20_000, 1000))
+    chunks = sum(len(data.pack(lengths[i : i + 1000], budget)) for i in range(0, 20_000, 1000))
     bins = data.pack(lengths, budget)
     assert_holds(bins, lengths, budget)
     assert len(bins) < chunks and data.fill_rate(lengths, bins, budget) > 0.999
@@ -232,7 +290,9 @@ def test_packed_epochs_hold_every_row_with_other_neighbours():
     sets = [{frozenset(b) for b in bins if len(b) > 1} for bins in epochs]
     assert len(epochs[0]) == len(epochs[1]) == len(data.pack(lengths, 512))
     assert len(sets[0] & sets[1]) < 0.2 * len(sets[0])
-    assert epochs[0] == data.packed_epoch(lengths, 512, 7, 0) != data.packed_epoch(lengths, 512, 8, 0)
+    assert (
+        epochs[0] == data.packed_epoch(lengths, 512, 7, 0) != data.packed_epoch(lengths, 512, 8, 0)
+    )
     filled = [sum(lengths[i] for i in b) for b in epochs[0]]
     assert filled != sorted(filled, reverse=True)  # else the longest rows would always come first
 
@@ -255,7 +315,16 @@ def test_micro_batches_are_few_even_and_a_multiple_of_the_ranks(ranks):
 
 
 def test_micro_batches_stay_as_packed_where_an_even_split_does_not_fit():
-    lengths = [6, 5, 4, 4, 3, 3, 3, 2]  # 30 tokens in three bins of 10, which longest-into-emptiest misses
+    lengths = [
+        6,
+        5,
+        4,
+        4,
+        3,
+        3,
+        3,
+        2,
+    ]  # 30 tokens in three bins of 10, which longest-into-emptiest misses
     parts = data.micro_batches(lengths, 10, ranks=4)
     assert_holds(parts, lengths, 10)
     assert len(parts) == 4
@@ -288,7 +357,10 @@ def test_an_epoch_of_steps_visits_every_row_once(how):
     lengths = skewed(90, 200)
     per_epoch, of_step = how(lengths, 256, 11)
     steps = [of_step(consumed, 1) for consumed in range(2 * per_epoch)]
-    first, second = ([i for step in part for b in step for i in b] for part in (steps[:per_epoch], steps[per_epoch:]))
+    first, second = (
+        [i for step in part for b in step for i in b]
+        for part in (steps[:per_epoch], steps[per_epoch:])
+    )
     assert sorted(first) == sorted(second) == list(range(90)) and first != second
 
 
@@ -297,8 +369,10 @@ def test_by_rows_takes_the_stated_number_of_rows_in_order():
     per_epoch, of_step = data.by_rows(lengths, 256, 11)
     assert per_epoch == 90
     assert sorted(itertools.chain(*of_step(80, 24))) == sorted(data.take(90, 11, 80, 24))
-    assert {tuple(sorted(itertools.chain(*data.by_rows(lengths, tokens, 11)[1](48, 24)))) for tokens in (200, 999)} == {
-        tuple(sorted(data.take(90, 11, 48, 24)))}  # whatever --tokens
+    assert {
+        tuple(sorted(itertools.chain(*data.by_rows(lengths, tokens, 11)[1](48, 24))))
+        for tokens in (200, 999)
+    } == {tuple(sorted(data.take(90, 11, 48, 24)))}  # whatever --tokens
     with pytest.raises(InputError, match="a step of 0 rows"):
         of_step(0, 0)
 
@@ -311,19 +385,37 @@ def test_a_negative_seed_is_refused():
 
 # --------------------------------------------------------------------------------------------------------- overlong
 def overlong_examples():
-    return [Example(np.arange(4), [False, True, True, True]),
-            Example(np.arange(10), [False] * 7 + [True] * 3, {"logp": np.arange(10.), "adv": 1.0}),
-            Example(np.arange(9), [False, True] + [False] * 7, {"logp": np.arange(9.), "adv": 2.0}),
-            Example(np.arange(5), [True] + [False] * 4),  # the first token has nothing before it to be predicted from
-            Example(np.arange(9), [False] * 4 + [True] + [False] * 4)]  # nor had this one, if pieces did not overlap
+    return [
+        Example(np.arange(4), [False, True, True, True]),
+        Example(np.arange(10), [False] * 7 + [True] * 3, {"logp": np.arange(10.0), "adv": 1.0}),
+        Example(np.arange(9), [False, True] + [False] * 7, {"logp": np.arange(9.0), "adv": 2.0}),
+        Example(
+            np.arange(5), [True] + [False] * 4
+        ),  # the first token has nothing before it to be predicted from
+        Example(np.arange(9), [False] * 4 + [True] + [False] * 4),
+    ]  # nor had this one, if pieces did not overlap
 
 
-@pytest.mark.parametrize("how, kept, counts", [
-    ("truncate", [[0, 1, 2, 3], [0, 1, 2, 3]],
-     dict(pieces=3, tokens_cut=16, answers_without_their_end=2, untrained_after=2)),
-    ("split", [[0, 1, 2, 3], [6, 7, 8, 9], [0, 1, 2, 3], [3, 4, 5, 6]],
-     dict(pieces=9, tokens_cut=0, answers_without_their_end=0, untrained_after=6)),
-    ("drop", [[0, 1, 2, 3]], dict(pieces=0, tokens_cut=28, answers_without_their_end=0, untrained_after=0))])
+@pytest.mark.parametrize(
+    "how, kept, counts",
+    [
+        (
+            "truncate",
+            [[0, 1, 2, 3], [0, 1, 2, 3]],
+            dict(pieces=3, tokens_cut=16, answers_without_their_end=2, untrained_after=2),
+        ),
+        (
+            "split",
+            [[0, 1, 2, 3], [6, 7, 8, 9], [0, 1, 2, 3], [3, 4, 5, 6]],
+            dict(pieces=9, tokens_cut=0, answers_without_their_end=0, untrained_after=6),
+        ),
+        (
+            "drop",
+            [[0, 1, 2, 3]],
+            dict(pieces=0, tokens_cut=28, answers_without_their_end=0, untrained_after=0),
+        ),
+    ],
+)
 def test_overlong_cuts_and_counts(how, kept, counts):
     examples = overlong_examples()
     got, count = data.overlong(examples, 4, how)
@@ -346,7 +438,9 @@ def test_overlong_leaves_what_fits_as_it_is():
 
 
 def test_overlong_refuses_to_leave_nothing():
-    with pytest.raises(InputError, match=r"none of 1 examples .*--max_length 4 \(--overlong truncate\), and 0 had"):
+    with pytest.raises(
+        InputError, match=r"none of 1 examples .*--max_length 4 \(--overlong truncate\), and 0 had"
+    ):
         data.overlong(overlong_examples()[1:2], 4, "truncate")
     with pytest.raises(InputError, match="--max_length 1: give 2 or more"):
         data.overlong(overlong_examples(), 1, "split")
@@ -355,7 +449,9 @@ def test_overlong_refuses_to_leave_nothing():
 
 # ------------------------------------------------------------------------------------------------------------ files
 GOOD = b'{"prompt": "a", "n": 1}\n\n{"prompt": "\xc3\xa9\xe2\x80\xa8x", "n": 2}'  # a blank line; U+2028 ends no line
-ZIPPED = gzip.compress(GOOD, mtime=0)  # the time would be in a test's name, and two workers' names have to agree
+ZIPPED = gzip.compress(
+    GOOD, mtime=0
+)  # the time would be in a test's name, and two workers' names have to agree
 WANT = [{"prompt": "a", "n": 1}, {"prompt": "é\u2028x", "n": 2}]
 
 
@@ -363,11 +459,19 @@ def bare(rows):
     return [{k: v for k, v in row.items() if k != "__line__"} for row in rows]
 
 
-@pytest.mark.parametrize("name, content", [
-    ("rows.jsonl", GOOD), ("crlf.jsonl", GOOD.replace(b"\n", b"\r\n")), ("bom.jsonl", b"\xef\xbb\xbf" + GOOD),
-    ("rows.jsonl.gz", ZIPPED), ("gzip_without_its_name.jsonl", ZIPPED),
-    ("plain_with_its_name.jsonl.gz", GOOD), ("list.json", json.dumps(WANT, indent=1).encode()),
-    ("list.json.gz", gzip.compress(b"\xef\xbb\xbf " + json.dumps(WANT).encode(), mtime=0))])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("rows.jsonl", GOOD),
+        ("crlf.jsonl", GOOD.replace(b"\n", b"\r\n")),
+        ("bom.jsonl", b"\xef\xbb\xbf" + GOOD),
+        ("rows.jsonl.gz", ZIPPED),
+        ("gzip_without_its_name.jsonl", ZIPPED),
+        ("plain_with_its_name.jsonl.gz", GOOD),
+        ("list.json", json.dumps(WANT, indent=1).encode()),
+        ("list.json.gz", gzip.compress(b"\xef\xbb\xbf " + json.dumps(WANT).encode(), mtime=0)),
+    ],
+)
 def test_every_kind_of_file_gives_the_same_rows_with_their_places(tmp_path, name, content):
     rows = data.read_rows(write(tmp_path / name, content))
     assert bare(rows) == WANT
@@ -378,8 +482,13 @@ def test_every_kind_of_file_gives_the_same_rows_with_their_places(tmp_path, name
 def test_parquet_gives_the_rows_that_were_written(tmp_path):
     pa = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    chats = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "id": i}
-             for i in range(3)]
+    chats = [
+        {
+            "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}],
+            "id": i,
+        }
+        for i in range(3)
+    ]
     parquet.write_table(pa.Table.from_pylist(chats), tmp_path / "chats.parquet")
     rows = data.read_rows(tmp_path / "chats.parquet")
     assert bare(rows) == chats and rows[2]["__line__"].endswith("chats.parquet: row 3")
@@ -391,7 +500,11 @@ def test_parquet_gives_the_rows_that_were_written(tmp_path):
 
 
 BAD_FILES = [
-    ("cut.jsonl", b'{"a": 1}\n\n{"a": 2', r":3: not valid JSON .*column \d+\): write one object a line"),
+    (
+        "cut.jsonl",
+        b'{"a": 1}\n\n{"a": 2',
+        r":3: not valid JSON .*column \d+\): write one object a line",
+    ),
     ("cut_within.jsonl", b'{"a": 1}\n{"a": 2\n{"a": 3}', r":2: not valid JSON"),
     ("comma.jsonl", b'{"a": 1},\n{"a": 2}', ":1: not valid JSON"),
     ("pretty.json", b'{\n "a": 1\n}', ":1: not valid JSON"),
@@ -406,10 +519,17 @@ BAD_FILES = [
     ("damaged.jsonl.gz", ZIPPED[:14] + b"\x00" + ZIPPED[15:], ": a damaged gzip file"),
     ("only_two_bytes.gz", b"\x1f\x8b\x00\x00", ": a damaged gzip file"),
     ("binary.jsonl", b'{"a": 1}\n\x80\x81\xff', ":2: not UTF-8"),
-    ("latin1.jsonl.gz", gzip.compress('{"a": 1}\n{"a": 2}\n{"a": "é"}'.encode("latin-1"), mtime=0), ":3: not UTF-8"),
+    (
+        "latin1.jsonl.gz",
+        gzip.compress('{"a": 1}\n{"a": 2}\n{"a": "é"}'.encode("latin-1"), mtime=0),
+        ":3: not UTF-8",
+    ),
     ("latin1.json", '[{"a": 1},\n{"a": "é"}]'.encode("latin-1"), ":2: not UTF-8"),
-    ("half.jsonl", rb'{"a": "\ud83d\ude00"}' + b"\n" + rb'{"a": ["\ud83d"]}',
-     r":2: text with half a character, '\\ud83d'"),
+    (
+        "half.jsonl",
+        rb'{"a": "\ud83d\ude00"}' + b"\n" + rb'{"a": ["\ud83d"]}',
+        r":2: text with half a character, '\\ud83d'",
+    ),
 ]
 
 
@@ -435,19 +555,26 @@ def test_rename_maps_their_columns_to_ours(tmp_path):
     assert bare(data.read_rows(path, ["question=prompt", "answer=completion"])) == want
     assert bare(data.read_rows(path, {"question": "prompt", "answer": "completion"})) == want
     assert bare(data.read_rows(path, ["question=answer", "answer=question"])) == [
-        {"answer": "q", "question": "a", "id": 7}]
+        {"answer": "q", "question": "a", "id": 7}
+    ]
     assert data.read_rows(path, ["id=n"])[0]["__line__"] == f"{path}:1"
 
 
-@pytest.mark.parametrize("rename, said", [
-    (["query=prompt"], "qa.jsonl:1: the columns are question, answer; --rename asks for query"),
-    (["question=prompt", "answer=prompt"], "qa.jsonl:1: .* gives two of them one name"),
-    (["question=answer"], "qa.jsonl:1: .* gives two of them one name"),
-    (["question"], "--rename question: write it as theirs=ours"),
-    (["=prompt"], "--rename =prompt: write it as theirs=ours"),
-    (["extra=e"], "qa.jsonl:2: the columns are question, answer; --rename asks for extra")])
+@pytest.mark.parametrize(
+    "rename, said",
+    [
+        (["query=prompt"], "qa.jsonl:1: the columns are question, answer; --rename asks for query"),
+        (["question=prompt", "answer=prompt"], "qa.jsonl:1: .* gives two of them one name"),
+        (["question=answer"], "qa.jsonl:1: .* gives two of them one name"),
+        (["question"], "--rename question: write it as theirs=ours"),
+        (["=prompt"], "--rename =prompt: write it as theirs=ours"),
+        (["extra=e"], "qa.jsonl:2: the columns are question, answer; --rename asks for extra"),
+    ],
+)
 def test_a_rename_that_does_not_fit_names_the_columns(tmp_path, rename, said):
-    first = '{"question": "q", "answer": "a"%s}\n' % (', "extra": 1' if rename == ["extra=e"] else "")
+    first = '{"question": "q", "answer": "a"%s}\n' % (
+        ', "extra": 1' if rename == ["extra=e"] else ""
+    )
     path = write(tmp_path / "qa.jsonl", first + '{"question": "q", "answer": "a"}')
     with pytest.raises(InputError, match=said):
         data.read_rows(path, rename)
@@ -461,7 +588,9 @@ def test_load_holds_rows_out_without_losing_one(tmp_path):
     assert ids[1] != list(range(6)) and ids[1] != list(range(14, 20))
     assert [len(part) for part in data.load(path, path, 6, [])] == [20, 20]
     assert [len(part) for part in data.load(path, None, 0, [])] == [20, 0]
-    with pytest.raises(InputError, match="--holdout 20 of the 20 rows .* at most 19, or --eval_data"):
+    with pytest.raises(
+        InputError, match="--holdout 20 of the 20 rows .* at most 19, or --eval_data"
+    ):
         data.load(path, None, 20, [])
 
 
@@ -470,34 +599,56 @@ USER, BOT = {"role": "user", "content": "hi"}, {"role": "assistant", "content": 
 CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
 
 
-@pytest.mark.parametrize("row", [
-    {"messages": [{"role": "system", "content": ""}, USER, BOT]},
-    {"messages": [USER, CALL, {"role": "tool", "content": "3"}, BOT]},
-    {"messages": [USER, CALL | {"content": None}]},
-    {"prompt": "", "completion": "x"}, {"prompt": [USER], "completion": [BOT]}, {"text": "x", "id": 3}])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "system", "content": ""}, USER, BOT]},
+        {"messages": [USER, CALL, {"role": "tool", "content": "3"}, BOT]},
+        {"messages": [USER, CALL | {"content": None}]},
+        {"prompt": "", "completion": "x"},
+        {"prompt": [USER], "completion": [BOT]},
+        {"text": "x", "id": 3},
+    ],
+)
 def test_sft_rows_in_the_known_formats_are_taken(row):
     data.check_sft_row(row)
 
 
 BAD_ROWS = [
-    ({"question": "q", "answer": "a"}, r": the columns are question, answer; it needs messages.*--rename"),
+    (
+        {"question": "q", "answer": "a"},
+        r": the columns are question, answer; it needs messages.*--rename",
+    ),
     ({"text": 5}, ": the columns are text; it needs .* text \\(a string\\)"),
     ({}, ": the columns are none;"),
     ({"prompt": "q"}, ": the columns are prompt; prompt and completion go together"),
-    ({"prompt": "q", "completion": [BOT]}, ": prompt is 'q': make it a list of messages, or prompt"),
+    (
+        {"prompt": "q", "completion": [BOT]},
+        ": prompt is 'q': make it a list of messages, or prompt",
+    ),
     ({"prompt": [USER], "completion": "a"}, ": completion is 'a': make it a list"),
     ({"prompt": "q", "completion": None}, ": prompt is 'q'"),
     ({"messages": []}, r": messages is \[\]: make it a list of messages, not empty"),
     ({"messages": "hi"}, ": messages is 'hi'"),
     ({"messages": [USER, "ho"]}, r": messages\[1\] is 'ho': make it {"),
-    ({"messages": [{"from": "human", "value": "hi"}]}, r": messages\[0\] is {'from': 'human'.* with a role of system"),
+    (
+        {"messages": [{"from": "human", "value": "hi"}]},
+        r": messages\[0\] is {'from': 'human'.* with a role of system",
+    ),
     ({"messages": [USER, {"role": "bot", "content": "ho"}]}, r": messages\[1\] is {'role': 'bot'"),
     ({"messages": [USER, {"role": ["assistant"], "content": "ho"}]}, r": messages\[1\] is "),
-    ({"messages": [USER, {"role": "assistant"}]}, r": messages\[1\] has the content None: make it a string"),
-    ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]},
-     r": messages\[1\] has the content None"),
-    ({"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]},
-     r": messages\[1\] has the content \[{'type'"),
+    (
+        {"messages": [USER, {"role": "assistant"}]},
+        r": messages\[1\] has the content None: make it a string",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": None, "tool_calls": []}]},
+        r": messages\[1\] has the content None",
+    ),
+    (
+        {"messages": [USER, {"role": "assistant", "content": [{"type": "text", "text": "ho"}]}]},
+        r": messages\[1\] has the content \[{'type'",
+    ),
     ({"messages": [CALL | {"content": 3}]}, r": messages\[0\] has the content 3"),
 ]
 
@@ -513,10 +664,19 @@ def test_a_bad_sft_row_is_named_with_file_and_line(tmp_path, row, said):
     assert "\n" not in str(caught.value) and "__line__" not in str(caught.value)
 
 
-@pytest.mark.parametrize("row, said", [
-    ({"question": "q"}, "row: the columns are question; it needs prompt: --rename theirs=prompt"),
-    ({"prompt": ""}, "row: prompt is ''"), ({"prompt": 3}, "row: prompt is 3"), ({"prompt": []}, r"prompt is \[\]"),
-    ({"prompt": [{"role": "user"}]}, r"prompt\[0\] has the content None")])
+@pytest.mark.parametrize(
+    "row, said",
+    [
+        (
+            {"question": "q"},
+            "row: the columns are question; it needs prompt: --rename theirs=prompt",
+        ),
+        ({"prompt": ""}, "row: prompt is ''"),
+        ({"prompt": 3}, "row: prompt is 3"),
+        ({"prompt": []}, r"prompt is \[\]"),
+        ({"prompt": [{"role": "user"}]}, r"prompt\[0\] has the content None"),
+    ],
+)
 def test_a_bad_prompt_row_is_refused(row, said):
     with pytest.raises(InputError, match=said):
         data.check_prompt_row(row)
@@ -544,13 +704,18 @@ def test_real_gsm8k_reads_with_its_columns_renamed(shared):
         assert len(rows) == n and set(rows[0]) == {"prompt", "completion", "__line__"}
         for row in rows:
             data.check_sft_row(row), data.check_prompt_row(row)
-    with pytest.raises(InputError, match=r"test.jsonl:1: the columns are question, answer; it needs messages"):
+    with pytest.raises(
+        InputError, match=r"test.jsonl:1: the columns are question, answer; it needs messages"
+    ):
         data.check_sft_row(data.read_rows(shared / "gsm8k/test.jsonl")[0])
 
 
 def test_every_real_json_file_reads(shared):
-    paths = [p for p in shared.rglob("*") if p.parent.name in ("sft", "preference", "tasks", "gsm8k")
-             and ".json" in p.name]
+    paths = [
+        p
+        for p in shared.rglob("*")
+        if p.parent.name in ("sft", "preference", "tasks", "gsm8k") and ".json" in p.name
+    ]
     assert len(paths) >= 18
     for path in paths:
         assert data.read_rows(path)

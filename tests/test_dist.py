@@ -1,4 +1,5 @@
 """Ranks and micro-batches: any split of uneven data gives the gradient of one batch on one process."""
+
 import os
 import subprocess
 import sys
@@ -16,9 +17,21 @@ WORKER = Path(__file__).parent / "dist_worker.py"
 
 def run(ranks, out, tokens, mode="step", timeout=120):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.run([*start, str(WORKER), str(out), str(tokens), mode], env=environment, capture_output=True,
-                          text=True, timeout=timeout)
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+    ]
+    return subprocess.run(
+        [*start, str(WORKER), str(out), str(tokens), mode],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,4 +96,7 @@ def test_an_error_on_one_rank_ends_all_of_them_promptly(tmp_path):
 
 def test_a_mean_of_nothing_is_no_metric(monkeypatch):
     monkeypatch.setattr(dist, "all_sum", lambda *values: list(map(float, values)))  # of one rank
-    assert dist.means({"a": (1, 2), "of nothing": (0, 0), "zero": (0, 4)}) == {"a": 0.5, "zero": 0.0}
+    assert dist.means({"a": (1, 2), "of nothing": (0, 0), "zero": (0, 4)}) == {
+        "a": 0.5,
+        "zero": 0.0,
+    }

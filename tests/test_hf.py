@@ -1,4 +1,5 @@
 """Checkpoint folders: there and back through transformers, sharded, onto ranks, killed or out of room while saving."""
+
 import json
 import os
 import resource
@@ -16,11 +17,31 @@ from torch.distributed.fsdp import fully_shard
 from nanopost import InputError, hf
 from nanopost.model import CausalLM
 
-SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61,
-         "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None, "max_position_embeddings": 256}
+SMALL = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 61,
+    "num_key_value_heads": 2,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "max_position_embeddings": 256,
+}
 FAMILIES = {
-    "llama3": ("Llama", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "rope_theta":
-                         5e5, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}),
+    "llama3": (
+        "Llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "rope_theta": 5e5,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
     "llama_biases": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": 5}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
@@ -33,7 +54,9 @@ def oracle(family):
     name, given = FAMILIES[family]
     torch.manual_seed(0)
     config = getattr(transformers, name + "Config")(**SMALL, **given, initializer_range=0.2)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim == 1:
@@ -66,7 +89,9 @@ def save(folder, model, **given):
 # ------------------------------------------------------------------------------------------------ there and back
 @pytest.mark.parametrize("shard_size", ["5GB", "50KB"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_transformers_writes_is_read_and_it_reads_what_we_write_with_no_key_amiss(tmp_path, family, shard_size):
+def test_what_transformers_writes_is_read_and_it_reads_what_we_write_with_no_key_amiss(
+    tmp_path, family, shard_size
+):
     theirs, ids = oracle(family), random_ids(90, 0)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)
     ours = hf.load_model(tmp_path / "theirs")
@@ -75,24 +100,35 @@ def test_what_transformers_writes_is_read_and_it_reads_what_we_write_with_no_key
     save(tmp_path / "ours", ours, max_shard_bytes=50_000 if shard_size == "50KB" else 2**30)
     assert (tmp_path / "ours" / hf.INDEX).exists() == (shard_size == "50KB")
     again, report = type(theirs).from_pretrained(
-        tmp_path / "ours", attn_implementation="eager", output_loading_info=True)
-    assert not any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"))
+        tmp_path / "ours", attn_implementation="eager", output_loading_info=True
+    )
+    assert not any(
+        report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+    )
     assert again.dtype == torch.float32 and torch.equal(logits(again, ids), logits(theirs, ids))
     assert equal(hf.load_model(tmp_path / "ours"), ours)
 
 
 def test_the_written_folder_says_what_is_in_it(tmp_path):
     model = small_model(tie_word_embeddings=True, my_own_key=[1, 2])
-    save(tmp_path, model, files={"tokenizer.json": "{}", "generation_config.json": b'{"eos_token_id": 7}'},
-         dtype=torch.bfloat16)
+    save(
+        tmp_path,
+        model,
+        files={"tokenizer.json": "{}", "generation_config.json": b'{"eos_token_id": 7}'},
+        dtype=torch.bfloat16,
+    )
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16" and config["my_own_key"] == [1, 2]
     assert config["architectures"] == ["Qwen3ForCausalLM"] and config["tie_word_embeddings"] is True
     with safe_open(tmp_path / hf.SINGLE, "pt") as file:
         assert file.metadata() == {"format": "pt"} and set(file.keys()) == set(tensors(model))
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "generation_config.json", hf.SINGLE,
-                                                          "tokenizer.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        hf.SINGLE,
+        "tokenizer.json",
+    ]
     assert (tmp_path / "generation_config.json").read_bytes() == b'{"eos_token_id": 7}'
     rounded = {n: p.to(torch.bfloat16).float() for n, p in tensors(model).items()}
     assert equal(hf.load_model(tmp_path), rounded)
@@ -120,6 +156,7 @@ def test_tensors_are_taken_one_by_one(tmp_path):
             assert len(made) - 2 <= written <= len(made)
             made.append(name)
             yield name, p
+
     hf.save_model(tmp_path, stream(), model.config, max_shard_bytes=1)
     assert equal(hf.load_model(tmp_path), model)
 
@@ -133,7 +170,9 @@ def test_a_rank_that_does_not_write_still_takes_every_tensor(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- ranks
 def _rank(rank, folder, store, size):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size
+    )
     torch.set_num_threads(1)
     mesh = torch.distributed.init_device_mesh("cpu", (size,))
     with torch.device("meta"):
@@ -177,7 +216,11 @@ def refused(folder, *words):
 
 
 def test_a_hub_name_is_answered_with_the_command_that_downloads_it():
-    refused("Qwen/Qwen2.5-0.5B", "hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B", "and pass Qwen2.5-0.5B.")
+    refused(
+        "Qwen/Qwen2.5-0.5B",
+        "hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B",
+        "and pass Qwen2.5-0.5B.",
+    )
     assert "hf download" not in refused("/nowhere/at/all", "/nowhere/at/all is no folder")
 
 
@@ -223,8 +266,15 @@ def tie(folder):
 
 
 def test_a_tied_heads_copy_and_old_rotary_buffers_are_passed_over(folder):
-    change(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone(),
-                                       "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    change(
+        folder,
+        lambda w: w.update(
+            {
+                "lm_head.weight": w["model.embed_tokens.weight"].clone(),
+                "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+            }
+        ),
+    )
     tie(folder)
     assert hf.load_model(folder).lm_head is None
 
@@ -237,7 +287,12 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(folder)
 def test_damaged_files_are_named(folder):
     first = folder / json.loads((folder / hf.INDEX).read_text())["weight_map"]["model.norm.weight"]
     whole = first.read_bytes()
-    for content in (b"", whole[:5], whole[:-1], b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"):
+    for content in (
+        b"",
+        whole[:5],
+        whole[:-1],
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+    ):
         first.write_bytes(content)
         refused(folder, first.name, "damaged or incomplete")
     save_file({"other": torch.zeros(1)}, first)
@@ -271,6 +326,7 @@ def kill_at(event):
             left[0] -= 1
             if left[0] == 0:
                 os._exit(9)
+
     sys.addaudithook(hook)
 
 
@@ -283,16 +339,24 @@ def killed_saves(tmp_path, old, new, old_bytes, new_bytes, old_files, new_files)
         folder = tmp_path / "run"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "old", folder)
-        code = in_child(lambda: (kill_at(event), save(folder, new, max_shard_bytes=new_bytes, files=new_files)))  # noqa: B023
-        assert (folder / "metrics.jsonl").read_text() == "kept\n" and (folder / "checkpoints").is_dir()
+        code = in_child(
+            lambda: (kill_at(event), save(folder, new, max_shard_bytes=new_bytes, files=new_files))
+        )  # noqa: B023
+        assert (folder / "metrics.jsonl").read_text() == "kept\n" and (
+            folder / "checkpoints"
+        ).is_dir()
         yield folder
         if code == 0:
             return
         assert code == 9
 
 
-@pytest.mark.parametrize("old_bytes, new_bytes", [(2**30, 2**30), (2**30, 20_000), (20_000, 20_000), (20_000, 2**30)])
-def test_a_save_killed_at_any_instant_leaves_the_old_model_or_the_new_one(tmp_path, old_bytes, new_bytes):
+@pytest.mark.parametrize(
+    "old_bytes, new_bytes", [(2**30, 2**30), (2**30, 20_000), (20_000, 20_000), (20_000, 2**30)]
+)
+def test_a_save_killed_at_any_instant_leaves_the_old_model_or_the_new_one(
+    tmp_path, old_bytes, new_bytes
+):
     old, new, files = small_model(0), small_model(1), {"tokenizer.json": "{}"}
     states = []
     for folder in killed_saves(tmp_path, old, new, old_bytes, new_bytes, files, files):
@@ -311,7 +375,9 @@ def test_a_save_killed_at_any_instant_leaves_the_old_model_or_the_new_one(tmp_pa
 
 
 @pytest.mark.parametrize("old_bytes, new_bytes", [(2**30, 2**30), (20_000, 20_000)])
-def test_where_other_files_change_too_a_killed_save_is_whole_or_says_that_it_is_not(tmp_path, old_bytes, new_bytes):
+def test_where_other_files_change_too_a_killed_save_is_whole_or_says_that_it_is_not(
+    tmp_path, old_bytes, new_bytes
+):
     old, new = small_model(0), small_model(1, rope_theta=5e5)
     old_files, new_files, seen = {"tokenizer.json": "old"}, {"tokenizer.json": "new"}, set()
     for folder in killed_saves(tmp_path, old, new, old_bytes, new_bytes, old_files, new_files):
@@ -333,7 +399,9 @@ def test_transformers_and_we_read_the_same_of_two_models_in_one_folder(tmp_path)
     save(tmp_path / "old", old)
     shutil.copy(tmp_path / "old" / hf.SINGLE, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert equal(hf.load_model(tmp_path), old) and torch.equal(theirs.lm_head.weight, old.lm_head.weight)
+    assert equal(hf.load_model(tmp_path), old) and torch.equal(
+        theirs.lm_head.weight, old.lm_head.weight
+    )
 
 
 @pytest.mark.parametrize("room", [5_000, 500])
@@ -345,8 +413,16 @@ def test_a_full_disk_leaves_the_old_model_and_one_sentence(tmp_path, room):
 
     def save_without_room():
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
-        with pytest.raises(InputError, match=r"disk is full; the model that was there is untouched.*--resume.*[.]$"):
-            save(tmp_path, small_model(1), files={"tokenizer.json": "x" * 100_000}, max_shard_bytes=4_000)
+        with pytest.raises(
+            InputError, match=r"disk is full; the model that was there is untouched.*--resume.*[.]$"
+        ):
+            save(
+                tmp_path,
+                small_model(1),
+                files={"tokenizer.json": "x" * 100_000},
+                max_shard_bytes=4_000,
+            )
+
     assert in_child(save_without_room) == 0
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     assert equal(hf.load_model(tmp_path), old)

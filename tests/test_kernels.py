@@ -2,6 +2,7 @@
 
 What only a GPU can show (speed, bf16) is bench/kernels.py's. The interpreter's bf16 products are wrong, so none here.
 """
+
 import json
 import re
 import shutil
@@ -48,10 +49,14 @@ def assert_close(ours, expected, tolerance):
 
 
 # Odd sizes; one token; a vocabulary within a tile, of whole tiles, and of one entry more; a width of no multiple of 4.
-@pytest.mark.parametrize("tokens, vocabulary, width", [(17, 97, 24), (1, 33, 16), (16, 32, 16), (40, 65, 21),
-                                                       (5, 7, 3), (33, 64, 40)])
+@pytest.mark.parametrize(
+    "tokens, vocabulary, width",
+    [(17, 97, 24), (1, 33, 16), (16, 32, 16), (40, 65, 21), (5, 7, 3), (33, 64, 40)],
+)
 @pytest.mark.parametrize("temperature, store", [(1.0, False), (0.7, False), (0.7, True)])
-def test_values_and_gradients_are_those_of_float64_and_of_the_twin(tokens, vocabulary, width, temperature, store):
+def test_values_and_gradients_are_those_of_float64_and_of_the_twin(
+    tokens, vocabulary, width, temperature, store
+):
     given = inputs(tokens, vocabulary, width)
     ours = results(partial(fused.logprob_triton, store=store), *given, temperature)
     assert_close(ours, results(fused.logprob_reference, *given, temperature), 1e-5)
@@ -61,8 +66,11 @@ def test_values_and_gradients_are_those_of_float64_and_of_the_twin(tokens, vocab
 @pytest.mark.parametrize("parts", ["logp", "entropy"])
 def test_each_output_has_its_own_gradient(parts):
     given = inputs(20, 70, 16, seed=1)
-    assert_close(results(fused.logprob_triton, *given, parts=parts),
-                 results(fused.logprob_reference, *given, parts=parts), 1e-5)
+    assert_close(
+        results(fused.logprob_triton, *given, parts=parts),
+        results(fused.logprob_reference, *given, parts=parts),
+        1e-5,
+    )
 
 
 @pytest.mark.parametrize("store", [False, True])
@@ -73,7 +81,9 @@ def test_the_ends_of_the_vocabulary_and_peaked_and_very_negative_logits(store):
     given = hidden, weight, target, g, h
     ours = results(partial(fused.logprob_triton, store=store), *given)
     expected = results(fused.logprob_reference, *given)
-    assert float(expected[0].min()) < -60 and float(expected[1].min()) < 1e-3  # far from uniform, as it should be
+    assert (
+        float(expected[0].min()) < -60 and float(expected[1].min()) < 1e-3
+    )  # far from uniform, as it should be
     assert_close(ours, expected, 1e-5)
     assert float(ours[0].max()) <= 1e-6 and float(ours[1].min()) > -1e-5
 
@@ -86,11 +96,16 @@ def test_all_rows_ignored_and_a_frozen_head():
     logp, entropy = fused.logprob_triton(hidden, weight, target)
     (g * logp + h * entropy).sum().backward()
     expected = results(fused.logprob_reference, hidden, weight, target, g, h)
-    assert torch.allclose(hidden.grad.double(), expected[2].double(), atol=1e-5) and weight.grad is None
+    assert (
+        torch.allclose(hidden.grad.double(), expected[2].double(), atol=1e-5)
+        and weight.grad is None
+    )
 
 
 @pytest.mark.parametrize("store", [False, True])
-def test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_read(monkeypatch, store):
+def test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_read(
+    monkeypatch, store
+):
     given = inputs(12, 2100, 16, seed=3)
     kernel = partial(fused.logprob_triton, store=store)
     whole = results(kernel, *given)
@@ -100,7 +115,9 @@ def test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_r
         def make(*shape, **more):
             made = real(*shape, **more)
             return made.fill_(float("nan")) if made.is_floating_point() else made
+
         return make
+
     monkeypatch.setattr(torch, "empty", poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
@@ -112,9 +129,14 @@ def test_fp16_inputs_keep_their_statistics_in_fp32():
     given = hidden.half(), weight.half(), target, g, h
     logp, entropy, d_hidden, d_weight = results(fused.logprob_triton, *given)
     expected = results(fused.logprob_reference, *(x.double() for x in given[:2]), *given[2:])
-    assert logp.dtype == entropy.dtype == torch.float32 and d_hidden.dtype == d_weight.dtype == torch.float16
+    assert (
+        logp.dtype == entropy.dtype == torch.float32
+        and d_hidden.dtype == d_weight.dtype == torch.float16
+    )
     assert (logp - expected[0]).abs().max() < 1e-5 and (entropy - expected[1]).abs().max() < 1e-5
-    assert (d_hidden - expected[2]).abs().max() < 4e-3 and (d_weight - expected[3]).abs().max() < 4e-3
+    assert (d_hidden - expected[2]).abs().max() < 4e-3 and (
+        d_weight - expected[3]
+    ).abs().max() < 4e-3
 
 
 def test_stored_exponentials_are_as_good_as_logits_made_again():
@@ -136,8 +158,15 @@ def test_stored_exponentials_are_as_good_as_logits_made_again():
 def test_exponentials_are_stored_only_for_a_backward_pass_and_where_they_fit(monkeypatch):
     hidden, weight, target, *_ = inputs(24, 100, 32)
     real, asked = fused._statistics, []
-    monkeypatch.setattr(fused, "_statistics", lambda *given: asked.append(bool(given[-1])) or real(*given))
-    for leaf, grad, store in ((True, True, True), (True, True, False), (True, False, True), (False, True, True)):
+    monkeypatch.setattr(
+        fused, "_statistics", lambda *given: asked.append(bool(given[-1])) or real(*given)
+    )
+    for leaf, grad, store in (
+        (True, True, True),
+        (True, True, False),
+        (True, False, True),
+        (False, True, True),
+    ):
         with torch.set_grad_enabled(grad):
             fused.logprob_triton(hidden.detach().requires_grad_(leaf), weight, target, store=store)
     assert asked == [True, False, False, False]
@@ -193,21 +222,42 @@ print(json.dumps(shared))
 
 def test_compiled_for_hopper_they_use_wgmma_and_tma_and_do_not_spill(tmp_path):
     import triton
-    tool = shutil.which("cuobjdump") or str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+
+    tool = shutil.which("cuobjdump") or str(
+        Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    )
     if not Path(tool).exists():
         pytest.skip("no cuobjdump in this triton")
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", COMPILE, tmp_path], env=environment, capture_output=True, text=True)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, tmp_path], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     shared, found = json.loads(done.stdout), {}
-    assert len(shared) == 4 and max(shared.values()) <= 227 * 1024  # bytes of shared memory that a program can have
+    assert (
+        len(shared) == 4 and max(shared.values()) <= 227 * 1024
+    )  # bytes of shared memory that a program can have
     for name in shared:
         ptx = (tmp_path / f"{name}.ptx").read_text()
         assert ".f64" not in ptx, name
-        usage = subprocess.run([tool, "--dump-resource-usage", tmp_path / f"{name}.cubin"], capture_output=True,
-                               text=True)
-        registers, stack = (int(re.search(rf"{key}:(\d+)", usage.stdout)[1]) for key in ("REG", "STACK"))
-        found[name] = registers, stack, ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor")
+        usage = subprocess.run(
+            [tool, "--dump-resource-usage", tmp_path / f"{name}.cubin"],
+            capture_output=True,
+            text=True,
+        )
+        registers, stack = (
+            int(re.search(rf"{key}:(\d+)", usage.stdout)[1]) for key in ("REG", "STACK")
+        )
+        found[name] = (
+            registers,
+            stack,
+            ptx.count("wgmma.mma_async"),
+            ptx.count("cp.async.bulk.tensor"),
+        )
     print(json.dumps(found))
     assert all(found[name][2] and found[name][3] for name in ("stats", "storing", "gradient"))
     assert not any(stack for _, stack, _, _ in found.values())  # bytes of stack: what is spilled

@@ -2,6 +2,7 @@
 
 A shared line that is mended in one script and not in the others is a bug of the others.
 """
+
 import re
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def block(script, name, last=False):
     """What stands between a banner and the next."""
     found = list(BANNER.finditer(text(script)))
     ends = [m.start() for m in found[1:]] + [len(text(script))]
-    parts = [text(script)[m.end():end] for m, end in zip(found, ends) if (m[1] or m[2]) == name]
+    parts = [text(script)[m.end() : end] for m, end in zip(found, ends) if (m[1] or m[2]) == name]
     return parts[-1 if last else 0]
 
 
@@ -40,13 +41,25 @@ def shared_flags(script):
 def between(script, first, last):
     whole = text(script)
     start = whole.index(first)
-    return whole[start:whole.index(last, start) + len(last)]
+    return whole[start : whole.index(last, start) + len(last)]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_is_read_in_the_same_order_and_in_one_sitting(script):
-    assert [name for name in banners(script) if name not in ("pairs", "rollout", "advantage", "sync")] == [
-        "arguments", "processes", "tokenizer and model", "data", "optimizer", "loop", "update", "log", "save", "save"]
+    assert [
+        name for name in banners(script) if name not in ("pairs", "rollout", "advantage", "sync")
+    ] == [
+        "arguments",
+        "processes",
+        "tokenizer and model",
+        "data",
+        "optimizer",
+        "loop",
+        "update",
+        "log",
+        "save",
+        "save",
+    ]
     assert len(text(script).splitlines()) <= BUDGET.get(script, 320)
 
 
@@ -55,11 +68,15 @@ def test_what_all_scripts_do_alike_stands_in_all_of_them_byte_for_byte(script):
     first = SCRIPTS[0]
     assert block(script, "processes") == block(first, "processes")
     for start, end in (
-            ('tokenizer = Tokenizer.load(args.model', "stage = check_stage(args.model, tokenizer)\n"),
-            ("shard = partial(", "kernels=args.kernels)\n"), ("found = checkpoint.to_resume(", "\n"),
-            ("replace = args.overwrite", "logger.say(stage)\n"), ("state[\"args\"] = ", "\n"),
-            ("    if step == args.steps or args.eval_every", "\n"),
-            ("    if args.save_every and step", 'logger.phase("save", step)\n'), ("dist.finish()", "\n")):
+        ("tokenizer = Tokenizer.load(args.model", "stage = check_stage(args.model, tokenizer)\n"),
+        ("shard = partial(", "kernels=args.kernels)\n"),
+        ("found = checkpoint.to_resume(", "\n"),
+        ("replace = args.overwrite", "logger.say(stage)\n"),
+        ('state["args"] = ', "\n"),
+        ("    if step == args.steps or args.eval_every", "\n"),
+        ("    if args.save_every and step", 'logger.phase("save", step)\n'),
+        ("dist.finish()", "\n"),
+    ):
         assert between(script, start, end) == between(first, start, end)
 
 
@@ -76,12 +93,20 @@ def test_flags_that_scripts_share_are_spelled_and_explained_alike():
 
 def test_grpo_and_ppo_differ_by_the_algorithm_alone():
     """The data block, rollouts, evaluation, sampled text and saving are the same code."""
-    for start, end in (("if args.data == \"toy\":", "reward_weights, tokenizer, world.device)\n"),
-                       ("def rollout(", "    return metrics\n"), ("sampling = Sampling(", "1e-3))\n"),
-                       ("def evaluate():", "\n\n\n"), ("    for name, scorer in", "e.columns[name] = logp\n")):
+    for start, end in (
+        ('if args.data == "toy":', "reward_weights, tokenizer, world.device)\n"),
+        ("def rollout(", "    return metrics\n"),
+        ("sampling = Sampling(", "1e-3))\n"),
+        ("def evaluate():", "\n\n\n"),
+        ("    for name, scorer in", "e.columns[name] = logp\n"),
+    ):
         assert between("train_ppo.py", start, end) == between("train_grpo.py", start, end)
 
 
 def test_the_whole_fits_its_budget():
-    parts = [ROOT / script for script in SCRIPTS] + [*ROOT.glob("nanopost/*.py")] + [*ROOT.glob("kernels/*.py")]
+    parts = (
+        [ROOT / script for script in SCRIPTS]
+        + [*ROOT.glob("nanopost/*.py")]
+        + [*ROOT.glob("kernels/*.py")]
+    )
     assert sum(len(path.read_text().splitlines()) for path in parts) <= 6000

@@ -1,4 +1,5 @@
 """Log-prob and entropy of targets: exact in float64, close in bf16, and never [N, V] at once."""
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,8 +12,12 @@ TARGET_N = torch.tensor([3, -100, 0, V - 1, -100, -100, 6])
 
 def inputs(seed=0, n=N, dtype=torch.float64, scale=1.0):
     generator = torch.Generator().manual_seed(seed)
-    return [(scale * torch.randn(rows, D, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
-            for rows in (n, V)]
+    return [
+        (scale * torch.randn(rows, D, generator=generator, dtype=torch.float64))
+        .to(dtype)
+        .requires_grad_()
+        for rows in (n, V)
+    ]
 
 
 def plain(hidden_ND, weight_VD, target_N, temperature=1.0):
@@ -42,10 +47,13 @@ def test_gradcheck(chunk, outputs):
     def function(hidden, weight):
         logp, entropy = logprob(hidden, weight, TARGET_N, 0.7, chunk)
         return {"logp": logp, "entropy": entropy, "both": (logp, entropy)}[outputs]
+
     assert torch.autograd.gradcheck(function, inputs(), eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("target_N", [[0, 1, 2, 3, 4, 5, 10], [-100] * 6 + [0], [-1, -100, -7, 2, 2, 2, 2]])
+@pytest.mark.parametrize(
+    "target_N", [[0, 1, 2, 3, 4, 5, 10], [-100] * 6 + [0], [-1, -100, -7, 2, 2, 2, 2]]
+)
 def test_rows_without_a_target_are_zero_and_give_no_gradient(target_N):
     target_N, qs = torch.tensor(target_N), inputs()
     logp_N, entropy_N = logprob(*qs, target_N, chunk=2)
@@ -78,18 +86,22 @@ def test_using_it_twice_adds_the_gradients():
     got, hidden.grad, weight.grad = (hidden.grad, weight.grad), None, None
     first, second = plain(hidden, weight, TARGET_N), plain(other, weight, TARGET_N, 0.7)
     (first[0].sum() + (first[1] * second[0]).sum()).backward()
-    assert (got[0] - hidden.grad).abs().max() <= 1e-13 and (got[1] - weight.grad).abs().max() <= 1e-13
+    assert (got[0] - hidden.grad).abs().max() <= 1e-13 and (
+        got[1] - weight.grad
+    ).abs().max() <= 1e-13
 
 
 def test_huge_logits_stay_finite_and_right():
     for scale in (30.0, 300.0):
         qs = inputs(scale=scale)
         got, expected = logprob(*qs, TARGET_N), plain(*qs, TARGET_N)
-        assert expected[0].min() < -scale**2 / 2
+        assert expected[0].min() < -(scale**2) / 2
         for a, b in zip(got, expected):
             assert ((a - b).abs() <= 1e-13 * (1 + b.abs())).all()
-        for a, b in zip(torch.autograd.grad(got, qs, torch.ones(2, N).double().unbind()),
-                        torch.autograd.grad(expected, qs, torch.ones(2, N).double().unbind())):
+        for a, b in zip(
+            torch.autograd.grad(got, qs, torch.ones(2, N).double().unbind()),
+            torch.autograd.grad(expected, qs, torch.ones(2, N).double().unbind()),
+        ):
             assert ((a - b).abs() <= 1e-10 * (1 + b.abs())).all()
 
 

@@ -1,4 +1,5 @@
 """Losses in float64: against the installed TRL's own methods, against closed forms, and against enumeration."""
+
 import inspect
 import math
 import textwrap
@@ -32,10 +33,21 @@ def packed(seed=0, spread=0.5):
     at_N = torch.tensor([t for mask in masks for t in range(len(mask))])
 
     logp_N = -3 * torch.rand(len(mask_N), generator=rng) * mask_N
-    old_N, ref_N = (logp_N + spread * torch.randn(len(mask_N), generator=rng) * mask_N for _ in range(2))
+    old_N, ref_N = (
+        logp_N + spread * torch.randn(len(mask_N), generator=rng) * mask_N for _ in range(2)
+    )
     adv_S = torch.tensor([1.3, -0.7, 0.9, -1.1, 2.0, 0.4])
-    return SimpleNamespace(logp_N=logp_N.requires_grad_(), old_N=old_N, ref_N=ref_N, mask_N=mask_N, seq_N=seq_N,
-                           at_N=at_N, adv_S=adv_S, adv_N=adv_S[seq_N] * mask_N, S=len(masks))
+    return SimpleNamespace(
+        logp_N=logp_N.requires_grad_(),
+        old_N=old_N,
+        ref_N=ref_N,
+        mask_N=mask_N,
+        seq_N=seq_N,
+        at_N=at_N,
+        adv_S=adv_S,
+        adv_N=adv_S[seq_N] * mask_N,
+        S=len(masks),
+    )
 
 
 def padded(x, values_N):
@@ -50,12 +62,20 @@ def gradient(loss, leaf_N):
 def trl_sft(x, loss_type):
     """SFTTrainer.compute_loss over a model that returns these log-probs."""
     sft = pytest.importorskip("trl.trainer.sft_trainer")
-    outputs = SimpleNamespace(log_probs=x.logp_N * x.mask_N, label_mask=x.mask_N, entropy=x.logp_N, is_top1=x.mask_N)
+    outputs = SimpleNamespace(
+        log_probs=x.logp_N * x.mask_N, label_mask=x.mask_N, entropy=x.logp_N, is_top1=x.mask_N
+    )
     self = SimpleNamespace(
-        model=SimpleNamespace(training=True), aux_loss_enabled=False, compute_loss_func=None, label_smoother=None,
-        accelerator=SimpleNamespace(parallelism_config=None, gather_for_metrics=lambda v: v), _tp_size=1,
+        model=SimpleNamespace(training=True),
+        aux_loss_enabled=False,
+        compute_loss_func=None,
+        label_smoother=None,
+        accelerator=SimpleNamespace(parallelism_config=None, gather_for_metrics=lambda v: v),
+        _tp_size=1,
         args=SimpleNamespace(loss_type=loss_type, average_tokens_across_devices=False),
-        _metrics=defaultdict(lambda: defaultdict(list)), _total_train_tokens=0)
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _total_train_tokens=0,
+    )
     return sft.SFTTrainer.compute_loss(self, lambda **_: outputs, {"position_ids": x.at_N[None]})
 
 
@@ -77,64 +97,147 @@ def test_dft_gradient_of_the_logits_is_that_of_the_probability_itself():
 
 
 # ------------------------------------------------------------------------------------------------- GRPO against TRL
-def trl_grpo(x, loss_type, level="token", low=0.2, high=0.28, delta=None, beta=0.0, max_length=16, importance_N=None,
-             off_policy=None, entropy_N=None, top_entropy=1.0):
+def trl_grpo(
+    x,
+    loss_type,
+    level="token",
+    low=0.2,
+    high=0.28,
+    delta=None,
+    beta=0.0,
+    max_length=16,
+    importance_N=None,
+    off_policy=None,
+    entropy_N=None,
+    top_entropy=1.0,
+):
     """GRPOTrainer._compute_loss over a model that returns these log-probs -> (loss, metrics)."""
     grpo = pytest.importorskip("trl.trainer.grpo_trainer")
     mask_ST = padded(x, x.mask_N.double())
     outputs = (padded(x, x.logp_N), mask_ST if entropy_N is None else padded(x, entropy_N), None)
     metrics = defaultdict(lambda: defaultdict(list))
     self = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: outputs, aux_loss_enabled=False, loss_type=loss_type,
-        top_entropy_quantile=top_entropy, off_policy_mask_threshold=off_policy,
-        importance_sampling_level=level, beta=beta, epsilon_low=low, epsilon_high=high,
-        use_vllm=importance_N is not None, max_completion_length=max_length,
-        vllm_importance_sampling_correction=True, model=SimpleNamespace(training=True), _metrics=metrics,
-        args=SimpleNamespace(delta=delta, use_bias_correction_kl=False, steps_per_generation=1,
-                             sapo_temperature_pos=1.0, sapo_temperature_neg=1.05),
-        current_gradient_accumulation_steps=1, _entropy_bonus_enabled=entropy_N is not None,
-        entropy_coef=0.1, use_adaptive_entropy=False, get_off_policy_mask=grpo.GRPOTrainer.get_off_policy_mask,
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda v: v, reduce=lambda v, reduction: v,
-                                    pad_across_processes=lambda v, dim, pad_index: v, sync_gradients=True))
+        _get_per_token_logps_and_entropies=lambda *_, **__: outputs,
+        aux_loss_enabled=False,
+        loss_type=loss_type,
+        top_entropy_quantile=top_entropy,
+        off_policy_mask_threshold=off_policy,
+        importance_sampling_level=level,
+        beta=beta,
+        epsilon_low=low,
+        epsilon_high=high,
+        use_vllm=importance_N is not None,
+        max_completion_length=max_length,
+        vllm_importance_sampling_correction=True,
+        model=SimpleNamespace(training=True),
+        _metrics=metrics,
+        args=SimpleNamespace(
+            delta=delta,
+            use_bias_correction_kl=False,
+            steps_per_generation=1,
+            sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05,
+        ),
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=entropy_N is not None,
+        entropy_coef=0.1,
+        use_adaptive_entropy=False,
+        get_off_policy_mask=grpo.GRPOTrainer.get_off_policy_mask,
+        accelerator=SimpleNamespace(
+            num_processes=1,
+            gather=lambda v: v,
+            reduce=lambda v, reduction: v,
+            pad_across_processes=lambda v, dim, pad_index: v,
+            sync_gradients=True,
+        ),
+    )
     self.get_high_entropy_mask = lambda *given: grpo.GRPOTrainer.get_high_entropy_mask(self, *given)
-    inputs = {"prompt_ids": torch.zeros(x.S, 1), "prompt_mask": torch.ones(x.S, 1), "advantages": x.adv_S,
-              "completion_ids": torch.zeros_like(mask_ST), "completion_mask": mask_ST,
-              "old_per_token_logps": padded(x, x.old_N), "ref_per_token_logps": padded(x, x.ref_N),
-              "num_items_in_batch": mask_ST.sum()}
+    inputs = {
+        "prompt_ids": torch.zeros(x.S, 1),
+        "prompt_mask": torch.ones(x.S, 1),
+        "advantages": x.adv_S,
+        "completion_ids": torch.zeros_like(mask_ST),
+        "completion_mask": mask_ST,
+        "old_per_token_logps": padded(x, x.old_N),
+        "ref_per_token_logps": padded(x, x.ref_N),
+        "num_items_in_batch": mask_ST.sum(),
+    }
     if importance_N is not None:
         inputs["importance_sampling_ratio"] = padded(x, importance_N)
-    return grpo.GRPOTrainer._compute_loss(self, None, inputs), {k: v[0] for k, v in metrics["train"].items()}
+    return grpo.GRPOTrainer._compute_loss(self, None, inputs), {
+        k: v[0] for k, v in metrics["train"].items()
+    }
 
 
-AGGREGATION = {"grpo": "sequence", "sapo": "sequence", "dapo": "token", "cispo": "token", "dr_grpo": "constant",
-               "luspo": "sequence_sum"}
+AGGREGATION = {
+    "grpo": "sequence",
+    "sapo": "sequence",
+    "dapo": "token",
+    "cispo": "token",
+    "dr_grpo": "constant",
+    "luspo": "sequence_sum",
+}
 
 
-def our_grpo(x, loss_type, level="token", low=0.2, high=0.28, delta=None, beta=0.0, max_length=16, importance_N=1.0,
-             off_policy=None):
+def our_grpo(
+    x,
+    loss_type,
+    level="token",
+    low=0.2,
+    high=0.28,
+    delta=None,
+    beta=0.0,
+    max_length=16,
+    importance_N=1.0,
+    off_policy=None,
+):
     how = AGGREGATION[loss_type]
     weight_N = losses.token_weights(x.mask_N, x.seq_N, x.S, how)
     ratio_N = losses.log_ratio(x.logp_N, x.old_N, x.mask_N, x.seq_N, x.S, level)
     if off_policy is not None:
-        importance_N = losses.off_policy_mask(x.logp_N, x.old_N, x.adv_N, x.mask_N, x.seq_N, x.S, off_policy)
+        importance_N = losses.off_policy_mask(
+            x.logp_N, x.old_N, x.adv_N, x.mask_N, x.seq_N, x.S, off_policy
+        )
     if loss_type == "sapo":
-        total, metrics = losses.policy_loss_sapo(ratio_N, x.adv_N, weight_N * importance_N, 1.0, 1.05)
+        total, metrics = losses.policy_loss_sapo(
+            ratio_N, x.adv_N, weight_N * importance_N, 1.0, 1.05
+        )
     elif loss_type == "cispo":
-        total, metrics = losses.policy_loss_cispo(ratio_N, x.logp_N, x.adv_N, weight_N * importance_N, high)
+        total, metrics = losses.policy_loss_cispo(
+            ratio_N, x.logp_N, x.adv_N, weight_N * importance_N, high
+        )
     else:
-        total, metrics = losses.policy_loss_clip(ratio_N, x.adv_N, weight_N * importance_N, low, high, delta)
+        total, metrics = losses.policy_loss_clip(
+            ratio_N, x.adv_N, weight_N * importance_N, low, high, delta
+        )
     total = total + beta * (weight_N * losses.kl_estimate(x.logp_N, x.ref_N, "k3")).sum()
-    count = {"sequence": x.S, "sequence_sum": x.S, "token": x.mask_N.sum(), "constant": x.S * max_length}[how]
+    count = {
+        "sequence": x.S,
+        "sequence_sum": x.S,
+        "token": x.mask_N.sum(),
+        "constant": x.S * max_length,
+    }[how]
     return total / count, {name: (value / x.mask_N.sum()).item() for name, value in metrics.items()}
 
 
 GRPO_CASES = [
-    ("grpo", {}), ("dapo", {}), ("dr_grpo", {}), ("grpo", {"level": "sequence"}), ("grpo", {"beta": 0.3}),
-    ("dapo", {"beta": 0.3, "delta": 1.5}), ("grpo", {"level": "sequence", "low": 0.03, "high": 0.04, "beta": 0.1}),
-    ("dr_grpo", {"delta": 1.4, "low": 0.1, "high": 0.1}), ("cispo", {"high": 1.2}),
-    ("cispo", {"high": 5.0, "beta": 0.2}), ("sapo", {}), ("sapo", {"beta": 0.3}), ("luspo", {"level": "sequence"}),
-    ("luspo", {"level": "sequence", "beta": 0.2, "delta": 1.1}), ("dapo", {"off_policy": 0.01}),
-    ("sapo", {"off_policy": -0.1})]
+    ("grpo", {}),
+    ("dapo", {}),
+    ("dr_grpo", {}),
+    ("grpo", {"level": "sequence"}),
+    ("grpo", {"beta": 0.3}),
+    ("dapo", {"beta": 0.3, "delta": 1.5}),
+    ("grpo", {"level": "sequence", "low": 0.03, "high": 0.04, "beta": 0.1}),
+    ("dr_grpo", {"delta": 1.4, "low": 0.1, "high": 0.1}),
+    ("cispo", {"high": 1.2}),
+    ("cispo", {"high": 5.0, "beta": 0.2}),
+    ("sapo", {}),
+    ("sapo", {"beta": 0.3}),
+    ("luspo", {"level": "sequence"}),
+    ("luspo", {"level": "sequence", "beta": 0.2, "delta": 1.1}),
+    ("dapo", {"off_policy": 0.01}),
+    ("sapo", {"off_policy": -0.1}),
+]
 
 
 @pytest.mark.parametrize("loss_type, options", GRPO_CASES)
@@ -145,7 +248,9 @@ def test_grpo_family_equals_trl_in_value_gradient_and_clip_ratios(loss_type, opt
     ours, our_metrics = our_grpo(x, loss_type, **options)
     close(ours, theirs, **TIGHT)
     close(gradient(ours, x.logp_N), gradient(theirs, x.logp_N), **TIGHT)
-    if options.get("level", "token") == "token":  # TRL's sequence level counts sequences, ours tokens
+    if (
+        options.get("level", "token") == "token"
+    ):  # TRL's sequence level counts sequences, ours tokens
         for name, value in our_metrics.items():
             assert value == pytest.approx(their_metrics[name], abs=1e-12), name
         assert any(our_metrics.values()) or options.get("high") == 5.0 or loss_type == "sapo"
@@ -183,16 +288,32 @@ def test_rloo_equals_trl_where_the_ratio_is_of_the_sum():
     mask_ST = padded(x, x.mask_N.double())
     metrics = defaultdict(lambda: defaultdict(list))
     self = SimpleNamespace(
-        _get_per_token_logps_and_entropies=lambda *_, **__: (padded(x, x.logp_N), mask_ST, None), epsilon_low=0.2,
-        epsilon_high=0.2, aux_loss_enabled=False, model=SimpleNamespace(training=True), _metrics=metrics,
-        accelerator=SimpleNamespace(gather=lambda v: v, reduce=lambda v, reduction: v))
-    theirs = rloo.RLOOTrainer._compute_loss(self, None, {
-        "prompt_ids": torch.zeros(x.S, 1), "prompt_mask": torch.ones(x.S, 1), "advantages": x.adv_S,
-        "completion_ids": mask_ST, "completion_mask": mask_ST, "old_logps": padded(x, x.old_N).sum(1)})
+        _get_per_token_logps_and_entropies=lambda *_, **__: (padded(x, x.logp_N), mask_ST, None),
+        epsilon_low=0.2,
+        epsilon_high=0.2,
+        aux_loss_enabled=False,
+        model=SimpleNamespace(training=True),
+        _metrics=metrics,
+        accelerator=SimpleNamespace(gather=lambda v: v, reduce=lambda v, reduction: v),
+    )
+    theirs = rloo.RLOOTrainer._compute_loss(
+        self,
+        None,
+        {
+            "prompt_ids": torch.zeros(x.S, 1),
+            "prompt_mask": torch.ones(x.S, 1),
+            "advantages": x.adv_S,
+            "completion_ids": mask_ST,
+            "completion_mask": mask_ST,
+            "old_logps": padded(x, x.old_N).sum(1),
+        },
+    )
     ratio_N = losses.log_ratio(x.logp_N, x.old_N, x.mask_N, x.seq_N, x.S, "sequence_sum")
     weight_N = losses.token_weights(x.mask_N, x.seq_N, x.S, "sequence")
     ours, _ = losses.policy_loss_clip(ratio_N, x.adv_N, weight_N, 0.2, 0.2)
-    empty = -x.adv_S[[2, 4]].sum() / x.S  # TRL counts a completion without tokens with ratio 1; it has no gradient
+    empty = (
+        -x.adv_S[[2, 4]].sum() / x.S
+    )  # TRL counts a completion without tokens with ratio 1; it has no gradient
     close(ours / x.S, theirs - empty, **TIGHT)
     close(gradient(ours / x.S, x.logp_N), gradient(theirs, x.logp_N), **TIGHT)
 
@@ -204,12 +325,23 @@ def trl_importance(x, mode, cap):
     source = inspect.getsource(grpo.GRPOTrainer._generate_and_score_completions)
     first = source.index("                per_token_logps_diff =")
     last = source.index("# Compute the per-token log probabilities for the reference model")
-    args = SimpleNamespace(vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=None,
-                           vllm_importance_sampling_clip_max=cap)
-    names = {"torch": torch, "math": math, "self": args, "mask": padded(x, x.mask_N.double()),
-             "old_per_token_logps": padded(x, x.logp_N.detach()), "sampling_per_token_logps": padded(x, x.old_N)}
+    args = SimpleNamespace(
+        vllm_importance_sampling_mode=mode,
+        vllm_importance_sampling_clip_min=None,
+        vllm_importance_sampling_clip_max=cap,
+    )
+    names = {
+        "torch": torch,
+        "math": math,
+        "self": args,
+        "mask": padded(x, x.mask_N.double()),
+        "old_per_token_logps": padded(x, x.logp_N.detach()),
+        "sampling_per_token_logps": padded(x, x.old_N),
+    }
     exec(textwrap.dedent(source[first:last]), names)
-    return names["vllm_importance_sampling_ratio"].expand_as(names["mask"])[x.seq_N, x.at_N] * x.mask_N
+    return (
+        names["vllm_importance_sampling_ratio"].expand_as(names["mask"])[x.seq_N, x.at_N] * x.mask_N
+    )
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -217,18 +349,25 @@ def trl_importance(x, mode, cap):
 def test_importance_weights_equal_trl_and_metrics_describe_the_ratios_before_the_cap(level, mode):
     x, cap = packed(3), 1.3
     weight_N, metrics = losses.importance_weight(
-        x.logp_N, x.old_N, x.mask_N, x.seq_N, x.S, level, mode, cap)
+        x.logp_N, x.old_N, x.mask_N, x.seq_N, x.S, level, mode, cap
+    )
     close(weight_N, trl_importance(x, f"{level}_{mode}", cap), **TIGHT)
     raw_N = trl_importance(x, f"{level}_truncate", 1e9)
     assert weight_N.max() <= cap < raw_N.max() and not weight_N.requires_grad
     close(metrics["sampling/importance_sampling_ratio/mean"], raw_N.sum(), **TIGHT)
     assert metrics["sampling/capped"] == (raw_N > cap).sum() > 0
-    close(metrics["sampling/sampling_logp_difference/mean"], (x.logp_N - x.old_N).abs().sum().detach(), **TIGHT)
+    close(
+        metrics["sampling/sampling_logp_difference/mean"],
+        (x.logp_N - x.old_N).abs().sum().detach(),
+        **TIGHT,
+    )
 
 
 def test_importance_weight_multiplies_the_policy_term_alone_as_in_trl():
     x = packed(4)
-    weight_N, _ = losses.importance_weight(x.logp_N, x.ref_N, x.mask_N, x.seq_N, x.S, "token", "mask", 1.5)
+    weight_N, _ = losses.importance_weight(
+        x.logp_N, x.ref_N, x.mask_N, x.seq_N, x.S, "token", "mask", 1.5
+    )
     theirs, _ = trl_grpo(x, "dapo", beta=0.2, importance_N=weight_N)
     ours, _ = our_grpo(x, "dapo", beta=0.2, importance_N=weight_N)
     close(gradient(ours, x.logp_N), gradient(theirs, x.logp_N), **TIGHT)
@@ -250,14 +389,20 @@ def test_losses_and_metrics_of_split_micro_batches_add_up_to_those_of_one(level)
     parts = []
     for sequences in ([0, 1], [2], [3, 4, 5]):
         keep = (x.seq_N >= sequences[0]) & (x.seq_N <= sequences[-1])
-        part = SimpleNamespace(**{k: v[keep] if k.endswith("_N") else v for k, v in vars(x).items()})
+        part = SimpleNamespace(
+            **{k: v[keep] if k.endswith("_N") else v for k, v in vars(x).items()}
+        )
         part.seq_N, part.S = part.seq_N - sequences[0], len(sequences)
         parts.append(pieces(part, level))
     total = sum(loss for loss, _ in parts)
     close(total, whole, **TIGHT)
     close(gradient(total, x.logp_N), gradient(whole, x.logp_N), **TIGHT)
     for name, value in whole_metrics.items():
-        assert sum(metrics[name] for _, metrics in parts) == value and value.dim() == 0 and not value.requires_grad
+        assert (
+            sum(metrics[name] for _, metrics in parts) == value
+            and value.dim() == 0
+            and not value.requires_grad
+        )
 
 
 @pytest.mark.parametrize("level", ["token", "sequence", "sequence_sum"])
@@ -270,13 +415,18 @@ def test_garbage_under_the_mask_leaks_neither_into_values_nor_gradients(level, g
     for of in (losses.sft_nll, losses.sft_dft):
         logp_N = x.logp_N.detach().where(x.mask_N, garbage).requires_grad_()
         close(of(logp_N, x.mask_N)[0], of(x.logp_N, x.mask_N)[0], **TIGHT)
-        close(gradient(of(logp_N, x.mask_N)[0], logp_N), gradient(of(x.logp_N, x.mask_N)[0], x.logp_N), **TIGHT)
+        close(
+            gradient(of(logp_N, x.mask_N)[0], logp_N),
+            gradient(of(x.logp_N, x.mask_N)[0], x.logp_N),
+            **TIGHT,
+        )
     x.old_N = dirty_N
     dirty, _ = pieces(x, level)
     assert dirty == clean and torch.equal(gradient(dirty, x.logp_N), clean_grad_N)
     assert not clean_grad_N[~x.mask_N].any()
     weight_N, metrics = losses.importance_weight(
-        x.logp_N, dirty_N, x.mask_N, x.seq_N, x.S, level.split("_")[0], "truncate", 3.0)
+        x.logp_N, dirty_N, x.mask_N, x.seq_N, x.S, level.split("_")[0], "truncate", 3.0
+    )
     assert not weight_N[~x.mask_N].any() and all(value.isfinite() for value in metrics.values())
 
 
@@ -305,54 +455,91 @@ def test_token_weights_of_a_sequence_sum_to_one_or_to_its_tokens():
 def test_fp32_log_probs_stay_fp32_through_every_step():
     torch.set_default_dtype(torch.float32)
     x = packed()
-    x.logp_N, x.old_N, x.ref_N, x.adv_N = (v.detach().float() for v in (x.logp_N, x.old_N, x.ref_N, x.adv_N))
+    x.logp_N, x.old_N, x.ref_N, x.adv_N = (
+        v.detach().float() for v in (x.logp_N, x.old_N, x.ref_N, x.adv_N)
+    )
     assert pieces(x)[0].dtype == torch.float32
     assert losses.sft_dft(x.logp_N, x.mask_N)[0].dtype == torch.float32
 
 
 # ------------------------------------------------------------------------------------------- the clip, by cases
-@pytest.mark.parametrize("ratio, adv, loss, slope, low, high", [
-    (1.0, 1.0, -1.0, -1.0, 0, 0),
-    (1.5, 1.0, -1.28, 0.0, 0, 1),    # above the clip, gain: cut off
-    (1.5, -1.0, 1.5, 1.0, 0, 0),     # above the clip, loss: kept
-    (3.0, -1.0, 2.0, 0.0, 0, 0),     # above delta: bounded
-    (0.5, 1.0, -0.5, -1.0, 0, 0),
-    (0.5, -1.0, 0.8, 0.0, 1, 0)])
+@pytest.mark.parametrize(
+    "ratio, adv, loss, slope, low, high",
+    [
+        (1.0, 1.0, -1.0, -1.0, 0, 0),
+        (1.5, 1.0, -1.28, 0.0, 0, 1),  # above the clip, gain: cut off
+        (1.5, -1.0, 1.5, 1.0, 0, 0),  # above the clip, loss: kept
+        (3.0, -1.0, 2.0, 0.0, 0, 0),  # above delta: bounded
+        (0.5, 1.0, -0.5, -1.0, 0, 0),
+        (0.5, -1.0, 0.8, 0.0, 1, 0),
+    ],
+)
 def test_clip_cases_by_hand(ratio, adv, loss, slope, low, high):
     """slope: d loss / d ratio, from low 0.2, high 0.28 and delta 2."""
     log_ratio_N = torch.tensor([math.log(ratio)], requires_grad=True)
-    total, metrics = losses.policy_loss_clip(log_ratio_N, torch.tensor([adv]), torch.ones(1), 0.2, 0.28, delta=2.0)
-    assert total.item() == pytest.approx(loss) and gradient(total, log_ratio_N).item() == pytest.approx(slope * ratio)
-    assert [int(metrics[f"clip_ratio/{k}_mean"]) for k in ("low", "high", "region")] == [low, high, low + high]
+    total, metrics = losses.policy_loss_clip(
+        log_ratio_N, torch.tensor([adv]), torch.ones(1), 0.2, 0.28, delta=2.0
+    )
+    assert total.item() == pytest.approx(loss) and gradient(
+        total, log_ratio_N
+    ).item() == pytest.approx(slope * ratio)
+    assert [int(metrics[f"clip_ratio/{k}_mean"]) for k in ("low", "high", "region")] == [
+        low,
+        high,
+        low + high,
+    ]
 
 
 def test_cispo_cap_bounds_the_ratio_and_no_token_loses_its_gradient():
     logp_N = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
     log_ratio_N = torch.tensor([0.5, 1.0, 4.0]).log() + logp_N - logp_N.detach()
-    total, metrics = losses.policy_loss_cispo(log_ratio_N, logp_N, torch.ones(3), torch.ones(3), cap=2.0)
+    total, metrics = losses.policy_loss_cispo(
+        log_ratio_N, logp_N, torch.ones(3), torch.ones(3), cap=2.0
+    )
     close(gradient(total, logp_N), -torch.tensor([0.5, 1.0, 2.0]), **TIGHT)
     assert metrics["cispo_clip_ratio"] == 1
 
 
 def test_a_cispo_cap_below_one_says_what_the_paper_means():
     with pytest.raises(InputError, match="CISPO cap 0.2 .* eps_high = 0.2 is a cap of 1.2"):
-        losses.policy_loss_cispo(torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.ones(1), cap=0.2)
+        losses.policy_loss_cispo(
+            torch.zeros(1), torch.zeros(1), torch.zeros(1), torch.ones(1), cap=0.2
+        )
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda zero, one: losses.policy_loss_clip(zero, zero, one, 0.2, 0.2, delta=0.9), "--delta 0.9 .* 1 . --clip_high"),
-    (lambda zero, one: losses.policy_loss_sapo(zero, zero, one, 1.0, 0.0), "--sapo_tau 1.0 0.0: .* above 0"),
-    (lambda zero, one: losses.policy_loss_clip(zero, zero, one, 0.2, 0.2, 0.9), "--delta 0.9 would cut")])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda zero, one: losses.policy_loss_clip(zero, zero, one, 0.2, 0.2, delta=0.9),
+            "--delta 0.9 .* 1 . --clip_high",
+        ),
+        (
+            lambda zero, one: losses.policy_loss_sapo(zero, zero, one, 1.0, 0.0),
+            "--sapo_tau 1.0 0.0: .* above 0",
+        ),
+        (
+            lambda zero, one: losses.policy_loss_clip(zero, zero, one, 0.2, 0.2, 0.9),
+            "--delta 0.9 would cut",
+        ),
+    ],
+)
 def test_bounds_that_leave_no_gradient_are_refused(call, message):
     with pytest.raises(InputError, match=message):
         call(torch.zeros(1), torch.ones(1))
 
 
-@pytest.mark.parametrize("call", [
-    lambda x: losses.token_weights(x.mask_N, x.seq_N, x.S, "mean"),
-    lambda x: losses.log_ratio(x.logp_N, x.old_N, x.mask_N, x.seq_N, x.S, "mean"),
-    lambda x: losses.kl_estimate(x.logp_N, x.ref_N, "mean"),
-    lambda x: losses.importance_weight(x.logp_N, x.old_N, x.mask_N, x.seq_N, x.S, "mean", "mask", 3.0)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: losses.token_weights(x.mask_N, x.seq_N, x.S, "mean"),
+        lambda x: losses.log_ratio(x.logp_N, x.old_N, x.mask_N, x.seq_N, x.S, "mean"),
+        lambda x: losses.kl_estimate(x.logp_N, x.ref_N, "mean"),
+        lambda x: losses.importance_weight(
+            x.logp_N, x.old_N, x.mask_N, x.seq_N, x.S, "mean", "mask", 3.0
+        ),
+    ],
+)
 def test_an_unknown_choice_is_refused_with_the_known_ones(call):
     with pytest.raises(InputError, match="mean.* and "):
         call(packed())
@@ -375,7 +562,11 @@ def expectation(kind):
 def exact_kl(forward=False):
     logits_V = torch.tensor(LOGITS, requires_grad=True)
     logp_V, ref_V = logits_V.log_softmax(0), torch.tensor(REFERENCE).log_softmax(0)
-    kl = (ref_V.exp() * (ref_V - logp_V)).sum() if forward else (logp_V.exp() * (logp_V - ref_V)).sum()
+    kl = (
+        (ref_V.exp() * (ref_V - logp_V)).sum()
+        if forward
+        else (logp_V.exp() * (logp_V - ref_V)).sum()
+    )
     return kl.detach(), gradient(kl, logits_V)
 
 
@@ -403,7 +594,9 @@ def test_k1_in_the_reward_gives_the_gradient_of_the_kl():
     logits_V = torch.tensor(LOGITS, requires_grad=True)
     logp_V, ref_V = logits_V.log_softmax(0), torch.tensor(REFERENCE).log_softmax(0)
     reward_V = -losses.kl_estimate(logp_V, ref_V, "k1").detach()
-    total, _ = losses.policy_loss_clip(logp_V - logp_V.detach(), reward_V, logp_V.exp().detach(), 0.2, 0.2)
+    total, _ = losses.policy_loss_clip(
+        logp_V - logp_V.detach(), reward_V, logp_V.exp().detach(), 0.2, 0.2
+    )
     close(gradient(total, logits_V), exact_kl()[1], **TIGHT)
 
 

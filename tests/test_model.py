@@ -1,4 +1,5 @@
 """The decoder against transformers, on random weights large enough that attention looks at something."""
+
 import copy
 import shutil
 
@@ -16,39 +17,99 @@ from nanopost.model import ActorCritic, CausalLM, Config, ScalarModel
 transformers = pytest.importorskip("transformers")
 
 LENGTHS = [1, 120, 17, 2, 40, 40]
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 32, "rope_theta": 5e5}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 5e5,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 1e4,
+}
 CASES = {
     "llama2": ("Llama", {"num_key_value_heads": 8}),
-    "llama2_tied_biases": ("Llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama2_tied_biases": (
+        "Llama",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
+    ),
     "llama3.1": ("Llama", {"rope_parameters": LLAMA3}),
-    "llama3.2": ("Llama", {"rope_parameters": {**LLAMA3, "factor": 32.0}, "tie_word_embeddings": True, "head_dim": 16,
-                           "num_key_value_heads": 1}),
-    "llama_linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
+    "llama3.2": (
+        "Llama",
+        {
+            "rope_parameters": {**LLAMA3, "factor": 32.0},
+            "tie_word_embeddings": True,
+            "head_dim": 16,
+            "num_key_value_heads": 1,
+        },
+    ),
+    "llama_linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    ),
     "llama_yarn": ("Llama", {"rope_parameters": YARN}),
-    "yarn_mscale": ("Llama", {"head_dim": 32, "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.5,
-                                                                  "beta_fast": 2, "truncate": False}}),
+    "yarn_mscale": (
+        "Llama",
+        {
+            "head_dim": 32,
+            "rope_parameters": {
+                **YARN,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.5,
+                "beta_fast": 2,
+                "truncate": False,
+            },
+        },
+    ),
     "mistral": ("Mistral", {"sliding_window": 7, "num_key_value_heads": 1}),
     "mistral_v0.3": ("Mistral", {"sliding_window": None, "tie_word_embeddings": True}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
-    "qwen2.5_yarn": ("Qwen2", {"rope_parameters": {**YARN, "rope_theta": 1e6, "attention_factor": 1.3},
-                               "num_key_value_heads": 8}),
-    "qwen2_window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen2.5_yarn": (
+        "Qwen2",
+        {
+            "rope_parameters": {**YARN, "rope_theta": 1e6, "attention_factor": 1.3},
+            "num_key_value_heads": 8,
+        },
+    ),
+    "qwen2_window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
-    "qwen3_untied_biases": ("Qwen3", {"head_dim": 16, "num_key_value_heads": 1, "attention_bias": True}),
+    "qwen3_untied_biases": (
+        "Qwen3",
+        {"head_dim": 16, "num_key_value_heads": 1, "attention_bias": True},
+    ),
 }
 
 
 def make_oracle(case):
     """A transformers model whose norms, biases and projections are all random and matter."""
     family, given = CASES[case]
-    config = getattr(transformers, family + "Config")(**{
-        "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 8,
-        "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "eos_token_id": None,
-        "bos_token_id": None, "pad_token_id": None, **given})
+    config = getattr(transformers, family + "Config")(
+        **{
+            "vocab_size": 97,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-5,
+            "eos_token_id": None,
+            "bos_token_id": None,
+            "pad_token_id": None,
+            **given,
+        }
+    )
     torch.manual_seed(3)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager"
+    ).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.ndim == 2:
@@ -69,6 +130,7 @@ def pair(tmp_path_factory):
             oracle.save_pretrained(folder)
             made[case] = oracle, hf.load_model(folder)
         return made[case]
+
     return get
 
 
@@ -110,7 +172,16 @@ def test_logits_equal_those_of_transformers_packed_and_alone(pair, case):
 
 def new_cache(model, prompts, copies, capacity):
     c = model.config
-    return Cache(c.layers, len(prompts) * copies, copies, c.kv_heads, capacity, c.head_dim, torch.float32, "cpu")
+    return Cache(
+        c.layers,
+        len(prompts) * copies,
+        copies,
+        c.kv_heads,
+        capacity,
+        c.head_dim,
+        torch.float32,
+        "cpu",
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -118,7 +189,9 @@ def new_cache(model, prompts, copies, capacity):
 def test_cached_logits_equal_those_of_transformers_while_rows_leave(pair, case):
     oracle, model = pair(case)
     prompts, copies, steps = documents([3, 41, 1]), 2, 12
-    further_BT = torch.randint(97, (len(prompts) * copies, steps), generator=torch.Generator().manual_seed(1))
+    further_BT = torch.randint(
+        97, (len(prompts) * copies, steps), generator=torch.Generator().manual_seed(1)
+    )
     whole = [torch.cat([prompts[b // copies], further_BT[b]]) for b in range(len(further_BT))]
     expected = [logits_of(oracle, w) for w in whole]
     cache = new_cache(model, prompts, copies, 41 + steps)
@@ -127,7 +200,9 @@ def test_cached_logits_equal_those_of_transformers_while_rows_leave(pair, case):
         assert (first[p] - expected[p * copies][len(prompt) - 1]).abs().max() <= 1e-4
     row_A = torch.arange(len(whole))
     for t in range(steps):
-        if t in (4, 8):  # first one row of each of two prompts leaves, then all but the two of the shortest prompt
+        if (
+            t in (4, 8)
+        ):  # first one row of each of two prompts leaves, then all but the two of the shortest prompt
             stay = torch.tensor([0, 2, 4, 5]) if t == 4 else torch.tensor([2, 3])
             cache.keep(stay)
             row_A = row_A[stay]
@@ -141,7 +216,10 @@ def test_cached_logits_equal_those_of_transformers_while_rows_leave(pair, case):
 def test_greedy_generation_is_token_identical_over_64_tokens(pair, case):
     oracle, model = pair(case)
     prompts = documents([5, 23], seed=2)
-    expected = [oracle.generate(p[None], max_new_tokens=64, do_sample=False)[0, len(p):].tolist() for p in prompts]
+    expected = [
+        oracle.generate(p[None], max_new_tokens=64, do_sample=False)[0, len(p) :].tolist()
+        for p in prompts
+    ]
     cache = new_cache(model, prompts, 1, 23 + 64)
     tokens = [model.logits(model.prefill(*packed(prompts), cache)).argmax(-1)]
     while len(tokens) < 64:
@@ -151,7 +229,9 @@ def test_greedy_generation_is_token_identical_over_64_tokens(pair, case):
 
 def test_the_scaled_frequencies_are_used_beyond_the_original_context():
     for name in ("llama3.1", "llama_yarn", "qwen2.5_yarn"):
-        assert CASES[name][1]["rope_parameters"]["original_max_position_embeddings"] < max(LENGTHS) / 3
+        assert (
+            CASES[name][1]["rope_parameters"]["original_max_position_embeddings"] < max(LENGTHS) / 3
+        )
 
 
 @pytest.mark.parametrize("case", ["llama3.1", "llama_yarn", "llama_linear", "qwen2_window"])
@@ -179,45 +259,72 @@ def tiny(case="qwen3", **given):
     return model
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel.*LlamaForCausalLM"),
-    ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
-    ({"architectures": ["LlamaForSequenceClassification"]}, "2 labels"),
-    ({"architectures": None, "model_type": "mixtral"}, "mixtral"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*llama3"),
-    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
-    ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each kind of layer"),
-    ({"rope_scaling": {"type": "linear"}}, "'linear' needs factor"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor, high_freq_factor"),
-    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-    ({"hidden_act": "gelu"}, "'gelu'"),
-    ({"quantization_config": {"quant_method": "awq"}}, "quantised .awq."),
-    ({"hidden_size": None}, "hidden_size missing"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (
+            {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"},
+            "GPT2LMHeadModel.*LlamaForCausalLM",
+        ),
+        ({"architectures": ["LlamaForTokenClassification"]}, "LlamaForTokenClassification"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "2 labels"),
+        ({"architectures": None, "model_type": "mixtral"}, "mixtral"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'.*llama3"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "'longrope'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each kind of layer"),
+        ({"rope_scaling": {"type": "linear"}}, "'linear' needs factor"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "needs low_freq_factor, high_freq_factor",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"hidden_act": "gelu"}, "'gelu'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised .awq."),
+        ({"hidden_size": None}, "hidden_size missing"),
+    ],
+)
 def test_what_is_not_computed_is_refused_in_one_sentence(change, words):
-    known = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 97, "hidden_size": 64,
-             "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    known = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     assert Config.of(known).kv_heads == 4
     with pytest.raises(InputError, match=f"^here: .*{words}.*[.]$"):
         Config.of({**known, **change}, "here")
 
 
 def test_missing_keys_mean_what_they_mean_in_transformers():
-    bare = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2}
+    bare = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     for family in ("Llama", "Mistral", "Qwen2", "Qwen3"):
         theirs = getattr(transformers, family + "Config")(**bare)
         ours = Config.of({"model_type": theirs.model_type, **bare})
         assert ours.windows == (getattr(theirs, "sliding_window", None),) * 2
         assert ours.rope["rope_theta"] == theirs.rope_parameters["rope_theta"]
-        assert (ours.norm_eps, ours.head_dim, ours.tied) == (theirs.rms_norm_eps, getattr(
-            theirs, "head_dim", 16), theirs.tie_word_embeddings)
+        assert (ours.norm_eps, ours.head_dim, ours.tied) == (
+            theirs.rms_norm_eps,
+            getattr(theirs, "head_dim", 16),
+            theirs.tie_word_embeddings,
+        )
 
 
 def test_init_weights_depends_on_the_seed_alone_and_has_the_configs_spread():
     with torch.device("meta"):
         model = CausalLM(tiny("qwen3_untied_biases", initializer_range=0.07).config)
-    fill = [dict(model.to_empty(device="cpu").init_weights(seed).named_parameters()) for seed in (1,)][0]
+    fill = [
+        dict(model.to_empty(device="cpu").init_weights(seed).named_parameters()) for seed in (1,)
+    ][0]
     fill = {n: p.clone() for n, p in fill.items()}
     again = dict(model.init_weights(1).named_parameters())
     assert all(torch.equal(fill[n], again[n]) for n in fill)
@@ -245,7 +352,9 @@ def assert_close(a, b, tolerance):
         assert (a[1][name] - b[1][name]).abs().max() <= tolerance * b[1][name].abs().max(), name
 
 
-@pytest.mark.parametrize("case", ["llama3.1", "mistral", "qwen2_window", "qwen3", "llama2_tied_biases"])
+@pytest.mark.parametrize(
+    "case", ["llama3.1", "mistral", "qwen2_window", "qwen3", "llama2_tied_biases"]
+)
 def test_packed_equals_alone_in_loss_and_gradient(case):
     model, docs = tiny(case), documents()
     parts = [loss_and_gradients(model, [d]) for d in docs]
@@ -256,13 +365,20 @@ def test_packed_equals_alone_in_loss_and_gradient(case):
 @pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3_untied_biases"])
 def test_gradients_equal_those_of_transformers(case):
     oracle, model, docs = make_oracle(case), tiny(case), documents()
-    loss = sum(torch.nn.functional.cross_entropy(oracle(d[None]).logits[0, :-1], d[1:], reduction="sum")
-               for d in docs if len(d) > 1)
+    loss = sum(
+        torch.nn.functional.cross_entropy(oracle(d[None]).logits[0, :-1], d[1:], reduction="sum")
+        for d in docs
+        if len(d) > 1
+    )
     loss.backward()
     ours = -model(batch_of(docs))[0].sum()
     ours.backward()
     theirs = {n: oracle.get_parameter(n).grad for n, _ in model.named_parameters()}
-    assert_close((ours.detach(), {n: p.grad for n, p in model.named_parameters()}), (loss.detach(), theirs), 1e-4)
+    assert_close(
+        (ours.detach(), {n: p.grad for n, p in model.named_parameters()}),
+        (loss.detach(), theirs),
+        1e-4,
+    )
 
 
 def test_activation_checkpointing_gives_the_same_gradients():
@@ -272,7 +388,9 @@ def test_activation_checkpointing_gives_the_same_gradients():
     assert_close(loss_and_gradients(model, docs), plain, 1e-6)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+@pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler"
+)
 def test_compiled_blocks_give_the_same_loss_and_gradients():
     model, docs = tiny("qwen3"), documents([9, 4, 9])
     compiled = copy.deepcopy(model)
@@ -284,7 +402,9 @@ def test_compiled_blocks_give_the_same_loss_and_gradients():
 def test_all_blocks_share_the_compiled_code():
     """Code made for one layer must serve all: torch gives up compiling after eight variants, without an error."""
     torch._dynamo.reset()
-    model = CausalLM(Config.of({**tiny("qwen3").config.hf, "num_hidden_layers": 10})).init_weights(0)
+    model = CausalLM(Config.of({**tiny("qwen3").config.hf, "num_hidden_layers": 10})).init_weights(
+        0
+    )
     compiled = copy.deepcopy(model)
     for block in compiled.model.layers:
         block.compile(backend="eager")
@@ -302,11 +422,16 @@ def test_no_loss_goes_through_the_product_without_a_derivative(monkeypatch):
     def refuse(a, b):
         assert not torch.is_grad_enabled(), "matmul_fp32 where a gradient is wanted"
         return product(a, b)
+
     monkeypatch.setattr(model_module, "matmul_fp32", refuse)
     config = small_config()
     batch = data.batch_of([Example(random_ids(9, 0), np.arange(9) > 3)])
     for model in (ScalarModel(config), ActorCritic(config, None), ActorCritic(config, config)):
         out = model(batch)
         (out if isinstance(model, ScalarModel) else sum(out)).sum().backward()
-        head = model.score if isinstance(model, ScalarModel) else getattr(model.value, "score", model.value)
+        head = (
+            model.score
+            if isinstance(model, ScalarModel)
+            else getattr(model.value, "score", model.value)
+        )
         assert head.weight.grad.abs().sum() > 0

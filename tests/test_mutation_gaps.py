@@ -1,4 +1,5 @@
 """What mutations.py found that no other test notices."""
+
 import json
 import random
 
@@ -20,14 +21,21 @@ BOS_TEMPLATE = """\
 
 
 def test_a_template_that_writes_bos_gets_no_second_from_the_tokenizer():
-    raw = Raw(models.BPE({t: i for i, t in enumerate(["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}, []))
+    raw = Raw(
+        models.BPE(
+            {t: i for i, t in enumerate(["<s>", "</s>", *pre_tokenizers.ByteLevel.alphabet()])}, []
+        )
+    )
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.add_special_tokens(["<s>", "</s>"])
     raw.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = Tokenizer(raw, {"bos_token": "<s>", "eos_token": "</s>"}, BOS_TEMPLATE)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert tokenizer.text_ids("a")[0] == 0  # it gives a text one
-    for ids in (tokenizer.prompt_ids(messages[:1]), tokenizer.example({"messages": messages}).ids.tolist()):
+    for ids in (
+        tokenizer.prompt_ids(messages[:1]),
+        tokenizer.example({"messages": messages}).ids.tolist(),
+    ):
         assert ids[0] == 0 and ids.count(0) == 1
 
 
@@ -61,7 +69,8 @@ def test_weight_decay_leaves_norms_and_biases_alone():
     groups = optim.adamw(model, 0.1, (0.9, 0.95)).param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     assert {n for n, p in model.named_parameters() if not decay[id(p)]} == {
-        n for n, _ in model.named_parameters() if "norm" in n or n.endswith("bias")}
+        n for n, _ in model.named_parameters() if "norm" in n or n.endswith("bias")
+    }
     assert set(decay.values()) == {0.0, 0.1}
 
 
@@ -76,16 +85,39 @@ def place(tmp_path_factory):
     toy.write_model(folder / "toy")
     for name, rows in (("sft", toy.sft_rows()), ("prompts", toy.prompt_rows(held_out=False))):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:40]))
-    (folder / "reward.py").write_text("def length(completions, **columns):\n"
-                                      "    return [float(len(c[0]['content']) % 7) for c in completions]\n")
+    (folder / "reward.py").write_text(
+        "def length(completions, **columns):\n"
+        "    return [float(len(c[0]['content']) % 7) for c in completions]\n"
+    )
     return folder
 
 
 def test_sft_on_two_ranks_is_sft_on_one(place):
     for ranks, tokens in ((1, 4096), (2, 64)):
-        run("train_sft.py", "--model", place / "toy", "--data", place / "sft.jsonl", "--holdout", 7, "--out",
-            place / str(ranks), "--steps", 3, "--rows", 11, "--warmup", 0, "--lr", 1e-4, "--save_every", 0, "--tokens",
-            tokens, ranks=ranks)
+        run(
+            "train_sft.py",
+            "--model",
+            place / "toy",
+            "--data",
+            place / "sft.jsonl",
+            "--holdout",
+            7,
+            "--out",
+            place / str(ranks),
+            "--steps",
+            3,
+            "--rows",
+            11,
+            "--warmup",
+            0,
+            "--lr",
+            1e-4,
+            "--save_every",
+            0,
+            "--tokens",
+            tokens,
+            ranks=ranks,
+        )
     for one, two in zip(metrics(place / "1"), metrics(place / "2"), strict=True):
         assert one.keys() == two.keys()
         for name in one.keys() & {"loss", "entropy", "grad_norm", "eval/loss"}:
@@ -95,9 +127,37 @@ def test_sft_on_two_ranks_is_sft_on_one(place):
 def test_old_log_probs_of_the_trainer_are_those_of_the_engine(place):
     """Several updates of one batch of rollouts: the ratio is to the policy that sampled it, whoever recorded that."""
     for who in ("engine", "trainer"):
-        run("train_grpo.py", "--model", place / "toy", "--data", place / "prompts.jsonl", "--holdout", 4, "--out",
-            place / who, "--old_logp", who, "--steps", 1, "--prompts", 4, "--group", 4, "--minibatches", 4, "--warmup",
-            0, "--lr", 3e-3, "--max_new_tokens", 8, "--save_every", 0, "--reward", f"{place}/reward.py:length")
+        run(
+            "train_grpo.py",
+            "--model",
+            place / "toy",
+            "--data",
+            place / "prompts.jsonl",
+            "--holdout",
+            4,
+            "--out",
+            place / who,
+            "--old_logp",
+            who,
+            "--steps",
+            1,
+            "--prompts",
+            4,
+            "--group",
+            4,
+            "--minibatches",
+            4,
+            "--warmup",
+            0,
+            "--lr",
+            3e-3,
+            "--max_new_tokens",
+            8,
+            "--save_every",
+            0,
+            "--reward",
+            f"{place}/reward.py:length",
+        )
     engine, trainer = metrics(place / "engine")[-1], metrics(place / "trainer")[-1]
     assert engine["clip_ratio/region_mean"] > 0.01
     for name in ("loss", "grad_norm", "clip_ratio/region_mean"):

@@ -1,4 +1,5 @@
 """Verifiers on tables of tricky strings and on the real files; loading, calling and checking a user's own reward."""
+
 import gzip
 import json
 import sys
@@ -35,56 +36,77 @@ def rows(path):
 
 
 # ------------------------------------------------------------------------------------------------------- gsm8k
-@pytest.mark.parametrize("text, number", [
-    ("so 3 + 4 = 7\n#### 7", "7"),
-    ("#### 7\nor rather 8", "7"),
-    ("#### 7\n\nQuestion: 2+3?\n#### 5", "5"),
-    ("####7", "7"),
-    ("#### $1,234.50.", "1234.50"),
-    ("#### -5", "-5"),
-    ("#### \u22125 degrees", "-5"),
-    ("#### -$5", "-5"),
-    ("#### $-5", "-5"),
-    ("#### **18**", "18"),
-    ("#### \\$18", "18"),
-    ("#### x = 18 apples, 2 pears", "18"),
-    ("the answer is 12\n####", "12"),
-    ("the answer is 12\n#### none", "12"),
-    ("She has 18 dollars.", "18"),
-    ("It costs $2,125,000.", "2125000"),
-    ("12,34", "34"),
-    ("1,2345", "2345"),
-    ("1, 2, 3", "3"),
-    ("50%", "50"),
-    ("0.5", "0.5"),
-    (".5", "0.5"),
-    ("5.", "5"),
-    ("3.14.", "3.14"),
-    ("10-3", "3"),
-    ("10 - 3", "3"),
-    ("x=-3", "-3"),
-    ("from 5 to -3", "-3"),
-    ("5-10 dogs", "10"),
-    ("1{,}234", "1234"),
-    ("1,\\!234", "1234"),
-    ("\\boxed{42}", "42"),
-    ("<answer>46</answer>", "46"),
-    ("007", "7"),
-    ("€12 or £3", "3"),
-    ("no number", None),
-    ("", None),
-    ("####", None),
-    ("-", None),
-    ("...", None)])
+@pytest.mark.parametrize(
+    "text, number",
+    [
+        ("so 3 + 4 = 7\n#### 7", "7"),
+        ("#### 7\nor rather 8", "7"),
+        ("#### 7\n\nQuestion: 2+3?\n#### 5", "5"),
+        ("####7", "7"),
+        ("#### $1,234.50.", "1234.50"),
+        ("#### -5", "-5"),
+        ("#### \u22125 degrees", "-5"),
+        ("#### -$5", "-5"),
+        ("#### $-5", "-5"),
+        ("#### **18**", "18"),
+        ("#### \\$18", "18"),
+        ("#### x = 18 apples, 2 pears", "18"),
+        ("the answer is 12\n####", "12"),
+        ("the answer is 12\n#### none", "12"),
+        ("She has 18 dollars.", "18"),
+        ("It costs $2,125,000.", "2125000"),
+        ("12,34", "34"),
+        ("1,2345", "2345"),
+        ("1, 2, 3", "3"),
+        ("50%", "50"),
+        ("0.5", "0.5"),
+        (".5", "0.5"),
+        ("5.", "5"),
+        ("3.14.", "3.14"),
+        ("10-3", "3"),
+        ("10 - 3", "3"),
+        ("x=-3", "-3"),
+        ("from 5 to -3", "-3"),
+        ("5-10 dogs", "10"),
+        ("1{,}234", "1234"),
+        ("1,\\!234", "1234"),
+        ("\\boxed{42}", "42"),
+        ("<answer>46</answer>", "46"),
+        ("007", "7"),
+        ("€12 or £3", "3"),
+        ("no number", None),
+        ("", None),
+        ("####", None),
+        ("-", None),
+        ("...", None),
+    ],
+)
 def test_final_number_of_tricky_texts(text, number):
     assert final_number(text) == (None if number is None else Decimal(number))
 
 
-@pytest.mark.parametrize("text, answer, reward", [
-    ("18", "18", 1), ("18.0", "18", 1), ("18.00", 18, 1), ("it is 18.", 18.0, 1), ("$18", "work\n#### 18", 1),
-    ("1,800", "1800", 1), ("1800", "#### 1,800", 1), ("17.999999999999999999", "18", 0), ("0.1", 0.1, 1),
-    ("100000000000000000000000001", "100000000000000000000000000", 0), ("-18", "18", 0), ("18%", "18", 1),
-    ("9" * 9000, "1", 0), ("", "18", 0), ("eighteen", "18", 0), ("180", "18", 0), ("18 or 19", "18", 0)])
+@pytest.mark.parametrize(
+    "text, answer, reward",
+    [
+        ("18", "18", 1),
+        ("18.0", "18", 1),
+        ("18.00", 18, 1),
+        ("it is 18.", 18.0, 1),
+        ("$18", "work\n#### 18", 1),
+        ("1,800", "1800", 1),
+        ("1800", "#### 1,800", 1),
+        ("17.999999999999999999", "18", 0),
+        ("0.1", 0.1, 1),
+        ("100000000000000000000000001", "100000000000000000000000000", 0),
+        ("-18", "18", 0),
+        ("18%", "18", 1),
+        ("9" * 9000, "1", 0),
+        ("", "18", 0),
+        ("eighteen", "18", 0),
+        ("180", "18", 0),
+        ("18 or 19", "18", 0),
+    ],
+)
 def test_gsm8k_compares_exact_decimals(text, answer, reward):
     assert gsm8k([text], [answer]) == [reward]
     assert gsm8k([[{"role": "assistant", "content": text}]], [answer], prompts=["?"]) == [reward]
@@ -98,28 +120,55 @@ def test_gsm8k_gold_answers_score_one_and_those_of_other_questions_nothing(share
     off_by_one = [f"so it is {int(final_number(a)) + 1}." for a in answers]
     assert gsm8k(off_by_one, answers) == [0.0] * len(answers)
     solutions = [a.rpartition("####")[0] for a in answers]
-    assert 0.970 < np.mean(gsm8k(solutions, answers)) < 0.975  # last number of the working, without the #### line
+    assert (
+        0.970 < np.mean(gsm8k(solutions, answers)) < 0.975
+    )  # last number of the working, without the #### line
     assert not any(gsm8k_format(solutions))
 
 
 def test_a_gold_answer_without_a_number_is_named():
-    with pytest.raises(InputError, match="answer 'many' to completion 1 has no number; .* --rename"):
+    with pytest.raises(
+        InputError, match="answer 'many' to completion 1 has no number; .* --rename"
+    ):
         gsm8k(["1", "2"], ["1", "many"])
 
 
-@pytest.mark.parametrize("text, reward", [
-    ("2 + 2 = 4\n#### 4", 1), ("a\nb\n#### -1,234.5\n", 1), ("a\n#### $5", 1), ("a #### 4", 0), ("#### 4", 0),
-    ("\n#### 4", 0), ("a\n#### 4 apples", 0), ("a\n#### 4\nb", 0), ("a\n####4", 0), ("a\n#### 4\n#### 4", 0),
-    ("a\n#### four", 0), ("", 0)])
+@pytest.mark.parametrize(
+    "text, reward",
+    [
+        ("2 + 2 = 4\n#### 4", 1),
+        ("a\nb\n#### -1,234.5\n", 1),
+        ("a\n#### $5", 1),
+        ("a #### 4", 0),
+        ("#### 4", 0),
+        ("\n#### 4", 0),
+        ("a\n#### 4 apples", 0),
+        ("a\n#### 4\nb", 0),
+        ("a\n####4", 0),
+        ("a\n#### 4\n#### 4", 0),
+        ("a\n#### four", 0),
+        ("", 0),
+    ],
+)
 def test_format_is_text_and_then_one_last_line_with_the_number(text, reward):
     assert load_reward("format").function([text]) == [reward]
 
 
 def test_verifiers_take_linear_time_on_long_degenerate_texts():
     began = time.perf_counter()
-    for text in ("#" * 100_000, "1," * 50_000, " " * 100_000, "\n" * 100_000, "-" * 100_000, "\\boxed{" * 20_000,
-                 "\\boxed{" + "{" * 50_000, "\\boxed{" + "\\frac" * 5_000 + "}", "\\boxed{" + "1" * 50_000 + "}",
-                 "\\boxed{1" + " " * 20_000 + "x}", "\\boxed{" + "{}" * 10_000 + "}"):
+    for text in (
+        "#" * 100_000,
+        "1," * 50_000,
+        " " * 100_000,
+        "\n" * 100_000,
+        "-" * 100_000,
+        "\\boxed{" * 20_000,
+        "\\boxed{" + "{" * 50_000,
+        "\\boxed{" + "\\frac" * 5_000 + "}",
+        "\\boxed{" + "1" * 50_000 + "}",
+        "\\boxed{1" + " " * 20_000 + "x}",
+        "\\boxed{" + "{}" * 10_000 + "}",
+    ):
         gsm8k_format([text])
         gsm8k([text], ["5"])
         assert boxed([text], ["5"]) == [0.0]
@@ -127,44 +176,125 @@ def test_verifiers_take_linear_time_on_long_degenerate_texts():
 
 
 # ------------------------------------------------------------------------------------------------------- boxed
-@pytest.mark.parametrize("text, content", [
-    (r"so $\boxed{5}$.", "5"), (r"\boxed{1} no, \boxed{2}", "2"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
-    (r"\fbox{5}", "5"), (r"\boxed{1} \fbox{2}", "2"), (r"\boxed {5}", "5"), (r"$\boxed 5$ ok", "5"),
-    (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
-    (r"\boxed{\text{a}^{2^{3}}} }", r"\text{a}^{2^{3}}"), (r"\boxed{\boxed{7}}", "7"), (r"\boxed{}", ""),
-    (r"\boxed{5", None), (r"\boxed{1} then \boxed{2", None), ("5", None), ("", None)])
+@pytest.mark.parametrize(
+    "text, content",
+    [
+        (r"so $\boxed{5}$.", "5"),
+        (r"\boxed{1} no, \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\fbox{5}", "5"),
+        (r"\boxed{1} \fbox{2}", "2"),
+        (r"\boxed {5}", "5"),
+        (r"$\boxed 5$ ok", "5"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{\text{a}^{2^{3}}} }", r"\text{a}^{2^{3}}"),
+        (r"\boxed{\boxed{7}}", "7"),
+        (r"\boxed{}", ""),
+        (r"\boxed{5", None),
+        (r"\boxed{1} then \boxed{2", None),
+        ("5", None),
+        ("", None),
+    ],
+)
 def test_last_boxed_of_tricky_texts(text, content):
     assert last_boxed(text) == content
 
 
 EQUAL = [
-    (r"\dfrac{1}{2}", r"\frac12"), (r"\tfrac12", "1/2"), ("0.5", r"\frac{1}{2}"), (".5", "0.50"), ("1.25", r"\frac54"),
-    (r"\frac 59", r"\frac{5}{9}"), (r"\frac9{19}", r"\frac{9}{19}"), (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"),
-    (r"-\frac{1}{2}", r"\frac{-1}{2}"), (r"\frac{1}{-2}", "-0.5"), (r"1\frac{4}{5}", r"\frac{9}{5}"),
-    (r"137 \frac{1}{2}", "137.5"), (r"-1\frac12", "-1.5"), (r"\frac{2}{4}", r"\frac12"), ("3.", "3"), ("3.0", "3"),
-    (r"\$32,\!348", "32348"), (r"11,\! 111,\! 111,\! 100", "11111111100"), ("58,500", "58{,}500"), (r"\$18.90", "18.9"),
-    (r"90^\circ", "90"), (r"90^{\circ}", "90"), (r"90°", r"90\degree"), (r"10\%", "10"), ("10%", "10"),
-    (r"5.4 \text{ cents}", "5.4"), (r"864 \mbox{ inches}^2", "864"), (r"15\mbox{ cm}^2", "15"),
-    (r"8\pi\text{ cm}", r"8 \pi"), (r"\text{Evelyn}", "Evelyn"), (r"\text{(C)}", "C"), (r"(\text{E})", "E"),
-    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"), (r"(3, \pi/2)", r"(3,\frac{\pi}{2})"),
-    (r"\left[ 0, 1 \right)", "[0,1)"), (r"11\sqrt2", r"11 \sqrt{2}"), (r"\frac{\sqrt3}{2}", r"\frac{\sqrt{3}}{2}"),
-    (r"\frac{\sqrt{6}}3", r"\frac{\sqrt{6}}{3}"), (r"\frac\pi6", r"\frac{\pi}{6}"), ("x=5", "5"), ("x = 5", "5"),
-    (r"x \in [-2,7]", "[-2,7]"), ("y = 2x + 3", "2x+3"), ("52_8", "52_{8}"), ("x^{2}", "x^2"), ("$5$", "5"),
-    (r"3, 5, 7", "3,5,7"), (r"3\text{ or }5", "3,5"), (r"x \leq 3", r"x \le 3"), (r"a\ b~c\quad d", "abcd"),
-    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}", r"\begin{pmatrix} -\frac{1}{3} \\ \frac{2}{3} \end{pmatrix}"),
-    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), (r"\displaystyle 5", "5"),
-    ("-0", "0")]
+    (r"\dfrac{1}{2}", r"\frac12"),
+    (r"\tfrac12", "1/2"),
+    ("0.5", r"\frac{1}{2}"),
+    (".5", "0.50"),
+    ("1.25", r"\frac54"),
+    (r"\frac 59", r"\frac{5}{9}"),
+    (r"\frac9{19}", r"\frac{9}{19}"),
+    (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}"),
+    (r"-\frac{1}{2}", r"\frac{-1}{2}"),
+    (r"\frac{1}{-2}", "-0.5"),
+    (r"1\frac{4}{5}", r"\frac{9}{5}"),
+    (r"137 \frac{1}{2}", "137.5"),
+    (r"-1\frac12", "-1.5"),
+    (r"\frac{2}{4}", r"\frac12"),
+    ("3.", "3"),
+    ("3.0", "3"),
+    (r"\$32,\!348", "32348"),
+    (r"11,\! 111,\! 111,\! 100", "11111111100"),
+    ("58,500", "58{,}500"),
+    (r"\$18.90", "18.9"),
+    (r"90^\circ", "90"),
+    (r"90^{\circ}", "90"),
+    (r"90°", r"90\degree"),
+    (r"10\%", "10"),
+    ("10%", "10"),
+    (r"5.4 \text{ cents}", "5.4"),
+    (r"864 \mbox{ inches}^2", "864"),
+    (r"15\mbox{ cm}^2", "15"),
+    (r"8\pi\text{ cm}", r"8 \pi"),
+    (r"\text{Evelyn}", "Evelyn"),
+    (r"\text{(C)}", "C"),
+    (r"(\text{E})", "E"),
+    (r"\left( 3, \frac{\pi}{2} \right)", r"(3,\frac{\pi}{2})"),
+    (r"(3, \pi/2)", r"(3,\frac{\pi}{2})"),
+    (r"\left[ 0, 1 \right)", "[0,1)"),
+    (r"11\sqrt2", r"11 \sqrt{2}"),
+    (r"\frac{\sqrt3}{2}", r"\frac{\sqrt{3}}{2}"),
+    (r"\frac{\sqrt{6}}3", r"\frac{\sqrt{6}}{3}"),
+    (r"\frac\pi6", r"\frac{\pi}{6}"),
+    ("x=5", "5"),
+    ("x = 5", "5"),
+    (r"x \in [-2,7]", "[-2,7]"),
+    ("y = 2x + 3", "2x+3"),
+    ("52_8", "52_{8}"),
+    ("x^{2}", "x^2"),
+    ("$5$", "5"),
+    (r"3, 5, 7", "3,5,7"),
+    (r"3\text{ or }5", "3,5"),
+    (r"x \leq 3", r"x \le 3"),
+    (r"a\ b~c\quad d", "abcd"),
+    (
+        r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+        r"\begin{pmatrix} -\frac{1}{3} \\ \frac{2}{3} \end{pmatrix}",
+    ),
+    (r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    (r"\displaystyle 5", "5"),
+    ("-0", "0"),
+]
 DIFFERENT = [
-    ("5", "-5"), ("5", "50"), ("0.333", r"\frac13"), ("50\\%", "0.5"), (r"\frac12", r"\frac21"), ("(1,2)", "(2,1)"),
-    ("(1,2)", "[1,2]"), (r"\sqrt{2}", "2"), ("x", "y"), ("2x+1", "1+2x"), ("52_8", "52"), (r"\pi", "3.14"), ("", "5"),
-    (r"1\frac{4}{5}", r"\frac{14}{5}"), (r"3\text{ or }5", "35"), ("1,2", "12"), ("10,20", "1020"), ("1.5/2", "1.5"),
-    ("a=b=5", "5"), (r"\text{even}", r"\text{odd}"), (r"\frac{1}{2x}", r"\frac{1}{2}x"), ("12x", "12"), ("5 m", "5"),
-    (r"\frac{1}{0}", r"\frac{2}{0}"), ("1" * 5000, "1" * 5001)]
+    ("5", "-5"),
+    ("5", "50"),
+    ("0.333", r"\frac13"),
+    ("50\\%", "0.5"),
+    (r"\frac12", r"\frac21"),
+    ("(1,2)", "(2,1)"),
+    ("(1,2)", "[1,2]"),
+    (r"\sqrt{2}", "2"),
+    ("x", "y"),
+    ("2x+1", "1+2x"),
+    ("52_8", "52"),
+    (r"\pi", "3.14"),
+    ("", "5"),
+    (r"1\frac{4}{5}", r"\frac{14}{5}"),
+    (r"3\text{ or }5", "35"),
+    ("1,2", "12"),
+    ("10,20", "1020"),
+    ("1.5/2", "1.5"),
+    ("a=b=5", "5"),
+    (r"\text{even}", r"\text{odd}"),
+    (r"\frac{1}{2x}", r"\frac{1}{2}x"),
+    ("12x", "12"),
+    ("5 m", "5"),
+    (r"\frac{1}{0}", r"\frac{2}{0}"),
+    ("1" * 5000, "1" * 5001),
+]
 
 
 @pytest.mark.parametrize("given, answer", EQUAL)
 def test_answers_that_mean_the_same_are_equal_both_ways_round(given, answer):
-    assert same_answer(given, answer) and same_answer(answer, given), (plain_latex(given), plain_latex(answer))
+    assert same_answer(given, answer) and same_answer(answer, given), (
+        plain_latex(given),
+        plain_latex(answer),
+    )
 
 
 @pytest.mark.parametrize("given, answer", DIFFERENT)
@@ -172,16 +302,28 @@ def test_answers_that_differ_stay_different(given, answer):
     assert not same_answer(given, answer) and not same_answer(answer, given), plain_latex(given)
 
 
-@pytest.mark.parametrize("text, value", [
-    ("3", 3), ("-0.25", Fraction(-1, 4)), (r"\frac{1}{2}", Fraction(1, 2)), (r"-2\frac{1}{2}", Fraction(-5, 2)),
-    (r"\frac{1}{0}", None), ("x", None), ("", None), ("1" * 5000, None)])
+@pytest.mark.parametrize(
+    "text, value",
+    [
+        ("3", 3),
+        ("-0.25", Fraction(-1, 4)),
+        (r"\frac{1}{2}", Fraction(1, 2)),
+        (r"-2\frac{1}{2}", Fraction(-5, 2)),
+        (r"\frac{1}{0}", None),
+        ("x", None),
+        ("", None),
+        ("1" * 5000, None),
+    ],
+)
 def test_exact_value(text, value):
     assert exact_value(text) == value
 
 
 def test_boxed_reads_strings_messages_and_gold_solutions():
     message = [{"role": "assistant", "content": r"Hence $\boxed{\dfrac{1}{2}}$."}]
-    assert boxed([message, r"\boxed{2}", "0.5", r"\boxed{0.5"], ["0.5", r"so \boxed{2}", "0.5", "0.5"]) == [1, 1, 0, 0]
+    assert boxed(
+        [message, r"\boxed{2}", "0.5", r"\boxed{0.5"], ["0.5", r"so \boxed{2}", "0.5", "0.5"]
+    ) == [1, 1, 0, 0]
 
 
 def test_math_answers_score_one_boxed_and_in_their_solutions_and_hardly_ever_match_others(shared):
@@ -197,13 +339,19 @@ def test_math_answers_score_one_boxed_and_in_their_solutions_and_hardly_ever_mat
 
 # ------------------------------------------------------------------------------------------- exact, regex, length
 def test_exact_ignores_white_space_at_the_ends_alone():
-    assert exact([" 46\n", "4 6", [{"role": "assistant", "content": "46"}]], ["46", "46", 46]) == [1.0, 0.0, 1.0]
+    assert exact([" 46\n", "4 6", [{"role": "assistant", "content": "46"}]], ["46", "46", 46]) == [
+        1.0,
+        0.0,
+        1.0,
+    ]
 
 
 def test_regex_must_match_the_whole_completion_across_lines():
     reward = load_reward(r"regex:<think>.*</think>\d+")
     assert reward.name == r"regex:<think>.*</think>\d+"
-    assert score(reward, ["<think>a\nb</think>5", "<think></think>5.", "x<think></think>5"], {}) == [1.0, 0.0, 0.0]
+    assert score(
+        reward, ["<think>a\nb</think>5", "<think></think>5.", "x<think></think>5"], {}
+    ) == [1.0, 0.0, 0.0]
 
 
 def test_length_punishes_the_tokens_over_its_limit():
@@ -211,21 +359,28 @@ def test_length_punishes_the_tokens_over_its_limit():
     assert score(load_reward("length:100:20"), ["a"] * 3, ids) == [0.0, -0.5, -1.0]
 
 
-@pytest.mark.parametrize("spec, message", [
-    ("gsm9k", "'gsm9k' is unknown: built in are gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER "
-              "and model:FOLDER; one of your own is file.py:function"),
-    ("regex:(", r"regex:\(: not a regular expression"),
-    ("length", "write length:MAX:BUFFER in tokens"),
-    ("length:100", "write length:MAX:BUFFER in tokens"),
-    ("length:100:200", "buffer 200 is not between 0 and the length 100"),
-    ("nowhere/r.py:f", "there is no file nowhere/r.py")])
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (
+            "gsm9k",
+            "'gsm9k' is unknown: built in are gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER "
+            "and model:FOLDER; one of your own is file.py:function",
+        ),
+        ("regex:(", r"regex:\(: not a regular expression"),
+        ("length", "write length:MAX:BUFFER in tokens"),
+        ("length:100", "write length:MAX:BUFFER in tokens"),
+        ("length:100:200", "buffer 200 is not between 0 and the length 100"),
+        ("nowhere/r.py:f", "there is no file nowhere/r.py"),
+    ],
+)
 def test_a_wrong_reward_is_refused_with_the_way_out(spec, message):
     with pytest.raises(InputError, match=message):
         load_reward(spec)
 
 
 # ------------------------------------------------------------------------------------------------- a user's file
-USER = '''
+USER = """
 import dataclasses
 
 @dataclasses.dataclass
@@ -258,7 +413,7 @@ def gives(completions, value, **columns):
     return value[0]
 
 LIMIT = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -279,11 +434,15 @@ def test_a_class_is_made_once_and_keeps_its_state(user):
     assert [score(reward, ["a"], {}) for _ in range(3)] == [[1.0], [2.0], [3.0]]
 
 
-@pytest.mark.parametrize("name, message", [
-    ("start", "mine.py has no function 'start'; it has Counter, Useless, starts, .*, gives"),
-    ("LIMIT", "has no function 'LIMIT'"),
-    ("", "has no function ''; it has Counter"),
-    ("Useless", "an instance of the class Useless cannot be called")])
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("start", "mine.py has no function 'start'; it has Counter, Useless, starts, .*, gives"),
+        ("LIMIT", "has no function 'LIMIT'"),
+        ("", "has no function ''; it has Counter"),
+        ("Useless", "an instance of the class Useless cannot be called"),
+    ],
+)
 def test_a_name_that_is_not_in_the_file_is_answered_with_those_that_are(user, name, message):
     with pytest.raises(InputError, match=message):
         load_reward(user(name))
@@ -301,34 +460,51 @@ def test_an_error_in_the_file_itself_is_shown_as_it_is(tmp_path):
 
 
 def test_an_exception_names_the_completion_the_line_and_keeps_its_cause(user):
-    with pytest.raises(InputError, match=r"divides raised ZeroDivisionError: division by zero \(.*mine.py:21\) on "
-                                         r"completion 2 of 4, called alone: '0'") as caught:
+    with pytest.raises(
+        InputError,
+        match=r"divides raised ZeroDivisionError: division by zero \(.*mine.py:21\) on "
+        r"completion 2 of 4, called alone: '0'",
+    ) as caught:
         score(load_reward(user("divides")), ["1", "2", "0", "x"], {"answer": ["a"] * 4})
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
 def test_an_exception_of_the_batch_alone_is_not_blamed_on_a_completion(user):
-    with pytest.raises(InputError, match="AssertionError: an odd number .* on the batch of 2 completions; none"):
+    with pytest.raises(
+        InputError, match="AssertionError: an odd number .* on the batch of 2 completions; none"
+    ):
         score(load_reward(user("pairs")), ["a", "b"], {})
-    with pytest.raises(InputError, match="ValueError: together .* none of them fails like that alone"):
+    with pytest.raises(
+        InputError, match="ValueError: together .* none of them fails like that alone"
+    ):
         score(load_reward(user("together")), ["a", "b"], {})
 
 
-@pytest.mark.parametrize("value, message", [
-    ([1.0] * 3, "returned 3 values for 4 completions"),
-    ([1.0, float("nan"), 0.0, 0.0], "returned nan for completion 1, 'b': return None where"),
-    ([1.0, 0.0, float("inf"), 0.0], "returned inf for completion 2"),
-    ([1.0, 0.0, 0.0, "1"], "returned '1', no number, for completion 3: 'd'"),
-    ([1.0, [1.0], 0.0, 0.0], r"returned \[1.0\], no number, for completion 1"),
-    (None, "returned NoneType, no list"),
-    (1.0, "returned float, no list")])
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ([1.0] * 3, "returned 3 values for 4 completions"),
+        ([1.0, float("nan"), 0.0, 0.0], "returned nan for completion 1, 'b': return None where"),
+        ([1.0, 0.0, float("inf"), 0.0], "returned inf for completion 2"),
+        ([1.0, 0.0, 0.0, "1"], "returned '1', no number, for completion 3: 'd'"),
+        ([1.0, [1.0], 0.0, 0.0], r"returned \[1.0\], no number, for completion 1"),
+        (None, "returned NoneType, no list"),
+        (1.0, "returned float, no list"),
+    ],
+)
 def test_a_wrong_return_is_refused_with_the_completion_named(user, value, message):
     with pytest.raises(InputError, match=f"Reward gives {message}"):
         score(load_reward(user("gives")), list("abcd"), {"value": [value] * 4})
 
 
-@pytest.mark.parametrize("value", [[1, True, np.float32(0.5), None], (1.0, 1.0, 0.5, None),
-                                   [torch.tensor(1.0), np.bool_(True), np.array(0.5), None]])
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1, True, np.float32(0.5), None],
+        (1.0, 1.0, 0.5, None),
+        [torch.tensor(1.0), np.bool_(True), np.array(0.5), None],
+    ],
+)
 def test_numbers_of_any_kind_become_floats(user, value):
     values = score(load_reward(user("gives")), list("abcd"), {"value": [value] * 4})
     assert values == [1.0, 1.0, 0.5, None] and {type(v) for v in values} == {float, type(None)}
@@ -336,13 +512,23 @@ def test_numbers_of_any_kind_become_floats(user, value):
 
 def test_arrays_and_tensors_are_lists_too(user):
     for value in (np.arange(4.0), torch.arange(4.0)):
-        assert score(load_reward(user("gives")), list("abcd"), {"value": [value] * 4}) == [0.0, 1.0, 2.0, 3.0]
+        assert score(load_reward(user("gives")), list("abcd"), {"value": [value] * 4}) == [
+            0.0,
+            1.0,
+            2.0,
+            3.0,
+        ]
 
 
 def test_columns_that_do_not_fit_are_named_before_the_call(user):
-    with pytest.raises(InputError, match="gsm8k cannot be called .* columns question: missing .*'answer'.* --rename"):
+    with pytest.raises(
+        InputError,
+        match="gsm8k cannot be called .* columns question: missing .*'answer'.* --rename",
+    ):
         score(load_reward("gsm8k"), ["1"], {"question": ["?"]})
-    with pytest.raises(InputError, match=r"no_columns cannot .* unexpected keyword argument 'answer'.*\*\*columns"):
+    with pytest.raises(
+        InputError, match=r"no_columns cannot .* unexpected keyword argument 'answer'.*\*\*columns"
+    ):
         score(load_reward(user("no_columns")), ["1"], {"answer": ["1"]})
 
 
@@ -352,7 +538,9 @@ def test_no_completions_are_scored_without_a_call(user):
 
 def test_rewards_of_one_name_have_metrics_of_their_own():
     rewards, weights = load_rewards(["exact", "length:9:3", "exact", "exact"], None)
-    assert [r.name for r in rewards] == ["exact", "length", "exact-2", "exact-3"] and weights == [1.0] * 4
+    assert [r.name for r in rewards] == ["exact", "length", "exact-2", "exact-3"] and weights == [
+        1.0
+    ] * 4
     rewards, _ = load_rewards(["regex:a", "regex:a", "regex:a-2"], None)
     assert [r.name for r in rewards] == ["regex:a", "regex:a-2", "regex:a-2-2"]
     with pytest.raises(InputError, match="--reward is missing"):
@@ -361,16 +549,24 @@ def test_rewards_of_one_name_have_metrics_of_their_own():
 
 def test_a_file_of_rewards_may_import_its_neighbour(tmp_path):
     (tmp_path / "neighbour_of_reward.py").write_text("LENGTH = 3\n")
-    (tmp_path / "mine.py").write_text("import neighbour_of_reward as n\n\n\ndef f(completions, **columns):\n"
-                                      "    return [len(c) - n.LENGTH for c in completions]\n")
+    (tmp_path / "mine.py").write_text(
+        "import neighbour_of_reward as n\n\n\ndef f(completions, **columns):\n"
+        "    return [len(c) - n.LENGTH for c in completions]\n"
+    )
     assert score(load_reward(f"{tmp_path}/mine.py:f"), ["abcd"], {}) == [1.0]
     load_reward(f"{tmp_path}/mine.py:f")
     assert sys.path.count(str(tmp_path)) == 1
-    (tmp_path / "other").mkdir()  # a neighbour of the same name would not be the one that is imported
+    (
+        tmp_path / "other"
+    ).mkdir()  # a neighbour of the same name would not be the one that is imported
     for name in ("neighbour_of_reward", "kernels"):
         (tmp_path / "other" / f"{name}.py").write_text("LENGTH = 2\n")
-        (tmp_path / "other" / f"of_{name}.py").write_text(f"from {name} import LENGTH\n\n\ndef f(**columns): pass\n")
-        with pytest.raises(InputError, match=f"it imports {name}.py beside it, but .* has that name: rename it"):
+        (tmp_path / "other" / f"of_{name}.py").write_text(
+            f"from {name} import LENGTH\n\n\ndef f(**columns): pass\n"
+        )
+        with pytest.raises(
+            InputError, match=f"it imports {name}.py beside it, but .* has that name: rename it"
+        ):
             load_reward(f"{tmp_path}/other/of_{name}.py:f")
 
 
@@ -378,7 +574,12 @@ def test_a_judge_that_raises_is_named(tmp_path):
     (tmp_path / "judge.py").write_text("def f(prompts, pairs):\n    return pairs[0][2]\n")
     rollouts = [Rollout([1], [2], np.zeros(1), "stop", 0)] * 2
     with pytest.raises(InputError, match=r"--judge f raised IndexError: .*judge.py:2\) on 1 pairs"):
-        judged(load_reward(f"{tmp_path}/judge.py:f"), lambda ids, skip_special: "x", [{"prompt": "p"}], [rollouts])
+        judged(
+            load_reward(f"{tmp_path}/judge.py:f"),
+            lambda ids, skip_special: "x",
+            [{"prompt": "p"}],
+            [rollouts],
+        )
 
 
 def test_an_input_error_of_a_reward_passes_as_it_is():

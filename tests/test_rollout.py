@@ -1,4 +1,5 @@
 """The native engine against the trainer's own forward, transformers' samplers and the distribution itself."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -23,23 +24,29 @@ def trainer_logp(model, rollout, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
-@pytest.mark.parametrize("windows", [{}, {"model_type": "mistral", "architectures": None, "sliding_window": 6}])
+@pytest.mark.parametrize(
+    "windows", [{}, {"model_type": "mistral", "architectures": None, "sliding_window": 6}]
+)
 def test_log_probs_are_the_trainers_at_every_temperature(temperature, windows):
     model = small_model(**windows)
     groups = Engine(model, stop_ids=[3, 7]).generate(PROMPTS, 4, Sampling(24, temperature), SEEDS)
     for rollout in (r for group in groups for r in group):
-        np.testing.assert_allclose(rollout.logp, trainer_logp(model, rollout, temperature), atol=1e-5)
+        np.testing.assert_allclose(
+            rollout.logp, trainer_logp(model, rollout, temperature), atol=1e-5
+        )
 
 
 def test_log_probs_follow_the_weights_after_a_sync():
     model, trained = small_model(0), small_model(1)
     engine = Engine(model, stop_ids=[3])
     engine.sync_weights(trained.state_dict().items(), version=5)
-    (rollout,), = engine.generate(PROMPTS[:1], 1, Sampling(12), [1])
+    ((rollout,),) = engine.generate(PROMPTS[:1], 1, Sampling(12), [1])
     assert rollout.version == 5
     np.testing.assert_allclose(rollout.logp, trainer_logp(trained, rollout, 1.0), atol=1e-5)
     with pytest.raises(AssertionError):
-        np.testing.assert_allclose(rollout.logp, trainer_logp(small_model(0), rollout, 1.0), atol=1e-2)
+        np.testing.assert_allclose(
+            rollout.logp, trainer_logp(small_model(0), rollout, 1.0), atol=1e-2
+        )
 
 
 def test_shared_weights_are_seen_without_a_copy():
@@ -49,7 +56,7 @@ def test_shared_weights_are_seen_without_a_copy():
         model.lm_head.weight.mul_(-1)
     before = model.lm_head.weight.data_ptr()
     engine.sync_weights(model.state_dict().items(), version=1)
-    (rollout,), = engine.generate(PROMPTS[:1], 1, Sampling(6), [1])
+    ((rollout,),) = engine.generate(PROMPTS[:1], 1, Sampling(6), [1])
     assert model.lm_head.weight.data_ptr() == before
     np.testing.assert_allclose(rollout.logp, trainer_logp(model, rollout, 1.0), atol=1e-5)
 
@@ -59,7 +66,9 @@ def test_a_rollout_depends_on_its_seed_and_not_on_its_neighbours():
     together = engine.generate(PROMPTS, 6, Sampling(30), SEEDS)
     again = engine.generate(PROMPTS, 6, Sampling(30), SEEDS)
     alone = [engine.generate([p], 6, Sampling(30), [s])[0] for p, s in zip(PROMPTS, SEEDS)]
-    few_rows = Engine(small_model(), stop_ids=range(8), rows=7).generate(PROMPTS, 6, Sampling(30), SEEDS)
+    few_rows = Engine(small_model(), stop_ids=range(8), rows=7).generate(
+        PROMPTS, 6, Sampling(30), SEEDS
+    )
     ids = [[r.ids for r in group] for group in together]
     for other in (again, alone, few_rows):
         assert ids == [[r.ids for r in group] for group in other]
@@ -79,13 +88,15 @@ def test_stop_tokens_end_a_completion_and_stay_in_it():
 
 
 def test_stop_strings_end_a_completion():
-    engine = Engine(small_model(), stop_ids=[], decode=lambda ids: "".join(chr(97 + i % 26) for i in ids))
+    engine = Engine(
+        small_model(), stop_ids=[], decode=lambda ids: "".join(chr(97 + i % 26) for i in ids)
+    )
     plain = engine.generate(PROMPTS, 4, Sampling(20), SEEDS)
     stopped = engine.generate(PROMPTS, 4, Sampling(20, stop=("a", "bc")), SEEDS)
     for p, s in zip((r for g in plain for r in g), (r for g in stopped for r in g)):
         text = engine.decode(p.ids)
         ends = [text.find(x) + len(x) for x in ("a", "bc") if x in text]
-        assert engine.decode(s.ids) == (text[:min(ends)] if ends else text)
+        assert engine.decode(s.ids) == (text[: min(ends)] if ends else text)
         assert s.finish == ("stop" if ends else "length")
 
 
@@ -106,7 +117,9 @@ def test_draws_have_the_frequencies_of_the_distribution():
     uniform = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     token_B, logp_B = sample(logits.expand(200_000, -1), uniform, Sampling(1, temperature=0.7))
     p = (logits / 0.7).softmax(-1)
-    assert (torch.bincount(token_B, minlength=5) / 200_000 - p).abs().max() < 0.004  # 3.5 standard errors
+    assert (
+        torch.bincount(token_B, minlength=5) / 200_000 - p
+    ).abs().max() < 0.004  # 3.5 standard errors
     torch.testing.assert_close(logp_B, p.log()[token_B])
 
 
@@ -116,7 +129,9 @@ def test_a_token_of_probability_zero_is_never_drawn():
     assert sample(logits, edges, Sampling(1))[0].tolist() == [1, 3, 3, 3]
 
 
-@pytest.mark.parametrize("top_k, top_p, min_p", [(5, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.1), (9, 0.7, 0.05)])
+@pytest.mark.parametrize(
+    "top_k, top_p, min_p", [(5, 1.0, 0.0), (0, 0.6, 0.0), (0, 1.0, 0.1), (9, 0.7, 0.05)]
+)
 def test_cutting_a_distribution_is_that_of_transformers(top_k, top_p, min_p):
     transformers = pytest.importorskip("transformers")
     logits = torch.randn(16, 40, generator=torch.Generator().manual_seed(1)) * 2
@@ -127,14 +142,18 @@ def test_cutting_a_distribution_is_that_of_transformers(top_k, top_p, min_p):
         expected = transformers.TopPLogitsWarper(top_p)(None, expected)
     if min_p:
         expected = transformers.MinPLogitsWarper(min_p)(None, expected)
-    torch.testing.assert_close(cut(logits.log_softmax(-1), top_k, top_p, min_p), expected.log_softmax(-1))
+    torch.testing.assert_close(
+        cut(logits.log_softmax(-1), top_k, top_p, min_p), expected.log_softmax(-1)
+    )
 
 
 def test_what_cannot_be_sampled_is_refused_in_a_sentence():
     engine = Engine(small_model(), stop_ids=[])
     with pytest.raises(InputError, match="prompt 1 has no tokens"):
         engine.generate([[1], []], 1, Sampling(3))
-    with pytest.raises(InputError, match="prompt of 200 tokens and 57 new ones exceed the model's 256"):
+    with pytest.raises(
+        InputError, match="prompt of 200 tokens and 57 new ones exceed the model's 256"
+    ):
         engine.generate([[1] * 200], 1, Sampling(57))
 
 

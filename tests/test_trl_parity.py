@@ -3,6 +3,7 @@ through our packed model and losses and through TRL's GRPOTrainer with transform
 
 Shapes: B rollouts, T tokens of the longest.
 """
+
 import json
 import subprocess
 import sys
@@ -24,8 +25,17 @@ from nanopost.chat import Tokenizer  # noqa: E402
 from nanopost.data import Example  # noqa: E402
 from nanopost.rollout import Engine, Sampling, prompt_seed  # noqa: E402
 
-SMALL = dict(vocab=400, width=64, layers=2, heads=4, kv_heads=2, mlp_width=96, scale=0.1, characters=200_000,
-             stop_ids=tuple(range(300, 330)))
+SMALL = dict(
+    vocab=400,
+    width=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    mlp_width=96,
+    scale=0.1,
+    characters=200_000,
+    stop_ids=tuple(range(300, 330)),
+)
 STEPS, ROWS, SEED, TEMPERATURE, NEW, GROUP = 10, 8, 3, 0.9, 24, 4
 
 
@@ -50,36 +60,98 @@ def trl_sft(folder, rows):
     """What TRL logs of each step, padded, in the order in which train_sft.py takes the rows: more than one epoch."""
     order = [i for k in range(STEPS) for i in data.take(len(rows), SEED, k * ROWS, ROWS)]
     assets.write_rows(folder / "ordered.jsonl", [rows[i] for i in order])
-    done = subprocess.run([sys.executable, "-m", "bench.trl_sft", "--model", folder, "--data", folder / "ordered.jsonl",
-                           "--steps", str(STEPS), "--batch", str(ROWS), "--lr", "1e-3", "--weight_decay", "0.1"],
-                          cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "bench.trl_sft",
+            "--model",
+            folder,
+            "--data",
+            folder / "ordered.jsonl",
+            "--steps",
+            str(STEPS),
+            "--batch",
+            str(ROWS),
+            "--lr",
+            "1e-3",
+            "--weight_decay",
+            "0.1",
+        ],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("tokens", [4096, 300], ids="micro-batches of {} tokens".format)
 def test_ten_steps_of_train_sft_are_those_of_trl(folder, rows, trl_sft, tmp_path, tokens):
-    run("train_sft.py", "--model", folder, "--data", folder / "rows.jsonl", "--eval_data", folder / "rows.jsonl",
-        "--out", tmp_path / "sft", "--steps", STEPS, "--rows", ROWS, "--seed", SEED, "--tokens", tokens, "--lr", 1e-3,
-        "--weight_decay", 0.1, "--schedule", "constant", "--warmup", 0, "--eval_every", 100)
+    run(
+        "train_sft.py",
+        "--model",
+        folder,
+        "--data",
+        folder / "rows.jsonl",
+        "--eval_data",
+        folder / "rows.jsonl",
+        "--out",
+        tmp_path / "sft",
+        "--steps",
+        STEPS,
+        "--rows",
+        ROWS,
+        "--seed",
+        SEED,
+        "--tokens",
+        tokens,
+        "--lr",
+        1e-3,
+        "--weight_decay",
+        0.1,
+        "--schedule",
+        "constant",
+        "--warmup",
+        0,
+        "--eval_every",
+        100,
+    )
     ours = metrics(tmp_path / "sft")[1:]
     assert [m["num_tokens"] for m in ours] == np.cumsum(trl_sft["tokens"]).tolist()
     for name in ("loss", "grad_norm"):
-        np.testing.assert_allclose([m[name] for m in ours], trl_sft[name], atol=1e-3, rtol=0, err_msg=name)
+        np.testing.assert_allclose(
+            [m[name] for m in ours], trl_sft[name], atol=1e-3, rtol=0, err_msg=name
+        )
     assert ours[-1]["loss"] < ours[0]["loss"] - 0.3
 
 
 # ---------------------------------------------------------------------------------------------------------------- GRPO
 def trainer_of(folder, tmp_path, batch, accumulate, **settings):
     """A real GRPOTrainer; `accumulate` micro-batches of `batch` completions make a step."""
-    config = trl.GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to=[], num_generations=GROUP,
-                            per_device_train_batch_size=batch, gradient_accumulation_steps=accumulate,
-                            max_completion_length=NEW, temperature=TEMPERATURE, use_bias_correction_kl=False,
-                            **settings)
+    config = trl.GRPOConfig(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        report_to=[],
+        num_generations=GROUP,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulate,
+        max_completion_length=NEW,
+        temperature=TEMPERATURE,
+        use_bias_correction_kl=False,
+        **settings,
+    )
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    trainer = trl.GRPOTrainer(model=model, reward_funcs=length_modulo_7, args=config,
-                              train_dataset=Dataset.from_list([{"prompt": "a"}] * 8),
-                              processing_class=AutoTokenizer.from_pretrained(folder))
+    trainer = trl.GRPOTrainer(
+        model=model,
+        reward_funcs=length_modulo_7,
+        args=config,
+        train_dataset=Dataset.from_list([{"prompt": "a"}] * 8),
+        processing_class=AutoTokenizer.from_pretrained(folder),
+    )
     trainer.current_gradient_accumulation_steps = accumulate  # set by train(), which is not called
     trainer.model.train()
     return trainer
@@ -89,23 +161,29 @@ def padded(values, side, dtype=torch.long):
     """Lists of unequal lengths -> [B, T], zeros on that side."""
     longest = max(map(len, values))
     pads = [[0] * (longest - len(v)) for v in values]
-    return torch.tensor([p + list(v) if side == "left" else list(v) + p for v, p in zip(values, pads)], dtype=dtype)
+    return torch.tensor(
+        [p + list(v) if side == "left" else list(v) + p for v, p in zip(values, pads)], dtype=dtype
+    )
 
 
 def trl_inputs(prompts, completions, advantages, **columns):
     """Rollouts as TRL lays them out: prompts padded on the left, completions and their columns on the right."""
     columns = {k: padded(v, "right", torch.float32) for k, v in columns.items()}
-    return {"prompt_ids": padded(prompts, "left"), "prompt_mask": padded([[1] * len(p) for p in prompts], "left"),
-            "completion_ids": padded(completions, "right"),
-            "completion_mask": padded([[1] * len(c) for c in completions], "right"),
-            "advantages": torch.tensor(advantages, dtype=torch.float32), **columns}
+    return {
+        "prompt_ids": padded(prompts, "left"),
+        "prompt_mask": padded([[1] * len(p) for p in prompts], "left"),
+        "completion_ids": padded(completions, "right"),
+        "completion_mask": padded([[1] * len(c) for c in completions], "right"),
+        "advantages": torch.tensor(advantages, dtype=torch.float32),
+        **columns,
+    }
 
 
 def trl_step(trainer, inputs, batch):
     """Accumulate the gradients of one optimizer step -> its loss as TRL adds it up."""
     total, tokens = 0.0, inputs["completion_mask"].sum()
     for i in range(0, len(inputs["prompt_ids"]), batch):
-        part = {k: v[i:i + batch] for k, v in inputs.items()}
+        part = {k: v[i : i + batch] for k, v in inputs.items()}
         loss = trainer._compute_loss(trainer.model, {**part, "num_items_in_batch": tokens})
         loss.backward()
         total += float(loss.detach())
@@ -117,8 +195,13 @@ def our_gradient(model, prompts, completions, advantages, tokens, agg, beta, **c
     examples = []
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         context = [0.0] * len(prompt)
-        examples.append(Example(prompt + completion, [False] * len(prompt) + [True] * len(completion), {
-            "adv": advantages[i], **{k: np.array(context + v[i]) for k, v in columns.items()}}))
+        examples.append(
+            Example(
+                prompt + completion,
+                [False] * len(prompt) + [True] * len(completion),
+                {"adv": advantages[i], **{k: np.array(context + v[i]) for k, v in columns.items()}},
+            )
+        )
     trained, sequences = sum(map(len, completions)), len(completions)
     divisor = {"token": trained, "sequence": sequences, "constant": sequences * NEW}[agg]
     for part in data.micro_batches([len(e) for e in examples], tokens):
@@ -149,19 +232,31 @@ def rollouts():
 def columns(folder, rollouts):
     """Log-probs of an old policy and of a reference: those of the policy with noise, so that the clip cuts some off."""
     model, draw = hf.load_model(folder), np.random.default_rng(1)
-    examples = [Example(p + c, np.arange(len(p) + len(c)) >= len(p))
-                for p, c in zip(rollouts["prompts"], rollouts["completions"])]
+    examples = [
+        Example(p + c, np.arange(len(p) + len(c)) >= len(p))
+        for p, c in zip(rollouts["prompts"], rollouts["completions"])
+    ]
     with torch.no_grad():
-        logp_BT = [model(data.batch_of([e]), TEMPERATURE)[0].roll(1).numpy()[e.mask] for e in examples]
-    return {name: [(logp + draw.normal(size=len(logp)) * noise).tolist() for logp in logp_BT]
-            for name, noise in (("old_per_token_logps", 0.3), ("ref_per_token_logps", 0.5))}
+        logp_BT = [
+            model(data.batch_of([e]), TEMPERATURE)[0].roll(1).numpy()[e.mask] for e in examples
+        ]
+    return {
+        name: [(logp + draw.normal(size=len(logp)) * noise).tolist() for logp in logp_BT]
+        for name, noise in (("old_per_token_logps", 0.3), ("ref_per_token_logps", 0.5))
+    }
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
-@pytest.mark.parametrize("loss_type, agg", [("grpo", "sequence"), ("dapo", "token"), ("dr_grpo", "constant")])
-def test_the_gradient_of_a_grpo_step_is_that_of_trl(folder, rollouts, columns, tmp_path, loss_type, agg, beta):
+@pytest.mark.parametrize(
+    "loss_type, agg", [("grpo", "sequence"), ("dapo", "token"), ("dr_grpo", "constant")]
+)
+def test_the_gradient_of_a_grpo_step_is_that_of_trl(
+    folder, rollouts, columns, tmp_path, loss_type, agg, beta
+):
     """Ours packed into three micro-batches by length, TRL's padded into two of four."""
-    trainer = trainer_of(folder, tmp_path, 4, 2, loss_type=loss_type, beta=beta, epsilon=0.2, epsilon_high=0.28)
+    trainer = trainer_of(
+        folder, tmp_path, 4, 2, loss_type=loss_type, beta=beta, epsilon=0.2, epsilon_high=0.28
+    )
     trl_step(trainer, trl_inputs(**rollouts, **columns), 4)
     theirs = {name: p.grad for name, p in trainer.model.named_parameters()}
     ours = our_gradient(hf.load_model(folder), **rollouts, tokens=60, agg=agg, beta=beta, **columns)
@@ -176,33 +271,86 @@ def test_two_optimizer_steps_of_train_grpo_are_those_of_trl(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = assets.prompt_rows(tokenizer, 6)
     assets.write_rows(tmp_path / "prompts.jsonl", rows)
-    run("train_grpo.py", "--model", folder, "--data", tmp_path / "prompts.jsonl", "--eval_data",
-        tmp_path / "prompts.jsonl", "--out", tmp_path / "grpo", "--steps", 1, "--prompts", 4, "--group", GROUP,
-        "--minibatches", 2, "--max_new_tokens", NEW, "--temperature", TEMPERATURE, "--seed", SEED, "--lr", 3e-3,
-        "--schedule", "constant", "--warmup", 0, "--agg", "sequence", "--beta", 0.04, "--tokens", 300, "--reward",
-        f"{ROOT}/bench/reward.py:length_modulo_7")
+    run(
+        "train_grpo.py",
+        "--model",
+        folder,
+        "--data",
+        tmp_path / "prompts.jsonl",
+        "--eval_data",
+        tmp_path / "prompts.jsonl",
+        "--out",
+        tmp_path / "grpo",
+        "--steps",
+        1,
+        "--prompts",
+        4,
+        "--group",
+        GROUP,
+        "--minibatches",
+        2,
+        "--max_new_tokens",
+        NEW,
+        "--temperature",
+        TEMPERATURE,
+        "--seed",
+        SEED,
+        "--lr",
+        3e-3,
+        "--schedule",
+        "constant",
+        "--warmup",
+        0,
+        "--agg",
+        "sequence",
+        "--beta",
+        0.04,
+        "--tokens",
+        300,
+        "--reward",
+        f"{ROOT}/bench/reward.py:length_modulo_7",
+    )
     ours = metrics(tmp_path / "grpo")[-1]
 
-    prompts = [tokenizer.apply_chat_template(rows[i]["prompt"], add_generation_prompt=True, return_dict=False)
-               for i in data.take(len(rows), SEED, 0, 4)]
+    prompts = [
+        tokenizer.apply_chat_template(
+            rows[i]["prompt"], add_generation_prompt=True, return_dict=False
+        )
+        for i in data.take(len(rows), SEED, 0, 4)
+    ]
     engine = Engine(hf.load_model(folder), Tokenizer.load(folder).stop_ids)
     seeds = [prompt_seed(SEED, serial) for serial in range(4)]
-    flat = [r for group in engine.generate(prompts, GROUP, Sampling(NEW, TEMPERATURE), seeds) for r in group]
+    flat = [
+        r
+        for group in engine.generate(prompts, GROUP, Sampling(NEW, TEMPERATURE), seeds)
+        for r in group
+    ]
     texts = tokenizer.batch_decode([r.ids for r in flat], skip_special_tokens=True)
     reward_PG = torch.tensor(length_modulo_7(texts)).view(4, GROUP)
     adv_PG = (reward_PG - reward_PG.mean(1, keepdim=True)) / (reward_PG.std(1, keepdim=True) + 1e-4)
-    assert len({len(r.ids) for r in flat}) > 3 and ours["reward"] == pytest.approx(float(reward_PG.mean()))
+    assert len({len(r.ids) for r in flat}) > 3 and ours["reward"] == pytest.approx(
+        float(reward_PG.mean())
+    )
 
     # Each policy's log-probs as TRL would have them: the reference's are the old ones, before the first update.
-    inputs = trl_inputs([r.prompt for r in flat], [r.ids for r in flat], adv_PG.flatten().tolist(),
-                        old_per_token_logps=[r.logp for r in flat], ref_per_token_logps=[r.logp for r in flat])
+    inputs = trl_inputs(
+        [r.prompt for r in flat],
+        [r.ids for r in flat],
+        adv_PG.flatten().tolist(),
+        old_per_token_logps=[r.logp for r in flat],
+        ref_per_token_logps=[r.logp for r in flat],
+    )
     trainer = trainer_of(folder, tmp_path, 8, 1, loss_type="grpo", beta=0.04)
-    optimizer = torch.optim.AdamW(trainer.model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        trainer.model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0
+    )
     loss, norms = 0.0, []
     for i in (0, 8):
-        loss += trl_step(trainer, {k: v[i:i + 8] for k, v in inputs.items()}, 8) / 2
+        loss += trl_step(trainer, {k: v[i : i + 8] for k, v in inputs.items()}, 8) / 2
         norms.append(float(torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)))
         optimizer.step(), optimizer.zero_grad()
-    assert ours["clip_ratio/region_mean"] > 0.01 and ours["kl"] > 1e-3  # the second step is far from the first
+    assert (
+        ours["clip_ratio/region_mean"] > 0.01 and ours["kl"] > 1e-3
+    )  # the second step is far from the first
     assert ours["loss"] == pytest.approx(loss, abs=1e-4)
     assert ours["grad_norm"] == pytest.approx(norms[1], rel=1e-3)
