@@ -21,24 +21,16 @@ from pathlib import Path
 
 import torch
 
-from nanopost import (
-    Help,
-    check_numbers,
-    checkpoint,
-    data,
-    dist,
-    hf,
-    losses,
-    optim,
-    pairs,
-    refuse,
-    rewards,
-    toy,
-)
-from nanopost.chat import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
-from nanopost.logger import Logger
-from nanopost.logprob import logprobs_of
-from nanopost.rollout import Engine, Sampling, length_metrics, prompt_seed, sample_records
+from nanopost import checkpoint, dist, hf, optim, packing, pairs, preference, rewards, toy
+from nanopost.batch import batch_of
+from nanopost.cli import Help, check_numbers, refuse
+from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.forward import logprobs_of
+from nanopost.reference import add_cached_reference, add_reference, content_hash, follow
+from nanopost.rollout import length_metrics, sample_records
+from nanopost.rows import load as load_rows
+from nanopost.run import Logger
+from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
 
 # N packed tokens of a micro-batch, S its sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one.
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -111,7 +103,7 @@ add(
     "--loss",
     nargs="+",
     default=["sigmoid"],
-    choices=losses.PREFERENCE,
+    choices=preference.PREFERENCE,
     metavar="LOSS",
     help="see above",
 )
@@ -224,9 +216,9 @@ shard = partial(
     kernels=args.kernels,
 )
 model = hf.load_model(args.model, world.device, shard=shard)
-kto, coupled = "kto" in args.loss, bool(losses.COUPLED & {*args.loss})
+kto, coupled = "kto" in args.loss, bool(preference.COUPLED & {*args.loss})
 reference, reference_model = None, args.reference_model or args.model
-if not losses.REFERENCE_FREE.issuperset(args.loss):
+if not preference.REFERENCE_FREE.issuperset(args.loss):
     reference = hf.load_model(reference_model, world.device, shard=shard).requires_grad_(False)
 following = reference if args.reference == "follow" else None
 tokenizer.check_same(reference_model, "--reference_model ")
@@ -254,8 +246,8 @@ refuse(
         "--loss kto pairs a row with another's answer: it goes with no other loss.",
     ),
     (
-        args.divergence != "reverse_kl" and not losses.OF_MARGINS.issuperset(args.loss),
-        f"--divergence {args.divergence} is known to {', '.join(sorted(losses.OF_MARGINS))}.",
+        args.divergence != "reverse_kl" and not preference.OF_MARGINS.issuperset(args.loss),
+        f"--divergence {args.divergence} is known to {', '.join(sorted(preference.OF_MARGINS))}.",
     ),
     (args.wpo and coupled, "--wpo does not go with bco, aot, aot_unpaired or kto."),
     (
@@ -268,7 +260,7 @@ if args.data == "toy":
     rows, eval_rows = (toy.pair_rows(args.model, held_out) for held_out in (False, True))
     prompts, eval_prompts = (toy.prompt_rows(held_out) for held_out in (False, True))
 else:
-    prompts, eval_prompts = rows, eval_rows = data.load(
+    prompts, eval_prompts = rows, eval_rows = load_rows(
         args.data, args.eval_data, args.holdout, args.rename
     )
 if engine:
@@ -290,8 +282,10 @@ def encode(rows):
         found, cut = pairs.fit([tokenizer.pair(row) for row in rows], max_length, args.overlong)
     pairs.add_columns(found, args.ld_alpha, train_prompt="orpo" in args.loss)
     if args.reference == "precomputed":
-        name = f"{hf.content_hash(reference_model)}-{'bf16' if bf16 else 'fp32'}-{pairs.content_hash(found)}"
-        pairs.add_cached_reference(
+        name = (
+            f"{hf.content_hash(reference_model)}-{'bf16' if bf16 else 'fp32'}-{content_hash(found)}"
+        )
+        add_cached_reference(
             found, reference, args.tokens, world, Path(args.cache, f"reference-{name}.npy")
         )
     return found, cut
@@ -339,8 +333,8 @@ for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(a
 logger.say(stage)
 if all_pairs:
     logger.say(
-        f"{args.data}: {len(all_pairs):,} pairs; cut, left out or doubtful: {data.counted(cut)}; of the "
-        f"{len(eval_pairs):,} held out: {data.counted(eval_cut)}; the first:"
+        f"{args.data}: {len(all_pairs):,} pairs; cut, left out or doubtful: {packing.counted(cut)}; of the "
+        f"{len(eval_pairs):,} held out: {packing.counted(eval_cut)}; the first:"
     )
     logger.say("\n".join(marked_text(e, tokenizer) for e in all_pairs[0]))
 logger.say(
@@ -390,14 +384,14 @@ def loss_of(p):
         "bco": {"shift": state["reward_sum"] / max(1, state["reward_count"])},
     }
     return sum(
-        weight * losses.PREFERENCE[name](p, args.beta, args.smoothing, **more.get(name, {}))
+        weight * preference.PREFERENCE[name](p, args.beta, args.smoothing, **more.get(name, {}))
         for name, weight in zip(args.loss, args.loss_weights or [1.0] * len(args.loss))
     )
 
 
 def add_metrics(sums, p, loss_P, share):
     """share: 1; 0 for what stands in for no pairs; 1 / world.size for pairs that every rank holds."""
-    for name, (total, n) in losses.preference_metrics(p, loss_P, args.beta, kto).items():
+    for name, (total, n) in preference.preference_metrics(p, loss_P, args.beta, kto).items():
         sums[name] = sums[name][0] + share * float(total), sums[name][1] + share * float(n)
 
 
@@ -406,8 +400,8 @@ def evaluate():
     mine, sums = eval_pairs[world.rank :: world.size], defaultdict(lambda: (0.0, 0.0))
     if eval_pairs:
         if args.reference != "precomputed":
-            pairs.add_reference(mine, reference, args.tokens, world.device)
-        p, _ = pairs.gathered(model, mine, args.tokens, world.device, **divergence)
+            add_reference(mine, reference, args.tokens, world.device)
+        p, _ = preference.gathered(model, mine, args.tokens, world.device, **divergence)
         add_metrics(sums, p, loss_of(p), 1 / world.size)
     metrics = {f"eval/{name}": value for name, value in dist.means(sums).items()}
     mine = range(len(eval_prompts))[world.rank :: world.size]
@@ -441,7 +435,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     logger.phase("pairs", step)
     began = time.perf_counter()
     serials = range(consumed, consumed + args.rows)[world.rank :: world.size]
-    indices = data.take(per_epoch, args.seed, consumed, args.rows)[world.rank :: world.size]
+    indices = packing.take(per_epoch, args.seed, consumed, args.rows)[world.rank :: world.size]
     consumed += args.rows
     step_pairs, records, metrics = (
         online([prompts[i] for i in indices], serials)
@@ -449,26 +443,26 @@ for step in range(state["step"] + 1, args.steps + 1):
         else ([all_pairs[i] for i in indices], [], {})
     )
     if args.reference != "precomputed":
-        pairs.add_reference(step_pairs, reference, args.tokens, world.device)
+        add_reference(step_pairs, reference, args.tokens, world.device)
     count, chosen_tokens = dist.all_sum(
         len(step_pairs), sum(int(chosen.mask[1:].sum()) for chosen, _ in step_pairs)
     )
     units, sums = step_pairs, defaultdict(lambda: (0.0, 0.0))
     if coupled:  # the gradient of each sequence's log-prob, from the losses of the whole step
-        p, mine = pairs.gathered(model, step_pairs, args.tokens, world.device, **divergence)
+        p, mine = preference.gathered(model, step_pairs, args.tokens, world.device, **divergence)
         state["reward_sum"] += float(args.beta * p.ratio_2P.detach().sum())
         state["reward_count"] += len(p.logp_S)
         (loss_P := loss_of(p)).sum().backward()
-        units = pairs.pulled_back(step_pairs, p, mine)
+        units = preference.pulled_back(step_pairs, p, mine)
         add_metrics(sums, p, loss_P, 1 / world.size)
 
     # ---- update
     logger.phase("update", step)
     lengths, entropy_sum = [sum(map(len, unit)) for unit in units], 0.0
-    for part in dist.even(data.micro_batches(lengths, args.tokens) or [[]]):
-        batch = data.batch_of([e for i in part for e in units[i]], world.device)
+    for part in dist.even(packing.micro_batches(lengths, args.tokens) or [[]]):
+        batch = batch_of([e for i in part for e in units[i]], world.device)
         logp_N, entropy_N = model(batch)
-        p = pairs.of_batch(batch, logp_N, chosen_tokens / max(1, count), **divergence)
+        p = preference.of_batch(batch, logp_N, chosen_tokens / max(1, count), **divergence)
         if coupled:
             loss = (batch["slope"] * p.logp_S + batch["nll_slope"] * p.nll_S).sum()
         else:
@@ -476,7 +470,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             if args.wpo:
                 with torch.no_grad():
                     half_logp_N, _ = model(batch, 0.5)
-                loss_P = loss_P * losses.wpo_weight(
+                loss_P = loss_P * preference.wpo_weight(
                     logp_N, half_logp_N, batch["weight"], batch.seq_N, len(p.logp_S)
                 )
             loss = loss_P.sum()
@@ -494,7 +488,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- sync
     logger.phase("sync", step)
     if following and step % args.follow_every == 0:
-        pairs.follow(reference, model, share=0.6)
+        follow(reference, model, share=0.6)
     if engine:
         engine.sync_weights(dist.full_weights(model), step)
 

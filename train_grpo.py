@@ -26,24 +26,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import (
-    Help,
-    advantages,
-    check_numbers,
-    checkpoint,
-    data,
-    dist,
-    hf,
-    losses,
-    optim,
-    refuse,
-    rewards,
-    toy,
-)
-from nanopost.chat import Tokenizer, check_stage, fingerprint, tokenizer_files
-from nanopost.logger import Logger
-from nanopost.logprob import logprobs_of, per_token
-from nanopost.rollout import Engine, LogpGap, Sampling, length_metrics, prompt_seed, sample_records
+from nanopost import advantages, checkpoint, dist, hf, losses, optim, packing, rewards, toy
+from nanopost.batch import batch_of, padded
+from nanopost.cli import Help, check_numbers, refuse
+from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.forward import logprobs_of, per_token
+from nanopost.rollout import LogpGap, length_metrics, sample_records
+from nanopost.rows import load as load_rows
+from nanopost.run import Logger
+from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # N packed tokens of a micro-batch, S its sequences, P prompts, G samples of a prompt, F reward functions.
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -237,14 +228,14 @@ if args.data == "toy":
     toy.check(tokenizer, args.model)
     rows, eval_rows = toy.prompt_rows(held_out=False), toy.prompt_rows(held_out=True)
 else:
-    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
+    rows, eval_rows = load_rows(args.data, args.eval_data, args.holdout, args.rename)
 (rows, eval_rows), report = tokenizer.with_prompts(
     (rows, eval_rows), args.max_prompt, args.max_new_tokens, args.tokens, model.config.max_positions
 )
 reward_functions, reward_weights = rewards.load_rewards(
     args.reward, args.reward_weights, tokenizer, world.device
 )
-data.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
+packing.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 refuse(
     (args.group < 2, f"--group {args.group} has nothing to compare a sample with: give 2 or more."),
     (args.correct != "none" and args.old_logp != "trainer", "--correct needs --old_logp trainer."),
@@ -332,10 +323,12 @@ for step in range(state["step"] + 1, args.steps + 1):
     for _ in range(args.resample + 1):
         count = -(-missing // world.size) * world.size
         serials = range(consumed + drawn, consumed + drawn + count)[world.rank :: world.size]
-        indices = data.take(len(rows), args.seed, consumed + drawn, count)[world.rank :: world.size]
+        indices = packing.take(len(rows), args.seed, consumed + drawn, count)[
+            world.rank :: world.size
+        ]
         drawn += count
         new_groups, reward_FPG = rollout([rows[i] for i in indices], serials, args.group, sampling)
-        total_PG = advantages.combine_rewards(reward_FPG, reward_weights)
+        total_PG = rewards.combine_rewards(reward_FPG, reward_weights)
         varied_P = total_PG.std(1) > 1e-8
         zero_std += int((~varied_P).sum())
         keep_P = varied_P | (args.resample == 0)
@@ -376,7 +369,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             ):
                 e.columns[name] = logp
     if reference is not None and args.kl_in == "reward":
-        old_BT, ref_BT = (data.padded(examples, name) for name in ("old_logp", "ref_logp"))
+        old_BT, ref_BT = (padded(examples, name) for name in ("old_logp", "ref_logp"))
         reward_PG = reward_PG - args.beta * losses.kl_estimate(old_BT, ref_BT, args.kl).sum(
             1
         ).view_as(reward_PG)
@@ -411,7 +404,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             e for e in minibatch if e.columns["adv"].any() or reference or args.entropy_coef
         ]
         micro_batches = dist.even(
-            data.micro_batches([len(e) for e in minibatch], args.tokens) or [[]]
+            packing.micro_batches([len(e) for e in minibatch], args.tokens) or [[]]
         )
         divisor = {
             "token": trained,
@@ -419,9 +412,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             "sequence_sum": sequences,
             "constant": sequences * args.max_new_tokens,
         }[args.agg]
-        for batch in (
-            data.batch_of([minibatch[i] for i in m], world.device) for m in micro_batches
-        ):
+        for batch in (batch_of([minibatch[i] for i in m], world.device) for m in micro_batches):
             logp_N, entropy_N = model(batch, args.temperature)
             layout = batch.mask_N, batch.seq_N, batch.num_sequences
             engine_logp_N, old_logp_N, adv_N = (

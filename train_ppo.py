@@ -26,24 +26,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import (
-    Help,
-    advantages,
-    check_numbers,
-    checkpoint,
-    data,
-    dist,
-    hf,
-    losses,
-    optim,
-    refuse,
-    rewards,
-    toy,
-)
-from nanopost.chat import Tokenizer, check_stage, fingerprint, tokenizer_files
-from nanopost.logger import Logger
-from nanopost.logprob import logprobs_of, per_token
-from nanopost.rollout import Engine, LogpGap, Sampling, length_metrics, prompt_seed, sample_records
+from nanopost import advantages, checkpoint, dist, hf, losses, optim, packing, rewards, toy
+from nanopost.batch import add_column, batch_of, padded
+from nanopost.cli import Help, check_numbers, refuse
+from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.forward import logprobs_of, per_token
+from nanopost.rollout import LogpGap, length_metrics, sample_records
+from nanopost.rows import load as load_rows
+from nanopost.run import Logger
+from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # N packed tokens of a micro-batch, S its sequences, P prompts, G samples of a prompt, B = PG, T sampled tokens.
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -234,14 +225,14 @@ if args.data == "toy":
     toy.check(tokenizer, args.model)
     rows, eval_rows = toy.prompt_rows(held_out=False), toy.prompt_rows(held_out=True)
 else:
-    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
+    rows, eval_rows = load_rows(args.data, args.eval_data, args.holdout, args.rename)
 (rows, eval_rows), report = tokenizer.with_prompts(
     (rows, eval_rows), args.max_prompt, args.max_new_tokens, args.tokens, model.config.max_positions
 )
 reward_functions, reward_weights = rewards.load_rewards(
     args.reward, args.reward_weights, tokenizer, world.device
 )
-data.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
+packing.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 refuse(
     (args.kl_target and not args.beta, "--kl_target adapts --beta: give it a first value above 0."),
     (
@@ -328,10 +319,10 @@ for step in range(state["step"] + 1, args.steps + 1):
     logger.phase("rollout", step)
     began = time.perf_counter()
     serials = range(consumed, consumed + args.prompts)[world.rank :: world.size]
-    indices = data.take(len(rows), args.seed, consumed, args.prompts)[world.rank :: world.size]
+    indices = packing.take(len(rows), args.seed, consumed, args.prompts)[world.rank :: world.size]
     consumed += args.prompts
     groups, reward_FPG = rollout([rows[i] for i in indices], serials, args.group, sampling)
-    reward_PG = advantages.combine_rewards(reward_FPG, reward_weights)
+    reward_PG = rewards.combine_rewards(reward_FPG, reward_weights)
     flat = [r for group in groups for r in group]
     unended_B = torch.tensor([r.finish == "length" for r in flat])
     score_B = reward_PG.flatten() - args.eos_penalty * unended_B
@@ -357,9 +348,9 @@ for step in range(state["step"] + 1, args.steps + 1):
     )
     for e, value in zip(examples, values):
         e.columns["value"] = value
-    old_BT, value_BT = (data.padded(examples, name) for name in ("old_logp", "value"))
+    old_BT, value_BT = (padded(examples, name) for name in ("old_logp", "value"))
     sampled_BT = torch.arange(old_BT.shape[1]) < torch.tensor([len(r.ids) for r in flat])[:, None]
-    ref_BT = data.padded(examples, "ref_logp") if reference is not None else old_BT
+    ref_BT = padded(examples, "ref_logp") if reference is not None else old_BT
     kl_BT = losses.kl_estimate(old_BT, ref_BT, args.kl)
     state["scores"] = [
         a + b
@@ -380,8 +371,8 @@ for step in range(state["step"] + 1, args.steps + 1):
         reward_BT = ((reward_BT - mean) / (std + 1e-8) + mean) * sampled_BT
     adv_BT, return_BT = advantages.gae(reward_BT, value_BT, args.gamma, args.lam)
     mean, std = dist.mean_and_std(adv_BT[sampled_BT])
-    data.add_column(examples, "adv", (adv_BT - mean) / (std + 1e-8))
-    data.add_column(examples, "return", return_BT)
+    add_column(examples, "adv", (adv_BT - mean) / (std + 1e-8))
+    add_column(examples, "return", return_BT)
     _, monte_carlo_BT = advantages.gae(reward_BT, value_BT, args.gamma, 1.0)
     spread, left = (
         dist.mean_and_std(x_BT[sampled_BT])[1]
@@ -405,12 +396,10 @@ for step in range(state["step"] + 1, args.steps + 1):
         minibatch = [e for i in mine for e in examples[i * args.group : (i + 1) * args.group]]
         (trained,) = dist.all_sum(sum(int(e.mask.sum()) for e in minibatch))
         micro_batches = dist.even(
-            data.micro_batches([len(e) for e in minibatch], args.tokens) or [[]]
+            packing.micro_batches([len(e) for e in minibatch], args.tokens) or [[]]
         )
         moved = 0.0
-        for batch in (
-            data.batch_of([minibatch[i] for i in m], world.device) for m in micro_batches
-        ):
+        for batch in (batch_of([minibatch[i] for i in m], world.device) for m in micro_batches):
             logp_N, entropy_N, value_N = model(batch, args.temperature, value_alone=not learning)
             layout = batch.mask_N, batch.seq_N, batch.num_sequences
             value_loss, metrics = losses.value_loss(

@@ -19,10 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import Help, check_numbers, checkpoint, data, dist, hf, losses, optim, toy
-from nanopost.chat import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
-from nanopost.logger import Logger
+from nanopost import checkpoint, dist, hf, optim, packing, preference, toy
+from nanopost.batch import batch_of
+from nanopost.cli import Help, check_numbers
 from nanopost.pairs import fit
+from nanopost.rows import load as load_rows
+from nanopost.rows import number
+from nanopost.run import Logger
+from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
 
 # N packed tokens of a micro-batch, S its sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one; P pairs.
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -118,7 +122,7 @@ if args.data == "toy":
     toy.check(tokenizer, args.model)
     rows, eval_rows = (toy.pair_rows(args.model, held_out) for held_out in (False, True))
 else:
-    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
+    rows, eval_rows = load_rows(args.data, args.eval_data, args.holdout, args.rename)
 
 
 def encode(rows):
@@ -126,7 +130,7 @@ def encode(rows):
     for row in rows:
         pairs.append(tokenizer.pair(row))
         for e in pairs[-1]:
-            e.columns["margin"] = data.number(row, "margin", default=0.0)
+            e.columns["margin"] = number(row, "margin", default=0.0)
     return fit(
         pairs, args.tokens // 2 if args.max_length is None else args.max_length, args.overlong
     )
@@ -136,7 +140,7 @@ pairs, cut = encode(rows)
 eval_pairs, eval_cut = encode(eval_rows)
 lengths = [len(chosen) + len(rejected) for chosen, rejected in pairs]
 per_step, unit = args.rows, "pairs"
-per_epoch, micro_batches_of_step = data.by_rows(lengths, args.tokens, args.seed)
+per_epoch, micro_batches_of_step = packing.by_rows(lengths, args.tokens, args.seed)
 args.steps = math.ceil(args.epochs * per_epoch / per_step) if args.epochs else args.steps
 
 # ------------------------------------------------------------------------------------------------------- optimizer
@@ -158,15 +162,17 @@ logger.say(
     f"{args.data}: {len(pairs):,} pairs, {len(eval_pairs):,} held out; the first, with » and « around answers:\n"
     + "\n".join(marked_text(e, tokenizer) for e in pairs[0])
 )
-logger.say(f"cut, left out or doubtful: {data.counted(cut)}; held out: {data.counted(eval_cut)}")
+logger.say(
+    f"cut, left out or doubtful: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}"
+)
 logger.say(f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch")
 
 
 def forward(part, pairs):
     """Scores of the pairs with these indices and their losses -> (score_2P, loss_P, tokens); no pairs sum to 0."""
-    batch = data.batch_of([e for i in part for e in pairs[i]], world.device)
+    batch = batch_of([e for i in part for e in pairs[i]], world.device)
     score_S = model(batch)[batch.cu_seqlens[1:].long() - 1]
-    loss_P = losses.reward_model_loss(score_S, batch["margin"][0::2], args.centre)
+    loss_P = preference.reward_model_loss(score_S, batch["margin"][0::2], args.centre)
     return (
         score_S.detach().view(-1, 2).T[:, : len(part)],
         loss_P * (not batch.dummy),
@@ -180,7 +186,7 @@ def evaluate():
     if not eval_pairs:
         return {}
     mine, loss, scores = eval_pairs[world.rank :: world.size], 0.0, []
-    for part in dist.even(data.micro_batches([len(a) + len(b) for a, b in mine], args.tokens)):
+    for part in dist.even(packing.micro_batches([len(a) + len(b) for a, b in mine], args.tokens)):
         score_2P, loss_P, _ = forward(part, mine)
         loss += float(loss_P.sum())
         scores += score_2P.T.tolist()

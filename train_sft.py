@@ -17,9 +17,13 @@ from pathlib import Path
 
 import torch
 
-from nanopost import Help, check_numbers, checkpoint, data, dist, hf, losses, optim, refuse, toy
-from nanopost.chat import Tokenizer, check_stage, fingerprint, report, tokenizer_files
-from nanopost.logger import Logger
+from nanopost import checkpoint, dist, hf, losses, optim, packing, toy
+from nanopost.batch import batch_of
+from nanopost.cli import Help, check_numbers, refuse
+from nanopost.rows import check_sft_row
+from nanopost.rows import load as load_rows
+from nanopost.run import Logger
+from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, report, tokenizer_files
 
 # N packed tokens of a micro-batch.
 # ------------------------------------------------------------------------------------------------------- arguments
@@ -137,25 +141,25 @@ if args.data == "toy":
     toy.check(tokenizer, args.model)
     rows, eval_rows = toy.sft_rows(), toy.sft_rows(held_out=True, noise=0.0, copies=1)
 else:
-    rows, eval_rows = data.load(args.data, args.eval_data, args.holdout, args.rename)
+    rows, eval_rows = load_rows(args.data, args.eval_data, args.holdout, args.rename)
 
 
 def encode(rows):
     for row in rows:
-        data.check_sft_row(row)
+        check_sft_row(row)
     examples = [tokenizer.example(row, args.train_on) for row in rows]
     text = report(examples, tokenizer, rows) if rows else ""
     longest = (
         min(args.tokens, model.config.max_positions) if args.max_length is None else args.max_length
     )
-    return *data.overlong(examples, longest, args.overlong), text
+    return *packing.overlong(examples, longest, args.overlong), text
 
 
 examples, cut, text = encode(rows)
 eval_examples, eval_cut, _ = encode(eval_rows)
 lengths = [len(e) for e in examples]
 per_step, unit = (args.bins, "bins") if args.bins else (args.rows, "rows")
-per_epoch, micro_batches_of_step = (data.by_bins if args.bins else data.by_rows)(
+per_epoch, micro_batches_of_step = (packing.by_bins if args.bins else packing.by_rows)(
     lengths, args.tokens, args.seed
 )
 args.steps = math.ceil(args.epochs * per_epoch / per_step) if args.epochs else args.steps
@@ -177,10 +181,10 @@ for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(a
     logger.say(f"resumed with another {change}")
 logger.say(stage)
 logger.say(f"{args.data}, before anything is cut: {text}")
-logger.say(f"cut or left out: {data.counted(cut)}; held out: {data.counted(eval_cut)}")
+logger.say(f"cut or left out: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
 logger.say(
     f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, {args.tokens}-token bins "
-    f"would be filled to {data.fill_rate(lengths, data.pack(lengths, args.tokens), args.tokens):.1%}"
+    f"would be filled to {packing.fill_rate(lengths, packing.pack(lengths, args.tokens), args.tokens):.1%}"
 )
 
 
@@ -190,8 +194,8 @@ def evaluate():
     if not eval_examples:
         return {}
     mine, loss, entropy = eval_examples[world.rank :: world.size], 0.0, 0.0
-    for part in dist.even(data.micro_batches([len(e) for e in mine], args.tokens)):
-        logp_N, entropy_N = model(data.batch_of([mine[i] for i in part], world.device))
+    for part in dist.even(packing.micro_batches([len(e) for e in mine], args.tokens)):
+        logp_N, entropy_N = model(batch_of([mine[i] for i in part], world.device))
         loss -= float(logp_N.sum())
         entropy += float(entropy_N.sum())
     tokens = sum(int(e.mask[1:].sum()) for e in mine)
@@ -210,7 +214,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     began = time.perf_counter()
     micro_batches = micro_batches_of_step(consumed, per_step, world.rank, world.size)
     consumed += per_step
-    batches = [data.batch_of([examples[i] for i in part], world.device) for part in micro_batches]
+    batches = [batch_of([examples[i] for i in part], world.device) for part in micro_batches]
     trained, tokens = dist.all_sum(
         sum(int(b.mask_N.sum()) for b in batches),
         sum(lengths[i] for part in micro_batches for i in part),

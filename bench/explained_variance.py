@@ -15,9 +15,10 @@ import numpy as np
 import torch
 
 from nanopost import hf, toy
-from nanopost.chat import Tokenizer
-from nanopost.data import Example, batch_of, pack
-from nanopost.rollout import Engine, Sampling, prompt_seed
+from nanopost.batch import Example, batch_of
+from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.packing import pack
+from nanopost.tokenizer import Tokenizer
 
 
 @torch.no_grad()

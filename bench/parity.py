@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import AutoTokenizer
 
 from bench import assets
-from nanopost import data
+from nanopost import packing
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -58,7 +58,7 @@ def both(folder, kind: dict, steps: int, lr: float) -> dict:
     """Train on both sides -> name: {"ours", "theirs"}, one number a step."""
     assets.make_model(f"{folder}/model", template=kind["template"])
     rows = kind["rows"](AutoTokenizer.from_pretrained(f"{folder}/model"), 300)
-    order = [i for k in range(steps) for i in data.take(len(rows), SEED, k * ROWS, ROWS)]
+    order = [i for k in range(steps) for i in packing.take(len(rows), SEED, k * ROWS, ROWS)]
     assets.write_rows(f"{folder}/rows.jsonl", rows)
     assets.write_rows(f"{folder}/ordered.jsonl", [rows[i] for i in order])
     common = ("--model", f"{folder}/model", "--steps", steps, "--lr", lr, "--weight_decay", 0.1)

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from nanopost import hf
-from nanopost.chat import Tokenizer
 from nanopost.model import CausalLM, Config
+from nanopost.tokenizer import Tokenizer
 
 
 def write(folder, tokenizer_folder, width: int = 192, layers: int = 4, positions: int = 1024):

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
-from nanopost.losses import PREFERENCE
+from nanopost.preference import PREFERENCE
 
 ROOT = Path(__file__).resolve().parents[1]
 PREFERENCES = {

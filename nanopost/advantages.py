@@ -9,25 +9,6 @@ import torch
 from nanopost import InputError
 
 
-def combine_rewards(rewards, weights):
-    """Weighted sum over reward functions; None or NaN (does not apply) adds nothing -> float64 tensor [...].
-
-    rewards: [F, ...], a tensor or nested lists; weights: F numbers. InputError names a completion that has no reward.
-    """
-    if len(weights) != len(rewards):
-        raise InputError(
-            f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each."
-        )
-    rewards = np.asarray(rewards, np.float64)
-    lost = np.argwhere(np.isnan(rewards).all(0))
-    if len(lost):
-        raise InputError(
-            f"No reward applies to completion {', '.join(map(str, lost[0]))}, nor to {len(lost) - 1} "
-            f"others of {rewards[0].size}: all returned None; add a --reward that scores such rows."
-        )
-    return torch.from_numpy(np.tensordot(np.array(weights, np.float64), np.nan_to_num(rewards), 1))
-
-
 def group_advantage(reward_PG, how: str, batch_std: float | None = None):
     """How much better a sample is than the others of its prompt -> adv_PG.
 
@@ -102,13 +83,3 @@ def gae(reward_BT, value_BT, gamma: float, lam: float):
 def adapted(beta: float, kl: float, target: float) -> float:
     """The next weight of a KL that should be `target`: a tenth of the relative error, cut at 20 % (1909.08593, 2.2)."""
     return beta * (1 + 0.1 * min(0.2, max(-0.2, kl / target - 1)))
-
-
-def soft_overlong_penalty(length: int, max_length: int, buffer: int) -> float:
-    """DAPO 2503.14476 eq. 13: 0 up to max_length - buffer tokens, then falling evenly to -1 at max_length."""
-    if not 0 <= buffer <= max_length:
-        raise InputError(
-            f"The overlong buffer {buffer} is not between 0 and the length {max_length}."
-        )
-    over = length - (max_length - buffer)
-    return -min(1.0, over / buffer if buffer else 1.0) if over > 0 else 0.0

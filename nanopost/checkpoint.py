@@ -21,8 +21,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from nanopost import InputError, refuse
-from nanopost.logger import starts_of
+from nanopost import InputError
+from nanopost.cli import refuse
+from nanopost.run import starts_of
 
 
 def save(out, step: int, model, optimizer, state: dict, reference=None):

@@ -19,11 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import Help, InputError, check_numbers, data, dist, hf, refuse, toy
-from nanopost.chat import Tokenizer, check_stage
-from nanopost.logprob import logprobs_of
-from nanopost.rewards import ModelReward, answer_of, load_rewards, score_groups, scores_of
-from nanopost.rollout import Engine, Sampling, prompt_seed
+from nanopost import InputError, dist, hf, packing, toy
+from nanopost.cli import Help, check_numbers, refuse
+from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.forward import logprobs_of, scores_of
+from nanopost.rewards import ModelReward, load_rewards, score_groups
+from nanopost.rows import check_sft_row, read_rows
+from nanopost.tokenizer import Tokenizer, check_stage
+from nanopost.verify import answer_of
 
 Z = 1.959964  # of the normal distribution, 95 % lie within
 
@@ -190,10 +193,10 @@ def of_text(args, rows, device):
     tokenizer = Tokenizer.load(args.model, args.chat_template)
     model = hf.load_model(args.model, device, torch.bfloat16 if args.bf16 else torch.float32)
     for row in rows:
-        data.check_sft_row(row)
+        check_sft_row(row)
     longest = min(args.tokens, model.config.max_positions)
-    examples, cut = data.overlong([tokenizer.example(row) for row in rows], longest, "truncate")
-    print(f"cut or left out: {data.counted(cut)}")
+    examples, cut = packing.overlong([tokenizer.example(row) for row in rows], longest, "truncate")
+    print(f"cut or left out: {packing.counted(cut)}")
     logps = logprobs_of(model, examples, args.tokens, 1.0, device)
     tokens = [int(e.mask[1:].sum()) for e in examples]
     yield "perplexity", *perplexity([-float(logp.sum()) for logp in logps], tokens), len(examples)
@@ -206,7 +209,7 @@ def scored(args, rows, device):
     reward = ModelReward(args.reward_model, tokenizer, device, args.tokens)
     if "chosen" not in rows[0]:
         for row in rows:
-            data.check_sft_row(row)
+            check_sft_row(row)
         score_B = scores_of(
             reward.model, [tokenizer.example(row).ended() for row in rows], args.tokens, device
         )
@@ -301,9 +304,7 @@ def main(arguments=None):
         ),
     )
     rows = (
-        toy.prompt_rows(held_out=True)
-        if args.data == "toy"
-        else data.read_rows(args.data, args.rename)
+        toy.prompt_rows(held_out=True) if args.data == "toy" else read_rows(args.data, args.rename)
     )
     rows = rows[: args.limit]
     what = (

@@ -16,11 +16,7 @@ upstream gradients g of logp and h of entropy,
 Chunks of the vocabulary and not of tokens: each row of dW is then written once, and matmuls keep all their rows.
 """
 
-import numpy as np
 import torch
-
-from nanopost.data import Example, batch_of, pack
-from nanopost.dist import even
 
 # Logits alive at once: on a CPU what its cache holds, on a GPU 1 GiB; and enough of them that reading the rows pays.
 CHUNK_ELEMENTS, CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**28}, 256
@@ -155,25 +151,3 @@ class _LogProb(torch.autograd.Function):
                 0, keep_M, d_hidden_MD.to(hidden_MD.dtype)
             )
         return d_hidden_MD, d_weight_VD, None, None, None
-
-
-def logprobs_of(model, examples: list, tokens: int, temperature: float, device) -> list[np.ndarray]:
-    """Log-prob of each trained token of each Example under a model -> one fp32 array each, as per_token gives them."""
-    return per_token(lambda batch: model(batch, temperature)[0], examples, tokens, device)
-
-
-@torch.no_grad()
-def per_token(forward, examples: list, tokens: int, device) -> list[np.ndarray]:
-    """forward(batch) -> x_N, 0 where no target is; one fp32 array for each Example, aligned with its ids.
-
-    A collective: every rank calls it, and runs as many micro-batches as the rank with most.
-    """
-    out = [None] * len(examples)
-    for part in even(pack([len(e) for e in examples], tokens)):
-        batch = batch_of([Example(examples[i].ids, examples[i].mask) for i in part], device)
-        # Back from targets to the tokens themselves: what belongs to a token stands one place before it.
-        x_N = forward(batch).roll(1).cpu().numpy()
-        cuts = batch.cu_seqlens.tolist()
-        for i, start, end in zip(part, cuts, cuts[1:]):
-            out[i] = x_N[start:end]
-    return out

@@ -17,9 +17,9 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from nanopost import InputError, hf
-from nanopost.chat import Tokenizer
+from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.model import CausalLM, Config
-from nanopost.rollout import Engine, Sampling, prompt_seed
+from nanopost.tokenizer import Tokenizer
 
 TEMPLATE = """\
 {%- for message in messages -%}

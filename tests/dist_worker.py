@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from small import small_config
 
-from nanopost import InputError, data, dist, optim
-from nanopost.data import Example
-from nanopost.logprob import logprobs_of
+from nanopost import InputError, dist, optim, packing
+from nanopost.batch import Example, batch_of
+from nanopost.forward import logprobs_of
 from nanopost.model import CausalLM
 
 torch.set_num_threads(1)
@@ -34,8 +34,8 @@ mine = (
 
 
 def step():
-    micro_batches = dist.even(data.micro_batches([len(e) for e in mine], tokens))
-    batches = [data.batch_of([mine[i] for i in m]) for m in micro_batches]
+    micro_batches = dist.even(packing.micro_batches([len(e) for e in mine], tokens))
+    batches = [batch_of([mine[i] for i in m]) for m in micro_batches]
     (trained,) = dist.all_sum(sum(int(b.mask_N.sum()) for b in batches))
     loss = 0.0
     for batch in batches:

@@ -10,12 +10,9 @@ import pytest
 import torch
 
 from nanopost import InputError, losses
-from nanopost.advantages import (
-    combine_rewards,
-    group_advantage,
-    normalised_sum,
-    soft_overlong_penalty,
-)
+from nanopost.advantages import group_advantage, normalised_sum
+from nanopost.rewards import combine_rewards
+from nanopost.verify import soft_overlong_penalty
 
 close = torch.testing.assert_close
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}

@@ -8,12 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Raw
 
-from nanopost import InputError, chat, toy
-from nanopost.chat import Tokenizer, check_stage, fingerprint, marked_text, report, tokenizer_files
-from nanopost.data import Example
+from nanopost import InputError, toy
+from nanopost.batch import Example
+from nanopost.template import PROBE
+from nanopost.tokenizer import (
+    Tokenizer,
+    check_stage,
+    fingerprint,
+    marked_text,
+    report,
+    tokenizer_files,
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -22,7 +30,7 @@ def raw_bytes(special=(), merges=(), bos=None):
     vocab = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(a + b for a, b in merges)]
     raw = Raw(models.BPE({token: i for i, token in enumerate(vocab)}, list(merges)))
     raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = chat.tokenizers.decoders.ByteLevel()
+    raw.decoder = decoders.ByteLevel()
     raw.add_special_tokens(list(special))
     if bos:
         special = [(bos, raw.token_to_id(bos))]
@@ -94,7 +102,7 @@ def frozen_clock(monkeypatch):
         def now(cls, tz=None):
             return cls(2024, 7, 26)
 
-    monkeypatch.setattr(chat, "datetime", Clock)
+    monkeypatch.setattr("nanopost.template.datetime", Clock)
     monkeypatch.setattr(
         pytest.importorskip("transformers.utils.chat_template_utils"), "datetime", Clock
     )
@@ -1187,7 +1195,7 @@ def test_what_cannot_be_found_is_refused_with_the_row_and_the_way_out(template, 
 
 def test_a_text_with_the_probe_is_refused():
     with pytest.raises(InputError, match="U\\+F5A5A"):
-        make(CHATML, SPECIAL).example({"messages": [user(chat.PROBE), answer("Hello")]})
+        make(CHATML, SPECIAL).example({"messages": [user(PROBE), answer("Hello")]})
 
 
 def test_an_answer_without_a_question_is_found():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from small import small_config, small_model
 
-from nanopost import InputError, check_numbers, checkpoint, hf, optim, toy
-from nanopost.chat import Tokenizer, tokenizer_files
-from nanopost.logger import Logger
+from nanopost import InputError, checkpoint, hf, optim, toy
+from nanopost.cli import check_numbers
+from nanopost.run import Logger
+from nanopost.tokenizer import Tokenizer, tokenizer_files
 
 pytestmark = pytest.mark.usefixtures("alone")
 

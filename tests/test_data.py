@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from nanopost import InputError, data, hf, toy
-from nanopost.data import Example, batch_of
+from nanopost import InputError, hf, packing, toy
+from nanopost.batch import Example, batch_of
+from nanopost.rows import check_prompt_row, check_sft_row, read_rows
+from nanopost.rows import load as load_rows
 
 
 def examples_of(lengths, seed=0, **columns):
@@ -179,27 +181,27 @@ def test_batch_of_512_short_sequences_takes_milliseconds():
 # ------------------------------------------------------------------------------------------------------------ order
 def test_each_epoch_is_a_permutation_of_its_own():
     for n in (1, 2, 7, 50):
-        rows = data.take(n, seed=3, consumed=0, count=4 * n)
+        rows = packing.take(n, seed=3, consumed=0, count=4 * n)
         epochs = [rows[i : i + n] for i in range(0, 4 * n, n)]
         assert all(sorted(e) == list(range(n)) for e in epochs)
     assert len({tuple(e) for e in epochs}) == 4
-    assert epochs == [data.order(50, 3, e).tolist() for e in range(4)]
-    assert data.take(50, seed=4, consumed=0, count=50) != epochs[0]
+    assert epochs == [packing.order(50, 3, e).tolist() for e in range(4)]
+    assert packing.take(50, seed=4, consumed=0, count=50) != epochs[0]
 
 
 @pytest.mark.parametrize("n", [1, 3, 10])
 def test_any_split_of_counts_gives_the_same_rows(n):
-    whole, draw = data.take(n, 5, 0, 60), random.Random(n)
+    whole, draw = packing.take(n, 5, 0, 60), random.Random(n)
     for _ in range(20):
         got = []
         while len(got) < 60:
-            got += data.take(n, 5, len(got), min(draw.randint(1, 25), 60 - len(got)))
+            got += packing.take(n, 5, len(got), min(draw.randint(1, 25), 60 - len(got)))
         assert got == whole
 
 
 def test_the_order_of_rows_is_that_of_the_checkpoints_already_written():
-    assert data.take(8, seed=0, consumed=5, count=6) == [0, 1, 7, 1, 3, 7]
-    assert data.packed_epoch([3, 3, 3, 5, 2, 1], 6, seed=1, epoch=2) == [[1, 0], [3], [2, 4, 5]]
+    assert packing.take(8, seed=0, consumed=5, count=6) == [0, 1, 7, 1, 3, 7]
+    assert packing.packed_epoch([3, 3, 3, 5, 2, 1], 6, seed=1, epoch=2) == [[1, 0], [3], [2, 4, 5]]
 
 
 # ---------------------------------------------------------------------------------------------------------- packing
@@ -246,7 +248,7 @@ def test_pack_is_near_the_best_possible_packing():
     for _ in range(150):
         budget = int(rng.integers(5, 30))
         lengths = rng.integers(1, budget + 1, rng.integers(1, 10)).tolist()
-        bins, best = data.pack(lengths, budget), best_possible(lengths, budget)
+        bins, best = packing.pack(lengths, budget), best_possible(lengths, budget)
         assert_holds(bins, lengths, budget)
         assert best <= len(bins) <= 11 / 9 * best + 6 / 9
         optimal += len(bins) == best
@@ -258,7 +260,7 @@ def test_pack_is_best_fit_decreasing():
     for _ in range(50):
         budget = int(rng.integers(5, 200))
         lengths = rng.integers(1, budget + 1, 60).tolist()
-        bins = data.pack(lengths, budget)
+        bins = packing.pack(lengths, budget)
         assert sorted(sum(lengths[i] for i in b) for b in bins) == best_fit_decreasing(
             lengths, budget
         )
@@ -269,36 +271,38 @@ def test_pack_fills_as_many_bins_as_trl_does(n, longest, budget):
     trl, pa = pytest.importorskip("trl.data_utils"), pytest.importorskip("pyarrow")
     lengths = skewed(n, longest)
     table = pa.table({"input_ids": pa.array([[0] * length for length in lengths])})
-    theirs, bins = trl._pack_bfd(table, budget), data.pack(lengths, budget)
+    theirs, bins = trl._pack_bfd(table, budget), packing.pack(lengths, budget)
     assert len(bins) == len(theirs)
-    assert data.fill_rate(lengths, bins, budget) == sum(lengths) / len(theirs) / budget
+    assert packing.fill_rate(lengths, bins, budget) == sum(lengths) / len(theirs) / budget
 
 
 def test_packing_everything_at_once_fills_more_than_packing_a_thousand_at_a_time():
     lengths, budget = skewed(20_000, 2048), 2048
-    chunks = sum(len(data.pack(lengths[i : i + 1000], budget)) for i in range(0, 20_000, 1000))
-    bins = data.pack(lengths, budget)
+    chunks = sum(len(packing.pack(lengths[i : i + 1000], budget)) for i in range(0, 20_000, 1000))
+    bins = packing.pack(lengths, budget)
     assert_holds(bins, lengths, budget)
-    assert len(bins) < chunks and data.fill_rate(lengths, bins, budget) > 0.999
+    assert len(bins) < chunks and packing.fill_rate(lengths, bins, budget) > 0.999
 
 
 def test_packed_epochs_hold_every_row_with_other_neighbours():
     lengths = skewed(2000, 512)
-    epochs = [data.packed_epoch(lengths, 512, 7, e) for e in (0, 1)]
+    epochs = [packing.packed_epoch(lengths, 512, 7, e) for e in (0, 1)]
     for bins in epochs:
         assert_holds(bins, lengths, 512)
     sets = [{frozenset(b) for b in bins if len(b) > 1} for bins in epochs]
-    assert len(epochs[0]) == len(epochs[1]) == len(data.pack(lengths, 512))
+    assert len(epochs[0]) == len(epochs[1]) == len(packing.pack(lengths, 512))
     assert len(sets[0] & sets[1]) < 0.2 * len(sets[0])
     assert (
-        epochs[0] == data.packed_epoch(lengths, 512, 7, 0) != data.packed_epoch(lengths, 512, 8, 0)
+        epochs[0]
+        == packing.packed_epoch(lengths, 512, 7, 0)
+        != packing.packed_epoch(lengths, 512, 8, 0)
     )
     filled = [sum(lengths[i] for i in b) for b in epochs[0]]
     assert filled != sorted(filled, reverse=True)  # else the longest rows would always come first
 
 
 def test_pack_refuses_a_sequence_above_the_budget_with_both_numbers():
-    for pack in (data.pack, data.micro_batches):
+    for pack in (packing.pack, packing.micro_batches):
         with pytest.raises(InputError, match=r"129 tokens .*--tokens 128.*--max_length"):
             pack([5, 129, 128], 128)
 
@@ -307,7 +311,7 @@ def test_pack_refuses_a_sequence_above_the_budget_with_both_numbers():
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 def test_micro_batches_are_few_even_and_a_multiple_of_the_ranks(ranks):
     lengths = skewed(200, 256, seed=ranks)
-    parts, least = data.micro_batches(lengths, 1024, ranks), len(data.pack(lengths, 1024))
+    parts, least = packing.micro_batches(lengths, 1024, ranks), len(packing.pack(lengths, 1024))
     assert_holds(parts, lengths, 1024)
     assert len(parts) % ranks == 0 and least <= len(parts) < least + ranks
     filled = [sum(lengths[i] for i in b) for b in parts]
@@ -325,20 +329,24 @@ def test_micro_batches_stay_as_packed_where_an_even_split_does_not_fit():
         3,
         2,
     ]  # 30 tokens in three bins of 10, which longest-into-emptiest misses
-    parts = data.micro_batches(lengths, 10, ranks=4)
+    parts = packing.micro_batches(lengths, 10, ranks=4)
     assert_holds(parts, lengths, 10)
     assert len(parts) == 4
     tight = [5, 5, 4, 4, 2, 10]
-    assert sorted(sum(tight[i] for i in b) for b in data.micro_batches(tight, 10)) == [10, 10, 10]
+    assert sorted(sum(tight[i] for i in b) for b in packing.micro_batches(tight, 10)) == [
+        10,
+        10,
+        10,
+    ]
 
 
 def test_few_rows_on_many_ranks_leave_empty_micro_batches():
-    assert data.micro_batches([7, 9], 16, ranks=4) == [[1], [0], [], []]
-    assert data.micro_batches([], 16) == []
+    assert packing.micro_batches([7, 9], 16, ranks=4) == [[1], [0], [], []]
+    assert packing.micro_batches([], 16) == []
 
 
 # ------------------------------------------------------------------------------------------------ an optimizer step
-@pytest.mark.parametrize("how, count", [(data.by_rows, 24), (data.by_bins, 3)])
+@pytest.mark.parametrize("how, count", [(packing.by_rows, 24), (packing.by_bins, 3)])
 def test_a_step_is_the_same_on_any_number_of_ranks_and_at_any_resumption(how, count):
     lengths = skewed(90, 200)
     per_epoch, of_step = how(lengths, 256, 11)
@@ -352,7 +360,7 @@ def test_a_step_is_the_same_on_any_number_of_ranks_and_at_any_resumption(how, co
             assert Counter(i for p in parts for b in p for i in b) == want
 
 
-@pytest.mark.parametrize("how", [data.by_rows, data.by_bins])
+@pytest.mark.parametrize("how", [packing.by_rows, packing.by_bins])
 def test_an_epoch_of_steps_visits_every_row_once(how):
     lengths = skewed(90, 200)
     per_epoch, of_step = how(lengths, 256, 11)
@@ -366,19 +374,19 @@ def test_an_epoch_of_steps_visits_every_row_once(how):
 
 def test_by_rows_takes_the_stated_number_of_rows_in_order():
     lengths = skewed(90, 200)
-    per_epoch, of_step = data.by_rows(lengths, 256, 11)
+    per_epoch, of_step = packing.by_rows(lengths, 256, 11)
     assert per_epoch == 90
-    assert sorted(itertools.chain(*of_step(80, 24))) == sorted(data.take(90, 11, 80, 24))
+    assert sorted(itertools.chain(*of_step(80, 24))) == sorted(packing.take(90, 11, 80, 24))
     assert {
-        tuple(sorted(itertools.chain(*data.by_rows(lengths, tokens, 11)[1](48, 24))))
+        tuple(sorted(itertools.chain(*packing.by_rows(lengths, tokens, 11)[1](48, 24))))
         for tokens in (200, 999)
-    } == {tuple(sorted(data.take(90, 11, 48, 24)))}  # whatever --tokens
+    } == {tuple(sorted(packing.take(90, 11, 48, 24)))}  # whatever --tokens
     with pytest.raises(InputError, match="a step of 0 rows"):
         of_step(0, 0)
 
 
 def test_a_negative_seed_is_refused():
-    for f in (lambda: data.order(5, -1, 0), lambda: data.packed_epoch([1], 5, -1, 0)):
+    for f in (lambda: packing.order(5, -1, 0), lambda: packing.packed_epoch([1], 5, -1, 0)):
         with pytest.raises(InputError, match="--seed -1"):
             f()
 
@@ -418,13 +426,13 @@ def overlong_examples():
 )
 def test_overlong_cuts_and_counts(how, kept, counts):
     examples = overlong_examples()
-    got, count = data.overlong(examples, 4, how)
+    got, count = packing.overlong(examples, 4, how)
     assert [e.ids.tolist() for e in got] == kept
     assert count == counts | {"overlong": 3, "untrained_before": 1}
 
 
 def test_overlong_cuts_columns_with_their_tokens():
-    pieces, _ = data.overlong(overlong_examples()[1:2], 4, "split")
+    pieces, _ = packing.overlong(overlong_examples()[1:2], 4, "split")
     assert [p.columns["logp"].tolist() for p in pieces] == [[6, 7, 8, 9]]
     assert [p.mask.tolist() for p in pieces] == [[False, True, True, True]]
     assert [p.columns["adv"] for p in pieces] == [1.0]
@@ -433,7 +441,7 @@ def test_overlong_cuts_columns_with_their_tokens():
 def test_overlong_leaves_what_fits_as_it_is():
     examples = overlong_examples()[:3]
     for how in ("truncate", "split", "drop"):
-        got, counts = data.overlong(examples, 10, how)
+        got, counts = packing.overlong(examples, 10, how)
         assert all(a is b for a, b in zip(got, examples, strict=True)) and not any(counts.values())
 
 
@@ -441,10 +449,10 @@ def test_overlong_refuses_to_leave_nothing():
     with pytest.raises(
         InputError, match=r"none of 1 examples .*--max_length 4 \(--overlong truncate\), and 0 had"
     ):
-        data.overlong(overlong_examples()[1:2], 4, "truncate")
+        packing.overlong(overlong_examples()[1:2], 4, "truncate")
     with pytest.raises(InputError, match="--max_length 1: give 2 or more"):
-        data.overlong(overlong_examples(), 1, "split")
-    assert data.overlong([], 4, "drop")[0] == []
+        packing.overlong(overlong_examples(), 1, "split")
+    assert packing.overlong([], 4, "drop")[0] == []
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -473,7 +481,7 @@ def bare(rows):
     ],
 )
 def test_every_kind_of_file_gives_the_same_rows_with_their_places(tmp_path, name, content):
-    rows = data.read_rows(write(tmp_path / name, content))
+    rows = read_rows(write(tmp_path / name, content))
     assert bare(rows) == WANT
     places = (": row 1", ": row 2") if name.startswith("list") else (":1", ":3")
     assert [r["__line__"] for r in rows] == [f"{tmp_path / name}{p}" for p in places]
@@ -490,13 +498,13 @@ def test_parquet_gives_the_rows_that_were_written(tmp_path):
         for i in range(3)
     ]
     parquet.write_table(pa.Table.from_pylist(chats), tmp_path / "chats.parquet")
-    rows = data.read_rows(tmp_path / "chats.parquet")
+    rows = read_rows(tmp_path / "chats.parquet")
     assert bare(rows) == chats and rows[2]["__line__"].endswith("chats.parquet: row 3")
     for row in rows:
-        data.check_sft_row(row)
+        check_sft_row(row)
     write(tmp_path / "cut.parquet", (tmp_path / "chats.parquet").read_bytes()[:-9])
     with pytest.raises(InputError, match="cut.parquet: a damaged Parquet file"):
-        data.read_rows(tmp_path / "cut.parquet")
+        read_rows(tmp_path / "cut.parquet")
 
 
 BAD_FILES = [
@@ -537,27 +545,27 @@ BAD_FILES = [
 def test_a_bad_file_is_named_with_its_line(tmp_path, name, content, said):
     path = write(tmp_path / name, content)
     with pytest.raises(InputError) as caught:
-        data.read_rows(path)
+        read_rows(path)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
     caught.match(f"{name}{said}")
 
 
 def test_a_path_that_is_no_file_says_so(tmp_path):
     with pytest.raises(InputError, match="nowhere.jsonl: no such file"):
-        data.read_rows(tmp_path / "nowhere.jsonl")
+        read_rows(tmp_path / "nowhere.jsonl")
     with pytest.raises(InputError, match="a folder; give a file in it"):
-        data.read_rows(tmp_path)
+        read_rows(tmp_path)
 
 
 def test_rename_maps_their_columns_to_ours(tmp_path):
     path = write(tmp_path / "qa.jsonl", '{"question": "q", "answer": "a", "id": 7}')
     want = [{"prompt": "q", "completion": "a", "id": 7}]
-    assert bare(data.read_rows(path, ["question=prompt", "answer=completion"])) == want
-    assert bare(data.read_rows(path, {"question": "prompt", "answer": "completion"})) == want
-    assert bare(data.read_rows(path, ["question=answer", "answer=question"])) == [
+    assert bare(read_rows(path, ["question=prompt", "answer=completion"])) == want
+    assert bare(read_rows(path, {"question": "prompt", "answer": "completion"})) == want
+    assert bare(read_rows(path, ["question=answer", "answer=question"])) == [
         {"answer": "q", "question": "a", "id": 7}
     ]
-    assert data.read_rows(path, ["id=n"])[0]["__line__"] == f"{path}:1"
+    assert read_rows(path, ["id=n"])[0]["__line__"] == f"{path}:1"
 
 
 @pytest.mark.parametrize(
@@ -577,21 +585,21 @@ def test_a_rename_that_does_not_fit_names_the_columns(tmp_path, rename, said):
     )
     path = write(tmp_path / "qa.jsonl", first + '{"question": "q", "answer": "a"}')
     with pytest.raises(InputError, match=said):
-        data.read_rows(path, rename)
+        read_rows(path, rename)
 
 
 def test_load_holds_rows_out_without_losing_one(tmp_path):
     path = write(tmp_path / "rows.jsonl", "\n".join(json.dumps({"id": i}) for i in range(20)))
-    ids = [[row["id"] for row in part] for part in data.load(path, None, 6, [])]
+    ids = [[row["id"] for row in part] for part in load_rows(path, None, 6, [])]
     assert sorted(ids[0] + ids[1]) == list(range(20)) and len(ids[1]) == 6
-    assert ids == [[row["id"] for row in part] for part in data.load(path, None, 6, [])]
+    assert ids == [[row["id"] for row in part] for part in load_rows(path, None, 6, [])]
     assert ids[1] != list(range(6)) and ids[1] != list(range(14, 20))
-    assert [len(part) for part in data.load(path, path, 6, [])] == [20, 20]
-    assert [len(part) for part in data.load(path, None, 0, [])] == [20, 0]
+    assert [len(part) for part in load_rows(path, path, 6, [])] == [20, 20]
+    assert [len(part) for part in load_rows(path, None, 0, [])] == [20, 0]
     with pytest.raises(
         InputError, match="--holdout 20 of the 20 rows .* at most 19, or --eval_data"
     ):
-        data.load(path, None, 20, [])
+        load_rows(path, None, 20, [])
 
 
 # ------------------------------------------------------------------------------------------------------------- rows
@@ -611,7 +619,7 @@ CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "argument
     ],
 )
 def test_sft_rows_in_the_known_formats_are_taken(row):
-    data.check_sft_row(row)
+    check_sft_row(row)
 
 
 BAD_ROWS = [
@@ -656,10 +664,10 @@ BAD_ROWS = [
 @pytest.mark.parametrize("row, said", BAD_ROWS)
 def test_a_bad_sft_row_is_named_with_file_and_line(tmp_path, row, said):
     path = write(tmp_path / "rows.jsonl", json.dumps({"text": "fine"}) + "\n" + json.dumps(row))
-    good, bad = data.read_rows(path)
-    data.check_sft_row(good)
+    good, bad = read_rows(path)
+    check_sft_row(good)
     with pytest.raises(InputError) as caught:
-        data.check_sft_row(bad)
+        check_sft_row(bad)
     caught.match(f"^{path}:2{said}")
     assert "\n" not in str(caught.value) and "__line__" not in str(caught.value)
 
@@ -679,35 +687,35 @@ def test_a_bad_sft_row_is_named_with_file_and_line(tmp_path, row, said):
 )
 def test_a_bad_prompt_row_is_refused(row, said):
     with pytest.raises(InputError, match=said):
-        data.check_prompt_row(row)
+        check_prompt_row(row)
 
 
 def test_prompt_rows_may_be_text_or_messages():
-    data.check_prompt_row({"prompt": "q", "answer": 3})
-    data.check_prompt_row({"prompt": [USER, BOT, USER]})
+    check_prompt_row({"prompt": "q", "answer": 3})
+    check_prompt_row({"prompt": [USER, BOT, USER]})
 
 
 # ------------------------------------------------------------------------------------------------------- real files
 def test_real_chats_read_check_and_pack(shared):
-    rows = data.read_rows(shared / "sft/messages.jsonl.gz")
+    rows = read_rows(shared / "sft/messages.jsonl.gz")
     for row in rows:
-        data.check_sft_row(row)
+        check_sft_row(row)
     assert len(rows) == 2051 and rows[-1]["__line__"].endswith("messages.jsonl.gz:2051")
     lengths = [2 + sum(len(m["content"]) for m in row["messages"]) // 4 for row in rows]
     fitting = [n for n in lengths if n <= 2048]
-    assert data.fill_rate(fitting, data.pack(fitting, 2048), 2048) > 0.99
+    assert packing.fill_rate(fitting, packing.pack(fitting, 2048), 2048) > 0.99
 
 
 def test_real_gsm8k_reads_with_its_columns_renamed(shared):
     for name, n in (("train.jsonl.gz", 7473), ("test.jsonl", 1319)):
-        rows = data.read_rows(shared / "gsm8k" / name, ["question=prompt", "answer=completion"])
+        rows = read_rows(shared / "gsm8k" / name, ["question=prompt", "answer=completion"])
         assert len(rows) == n and set(rows[0]) == {"prompt", "completion", "__line__"}
         for row in rows:
-            data.check_sft_row(row), data.check_prompt_row(row)
+            check_sft_row(row), check_prompt_row(row)
     with pytest.raises(
         InputError, match=r"test.jsonl:1: the columns are question, answer; it needs messages"
     ):
-        data.check_sft_row(data.read_rows(shared / "gsm8k/test.jsonl")[0])
+        check_sft_row(read_rows(shared / "gsm8k/test.jsonl")[0])
 
 
 def test_every_real_json_file_reads(shared):
@@ -718,4 +726,4 @@ def test_every_real_json_file_reads(shared):
     ]
     assert len(paths) >= 18
     for path in paths:
-        assert data.read_rows(path)
+        assert read_rows(path)

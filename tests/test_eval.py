@@ -14,10 +14,10 @@ import torch
 from scripts import ENVIRONMENT, ROOT, run
 
 from nanopost import hf, toy
-from nanopost.chat import Tokenizer
-from nanopost.data import batch_of
+from nanopost.batch import batch_of
 from nanopost.eval import majority, normal, pass_at_k, perplexity, student, wilson
-from nanopost.rewards import answer_of
+from nanopost.tokenizer import Tokenizer
+from nanopost.verify import answer_of
 
 
 # -------------------------------------------------------------------------------------------------------- estimators

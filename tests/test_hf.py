@@ -340,8 +340,8 @@ def killed_saves(tmp_path, old, new, old_bytes, new_bytes, old_files, new_files)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(tmp_path / "old", folder)
         code = in_child(
-            lambda: (kill_at(event), save(folder, new, max_shard_bytes=new_bytes, files=new_files))
-        )  # noqa: B023
+            lambda: (kill_at(event), save(folder, new, max_shard_bytes=new_bytes, files=new_files))  # noqa: B023
+        )
         assert (folder / "metrics.jsonl").read_text() == "kept\n" and (
             folder / "checkpoints"
         ).is_dir()

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("triton")
 
 from kernels import logprob as fused  # noqa: E402
-from nanopost.logprob import logprob  # noqa: E402
+from nanopost.logprob import logprob
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -9,9 +9,9 @@ import torch
 from small import random_ids, small_config
 
 import nanopost.model as model_module
-from nanopost import InputError, data, hf
+from nanopost import InputError, hf
 from nanopost.attention import Cache
-from nanopost.data import Batch, Example
+from nanopost.batch import Batch, Example, batch_of
 from nanopost.model import ActorCritic, CausalLM, Config, ScalarModel
 
 transformers = pytest.importorskip("transformers")
@@ -145,7 +145,7 @@ def packed(docs):
     return torch.cat(docs), torch.cat([torch.arange(n) for n in lengths]), cu, int(lengths.max())
 
 
-def batch_of(docs):
+def batch_of_docs(docs):
     token_N, position_N, cu, longest = packed(docs)
     target_N = token_N.roll(-1)
     target_N[cu[1:].long() - 1] = -100
@@ -339,7 +339,7 @@ def test_init_weights_depends_on_the_seed_alone_and_has_the_configs_spread():
 
 def loss_and_gradients(model, docs):
     model.zero_grad()
-    logp_N, entropy_N = model(batch_of(docs))
+    logp_N, entropy_N = model(batch_of_docs(docs))
     loss = -logp_N.sum() - 0.1 * entropy_N.sum()
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -371,7 +371,7 @@ def test_gradients_equal_those_of_transformers(case):
         if len(d) > 1
     )
     loss.backward()
-    ours = -model(batch_of(docs))[0].sum()
+    ours = -model(batch_of_docs(docs))[0].sum()
     ours.backward()
     theirs = {n: oracle.get_parameter(n).grad for n, _ in model.named_parameters()}
     assert_close(
@@ -425,7 +425,7 @@ def test_no_loss_goes_through_the_product_without_a_derivative(monkeypatch):
 
     monkeypatch.setattr(model_module, "matmul_fp32", refuse)
     config = small_config()
-    batch = data.batch_of([Example(random_ids(9, 0), np.arange(9) > 3)])
+    batch = batch_of([Example(random_ids(9, 0), np.arange(9) > 3)])
     for model in (ScalarModel(config), ActorCritic(config, None), ActorCritic(config, config)):
         out = model(batch)
         (out if isinstance(model, ScalarModel) else sum(out)).sum().backward()

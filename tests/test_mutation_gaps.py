@@ -12,8 +12,8 @@ from tokenizers import Tokenizer as Raw
 from tokenizers import models, pre_tokenizers, processors
 
 from nanopost import checkpoint, dist, optim, toy
-from nanopost.chat import Tokenizer
-from nanopost.data import Example, batch_of
+from nanopost.batch import Example, batch_of
+from nanopost.tokenizer import Tokenizer
 
 BOS_TEMPLATE = """\
 {{- bos_token }}{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}

@@ -14,11 +14,11 @@ import torch
 from scripts import metrics, run
 from small import random_ids, small_config
 
-from nanopost import advantages, data, dist, hf, losses, optim, toy
-from nanopost.chat import Tokenizer
-from nanopost.data import Example, batch_of
+from nanopost import advantages, dist, hf, losses, optim, packing, toy
+from nanopost.batch import Example, add_column, batch_of, padded
+from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.model import ActorCritic
-from nanopost.rollout import Engine, Sampling, prompt_seed
+from nanopost.tokenizer import Tokenizer
 
 PROMPTS, EPOCHS, MINIBATCHES, SEED, TEMPERATURE, NEW, LR = 8, 2, 2, 4, 1.2, 6, 2e-3
 BETA, GAMMA, LAM, LOW, HIGH, VALUE_CLIP, VALUE_COEF = 0.3, 0.97, 0.8, 0.1, 0.15, 0.05, 0.7
@@ -140,9 +140,9 @@ def test_mean_and_std_and_columns_there_and_back(alone):
         Example([1, 2, 3, 4], [False, False, True, True], {"a": np.array([9, 9, 1.5, 2.5])}),
         Example([1, 2], [False, True], {"a": np.array([9, 3.5])}),
     ]
-    x_BT = data.padded(examples, "a")
+    x_BT = padded(examples, "a")
     assert x_BT.tolist() == [[1.5, 2.5], [3.5, 0]]
-    data.add_column(examples, "b", x_BT)
+    add_column(examples, "b", x_BT)
     assert [e.columns["b"].tolist() for e in examples] == [[0, 0, 1.5, 2.5], [0, 3.5]]
 
 
@@ -337,7 +337,7 @@ def twin(place, own: bool, kl_in: str, kl: str):
             tokenizer.apply_chat_template(
                 rows[i]["prompt"], add_generation_prompt=True, return_dict=False
             )
-            for i in data.take(len(rows), SEED, (step - 1) * PROMPTS, PROMPTS)
+            for i in packing.take(len(rows), SEED, (step - 1) * PROMPTS, PROMPTS)
         ]
         seeds = [prompt_seed(SEED, (step - 1) * PROMPTS + serial) for serial in range(PROMPTS)]
         flat = [r for (r,) in engine.generate(prompts, 1, Sampling(NEW, TEMPERATURE), seeds)]

@@ -22,10 +22,12 @@ import torch
 import torch.nn.functional as F
 from scripts import metrics, run, weights
 
-from nanopost import InputError, data, hf, losses, pairs, toy
-from nanopost.chat import Tokenizer, tokenizer_files
-from nanopost.data import Example
+from nanopost import InputError, hf, packing, pairs, preference, toy
+from nanopost.batch import Example, batch_of
+from nanopost.reference import add_reference
 from nanopost.rollout import Rollout
+from nanopost.rows import check_pair_row, read_rows
+from nanopost.tokenizer import Tokenizer, tokenizer_files
 
 P, T, BETA = 7, 9, 0.3
 
@@ -64,7 +66,7 @@ def ours(
     made, logp_ST, log_sum_sq_ST = step
     pairs.add_columns(made, ld_alpha, train_prompt=False)
     flat = [e for pair in made for e in pair]
-    batch = data.batch_of(flat)
+    batch = batch_of(flat)
     logp = torch.tensor(logp_ST, requires_grad=True)
 
     def packed(x_ST):
@@ -73,11 +75,11 @@ def ours(
         )
 
     tokens = np.mean([e.mask.sum() for e in flat[0::2]])
-    p = pairs.of_batch(batch, packed(logp), float(tokens), divergence=divergence, alpha=alpha)
-    loss_P = losses.PREFERENCE[name](p, BETA, smoothing, **more)
+    p = preference.of_batch(batch, packed(logp), float(tokens), divergence=divergence, alpha=alpha)
+    loss_P = preference.PREFERENCE[name](p, BETA, smoothing, **more)
     if half:  # what temperature 1/2 gives: 2 log p - log sum p^2
         half_N = packed(2 * logp - torch.tensor(log_sum_sq_ST))
-        loss_P = loss_P * losses.wpo_weight(
+        loss_P = loss_P * preference.wpo_weight(
             packed(logp), half_N, batch["weight"], batch.seq_N, 2 * P
         )
     loss = loss_P.mean()
@@ -217,7 +219,7 @@ def of_pairs(c, r, **more):
     logp_S = torch.tensor(
         [x for pair in zip(c, r) for x in pair], dtype=torch.float64, requires_grad=True
     )
-    return losses.Pairs(
+    return preference.Pairs(
         logp_S, torch.zeros_like(logp_S).detach(), torch.full((len(logp_S),), 2.0), **more
     )
 
@@ -225,14 +227,14 @@ def of_pairs(c, r, **more):
 def test_smoothed_sigmoid_is_the_cross_entropy_to_the_smoothed_label():
     """cDPO: minimal where the policy's preference is 1 - smoothing."""
     p = of_pairs([math.log(9) / BETA], [0.0])  # sigmoid(beta margin) = 0.9
-    loss = losses.pair_sigmoid(p, BETA, 0.1)
+    loss = preference.pair_sigmoid(p, BETA, 0.1)
     assert float(loss) == pytest.approx(-(0.9 * math.log(0.9) + 0.1 * math.log(0.1)))
     loss.sum().backward()
     assert p.logp_S.grad.abs().max() < 1e-12
 
 
 def test_the_shift_of_bco_is_the_boundary():
-    loss = losses.pair_bco(of_pairs([2.0], [1.0]), BETA, shift=0.4)
+    loss = preference.pair_bco(of_pairs([2.0], [1.0]), BETA, shift=0.4)
     assert float(loss) == pytest.approx(
         math.log1p(math.exp(-(0.6 - 0.4))) + math.log1p(math.exp(0.3 - 0.4))
     )
@@ -256,7 +258,7 @@ def test_simpo_and_cpo_are_those_of_trl(name, more, stub):
     expected, _, _ = cpo.CPOTrainer.cpo_loss(self, *logp_2P)
     nll_P = torch.tensor([3.0, 1.0, 2.5]) / 2 if name == "cpo" else 0.0
     torch.testing.assert_close(
-        losses.PREFERENCE[name](p, BETA, 0.1, **more).detach(), expected + nll_P
+        preference.PREFERENCE[name](p, BETA, 0.1, **more).detach(), expected + nll_P
     )
 
 
@@ -266,7 +268,7 @@ def test_orpo_is_that_of_trl():
     p.nll_S, p.nll_tokens = torch.arange(6.0, dtype=torch.float64), 4.0
     self = SimpleNamespace(beta=BETA, accelerator=SimpleNamespace(device="cpu"))
     expected = orpo.ORPOTrainer.odds_ratio_loss(self, *p.mean_logp_2P.detach())[0]
-    loss_P = losses.pair_orpo(p, BETA).detach()
+    loss_P = preference.pair_orpo(p, BETA).detach()
     torch.testing.assert_close(
         loss_P.float(), p.nll_S[0::2].float() / 4 - expected.float(), rtol=1e-5, atol=1e-6
     )
@@ -329,8 +331,8 @@ def test_kto_is_that_of_trl():
     )
     loss.backward()
     mine = logp_S.sum(1).requires_grad_()
-    p = losses.Pairs(mine, ref_S, torch.full((10,), 5.0), label_P=label_P)
-    loss_P = losses.kto(p, BETA, desirable=1.3, undesirable=0.8)
+    p = preference.Pairs(mine, ref_S, torch.full((10,), 5.0), label_P=label_P)
+    loss_P = preference.kto(p, BETA, desirable=1.3, undesirable=0.8)
     loss_P.mean().backward()
     assert float(loss_P.detach().mean()) == pytest.approx(float(loss.detach()), rel=1e-9)
     torch.testing.assert_close(mine.grad[0::2], leaf.grad[:, 0])
@@ -340,12 +342,14 @@ def test_kto_is_that_of_trl():
 @pytest.mark.parametrize("name", ["robust", "exo"])
 def test_losses_that_need_smoothing_say_so(name):
     with pytest.raises(InputError, match="--smoothing 0.7"):
-        losses.PREFERENCE[name](of_pairs([1.0], [0.0]), BETA, 0.7)
+        preference.PREFERENCE[name](of_pairs([1.0], [0.0]), BETA, 0.7)
 
 
 def test_the_reward_model_loss_is_bradley_terry():
     score_S = torch.tensor([2.0, 0.5, -1.0, 1.0], dtype=torch.float64)
-    loss_P = losses.reward_model_loss(score_S, torch.tensor([0.0, 0.3], dtype=torch.float64), 0.01)
+    loss_P = preference.reward_model_loss(
+        score_S, torch.tensor([0.0, 0.3], dtype=torch.float64), 0.01
+    )
     expected = [math.log1p(math.exp(-1.5)) + 0.01 * 2.5**2, math.log1p(math.exp(2.3)) + 0.01 * 0.0]
     assert loss_P.tolist() == pytest.approx(expected)
 
@@ -434,7 +438,7 @@ def test_a_prompt_that_depends_on_the_answer_is_refused_by_its_row(tokenizer):
 )
 def test_bad_pairs_are_named(row, words):
     with pytest.raises(InputError, match=words):
-        data.check_pair_row(row)
+        check_pair_row(row)
 
 
 def example(ids, prompt):
@@ -467,17 +471,17 @@ def test_kto_sees_each_prompt_with_another_rows_completion(tokenizer):
 
 
 # ------------------------------------------------------------------------------------- two passes, models, scripts
-@pytest.mark.parametrize("name", sorted(losses.COUPLED))
+@pytest.mark.parametrize("name", sorted(preference.COUPLED))
 def test_the_gradient_of_a_coupled_loss_depends_on_no_micro_batch(name, place, tokenizer, alone):
     """Against one pass over the whole step with every log-prob in one graph."""
-    rows = data.read_rows(place / "pairs.jsonl")[:9]
+    rows = read_rows(place / "pairs.jsonl")[:9]
     if name == "kto":
         made, _ = pairs.labelled(tokenizer, rows, 60, "truncate")
     else:
         made, _ = pairs.fit([tokenizer.pair(row) for row in rows], 60, "truncate")
     model = hf.load_model(place / "toy")
     pairs.add_columns(made)
-    pairs.add_reference(made, hf.load_model(place / "toy").requires_grad_(False), 100, "cpu")
+    add_reference(made, hf.load_model(place / "toy").requires_grad_(False), 100, "cpu")
     with torch.no_grad():
         for q in model.parameters():
             q.add_(0.02 * torch.randn(q.shape, generator=torch.Generator().manual_seed(q.numel())))
@@ -487,20 +491,20 @@ def test_the_gradient_of_a_coupled_loss_depends_on_no_micro_batch(name, place, t
         model.zero_grad()
         return flat
 
-    batch = data.batch_of([e for pair in made for e in pair])
+    batch = batch_of([e for pair in made for e in pair])
     logp_N, _ = model(batch)
-    p = pairs.of_batch(batch, logp_N, 1.0)
+    p = preference.of_batch(batch, logp_N, 1.0)
     p.label_P = batch.columns["label"][0::2] if name == "kto" else None
-    losses.PREFERENCE[name](p, BETA).sum().backward()
+    preference.PREFERENCE[name](p, BETA).sum().backward()
     whole = gradient()
-    p, mine = pairs.gathered(model, made, 40, "cpu")
-    losses.PREFERENCE[name](p, BETA).sum().backward()
-    units = pairs.pulled_back(made, p, mine)
+    p, mine = preference.gathered(model, made, 40, "cpu")
+    preference.PREFERENCE[name](p, BETA).sum().backward()
+    units = preference.pulled_back(made, p, mine)
     assert len(units) == (len(made) if name == "kto" else 2 * len(made))
-    for part in data.micro_batches([len(e) for (e,) in units], 40):
-        batch = data.batch_of([units[i][0] for i in part])
+    for part in packing.micro_batches([len(e) for (e,) in units], 40):
+        batch = batch_of([units[i][0] for i in part])
         logp_N, _ = model(batch)
-        p = pairs.of_batch(batch, logp_N, 1.0)
+        p = preference.of_batch(batch, logp_N, 1.0)
         (batch["slope"] * p.logp_S + batch["nll_slope"] * p.nll_S).sum().backward()
     torch.testing.assert_close(gradient(), whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
 
@@ -534,9 +538,9 @@ def test_a_reward_model_is_one_of_transformers(place, tokenizer, tmp_path):
     )
     model, made = (
         hf.load_scalar_model(tmp_path),
-        tokenizer.pair(data.read_rows(place / "pairs.jsonl")[0]),
+        tokenizer.pair(read_rows(place / "pairs.jsonl")[0]),
     )
-    batch = data.batch_of(list(made))
+    batch = batch_of(list(made))
     score_S = model(batch)[batch.cu_seqlens[1:].long() - 1]
     expected = [float(theirs(torch.tensor(e.ids[None]).long()).logits.detach()) for e in made]
     assert score_S.tolist() == pytest.approx(expected, abs=1e-4) and abs(expected[0]) > 1e-3
@@ -759,5 +763,5 @@ def test_log1mexp_is_right_at_both_ends():
     expected = [
         math.log(-math.expm1(v)) if v > -1 else math.log1p(-math.exp(v)) for v in x.tolist()
     ]
-    assert losses.log1mexp(x).tolist() == pytest.approx(expected, rel=1e-12)
-    assert math.isfinite(float(F.softplus(losses.log1mexp(torch.zeros(1)))))
+    assert preference.log1mexp(x).tolist() == pytest.approx(expected, rel=1e-12)
+    assert math.isfinite(float(F.softplus(preference.log1mexp(torch.zeros(1)))))

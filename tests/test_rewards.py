@@ -12,22 +12,19 @@ import pytest
 import torch
 
 from nanopost import InputError
-from nanopost.rewards import (
+from nanopost.rewards import judged, load_reward, load_rewards, score
+from nanopost.rollout import Rollout
+from nanopost.verify import (
     boxed,
     exact,
     exact_value,
     final_number,
     gsm8k,
     gsm8k_format,
-    judged,
     last_boxed,
-    load_reward,
-    load_rewards,
     plain_latex,
     same_answer,
-    score,
 )
-from nanopost.rollout import Rollout
 
 
 def rows(path):

@@ -8,8 +8,8 @@ import torch
 from small import random_ids, small_model
 
 from nanopost import InputError
-from nanopost.data import Example, batch_of
-from nanopost.rollout import Engine, Sampling, cut, prompt_seed, sample
+from nanopost.batch import Example, batch_of
+from nanopost.engine import Engine, Sampling, cut, prompt_seed, sample
 
 PROMPTS = [random_ids(n, seed=n) for n in (5, 1, 17, 9)]
 SEEDS = [prompt_seed(0, i) for i in range(len(PROMPTS))]

@@ -9,7 +9,7 @@ import pytest
 from scripts import metrics, run
 
 from nanopost import InputError, toy
-from nanopost.chat import Tokenizer
+from nanopost.tokenizer import Tokenizer
 
 
 def test_the_toys_sums_are_for_the_toys_model(tmp_path):

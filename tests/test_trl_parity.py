@@ -20,10 +20,10 @@ from transformers import AutoTokenizer, Qwen3ForCausalLM  # noqa: E402
 
 from bench import assets  # noqa: E402
 from bench.reward import length_modulo_7  # noqa: E402
-from nanopost import data, hf, losses  # noqa: E402
-from nanopost.chat import Tokenizer  # noqa: E402
-from nanopost.data import Example  # noqa: E402
-from nanopost.rollout import Engine, Sampling, prompt_seed  # noqa: E402
+from nanopost import hf, losses, packing  # noqa: E402
+from nanopost.batch import Example, batch_of  # noqa: E402
+from nanopost.engine import Engine, Sampling, prompt_seed  # noqa: E402
+from nanopost.tokenizer import Tokenizer  # noqa: E402
 
 SMALL = dict(
     vocab=400,
@@ -58,7 +58,7 @@ def rows(folder):
 @pytest.fixture(scope="module")
 def trl_sft(folder, rows):
     """What TRL logs of each step, padded, in the order in which train_sft.py takes the rows: more than one epoch."""
-    order = [i for k in range(STEPS) for i in data.take(len(rows), SEED, k * ROWS, ROWS)]
+    order = [i for k in range(STEPS) for i in packing.take(len(rows), SEED, k * ROWS, ROWS)]
     assets.write_rows(folder / "ordered.jsonl", [rows[i] for i in order])
     done = subprocess.run(
         [
@@ -204,8 +204,8 @@ def our_gradient(model, prompts, completions, advantages, tokens, agg, beta, **c
         )
     trained, sequences = sum(map(len, completions)), len(completions)
     divisor = {"token": trained, "sequence": sequences, "constant": sequences * NEW}[agg]
-    for part in data.micro_batches([len(e) for e in examples], tokens):
-        batch = data.batch_of([examples[i] for i in part])
+    for part in packing.micro_batches([len(e) for e in examples], tokens):
+        batch = batch_of([examples[i] for i in part])
         logp_N, _ = model(batch, TEMPERATURE)
         layout = batch.mask_N, batch.seq_N, batch.num_sequences
         weight_N = losses.token_weights(*layout, agg)
@@ -237,9 +237,7 @@ def columns(folder, rollouts):
         for p, c in zip(rollouts["prompts"], rollouts["completions"])
     ]
     with torch.no_grad():
-        logp_BT = [
-            model(data.batch_of([e]), TEMPERATURE)[0].roll(1).numpy()[e.mask] for e in examples
-        ]
+        logp_BT = [model(batch_of([e]), TEMPERATURE)[0].roll(1).numpy()[e.mask] for e in examples]
     return {
         name: [(logp + draw.normal(size=len(logp)) * noise).tolist() for logp in logp_BT]
         for name, noise in (("old_per_token_logps", 0.3), ("ref_per_token_logps", 0.5))
@@ -316,7 +314,7 @@ def test_two_optimizer_steps_of_train_grpo_are_those_of_trl(folder, tmp_path):
         tokenizer.apply_chat_template(
             rows[i]["prompt"], add_generation_prompt=True, return_dict=False
         )
-        for i in data.take(len(rows), SEED, 0, 4)
+        for i in packing.take(len(rows), SEED, 0, 4)
     ]
     engine = Engine(hf.load_model(folder), Tokenizer.load(folder).stop_ids)
     seeds = [prompt_seed(SEED, serial) for serial in range(4)]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from nanopost import InputError, refuse
+from nanopost import InputError
+from nanopost.cli import refuse
 
 
 def starts_of(out) -> list[dict]:

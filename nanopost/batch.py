@@ -1,0 +1,145 @@
+"""One sequence of tokens, and several in one stream without padding.
+
+Shapes: N packed tokens, S sequences, T tokens of one sequence.
+
+Targets are shifted where a Batch is built and nowhere else."""
+
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from nanopost import InputError
+
+IGNORED = -100
+
+
+@dataclass
+class Example:
+    """One sequence of at least one token. Mask and per-token columns are aligned with ids, not shifted."""
+
+    ids: np.ndarray  # int32 [T]
+    mask: np.ndarray  # bool [T]: this token is trained, or is an action
+    columns: dict = field(default_factory=dict)  # name -> array [T], or a number
+
+    def __post_init__(self):
+        self.ids, self.mask = np.asarray(self.ids, np.int32), np.asarray(self.mask, bool)
+        if not len(self.ids) == len(self.mask) > 0:
+            raise InputError(
+                f"an example has {len(self.ids)} tokens and a mask of {len(self.mask)}: give it at least "
+                "one token, and a mask as long."
+            )
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, part: slice) -> "Example":
+        columns = {k: v[part] if np.ndim(v) else v for k, v in self.columns.items()}
+        return Example(self.ids[part], self.mask[part], columns)
+
+    def ended(self) -> "Example":
+        """Without what follows the last trained token (a template's newline): rollouts end there too."""
+        return self[: len(self) - self.mask[::-1].argmax()]
+
+
+@dataclass
+class Batch:
+    """Sequences in one stream, cut by cu_seqlens. batch["name"] is a column."""
+
+    token_N: torch.Tensor  # int64
+    position_N: torch.Tensor  # int64, from 0 in each sequence
+    target_N: torch.Tensor  # int64: the next token of the same sequence; -100 where mask_N is False
+    mask_N: torch.Tensor  # bool: the target is trained
+    cu_seqlens: torch.Tensor  # int32 [S+1]
+    max_seqlen: int
+    columns: dict[str, torch.Tensor]  # float32 [N] (shifted like the targets) or [S]
+    dummy: bool = False  # stands in for no sequences: every column is 0
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.cu_seqlens) - 1
+
+    @cached_property
+    def seq_N(self) -> torch.Tensor:
+        """int64: index of the sequence that a token belongs to."""
+        index_S = torch.arange(self.num_sequences, device=self.token_N.device)
+        return index_S.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.token_N))
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return (
+            torch.zeros_like(self.token_N, dtype=torch.float32)
+            if self.dummy
+            else self.columns[name]
+        )
+
+    def to(self, device) -> "Batch":
+        def move(value):
+            if isinstance(value, dict):
+                return {k: move(v) for k, v in value.items()}
+            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+        return Batch(*(move(getattr(self, f.name)) for f in fields(self)))
+
+
+def batch_of(examples: list[Example], device="cpu") -> Batch:
+    """Lay examples end to end and shift targets, mask and per-token columns: the only place that does.
+
+    No examples give a dummy without a target, with which a rank that has run out of data runs the same forward and
+    backward passes, and the collectives in them, as the others. It is two sequences of one token: N equals S, so a
+    column of zeros fits either way. InputError if columns differ between examples, or in length from their tokens.
+    """
+    dummy, examples = not examples, examples or [Example([0], [False])] * 2
+    length_S = np.array([len(e) for e in examples])
+    end_S = length_S.cumsum()
+    token_N = np.concatenate([e.ids for e in examples]).astype(np.int64)
+    position_N = np.arange(len(token_N)) - np.repeat(end_S - length_S, length_S)
+    mask_N = _shift(np.concatenate([e.mask for e in examples]), end_S)
+    target_N = np.where(mask_N, _shift(token_N, end_S), IGNORED)
+    cu_seqlens = np.concatenate([[0], end_S]).astype(np.int32)
+    tensors = map(torch.from_numpy, (token_N, position_N, target_N, mask_N, cu_seqlens))
+    columns = {k: torch.from_numpy(v) for k, v in _columns(examples, length_S, end_S).items()}
+    return Batch(*tensors, int(length_S.max()), columns, dummy).to(device)
+
+
+def padded(examples: list[Example], name: str) -> torch.Tensor:
+    """A column at the trained tokens of each example, zeros behind shorter ones -> float64 [B, T], on the CPU."""
+    longest = max((int(e.mask.sum()) for e in examples), default=0)
+    out_BT = torch.zeros(len(examples), longest, dtype=torch.float64)
+    for out_T, e in zip(out_BT, examples):
+        out_T[: e.mask.sum()] = torch.from_numpy(e.columns[name][e.mask])
+    return out_BT
+
+
+def add_column(examples: list[Example], name: str, x_BT: torch.Tensor):
+    """What padded takes apart, put back: a column with 0 at tokens that are not trained."""
+    for e, x_T in zip(examples, x_BT.numpy()):
+        e.columns[name] = np.zeros(len(e), np.float32)
+        e.columns[name][e.mask] = x_T[: e.mask.sum()]
+
+
+def _columns(examples, length_S, end_S):
+    names, columns = examples[0].columns.keys(), {}
+    if other := next((e for e in examples if e.columns.keys() != names), None):
+        raise InputError(
+            f"examples of one batch have the columns {', '.join(names) or 'none'} and "
+            f"{', '.join(other.columns) or 'none'}: give all of them the same."
+        )
+    for name in names:
+        values = [e.columns[name] for e in examples]
+        if not np.ndim(values[0]):
+            columns[name] = np.array(values, np.float32)
+        elif [len(v) for v in values] == length_S.tolist():
+            columns[name] = _shift(np.concatenate(values).astype(np.float32), end_S)
+        else:
+            raise InputError(
+                f"column {name} needs a value for each token of its example, or one number."
+            )
+    return columns
+
+
+def _shift(value_N, end_S):
+    """At each token what belongs to the next one; 0 or False at the last of each sequence."""
+    shifted_N = np.roll(value_N, -1)
+    shifted_N[end_S - 1] = 0
+    return shifted_N
