@@ -25,7 +25,7 @@ from nanopost import checkpoint, dist, hf, optim, packing, pairs, preference, re
 from nanopost.batch import batch_of
 from nanopost.cli import Help, check_numbers, refuse
 from nanopost.engine import Engine, Sampling, prompt_seed
-from nanopost.forward import logprobs_of
+from nanopost.forward import logprobs
 from nanopost.reference import add_cached_reference, add_reference, content_hash, follow
 from nanopost.rollout import length_metrics, sample_records
 from nanopost.rows import load as load_rows
@@ -414,7 +414,7 @@ def evaluate():
         metrics |= dist.means({f"eval/{name}": (reward_PG.sum(), reward_PG.numel())})
         if temperature and reference:
             examples = [r.example() for group in groups for r in group]
-            logps = logprobs_of(reference, examples, args.tokens, 1.0, world.device)
+            logps = logprobs(reference, examples, args.tokens, 1.0, world.device)
             kl_B = [
                 float((e.columns["engine_logp"] - logp).sum()) for e, logp in zip(examples, logps)
             ]
@@ -445,7 +445,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if args.reference != "precomputed":
         add_reference(step_pairs, reference, args.tokens, world.device)
     count, chosen_tokens = dist.all_sum(
-        len(step_pairs), sum(int(chosen.mask[1:].sum()) for chosen, _ in step_pairs)
+        len(step_pairs), sum(chosen.num_targets for chosen, _ in step_pairs)
     )
     units, sums = step_pairs, defaultdict(lambda: (0.0, 0.0))
     if coupled:  # the gradient of each sequence's log-prob, from the losses of the whole step
@@ -495,7 +495,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- log
     (tokens,) = dist.all_sum(sum(lengths))
     seen += tokens
-    sums["entropy"] = entropy_sum, sum(int(e.mask[1:].sum()) for unit in units for e in unit)
+    sums["entropy"] = entropy_sum, sum(e.num_targets for unit in units for e in unit)
     metrics |= {
         **dist.means(sums),
         "grad_norm": grad_norm,

@@ -30,7 +30,7 @@ from nanopost import advantages, checkpoint, dist, hf, losses, optim, packing, r
 from nanopost.batch import batch_of, padded
 from nanopost.cli import Help, check_numbers, refuse
 from nanopost.engine import Engine, Sampling, prompt_seed
-from nanopost.forward import logprobs_of, per_token
+from nanopost.forward import logprobs, per_token
 from nanopost.rollout import LogpGap, length_metrics, sample_records
 from nanopost.rows import load as load_rows
 from nanopost.run import Logger
@@ -365,7 +365,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         if scorer is not None:
             logger.phase(name, step)
             for e, logp in zip(
-                examples, logprobs_of(scorer, examples, args.tokens, args.temperature, world.device)
+                examples, logprobs(scorer, examples, args.tokens, args.temperature, world.device)
             ):
                 e.columns[name] = logp
     if reference is not None and args.kl_in == "reward":

@@ -198,7 +198,7 @@ def evaluate():
         logp_N, entropy_N = model(batch_of([mine[i] for i in part], world.device))
         loss -= float(logp_N.sum())
         entropy += float(entropy_N.sum())
-    tokens = sum(int(e.mask[1:].sum()) for e in mine)
+    tokens = sum(e.num_targets for e in mine)
     return dist.means({"eval/loss": (loss, tokens), "eval/entropy": (entropy, tokens)})
 
 

@@ -1,11 +1,15 @@
-"""One sequence of tokens, and several in one stream without padding.
+"""An Example is one sequence of tokens; a Batch is several in one packed stream, without padding.
 
 Shapes: N packed tokens, S sequences, T tokens of one sequence.
 
-Targets are shifted where a Batch is built and nowhere else."""
+Targets are shifted where a Batch is built, and shifted back in Batch.split. Nothing else shifts: code outside this file
+works on examples, whose masks and columns are aligned with their ids, or on batches, where everything is aligned with
+the position that predicts it.
+"""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +21,7 @@ IGNORED = -100
 
 @dataclass
 class Example:
-    """One sequence of at least one token. Mask and per-token columns are aligned with ids, not shifted."""
+    """One sequence of at least one token. Masks and per-token columns are aligned with ids."""
 
     ids: np.ndarray  # int32 [T]
     mask: np.ndarray  # bool [T]: this token is trained, or is an action
@@ -27,8 +31,8 @@ class Example:
         self.ids, self.mask = np.asarray(self.ids, np.int32), np.asarray(self.mask, bool)
         if not len(self.ids) == len(self.mask) > 0:
             raise InputError(
-                f"an example has {len(self.ids)} tokens and a mask of {len(self.mask)}: give it at least "
-                "one token, and a mask as long."
+                f"an example has {len(self.ids)} tokens and a mask of {len(self.mask)}: give it at "
+                "least one token, and a mask as long."
             )
 
     def __len__(self):
@@ -38,9 +42,34 @@ class Example:
         columns = {k: v[part] if np.ndim(v) else v for k, v in self.columns.items()}
         return Example(self.ids[part], self.mask[part], columns)
 
+    @property
+    def num_targets(self) -> int:
+        """Trained tokens that something predicts: the first token of a sequence is no target."""
+        return int(self.mask[1:].sum())
+
     def ended(self) -> "Example":
-        """Without what follows the last trained token (a template's newline): rollouts end there too."""
+        """Without what follows the last trained token (a template's newline), as rollouts end."""
         return self[: len(self) - self.mask[::-1].argmax()]
+
+
+class Sequences(NamedTuple):
+    """Which sequence each packed token belongs to, and which tokens are trained."""
+
+    mask_N: torch.Tensor  # bool
+    index_N: torch.Tensor  # int64, from 0 to count - 1
+    count: int
+
+    def sum(self, x_N: torch.Tensor) -> torch.Tensor:
+        """Sum of x over each sequence, masked tokens included -> [S]."""
+        return x_N.new_zeros(self.count).index_add(0, self.index_N, x_N)
+
+    def spread(self, x_S: torch.Tensor) -> torch.Tensor:
+        """Each sequence's x at all of its tokens -> [N]."""
+        return x_S.index_select(0, self.index_N)
+
+    def length_S(self) -> torch.Tensor:
+        """Trained tokens of each sequence, at least 1 -> int64 [S]."""
+        return self.sum(self.mask_N.long()).clamp(min=1)
 
 
 @dataclass
@@ -54,6 +83,7 @@ class Batch:
     cu_seqlens: torch.Tensor  # int32 [S+1]
     max_seqlen: int
     columns: dict[str, torch.Tensor]  # float32 [N] (shifted like the targets) or [S]
+    num_targets: int = 0
     dummy: bool = False  # stands in for no sequences: every column is 0
 
     @property
@@ -61,35 +91,46 @@ class Batch:
         return len(self.cu_seqlens) - 1
 
     @cached_property
-    def seq_N(self) -> torch.Tensor:
-        """int64: index of the sequence that a token belongs to."""
+    def sequences(self) -> Sequences:
         index_S = torch.arange(self.num_sequences, device=self.token_N.device)
-        return index_S.repeat_interleave(self.cu_seqlens.diff(), output_size=len(self.token_N))
+        lengths = self.cu_seqlens.diff()
+        index_N = index_S.repeat_interleave(lengths, output_size=len(self.token_N))
+        return Sequences(self.mask_N, index_N, self.num_sequences)
+
+    @property
+    def last_S(self) -> torch.Tensor:
+        """int64: where the last token of each sequence stands."""
+        return self.cu_seqlens[1:].long() - 1
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return (
-            torch.zeros_like(self.token_N, dtype=torch.float32)
-            if self.dummy
-            else self.columns[name]
-        )
+        if self.dummy:
+            return torch.zeros_like(self.token_N, dtype=torch.float32)
+        return self.columns[name]
+
+    def split(self, x_N: torch.Tensor) -> list[np.ndarray]:
+        """A number for each target, given back to the token itself -> an array for each sequence,
+        aligned with its ids; the first token, which is no target, gets 0 if masked targets have 0."""
+        shifted_back_N = x_N.roll(1).cpu().numpy()
+        return np.split(shifted_back_N, self.cu_seqlens[1:-1].tolist())
 
     def to(self, device) -> "Batch":
-        def move(value):
-            if isinstance(value, dict):
-                return {k: move(v) for k, v in value.items()}
-            return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-
-        return Batch(*(move(getattr(self, f.name)) for f in fields(self)))
+        """The same batch there; copies overlap with computation where memory is pinned."""
+        names = ("token_N", "position_N", "target_N", "mask_N", "cu_seqlens")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        columns = {k: v.to(device, non_blocking=True) for k, v in self.columns.items()}
+        return replace(self, columns=columns, **moved)
 
 
 def batch_of(examples: list[Example], device="cpu") -> Batch:
-    """Lay examples end to end and shift targets, mask and per-token columns: the only place that does.
+    """Lay examples end to end and shift targets, mask and per-token columns.
 
-    No examples give a dummy without a target, with which a rank that has run out of data runs the same forward and
-    backward passes, and the collectives in them, as the others. It is two sequences of one token: N equals S, so a
-    column of zeros fits either way. InputError if columns differ between examples, or in length from their tokens.
+    No examples give a dummy without a target: a rank that has run out of data runs it through the
+    same forward and backward passes, and the collectives in them, as the others. It is two sequences
+    of one token: N equals S, so a column of zeros fits either way. InputError if columns differ
+    between examples, or in length from their tokens.
     """
-    dummy, examples = not examples, examples or [Example([0], [False])] * 2
+    dummy = not examples
+    examples = examples or [Example([0], [False])] * 2
     length_S = np.array([len(e) for e in examples])
     end_S = length_S.cumsum()
     token_N = np.concatenate([e.ids for e in examples]).astype(np.int64)
@@ -99,11 +140,11 @@ def batch_of(examples: list[Example], device="cpu") -> Batch:
     cu_seqlens = np.concatenate([[0], end_S]).astype(np.int32)
     tensors = map(torch.from_numpy, (token_N, position_N, target_N, mask_N, cu_seqlens))
     columns = {k: torch.from_numpy(v) for k, v in _columns(examples, length_S, end_S).items()}
-    return Batch(*tensors, int(length_S.max()), columns, dummy).to(device)
+    return Batch(*tensors, int(length_S.max()), columns, int(mask_N.sum()), dummy).to(device)
 
 
 def padded(examples: list[Example], name: str) -> torch.Tensor:
-    """A column at the trained tokens of each example, zeros behind shorter ones -> float64 [B, T], on the CPU."""
+    """A column at the trained tokens of each example, then zeros -> float64 [B, T], on the CPU."""
     longest = max((int(e.mask.sum()) for e in examples), default=0)
     out_BT = torch.zeros(len(examples), longest, dtype=torch.float64)
     for out_T, e in zip(out_BT, examples):
@@ -112,7 +153,7 @@ def padded(examples: list[Example], name: str) -> torch.Tensor:
 
 
 def add_column(examples: list[Example], name: str, x_BT: torch.Tensor):
-    """What padded takes apart, put back: a column with 0 at tokens that are not trained."""
+    """Undo padded: give each example a column with its row of x at trained tokens, 0 elsewhere."""
     for e, x_T in zip(examples, x_BT.numpy()):
         e.columns[name] = np.zeros(len(e), np.float32)
         e.columns[name][e.mask] = x_T[: e.mask.sum()]

@@ -19,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, dist, hf, packing, toy
+from nanopost import InputError, dist, forward, hf, packing, toy
 from nanopost.cli import Help, check_numbers, refuse
 from nanopost.engine import Engine, Sampling, prompt_seed
-from nanopost.forward import logprobs_of, scores_of
+from nanopost.forward import logprobs
 from nanopost.rewards import ModelReward, load_rewards, score_groups
 from nanopost.rows import check_sft_row, read_rows
 from nanopost.tokenizer import Tokenizer, check_stage
@@ -197,8 +197,8 @@ def of_text(args, rows, device):
     longest = min(args.tokens, model.config.max_positions)
     examples, cut = packing.overlong([tokenizer.example(row) for row in rows], longest, "truncate")
     print(f"cut or left out: {packing.counted(cut)}")
-    logps = logprobs_of(model, examples, args.tokens, 1.0, device)
-    tokens = [int(e.mask[1:].sum()) for e in examples]
+    logps = logprobs(model, examples, args.tokens, 1.0, device)
+    tokens = [e.num_targets for e in examples]
     yield "perplexity", *perplexity([-float(logp.sum()) for logp in logps], tokens), len(examples)
     keep(args, [{"nll": -float(logp.sum()), "tokens": n} for logp, n in zip(logps, tokens)])
 
@@ -210,14 +210,15 @@ def scored(args, rows, device):
     if "chosen" not in rows[0]:
         for row in rows:
             check_sft_row(row)
-        score_B = scores_of(
+        score_B = forward.scores(
             reward.model, [tokenizer.example(row).ended() for row in rows], args.tokens, device
         )
         yield "score", *normal(score_B), len(rows)
         return keep(args, [{"score": s} for s in score_B])
     pairs = [tokenizer.pair(row) for row in rows]
     score_P2 = np.reshape(
-        scores_of(reward.model, [e for pair in pairs for e in pair], args.tokens, device), (-1, 2)
+        forward.scores(reward.model, [e for pair in pairs for e in pair], args.tokens, device),
+        (-1, 2),
     )
     margin_P = score_P2[:, 0] - score_P2[:, 1]
     yield from bounded("accuracy", ((margin_P > 0) + (margin_P == 0) / 2).tolist())

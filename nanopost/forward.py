@@ -1,43 +1,62 @@
-"""Log-probs, scores and values of many examples, over micro-batches and ranks.
+"""Log-probs, values and scores of many examples, over micro-batches and ranks.
 
-Shapes: N packed tokens."""
+Shapes: N packed tokens, S sequences.
+"""
+
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
-from nanopost.batch import Example, batch_of
+from nanopost.batch import Batch, Example, batch_of
 from nanopost.dist import even
-from nanopost.packing import pack
+from nanopost.packing import micro_batches, pack
 
 
-def logprobs_of(model, examples: list, tokens: int, temperature: float, device) -> list[np.ndarray]:
-    """Log-prob of each trained token of each Example under a model -> one fp32 array each, as per_token gives them."""
+def batches(items: list, tokens: int, device) -> Iterator[Batch]:
+    """Micro-batches of at most `tokens` tokens, on the device, as many on every rank.
+
+    items: examples, or tuples of examples that stay together (a pair). At least one batch, which is
+    a dummy where a rank has nothing: each forward and backward pass is a collective.
+    """
+    units = [(item,) if isinstance(item, Example) else item for item in items]
+    lengths = [sum(len(e) for e in unit) for unit in units]
+    for part in even(micro_batches(lengths, tokens) or [[]]):
+        yield batch_of([e for i in part for e in units[i]], device)
+
+
+def logprobs(model, examples: list[Example], tokens: int, temperature: float, device):
+    """Log-probs of the trained tokens under a model -> list of fp32 [T], as per_token gives them."""
     return per_token(lambda batch: model(batch, temperature)[0], examples, tokens, device)
 
 
+def values(model, examples: list[Example], tokens: int, device) -> list[np.ndarray]:
+    """An ActorCritic's value of the state in which each trained token was chosen; see per_token."""
+    return per_token(lambda batch: model(batch, value_alone=True)[2], examples, tokens, device)
+
+
 @torch.no_grad()
-def per_token(forward, examples: list, tokens: int, device) -> list[np.ndarray]:
-    """forward(batch) -> x_N, 0 where no target is; one fp32 array for each Example, aligned with its ids.
+def per_token(forward: Callable, examples: list[Example], tokens: int, device) -> list[np.ndarray]:
+    """forward(batch) -> x_N, 0 where no target is; returns fp32 [T] for each example.
 
     A collective: every rank calls it, and runs as many micro-batches as the rank with most.
     """
     out = [None] * len(examples)
     for part in even(pack([len(e) for e in examples], tokens)):
         batch = batch_of([Example(examples[i].ids, examples[i].mask) for i in part], device)
-        # Back from targets to the tokens themselves: what belongs to a token stands one place before it.
-        x_N = forward(batch).roll(1).cpu().numpy()
-        cuts = batch.cu_seqlens.tolist()
-        for i, start, end in zip(part, cuts, cuts[1:]):
-            out[i] = x_N[start:end]
+        x_N = forward(batch)
+        for i, x_T in zip(part, batch.split(x_N)):
+            out[i] = x_T
     return out
 
 
 @torch.no_grad()
-def scores_of(model, examples: list[Example], tokens: int, device) -> list[float]:
-    """What a reward model gives each sequence: its value at the last token."""
+def scores(model, examples: list[Example], tokens: int, device) -> list[float]:
+    """A reward model's score of each sequence: its number at the last token."""
     out = [0.0] * len(examples)
     for part in pack([len(e) for e in examples], max(tokens, *map(len, examples))):
         batch = batch_of([examples[i] for i in part], device)
-        for i, score in zip(part, model(batch)[batch.cu_seqlens[1:].long() - 1].tolist()):
+        score_S = model(batch)[batch.last_S]
+        for i, score in zip(part, score_S.tolist()):
             out[i] = score
     return out

@@ -170,7 +170,7 @@ def overlong(
         ),
     )
     for e in examples:
-        if not e.mask[1:].any():
+        if not e.num_targets:
             counts["untrained_before"] += 1
             continue
         pieces = [e]
@@ -185,7 +185,7 @@ def overlong(
             )
             counts["pieces"] += len(pieces)
             counts["tokens_cut"] += 0 if how == "split" else len(e) - sum(map(len, pieces))
-        trained = [p for p in pieces if p.mask[1:].any()]
+        trained = [p for p in pieces if p.num_targets]
         counts["untrained_after"] += len(pieces) - len(trained)
         kept += trained
     if examples and not kept:

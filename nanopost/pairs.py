@@ -26,7 +26,7 @@ def fit(pairs: list[tuple[Example, Example]], max_length: int, how: str):
         if too_long and how == "drop":
             continue
         pair = tuple(e[:max_length] for e in pair)
-        emptied = not all(e.mask[1:].any() for e in pair)
+        emptied = not all(e.num_targets for e in pair)
         alike = not emptied and pair[0].ids.tolist() == pair[1].ids.tolist()
         counts["emptied"] += emptied
         counts["alike"] += alike

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from nanopost import InputError, dist
 from nanopost.batch import Example
-from nanopost.forward import logprobs_of
+from nanopost.forward import logprobs
 from nanopost.losses import per_sequence
 
 
@@ -333,11 +333,11 @@ def gathered(model, pairs: list, tokens: int, device, **options) -> tuple[Pairs,
                 -logp.sum(),
                 e.columns["ref_logp"],
                 e.columns["length"],
-                e.mask[1:].sum(),
+                e.num_targets,
                 e.columns.get("label", 1.0),
             )
         ]
-        for e, logp in zip(examples, logprobs_of(model, examples, tokens, 1.0, device))
+        for e, logp in zip(examples, logprobs(model, examples, tokens, 1.0, device))
     ]
     before = sum(dist.gather([len(table)])[: torch.distributed.get_rank()])
     table, mine = dist.gather(table), slice(before, before + len(table))

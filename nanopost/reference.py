@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from nanopost import dist
-from nanopost.forward import logprobs_of
+from nanopost.forward import logprobs
 
 
 def add_reference(pairs: list, reference, tokens: int, device):
@@ -17,9 +17,7 @@ def add_reference(pairs: list, reference, tokens: int, device):
     """
     examples = [e for pair in pairs for e in pair]
     logps = (
-        logprobs_of(reference, examples, tokens, 1.0, device)
-        if reference
-        else [0.0] * len(examples)
+        logprobs(reference, examples, tokens, 1.0, device) if reference else [0.0] * len(examples)
     )
     for e, logp in zip(examples, logps):
         e.columns["ref_logp"] = float((logp * e.columns["weight"]).sum())

@@ -19,9 +19,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanopost import InputError
+from nanopost import InputError, forward
 from nanopost.batch import Example
-from nanopost.forward import scores_of
 from nanopost.hf import load_scalar_model
 from nanopost.verify import (
     boxed,
@@ -246,7 +245,7 @@ class ModelReward:
 
     def __call__(self, completions, prompt_ids, completion_ids, **columns):
         ids = [[*prompt, *new] for prompt, new in zip(prompt_ids, completion_ids)]
-        return scores_of(
+        return forward.scores(
             self.model, [Example(i, [False] * len(i)) for i in ids], self.tokens, self.device
         )
 

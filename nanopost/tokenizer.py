@@ -654,7 +654,7 @@ def report(
         raise InputError(
             f"{places(doubled)} begin with BOS twice: the text brings one along; take it out there."
         )
-    if len(empty := having(lambda e: not e.mask[1:].any())) == len(examples):
+    if len(empty := having(lambda e: not e.num_targets)) == len(examples):
         raise InputError(
             f"not one of {len(examples):,} rows has a token to train: --train_on and the template leave "
             "nothing of them."
@@ -675,7 +675,7 @@ def report(
     }
     tokens, trained = sum(map(len, examples)), sum(int(e.mask.sum()) for e in examples)
     longest = max(range(len(examples)), key=lambda i: len(examples[i]))
-    example = marked_text(min((e for e in examples if e.mask[1:].any()), key=len), tokenizer)
+    example = marked_text(min((e for e in examples if e.num_targets), key=len), tokenizer)
     return "\n".join(
         [
             f"{len(examples):,} rows, {tokens:,} tokens, {trained / tokens:.1%} of them trained; a stop token trained in "

@@ -12,7 +12,7 @@ from small import small_config
 
 from nanopost import InputError, dist, optim, packing
 from nanopost.batch import Example, batch_of
-from nanopost.forward import logprobs_of
+from nanopost.forward import logprobs
 from nanopost.model import CausalLM
 
 torch.set_num_threads(1)
@@ -48,7 +48,7 @@ def step():
 
 def logp():
     """Every example's log-probs as the model computes them now, outside of a step."""
-    return [x.tolist() for x in logprobs_of(model, examples, tokens, 1.0, "cpu")]
+    return [x.tolist() for x in logprobs(model, examples, tokens, 1.0, "cpu")]
 
 
 before = logp()
