@@ -1,537 +1,291 @@
-"""GRPO and its family: sample a group of answers to each prompt, reward them, make the better ones likelier.
+"""GRPO: sample a group of answers to each prompt, reward them, make the better ones likelier.
 
-    A_i  = (R_i - mean(R_group)) / (std(R_group) + 1e-4)                            2402.03300, eq. 3 (outcome form)
+    A_i  = (R_i - mean(R)) / (std(R) + 1e-4)                over the group, 2402.03300 eq. 3
     r_t  = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
-    loss = - sum_i sum_t w_it min(r_t A_i, clip(r_t, 1 - low, 1 + high) A_i) + beta sum_it w_it KL_it
+    loss = - sum_i sum_t w_it min(r_t A_i, clip(r_t, 1 - low, 1 + high) A_i)
+           + beta sum_i sum_t w_it KL_it
 
-    --adv    group: as above; mean: without the std (Dr. GRPO 2503.20783); loo: leave-one-out (RLOO 2402.14740);
-             batch: the std of the whole batch; gdpo: each reward z-scored in its group, then their sum (2601.05242)
-    --ratio  token; sequence: exp of the mean over tokens (GSPO 2507.18071); sequence_sum: of the sum (RLOO)
-    --agg    w_it = sequence: 1 / (|y_i| sequences) (GRPO); token: 1 / tokens of the whole optimizer step
-             (DAPO 2503.14476, the default); constant: 1 / (sequences * --max_new_tokens) (Dr. GRPO);
-             sequence_sum: 1 / sequences (LUSPO 2602.05261, with --ratio sequence)
-    --loss   clip: as above, with --delta capping the ratio on the other side; cispo 2506.13585; sapo 2511.20347
-Deviations from the GRPO paper: no KL by default (--beta 0), aggregation by token, old log-probs that are the engine's.
+The family is four choices (--adv, --ratio, --loss, --agg):
 
-    python train_sft.py && torchrun --nproc_per_node 1 train_grpo.py            # the toy, about three minutes
+    GRPO      2402.03300    --agg sequence --beta 0.04
+    Dr. GRPO  2503.20783    --adv mean --agg constant
+    DAPO      2503.14476    --clip 0.2 0.28 --resample 4
+    RLOO      2402.14740    --adv loo --ratio sequence_sum --agg sequence
+    GSPO      2507.18071    --ratio sequence --agg sequence --clip 3e-4 4e-4
+    LUSPO     2602.05261    --ratio sequence --agg sequence_sum --clip 3e-4 4e-4
+    CISPO     2506.13585    --loss cispo
+    SAPO      2511.20347    --loss sapo --agg sequence
+
+Unlike the GRPO paper: no KL by default, token-level averaging, old log-probs from the engine. More
+of the family is in forks/: two-sided clip, overlong masking, top-entropy tokens, GDPO, KL in the
+reward.
+
+    bash runs/toy.sh                                      # on a laptop, four minutes
     torchrun --nproc_per_node 8 train_grpo.py --model out/sft --data prompts.jsonl --reward gsm8k
 """
 
-import argparse
 import time
-from collections import defaultdict
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 
-from nanopost import advantages, checkpoint, dist, hf, losses, optim, packing, rewards, toy
-from nanopost.batch import batch_of, padded
-from nanopost.cli import Help, check_numbers, refuse
+from nanopost import (
+    InputError,
+    advantages,
+    cli,
+    dist,
+    hf,
+    losses,
+    optim,
+    packing,
+    rewards,
+    rows,
+)
+from nanopost.cli import at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
-from nanopost.forward import logprobs, per_token
+from nanopost.forward import add_logprobs, batches, check_finite
 from nanopost.rollout import LogpGap, length_metrics, sample_records
-from nanopost.rows import load as load_rows
-from nanopost.run import Logger
+from nanopost.run import Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
-# N packed tokens of a micro-batch, S its sequences, P prompts, G samples of a prompt, F reward functions.
-# ------------------------------------------------------------------------------------------------------- arguments
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+# Shapes: N packed tokens of a micro-batch, P prompts, G samples per prompt, F reward functions.
+
+# ---------------------------------------------------------------------------------------- arguments
+parser = cli.parser(__doc__, out="out/grpo", lr=1e-6, warmup=10, eval_every=50)
+cli.add_rollout_flags(parser)
 add = parser.add_argument
-add(
-    "--model",
-    default="out/sft",
-    help="folder of a Hugging Face checkpoint; default out/sft, what train_sft.py writes",
-)
-add("--data", default="toy", help="rows: JSONL, .jsonl.gz, .json or Parquet, or toy")
-add("--eval_data", help="held-out rows; without it --holdout rows of --data are kept back")
-add(
-    "--holdout",
-    type=int,
-    default=100,
-    help="rows of --data kept for evaluation, if there is no --eval_data",
-)
-add(
-    "--rename",
-    nargs="*",
-    default=[],
-    metavar="THEIRS=OURS",
-    help="columns, such as question=prompt",
-)
-add("--out", default="out/grpo", help="folder of the run; the trained model is written here")
-add("--chat_template", help="a Jinja file used instead of the model's own template")
-add("--seed", type=int, default=0)
-add("--device", default="auto", choices=["auto", "cpu", "cuda"])
-add(
-    "--dtype",
-    default="auto",
-    choices=["auto", "fp32", "bf16"],
-    help="to compute in; auto: bf16 on CUDA, else fp32",
-)
-add("--compile", action="store_true", help="torch.compile each block")
-add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
-add(
-    "--kernels",
-    default="auto",
-    choices=["auto", "torch"],
-    help="auto: Triton for log-probs on CUDA; torch: none",
-)
-add("--tokens", type=int, default=8192, help="tokens of a micro-batch, at most")
-add("--lr", type=float, help="peak learning rate; default 1e-6, for the toy 1e-3")
-add("--schedule", default="linear", choices=["constant", "linear", "cosine"])
-add(
-    "--warmup", type=int, default=10, help="optimizer steps from 0 to --lr, at most half of the run"
-)
-add("--weight_decay", type=float, default=0.0)
-add("--betas", type=float, nargs=2, default=[0.9, 0.95])
-add("--grad_clip", type=float, default=1.0, help="largest L2 norm of the gradient; 0: any")
-add("--eval_every", type=int, default=50, help="steps; 0: only before and after")
-add("--save_every", type=int, default=100, help="steps between checkpoints to resume from; 0: none")
-add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
-add("--overwrite", action="store_true", help="replace the run that --out holds")
-add("--verbose", action="store_true", help="say when each phase begins")
-# Of this algorithm alone:
-add("--steps", type=int, default=100, help="rollout batches; each is --minibatches optimizer steps")
-add("--prompts", type=int, default=64, help="prompts of a rollout batch, over all ranks")
-add("--group", type=int, default=8, help="samples of a prompt")
-add("--minibatches", type=int, default=2, help="optimizer steps on a rollout batch")
-add("--max_new_tokens", type=int, help="longest completion; default 512, for the toy 8")
-add(
-    "--max_prompt",
-    type=int,
-    help="leave out longer prompts, in tokens; default: refuse those that do not fit",
-)
-add("--temperature", type=float, default=1.0)
-add("--stop", nargs="*", default=[], help="strings that end a completion")
-add(
-    "--reward",
-    nargs="+",
-    metavar="REWARD",
-    help="exact (the toy's default), gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or file.py:f",
-)
-add("--reward_weights", type=float, nargs="+", help="one for each --reward; default: all 1")
+add("--steps", type=at_least(1), default=100, help="rollout batches")
+add("--prompts", type=at_least(1), default=64, help="prompts per rollout batch, over all ranks")
+add("--group", type=at_least(2), default=8, help="samples per prompt")
+add("--minibatches", type=at_least(1), default=2, help="optimizer steps per rollout batch")
 add(
     "--resample",
-    type=int,
+    type=at_least(0),
     default=0,
-    help="rounds of prompts that replace groups with equal rewards; 0: they stay",
+    help="extra rounds to replace groups of equal rewards",
 )
-add("--mask_overlong", action="store_true", help="completions without an end stay out of the loss")
-add("--adv", default="group", choices=["group", "mean", "loo", "batch", "gdpo"], help="advantage")
-add(
-    "--ratio",
-    default="token",
-    choices=["token", "sequence", "sequence_sum"],
-    help="importance ratio",
-)
+add("--adv", default="group", choices=["group", "mean", "loo", "batch"], help="advantage")
+add("--ratio", default="token", choices=["token", "sequence", "sequence_sum"], help="pi / pi_old")
 add("--loss", default="clip", choices=["clip", "cispo", "sapo"])
-add("--clip_low", type=float, default=0.2)
-add("--clip_high", type=float, default=0.2)
-add(
-    "--delta", type=float, help="clip: largest ratio whatever the sign of the advantage (two-sided)"
-)
-add("--cispo_cap", type=float, default=5.0, help="cispo: largest ratio")
-add(
-    "--sapo_tau",
-    type=float,
-    nargs=2,
-    default=[1.0, 1.05],
-    help="sapo: of positive, of other advantages",
-)
-add(
-    "--agg",
-    default="token",
-    choices=["sequence", "token", "constant", "sequence_sum"],
-    help="how losses are averaged",
-)
-add(
-    "--top_entropy",
-    type=float,
-    default=1.0,
-    help="share of tokens, the most uncertain, that learn (2506.01939)",
-)
-add("--entropy_coef", type=float, default=0.0, help="weight of an entropy bonus")
-add(
-    "--off_policy_mask",
-    type=float,
-    help="fall of the mean log-prob that takes bad answers out (2512.02556)",
-)
-add(
-    "--beta",
-    type=float,
-    default=0.0,
-    help="weight of the KL to the model as it was; 0: no reference model",
-)
-add("--kl", default="k3", choices=["k1", "k2", "k3"], help="estimator of that KL")
-add("--kl_in", default="loss", choices=["loss", "reward"])
-add(
-    "--old_logp",
-    default="engine",
-    choices=["engine", "trainer"],
-    help="whose log-probs the ratio divides by",
-)
+add("--clip", type=at_least(0.0), nargs=2, default=[0.2, 0.2], metavar=("LOW", "HIGH"))
+add("--agg", default="token", choices=["sequence", "token", "constant", "sequence_sum"])
+add("--beta", type=at_least(0.0), default=0.0, help="KL coefficient; 0: no reference model")
+add("--kl", default="k3", choices=["k1", "k2", "k3"], help="estimator of the KL")
+add("--old_logp", default="engine", choices=["engine", "trainer"], help="whose pi_old")
 add(
     "--correct",
     default="none",
     choices=["none", "token-truncate", "token-mask", "sequence-truncate", "sequence-mask"],
     help="importance weights trainer / engine; needs --old_logp trainer",
 )
-add("--correct_cap", type=float, default=3.0, help="largest such weight")
-add(
-    "--max_logp_gap",
-    type=float,
-    help="mean |trainer - engine| log-prob that stops the run; default 1e-3, in bf16 0.1",
-)
-add("--engine_rows", type=int, default=512, help="completions sampled at once on a rank")
+add("--correct_cap", type=at_least(0.0), default=3.0, help="maximum importance weight")
+add("--max_logp_gap", type=at_least(0.0), help="stop if engine and trainer disagree by more")
 args = parser.parse_args()
-args.reward = args.reward or ["exact"] * (args.data == "toy")
-args.lr = args.lr if args.lr is not None else 1e-3 if args.data == "toy" else 1e-6
-args.max_new_tokens = (
-    args.max_new_tokens if args.max_new_tokens is not None else 8 if args.data == "toy" else 512
-)
 
-# ------------------------------------------------------------------------------------------------------- processes
-world = dist.init(args.device)
-check_numbers(vars(args))
-torch.manual_seed(args.seed)
-bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
-
-# --------------------------------------------------------------------------------------------- tokenizer and model
+# -------------------------------------------------------------------------------------------- setup
+world = dist.init(args.device, args.dtype, args.seed)
+cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-stage = check_stage(args.model, tokenizer)
-shard = partial(
-    dist.shard,
-    world=world,
-    bf16=bf16,
-    checkpointing=args.checkpointing,
-    compile=args.compile,
-    kernels=args.kernels,
-)
+shard = cli.shard(args, world)
 model = hf.load_model(args.model, world.device, shard=shard)
-reference = (
-    hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
-    if args.beta
-    else None
-)
-shared = world.size == 1 and not bf16  # then the engine samples with the trainer's own tensors
-sampler = (
-    model
-    if shared
-    else hf.load_model(args.model, world.device, torch.bfloat16 if bf16 else torch.float32)
-)
-engine = Engine(sampler, tokenizer.stop_ids, tokenizer.decode, args.engine_rows)
+reference = None
+if args.beta:
+    reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
+engine = Engine.beside(model, args.model, world, tokenizer, args.engine_rows)
 
-# ------------------------------------------------------------------------------------------------------------ data
-if args.data == "toy":
-    toy.check(tokenizer, args.model)
-    rows, eval_rows = toy.prompt_rows(held_out=False), toy.prompt_rows(held_out=True)
-else:
-    rows, eval_rows = load_rows(args.data, args.eval_data, args.holdout, args.rename)
-(rows, eval_rows), report = tokenizer.with_prompts(
-    (rows, eval_rows), args.max_prompt, args.max_new_tokens, args.tokens, model.config.max_positions
+train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.prompt)
+(train_rows, eval_rows), report = tokenizer.with_prompts(
+    (train_rows, eval_rows),
+    args.max_prompt,
+    args.max_new_tokens,
+    args.tokens,
+    model.config.max_positions,
 )
-reward_functions, reward_weights = rewards.load_rewards(
+reward_functions, reward_weights = rewards.load(
     args.reward, args.reward_weights, tokenizer, world.device
 )
-packing.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
-refuse(
-    (args.group < 2, f"--group {args.group} has nothing to compare a sample with: give 2 or more."),
-    (args.correct != "none" and args.old_logp != "trainer", "--correct needs --old_logp trainer."),
-    (
-        args.adv == "gdpo" and args.kl_in == "reward",
-        "--adv gdpo takes no KL in the reward: --kl_in loss.",
-    ),
-    (
-        args.temperature <= 0,
-        f"--temperature {args.temperature}: training samples, so give more than 0.",
-    ),
-)
 
-# ------------------------------------------------------------------------------------------------------- optimizer
-optimizer = optim.adamw(model, args.weight_decay, args.betas)
-found = checkpoint.to_resume(args) if args.resume else None
-state = checkpoint.load(found, model, optimizer) if found else {"step": 0, "consumed": 0, "seen": 0}
-shown = [
-    "reward",
-    "reward_std",
-    "frac_reward_zero_std",
-    "kl",
-    "entropy",
-    "loss",
-    "grad_norm",
-    "completions/mean_length",
-    "completions/clipped_ratio",
-    "tokens_per_second",
-]
-logger = Logger(args.out, world.rank, args.steps, shown, args.verbose)
-replace = (
-    args.overwrite or args.resume and not Path(args.out, "config.json").exists()
-)  # killed before a checkpoint
-logger.open(
-    state["step"] if found else None, replace, {"args": vars(args), **fingerprint(tokenizer)}
-)
-for change in checkpoint.changed_arguments(state.get("args", vars(args)), vars(args)):
-    logger.say(f"resumed with another {change}")
-logger.say(stage)
-logger.say(
-    f"{len(rows):,} prompts to train on, {len(eval_rows):,} held out; {report}; rewarded by "
-    f"{' '.join(args.reward)}; the first as the model sees it:\n{tokenizer.decode(rows[0]['prompt_ids'])}"
-)
+optimizer = optim.adamw(model, args.weight_decay)
+show = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "loss", "grad_norm"]
+run = Run(args.out, world, args.steps, vars(args), show)
+fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
+state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
+run.say(check_stage(args.model, tokenizer))
+run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
+run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
+
+sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
+advantage = {
+    "group": advantages.group,
+    "mean": advantages.mean,
+    "loo": advantages.leave_one_out,
+    "batch": advantages.batch,
+}[args.adv]
+policy_loss = {
+    "clip": partial(losses.policy_loss_clip, low=args.clip[0], high=args.clip[1]),
+    "cispo": partial(losses.policy_loss_cispo, cap=5.0),
+    "sapo": partial(losses.policy_loss_sapo, tau=(1.0, 1.05)),
+}[args.loss]
+kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
+correction = losses.no_correction
+if args.correct != "none":
+    if args.old_logp != "trainer":
+        raise InputError("--correct needs --old_logp trainer.")
+    level, mode = args.correct.split("-")
+    correction = partial(losses.importance_weight, level=level, mode=mode, cap=args.correct_cap)
 
 
-def rollout(rows, serials, n, sampling):
-    """n completions of each row's prompt, scored -> (rollouts [P][G], float64 reward_FPG, NaN: does not apply)."""
-    groups = engine.generate(
-        [row["prompt_ids"] for row in rows],
-        n,
-        sampling,
-        [prompt_seed(args.seed, serial) for serial in serials],
-    )
-    return groups, rewards.score_groups(reward_functions, tokenizer.decode, rows, groups, n)
+def rollout(rows_P, serials, n, sampling):
+    """n completions of each prompt -> (rollouts [P][n], float64 reward_FPG; NaN: does not
+    apply)."""
+    seeds = [prompt_seed(args.seed, serial) for serial in serials]
+    groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
+    return groups, rewards.score(reward_functions, tokenizer.decode, rows_P, groups)
+
+
+def rollout_batch(consumed):
+    """--prompts groups of the rows that follow the first `consumed`. With --resample, groups whose
+    rewards are all equal are replaced (dynamic sampling, 2503.14476), so a rank may end with none.
+
+    -> (groups, reward_FPG, prompts drawn over all ranks, this rank's groups of equal rewards)
+    """
+    groups, rewards_FPG, drawn, equal, missing = [], [], 0, 0, args.prompts
+    for _ in range(args.resample + 1):
+        count = -(-missing // world.size) * world.size
+        indices, serials = packing.share(len(train_rows), args.seed, consumed + drawn, count, world)
+        drawn += count
+        rows_P = [train_rows[i] for i in indices]
+        new_groups, reward_FPG = rollout(rows_P, serials, args.group, sampling)
+        varied_P = rewards.total(reward_FPG, reward_weights).std(1) > 1e-8
+        equal += int((~varied_P).sum())
+        keep_P = varied_P | (args.resample == 0)
+        groups += [group for group, keep in zip(new_groups, keep_P) if keep]
+        rewards_FPG.append(reward_FPG[:, keep_P])
+        missing = args.prompts - int(dist.all_sum(len(groups)))
+        if missing <= 0:
+            break
+    return groups, torch.cat(rewards_FPG, 1), drawn, equal
 
 
 def evaluate():
-    """Held-out prompts, one completion each: mean rewards; eval/accuracy and eval/greedy are the first one's."""
-    metrics, mine = {}, range(len(eval_rows))[world.rank :: world.size]
-    for name, temperature in (("accuracy", 1.0), ("greedy", 0.0)) if eval_rows else ():
-        sampling = Sampling(args.max_new_tokens, temperature, stop=tuple(args.stop))
-        _, reward_FPG = rollout(
-            [eval_rows[i] for i in mine], [2**32 + i for i in mine], 1, sampling
-        )
-        names = [f"eval/{name}", *(f"eval/{name}/{f.name}" for f in reward_functions[1:])]
-        metrics |= dist.means(
-            {n: (r.nansum(), (~r.isnan()).sum()) for n, r in zip(names, reward_FPG)}
-        )
+    """Mean rewards on held-out prompts, one completion each, sampled and greedy."""
+    metrics = {}
+    mine = range(len(eval_rows))[world.rank :: world.size]
+    rows_P, serials = [eval_rows[i] for i in mine], [2**32 + i for i in mine]
+    for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
+        _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
+        others = [f"eval/{name}/{f.name}" for f in reward_functions[1:]]
+        metrics |= dist.means(rewards.sums([f"eval/{name}", *others], reward_FPG))
     return metrics
 
 
-# ------------------------------------------------------------------------------------------------------------ loop
-sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
-gap = LogpGap(args.max_logp_gap or (0.1 if bf16 else 1e-3))
-consumed, seen = state["consumed"], state["seen"]
+# --------------------------------------------------------------------------------------------- loop
+gap = LogpGap(args.max_logp_gap, world.dtype)
 engine.sync_weights(dist.full_weights(model), state["step"])
-state["args"] = vars(args)
-if not found:
-    logger.log(0, state.setdefault("first", evaluate()))
+if not run.resumed:
+    run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
-    # ---- rollout and reward, until --prompts groups have something to teach
-    logger.phase("rollout", step)
+    # ---- rollout
     began = time.perf_counter()
-    groups, rewards_of, drawn, zero_std, missing = [], [], 0, 0, args.prompts
-    for _ in range(args.resample + 1):
-        count = -(-missing // world.size) * world.size
-        serials = range(consumed + drawn, consumed + drawn + count)[world.rank :: world.size]
-        indices = packing.take(len(rows), args.seed, consumed + drawn, count)[
-            world.rank :: world.size
-        ]
-        drawn += count
-        new_groups, reward_FPG = rollout([rows[i] for i in indices], serials, args.group, sampling)
-        total_PG = rewards.combine_rewards(reward_FPG, reward_weights)
-        varied_P = total_PG.std(1) > 1e-8
-        zero_std += int((~varied_P).sum())
-        keep_P = varied_P | (args.resample == 0)
-        groups += [group for group, keep in zip(new_groups, keep_P) if keep]
-        rewards_of.append(torch.cat([reward_FPG, total_PG[None]])[:, keep_P])
-        missing = args.prompts - int(dist.all_sum(len(groups))[0])
-        if missing <= 0:
-            break
-    if missing == args.prompts:
-        checkpoint.save(
-            args.out, step - 1, model, optimizer, state | {"consumed": consumed, "seen": seen}
+    groups, reward_FPG, drawn, equal = rollout_batch(state["consumed"])
+    if not dist.all_sum(len(groups)):
+        run.save(step - 1, model, optimizer, state)
+        raise InputError(
+            f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group of "
+            f"{args.group} had equal rewards: warm up with train_sft.py, change prompts or "
+            "--reward, or raise --group. The weights are saved: --resume continues from them."
         )
-    refuse(
-        (
-            missing == args.prompts,
-            f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group"
-            f" of {args.group} had equal rewards: warm up with train_sft.py, change prompts or --reward, or raise "
-            "--group. The weights are saved: --resume goes on from them.",
-        )
-    )
-    consumed += drawn
-    *reward_FPG, reward_PG = torch.cat(rewards_of, 1)
-    flat = [r for group in groups for r in group]
+    state["consumed"] += drawn
+    rollouts = [r for group in groups for r in group]
     rollout_seconds = time.perf_counter() - began
 
-    # ---- advantage
-    examples = [r.example() for r in flat]
-    for e in examples:
-        e.columns["old_logp"] = e.columns["engine_logp"]
-    for name, scorer in (
-        ("old_logp", model if args.old_logp == "trainer" else None),
-        ("ref_logp", reference),
-    ):
-        if scorer is not None:
-            logger.phase(name, step)
-            for e, logp in zip(
-                examples, logprobs(scorer, examples, args.tokens, args.temperature, world.device)
-            ):
-                e.columns[name] = logp
-    if reference is not None and args.kl_in == "reward":
-        old_BT, ref_BT = (padded(examples, name) for name in ("old_logp", "ref_logp"))
-        reward_PG = reward_PG - args.beta * losses.kl_estimate(old_BT, ref_BT, args.kl).sum(
-            1
-        ).view_as(reward_PG)
-    if args.adv == "gdpo":
-        adv_PG = advantages.normalised_sum(reward_FPG, reward_weights)  # of mean 0
-        adv_PG = adv_PG / (dist.mean_and_std(adv_PG)[1] + 1e-4)
-    else:
-        adv_PG = advantages.group_advantage(reward_PG, args.adv, dist.mean_and_std(reward_PG)[1])
-    for e, r, adv in zip(examples, flat, adv_PG.flatten().tolist()):
-        e.mask &= r.finish == "stop" or not args.mask_overlong
+    # ---- advantage: how much better is a sample than the rest of its group?
+    reward_PG = rewards.total(reward_FPG, reward_weights)
+    adv_PG = advantage(reward_PG)
+    examples = [r.example() for r in rollouts]
+    for e, adv in zip(examples, adv_PG.flatten().tolist()):
         e.columns["adv"] = adv * e.mask
-    if args.top_entropy < 1:
-        entropies = per_token(
-            lambda batch: model(batch, args.temperature)[1], examples, args.tokens, world.device
-        )
-        masks = [e.mask for e in examples]
-        for e, learns in zip(
-            examples, advantages.most_uncertain(entropies, masks, args.top_entropy, dist.gather)
-        ):
-            e.columns["adv"] = e.columns["adv"] * learns
+        e.columns["old_logp"] = e.columns["engine_logp"]
+    if args.old_logp == "trainer":
+        add_logprobs(examples, "old_logp", model, args.tokens, args.temperature, world.device)
+    if reference is not None:
+        add_logprobs(examples, "ref_logp", reference, args.tokens, args.temperature, world.device)
 
-    # ---- update: --minibatches optimizer steps, whole groups in each
-    logger.phase("update", step)
-    sums, loss_sum = defaultdict(float), 0.0
-    for k, part in enumerate(
-        np.array_split(np.arange(len(examples)).reshape(-1, args.group), args.minibatches)
-    ):
-        minibatch = [examples[i] for i in part.flatten()]
-        trained, sequences = dist.all_sum(sum(int(e.mask.sum()) for e in minibatch), len(minibatch))
-        # Without a KL a sequence of advantage 0 has no gradient: it counts in the divisor and needs no forward pass.
-        minibatch = [
-            e for e in minibatch if e.columns["adv"].any() or reference or args.entropy_coef
-        ]
-        micro_batches = dist.even(
-            packing.micro_batches([len(e) for e in minibatch], args.tokens) or [[]]
-        )
-        divisor = {
-            "token": trained,
-            "sequence": sequences,
-            "sequence_sum": sequences,
-            "constant": sequences * args.max_new_tokens,
-        }[args.agg]
-        for batch in (batch_of([minibatch[i] for i in m], world.device) for m in micro_batches):
+    # ---- update: one optimizer step per minibatch of whole groups
+    meter, loss_sum = dist.Meter(), 0.0
+    for k, minibatch in enumerate(packing.minibatches(examples, args.minibatches, args.group)):
+        tokens, sequences = dist.all_sums(sum(e.num_targets for e in minibatch), len(minibatch))
+        divisor = losses.divisor(args.agg, tokens, sequences, args.max_new_tokens)
+        # Where the policy loss is the only term, advantage 0 means no gradient: such sequences
+        # count in the divisor and need no forward pass. Another term reaches them: then keep them
+        # all.
+        if reference is None:
+            minibatch = [e for e in minibatch if e.columns["adv"].any()]
+        for batch in batches(minibatch, args.tokens, world.device):
             logp_N, entropy_N = model(batch, args.temperature)
-            layout = batch.mask_N, batch.seq_N, batch.num_sequences
-            engine_logp_N, old_logp_N, adv_N = (
-                batch[name] for name in ("engine_logp", "old_logp", "adv")
+            log_ratio_N = losses.log_ratio(logp_N, batch["old_logp"], batch.sequences, args.ratio)
+            weight_N = losses.token_weights(batch.sequences, args.agg)
+            correction_N, correction_metrics = correction(
+                batch["old_logp"], batch["engine_logp"], batch.sequences
             )
-            weight_N = policy_weight_N = losses.token_weights(*layout, args.agg)
-            log_ratio_N, metrics = losses.log_ratio(logp_N, old_logp_N, *layout, args.ratio), {}
-            if args.correct != "none":
-                correction_N, metrics = losses.importance_weight(
-                    old_logp_N, engine_logp_N, *layout, *args.correct.split("-"), args.correct_cap
-                )
-                policy_weight_N = weight_N * correction_N
-            if args.off_policy_mask is not None:
-                keep_N = losses.off_policy_mask(
-                    logp_N, engine_logp_N, adv_N, *layout, args.off_policy_mask
-                )
-                policy_weight_N, metrics["off_policy_ratio"] = (
-                    policy_weight_N * keep_N,
-                    (~keep_N & batch.mask_N).sum(),
-                )
-            if args.loss == "cispo":
-                loss, more = losses.policy_loss_cispo(
-                    log_ratio_N, logp_N, adv_N, policy_weight_N, args.cispo_cap
-                )
-            elif args.loss == "sapo":
-                loss, more = losses.policy_loss_sapo(
-                    log_ratio_N, adv_N, policy_weight_N, *args.sapo_tau
-                )
-            else:
-                loss, more = losses.policy_loss_clip(
-                    log_ratio_N, adv_N, policy_weight_N, args.clip_low, args.clip_high, args.delta
-                )
-            metrics |= more
-            loss = loss - args.entropy_coef * (weight_N * entropy_N).sum()
+            loss, metrics = policy_loss(log_ratio_N, logp_N, batch["adv"], weight_N * correction_N)
             if reference is not None:
-                kl_N = losses.kl_estimate(logp_N, batch["ref_logp"], args.kl)
-                metrics["kl"] = kl_N.detach().sum()
-                loss = loss + (args.beta * (weight_N * kl_N).sum() if args.kl_in == "loss" else 0.0)
-            (
-                loss * world.size / max(1, divisor)
-            ).backward()  # FSDP averages gradients over ranks: world.size undoes it
-            loss_sum += float(loss.detach()) / max(1, divisor)
-            gap.add(logp_N, engine_logp_N, batch.mask_N * (k == 0))  # before the first update
-            metrics |= {"entropy": entropy_N.detach().sum(), "tokens": batch.mask_N.sum()}
-            for name, value in metrics.items():
-                sums[name] += float(value)
+                kl_N = kl_estimate(logp_N, batch["ref_logp"])
+                loss = loss + args.beta * (weight_N * kl_N).sum()
+                metrics["kl"] = kl_N.sum()
+            # FSDP averages gradients over ranks: world.size undoes it.
+            (loss * world.size / divisor).backward()
+            loss_sum += loss.detach().double() / divisor
+            metrics |= correction_metrics
+            meter.add(batch.num_targets, entropy=entropy_N.sum(), **metrics)
+            if k == 0:  # before the first update, engine and trainer are the same policy
+                gap.add(logp_N, batch["engine_logp"], batch.mask_N)
         grad_norm = dist.clip_grad_norm(model, args.grad_clip)
+        check_finite(grad_norm, step, model, minibatch, tokenizer.decode)
         update = (step - 1) * args.minibatches + k + 1
-        lr = optim.learning_rate(
-            update, args.steps * args.minibatches, args.lr, args.warmup, args.schedule
-        )
+        lr = optim.learning_rate(update, args.steps * args.minibatches, args.lr, args.warmup)
         optim.set_learning_rate(optimizer, lr)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     # ---- sync
-    logger.phase("sync", step)
     engine.sync_weights(dist.full_weights(model), step)
 
     # ---- log
-    tokens = sums.pop("tokens")
-    metrics = dist.means(
-        {
-            "reward": (reward_PG.sum(), reward_PG.numel()),
-            "reward_std": (reward_PG.std(1).sum(), len(reward_PG)),
-            "frac_reward_zero_std": (zero_std, drawn / world.size),
-            **{
-                f"rewards/{f.name}/mean": (r.nansum(), (~r.isnan()).sum())
-                for f, r in zip(reward_functions, reward_FPG)
-            },
-            "loss": (loss_sum, args.minibatches / world.size),
-            **{name: (value, tokens) for name, value in sums.items()},
-        }
-    )
-    sampled, kept = dist.all_sum(sum(len(r.ids) for r in flat), len(groups))
-    seen += sampled
-    metrics |= {
-        **length_metrics(flat),
+    meter.add(reward_PG.numel(), reward=reward_PG.sum())
+    meter.add(len(reward_PG), reward_std=reward_PG.std(1).sum())
+    meter.add(drawn / world.size, frac_reward_zero_std=equal)
+    sampled, kept = dist.all_sums(sum(r.length for r in rollouts), len(groups))
+    state["num_tokens"] += sampled
+    seconds = time.perf_counter() - began
+    reward_names = [f"rewards/{f.name}/mean" for f in reward_functions]
+    metrics = {
+        **meter.means(),
+        **dist.means(rewards.sums(reward_names, reward_FPG)),
+        **length_metrics(rollouts),
+        **gap.metrics(),
+        "loss": dist.all_sum(loss_sum) / args.minibatches,
         "grad_norm": grad_norm,
         "lr": lr,
-        **gap.metrics(),
         "groups": kept,
         "prompts_drawn": drawn,
-        "num_tokens": seen,
+        "num_tokens": state["num_tokens"],
         "time/rollout": rollout_seconds,
-        "time/step": time.perf_counter() - began,
-        "tokens_per_second": sampled / (time.perf_counter() - began),
+        "time/step": seconds,
+        "tokens_per_second": sampled / seconds,
     }
-    if step == args.steps or args.eval_every and step % args.eval_every == 0:
-        logger.phase("eval", step)
-        metrics |= (last := evaluate())
-    logger.log(step, metrics)
-    logger.samples(
-        step,
-        sample_records(
-            tokenizer.decode,
-            flat[: args.group],
-            reward=reward_PG.flatten(),
-            advantage=adv_PG.flatten(),
-        ),
-    )
+    if run.due(step, args.eval_every):
+        metrics |= evaluate()
+    run.log(step, metrics)
+    numbers = {"reward": reward_PG.flatten(), "advantage": adv_PG.flatten()}
+    run.samples(step, sample_records(tokenizer.decode, rollouts[: args.group], **numbers))
     gap.check(step, metrics)
 
     # ---- save
-    if args.save_every and step % args.save_every == 0 and step < args.steps:
-        logger.phase("save", step)
-        checkpoint.save(
-            args.out, step, model, optimizer, state | {"consumed": consumed, "seen": seen}
-        )
+    if run.due(step, args.save_every):
+        run.save(step, model, optimizer, state)
 
-# ------------------------------------------------------------------------------------------------------------ save
-hf.save_model(
-    args.out,
-    dist.full_weights(model),
-    model.config,
-    tokenizer_files(args.model, tokenizer),
-    write=world.rank == 0,
-)
-logger.say(f"the model is in {args.out}")
-if state["step"] < args.steps:
-    logger.say_change(state["first"], last)
-dist.finish()
+# --------------------------------------------------------------------------------------------- save
+run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+run.finish()

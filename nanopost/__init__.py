@@ -2,4 +2,5 @@
 
 
 class InputError(ValueError):
-    """Something a person gave is wrong. The message is one sentence: what, the numbers, the way out."""
+    """Something a person gave is wrong. The message is one sentence: what, the numbers, the way
+    out."""

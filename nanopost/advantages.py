@@ -1,85 +1,94 @@
-"""From rewards to advantages: several rewards into one, and the baseline of a group.
+"""From rewards to advantages: group baselines, GAE, whitening.
 
-Shapes: P prompts, G samples of each, F reward functions; B sequences of at most T sampled tokens.
+Shapes: P prompts, G samples of each; B sequences of at most T sampled tokens.
 """
 
-import numpy as np
 import torch
 
-from nanopost import InputError
+from nanopost import InputError, dist
 
 
-def group_advantage(reward_PG, how: str, batch_std: float | None = None):
-    """How much better a sample is than the others of its prompt -> adv_PG.
-
-    group  (R - mean) / (std + 1e-4), mean and std (n - 1) of the group                 GRPO 2402.03300
-    mean   R - mean: hard and easy prompts keep their own scale                         Dr. GRPO 2503.20783
-    loo    R - mean of the OTHERS = (R - mean) G / (G - 1): an unbiased baseline        RLOO 2402.14740
-    batch  (R - mean) / (std + 1e-4), mean of the group, std (n - 1) of all rewards: batch_std, which the loop
-           takes over all ranks, or that of reward_PG
-    """
-    num_samples = _check_group(reward_PG)
-    centred_PG = reward_PG - reward_PG.mean(1, keepdim=True)
-    if how == "group":
-        return centred_PG / (reward_PG.std(1, keepdim=True) + 1e-4)
-    if how == "mean":
-        return centred_PG
-    if how == "loo":
-        return centred_PG * (num_samples / (num_samples - 1))
-    if how == "batch":
-        return centred_PG / ((reward_PG.std() if batch_std is None else batch_std) + 1e-4)
-    raise InputError(f"Advantage {how!r} is none of group, mean, loo and batch.")
+# ---------------------------------------------------------------------------------- group baselines
+# How much better a sample is than the others of its prompt: reward_PG -> adv_PG.
+def group(reward_PG):
+    """(R - mean) / (std + 1e-4), both of the group, std with n - 1: GRPO 2402.03300."""
+    return centred(reward_PG) / (reward_PG.std(1, keepdim=True) + 1e-4)
 
 
-def _check_group(reward_PG):
+def mean(reward_PG):
+    """R - mean: hard and easy prompts keep their own scale, Dr. GRPO 2503.20783."""
+    return centred(reward_PG)
+
+
+def leave_one_out(reward_PG):
+    """R - mean of the OTHERS = (R - mean) G / (G - 1): an unbiased baseline, RLOO 2402.14740."""
+    num_samples = reward_PG.shape[1]
+    return centred(reward_PG) * (num_samples / (num_samples - 1))
+
+
+def batch(reward_PG):
+    """(R - mean of the group) / (std + 1e-4), std of all rewards of all ranks. A collective."""
+    _, std = dist.mean_and_std(reward_PG)
+    return centred(reward_PG) / (std + 1e-4)
+
+
+def centred(reward_PG):
+    """R - mean of the group."""
     num_samples = reward_PG.shape[1]
     if num_samples < 2:
-        raise InputError(f"--group {num_samples} has nothing to compare a sample with: 2 or more.")
-    return num_samples
+        raise InputError(
+            f"--group {num_samples} leaves nothing to compare a sample with: give 2 or more."
+        )
+    return reward_PG - reward_PG.mean(1, keepdim=True)
 
 
-def normalised_sum(reward_FPG, weights):
-    """GDPO 2601.05242: each reward z-scored in its group, then their weighted sum -> sum_PG, which the loop z-scores
-    over the batch. NaN (does not apply) adds nothing. So a reward of small spread is heard beside one of large."""
-    total_PG = torch.zeros_like(reward_FPG[0])
-    _check_group(total_PG)
-    for weight, reward_PG in zip(weights, reward_FPG):
-        centred_PG = reward_PG - reward_PG.nanmean(1, keepdim=True)
-        count_P = (~reward_PG.isnan()).sum(1, keepdim=True)
-        std_P = (centred_PG.square().nansum(1, keepdim=True) / (count_P - 1).clamp(min=1)).sqrt()
-        total_PG += weight * (centred_PG / (std_P + 1e-4)).nan_to_num()
-    return total_PG
-
-
-def most_uncertain(
-    entropies: list, masks: list, share: float, gather=lambda values: values
-) -> list:
-    """Whether a trained token is among the `share` of highest entropy (the 80/20 rule, 2506.01939) -> one bool array
-    for each sequence. gather brings the entropies of all ranks together: the quantile is that of the whole batch."""
-    every = gather(
-        [h for entropy, mask in zip(entropies, masks) for h in entropy[mask].tolist()]
-    ) or [0.0]
-    return [
-        mask & (entropy >= np.quantile(every, 1 - share)) for entropy, mask in zip(entropies, masks)
-    ]
-
-
+# ------------------------------------------------------------------------------------ per token
 def gae(reward_BT, value_BT, gamma: float, lam: float):
     """Generalised advantage estimation, 1506.02438 eq. 16 -> (adv_BT, return_BT = adv + value).
 
         delta_t = r_t + gamma V_t+1 - V_t         adv_t = delta_t + gamma lam adv_t+1
 
-    Rows are the sampled tokens alone, with zeros behind shorter ones: the state after the last token is worth 0, as is
-    every padded one, so that padding changes nothing. lam 1 gives Monte-Carlo returns, lam 0 one-step targets.
+    A row holds sampled tokens alone, then zeros: the state after the last token is worth 0, as is
+    every padded one, so padding changes nothing. lam 1 gives Monte-Carlo returns, lam 0 one-step
+    targets.
     """
-    adv_BT, later_B = torch.zeros_like(value_BT), torch.zeros_like(value_BT[:, 0])
-    next_B = later_B
+    adv_BT = torch.zeros_like(value_BT)
+    next_value_B = next_adv_B = torch.zeros_like(value_BT[:, 0])
     for t in reversed(range(value_BT.shape[1])):
-        later_B = reward_BT[:, t] + gamma * next_B - value_BT[:, t] + gamma * lam * later_B
-        next_B, adv_BT[:, t] = value_BT[:, t], later_B
+        delta_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
+        next_adv_B = delta_B + gamma * lam * next_adv_B
+        next_value_B = value_BT[:, t]
+        adv_BT[:, t] = next_adv_B
     return adv_BT, adv_BT + value_BT
 
 
-def adapted(beta: float, kl: float, target: float) -> float:
-    """The next weight of a KL that should be `target`: a tenth of the relative error, cut at 20 % (1909.08593, 2.2)."""
-    return beta * (1 + 0.1 * min(0.2, max(-0.2, kl / target - 1)))
+def whiten(x_BT, mask_BT, shift_mean: bool = True):
+    """(x - mean) / std, both over the masked tokens of all ranks; without shift_mean the mean is
+    added again -> x_BT, not masked. A collective."""
+    mean, std = dist.mean_and_std(x_BT[mask_BT])
+    whitened_BT = (x_BT - mean) / (std + 1e-8)
+    if shift_mean:
+        return whitened_BT
+    return whitened_BT + mean
+
+
+def running_std(sums: tuple, score_B) -> tuple[tuple, float]:
+    """Add the scores of all ranks to (count, sum, sum of squares) -> (the new sums, their standard
+    deviation with n; 1 where scores so far are all equal, which have no scale). A collective."""
+    new = dist.all_sums(len(score_B), score_B.sum(), score_B.square().sum())
+    count, total, squares = sums = tuple(a + b for a, b in zip(sums, new))
+    mean = total / count
+    std = max(0.0, squares / count - mean**2) ** 0.5
+    if std <= 1e-6 * (1 + abs(mean)):
+        return sums, 1.0
+    return sums, std
+
+
+def explained_variance(return_BT, value_BT, mask_BT) -> float:
+    """1 - Var(return - value) / Var(return) over the tokens of all ranks; 0 where returns are
+    equal. A collective."""
+    _, spread = dist.mean_and_std(return_BT[mask_BT])
+    _, left = dist.mean_and_std((return_BT - value_BT)[mask_BT])
+    if spread <= 1e-6:
+        return 0.0
+    return 1 - (left / spread) ** 2

@@ -2,9 +2,9 @@
 
 Shapes: N packed tokens, S sequences, T tokens of one sequence.
 
-Targets are shifted where a Batch is built, and shifted back in Batch.split. Nothing else shifts: code outside this file
-works on examples, whose masks and columns are aligned with their ids, or on batches, where everything is aligned with
-the position that predicts it.
+Targets are shifted where a Batch is built, and shifted back in Batch.split. Nothing else shifts:
+code outside this file works on examples, whose masks and columns are aligned with their ids, or on
+batches, where everything is aligned with the position that predicts it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -90,6 +90,11 @@ class Batch:
     def num_sequences(self) -> int:
         return len(self.cu_seqlens) - 1
 
+    @property
+    def num_examples(self) -> int:
+        """Sequences that are examples: 0 in a dummy."""
+        return 0 if self.dummy else self.num_sequences
+
     @cached_property
     def sequences(self) -> Sequences:
         index_S = torch.arange(self.num_sequences, device=self.token_N.device)
@@ -109,7 +114,8 @@ class Batch:
 
     def split(self, x_N: torch.Tensor) -> list[np.ndarray]:
         """A number for each target, given back to the token itself -> an array for each sequence,
-        aligned with its ids; the first token, which is no target, gets 0 if masked targets have 0."""
+        aligned with its ids; the first token, which is no target, gets 0 if masked targets have
+        0."""
         shifted_back_N = x_N.roll(1).cpu().numpy()
         return np.split(shifted_back_N, self.cu_seqlens[1:-1].tolist())
 
@@ -125,9 +131,9 @@ def batch_of(examples: list[Example], device="cpu") -> Batch:
     """Lay examples end to end and shift targets, mask and per-token columns.
 
     No examples give a dummy without a target: a rank that has run out of data runs it through the
-    same forward and backward passes, and the collectives in them, as the others. It is two sequences
-    of one token: N equals S, so a column of zeros fits either way. InputError if columns differ
-    between examples, or in length from their tokens.
+    same forward and backward passes, and the collectives in them, as the others. It is two
+    sequences of one token: N equals S, so a column of zeros fits either way. InputError if columns
+    differ between examples, or in length from their tokens.
     """
     dummy = not examples
     examples = examples or [Example([0], [False])] * 2

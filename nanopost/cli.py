@@ -1,84 +1,169 @@
-"""The flags of the scripts: bounds of their numbers, refusals, and --help with defaults."""
+"""The flags that scripts share. A flag's bounds stand where it is declared; the library reads none.
+
+parser = cli.parser(__doc__, out="out/grpo", lr=1e-6, warmup=10)
+cli.add_rollout_flags(parser)
+parser.add_argument("--steps", type=at_least(1), default=100, help="rollout batches")
+"""
 
 import argparse
+import math
+from functools import partial
 
-from nanopost import InputError
-
-LEAST = {
-    "steps": 1,
-    "rows": 1,
-    "prompts": 1,
-    "group": 1,
-    "minibatches": 1,
-    "max_new_tokens": 1,
-    "tokens": 2,
-    "max_length": 2,
-    "max_prompt": 1,
-    "engine_rows": 1,
-    "follow_every": 1,
-    "bins": 0,
-    "seed": 0,
-    "warmup": 0,
-    "save_every": 0,
-    "eval_every": 0,
-    "holdout": 0,
-    "resample": 0,
-    "lr": 0,
-    "weight_decay": 0,
-    "grad_clip": 0,
-    "clip_low": 0,
-    "clip_high": 0,
-    "epochs": 0,
-    "beta": 0,
-    "max_logp_gap": 0,
-    "ppo_epochs": 1,
-    "value_warmup": 0,
-    "value_clip": 0,
-    "value_coef": 0,
-    "gamma": 0,
-    "lam": 0,
-    "kl_target": 0,
-    "kl_stop": 0,
-    "samples": 1,
-    "limit": 1,
-    "top_entropy": 0,
-    "entropy_coef": 0,
-    "delta": 1,
-    "sapo_tau": 1e-3,
-}
+from nanopost import InputError, dist
 
 
-MOST = {"top_entropy": 1, "lam": 1}
+def at_least(least: float, most: float = math.inf):
+    """An argparse type: an int where `least` is one, else a float, within bounds."""
+    kind = type(least)
+
+    def number(text):
+        value = kind(text)
+        if not least <= value <= most:
+            limit = "" if most == math.inf else f", and at most {most}"
+            raise argparse.ArgumentTypeError(f"{text}: give {least} or more{limit}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse says "invalid int value"
+    return number
 
 
-def check_numbers(arguments: dict):
-    """InputError for a flag whose number is too small or too large to mean anything."""
-    for name, least in LEAST.items():
-        given, most = arguments.get(name), MOST.get(name, float("inf"))
-        for value in given if isinstance(given, (list, tuple)) else [given]:
-            if value is not None and not least <= value <= most:
-                raise InputError(
-                    f"--{name} {value}: give {least} or more{f', and at most {most}' * (name in MOST)}."
-                )
+def above(bound: float):
+    """An argparse type: a float above a bound."""
+
+    def number(text):
+        value = float(text)
+        if not value > bound:
+            raise argparse.ArgumentTypeError(f"{text}: give more than {bound:g}")
+        return value
+
+    number.__name__ = "float"
+    return number
 
 
-def refuse(*cases: tuple[bool, str]):
-    """InputError with the sentence of the first case that holds."""
-    for wrong, sentence in cases:
-        if wrong:
-            raise InputError(sentence)
+class Parser(argparse.ArgumentParser):
+    """--help shows each flag's default unless its text does; a wrong flag gets one sentence."""
+
+    def __init__(self, doc: str):
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def add_argument(self, *names, **options):
+        action = super().add_argument(*names, **options)
+        shown = action.default
+        if isinstance(shown, (list, tuple)):
+            shown = " ".join(map(str, shown))
+        has_default = shown not in (None, "", argparse.SUPPRESS) and shown is not False
+        if has_default and "default" not in (action.help or ""):
+            action.help = f"{action.help}; default {shown}" if action.help else f"default {shown}"
+        return action
+
+    def error(self, message):
+        self.exit(2, f"error: {message.removeprefix('argument ')} (--help lists all flags)\n")
 
 
-class Help(argparse.RawDescriptionHelpFormatter):
-    """--help that says each flag's default, unless its text does already."""
+def parser(
+    doc: str,
+    out: str,
+    lr: float,
+    warmup: int = 20,
+    eval_every: int = 100,
+    weight_decay: float = 0.0,
+    model: str | None = "out/sft",
+) -> Parser:
+    """The flags of every script. doc: the script's docstring. The rest: its defaults."""
+    parser = Parser(doc)
+    add = parser.add_argument
+    add("--model", default=model, required=model is None, help="folder of a Hugging Face model")
+    add("--data", required=True, help="rows: JSONL, .jsonl.gz, a .json list or Parquet")
+    add("--eval_data", help="held-out rows; default: --holdout rows of --data")
+    add("--holdout", type=at_least(0), default=100, help="rows of --data to hold out")
+    add("--rename", nargs="*", default=[], metavar="THEIRS=OURS", help="columns: question=prompt")
+    add("--out", default=out, help="folder of the run, where the trained model is written")
+    add("--chat_template", help="a Jinja file that replaces the model's own template")
+    add("--seed", type=at_least(0), default=0)
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on CUDA")
+    add("--compile", action="store_true", help="torch.compile each block")
+    add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton on CUDA in bf16")
+    add("--tokens", type=at_least(2), default=8192, help="maximum tokens per micro-batch")
+    add("--lr", type=at_least(0.0), default=lr, help="peak learning rate")
+    add("--warmup", type=at_least(0), default=warmup, help="warm-up steps, at most half of the run")
+    add("--weight_decay", type=at_least(0.0), default=weight_decay)
+    add("--grad_clip", type=at_least(0.0), default=1.0, help="maximum gradient norm; 0: no limit")
+    add("--eval_every", type=at_least(0), default=eval_every, help="steps; 0: only first and last")
+    add("--save_every", type=at_least(0), default=100, help="steps between checkpoints; 0: none")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
+    add("--overwrite", action="store_true", help="replace the run that is in --out")
+    return parser
 
-    def add_argument(self, action):
-        default, text = action.default, action.help or ""
-        if (
-            default not in (None, [], argparse.SUPPRESS)
-            and default is not False
-            and "default" not in text
-        ):
-            shown = " ".join(map(str, default)) if isinstance(default, (list, tuple)) else default
-            action.help = f"{text}{'; ' * bool(text)}default {shown}"
-        super().add_argument(action)
+
+def shard(args, world):
+    """How the flags have a model sharded: dist.shard, for hf.load_model."""
+    return partial(
+        dist.shard,
+        world=world,
+        checkpointing=args.checkpointing,
+        compile=args.compile,
+        kernels=args.kernels,
+    )
+
+
+def add_rollout_flags(parser: Parser, reward_required: bool = True):
+    """The flags of every script that samples completions and rewards them."""
+    add = parser.add_argument
+    add("--max_new_tokens", type=at_least(1), default=512, help="maximum completion length")
+    add("--max_prompt", type=at_least(1), help="drop longer prompts (tokens); default: refuse them")
+    add("--temperature", type=above(0.0), default=1.0, help="sampling temperature in training")
+    add("--stop", nargs="*", default=[], help="strings that end a completion")
+    add(
+        "--reward",
+        nargs="+",
+        required=reward_required,
+        default=[],
+        help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or "
+        "file.py:function",
+    )
+    add("--reward_weights", type=float, nargs="+", help="one per --reward; default: all 1")
+    add("--engine_rows", type=at_least(1), default=512, help="completions sampled at once per rank")
+
+
+def add_pair_flags(parser: Parser):
+    """The flags of every script that trains on stored pairs of answers."""
+    add = parser.add_argument
+    add("--epochs", type=above(0.0), default=1.0, help="passes over the data")
+    add("--steps", type=at_least(1), help="optimizer steps; overrides --epochs")
+    add("--rows", type=at_least(1), default=64, help="pairs per optimizer step, over all ranks")
+    add("--max_length", type=at_least(2), help="maximum tokens per answer; default: half --tokens")
+    add("--overlong", default="truncate", choices=["truncate", "drop"], help="longer answers")
+
+
+def add_reference_flags(parser: Parser):
+    """The flags of scripts that compare stored answers with a reference model."""
+    add = parser.add_argument
+    add(
+        "--reference",
+        default="frozen",
+        choices=["frozen", "precomputed"],
+        help="its log-probs: computed for each step, or for all pairs at once and cached",
+    )
+    add("--reference_model", help="folder of the reference; default: --model")
+    add("--cache", default="out/cache", help="folder of precomputed log-probs")
+
+
+def check_one_each(flag: str, given: list | None, of: str, expected: list):
+    """InputError unless --flag has one value for each of another flag."""
+    if given is not None and len(given) != len(expected):
+        raise InputError(
+            f"--{flag} has {len(given)} values for {len(expected)} --{of}: give one each."
+        )
+
+
+def check_divides(name: str, value: int, **parts: int):
+    """InputError if --name does not divide into, say, 2 ranks x 3 minibatches; it names the nearest
+    numbers that would."""
+    unit = math.prod(parts.values())
+    if value % unit:
+        below = value // unit * unit
+        fits = " or ".join(str(n) for n in (below, below + unit) if n)
+        into = " x ".join(f"{n} {part}" for part, n in parts.items())
+        raise InputError(f"--{name} {value} does not divide into {into}: {fits} would.")

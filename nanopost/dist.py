@@ -1,6 +1,6 @@
-"""torchrun, FSDP2, reductions over ranks, and full weights out of the shards.
+"""torchrun, FSDP2, reductions over ranks, and full weights out of shards.
 
-A run always has a process group, of one process if need be, so no call site asks whether there is one.
+A run always has a process group, if only of one process, so no call site asks whether there is one.
 """
 
 import os
@@ -19,37 +19,49 @@ from nanopost import InputError
 
 @dataclass(frozen=True)
 class World:
+    """The processes of a run, as one of them sees it."""
+
     rank: int
     size: int
     device: torch.device
+    dtype: torch.dtype  # to compute in: fp32, or bf16 over fp32 master weights
 
 
-def init(device: str = "auto", timeout_minutes: float = 30) -> World:
-    """Join the processes that torchrun started, or be one alone. device: auto, cpu or cuda."""
+def init(
+    device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_minutes: float = 30
+) -> World:
+    """Join the processes that torchrun started, or be one alone, and seed torch.
+
+    device: auto, cpu or cuda. dtype: fp32, bf16, or auto, which is bf16 on CUDA and fp32 on a CPU.
+    """
     sys.excepthook = _one_sentence
-    rank, size, local = (
-        int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        if local >= torch.cuda.device_count():
+        if local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"rank {rank} wants GPU {local} and this machine has {torch.cuda.device_count()}: "
-                "lower --nproc_per_node or add --device cpu."
+                f"rank {rank} wants GPU {local_rank} and this machine has "
+                f"{torch.cuda.device_count()}: lower --nproc_per_node or add --device cpu."
             )
-        torch.cuda.set_device(local)
+        torch.cuda.set_device(local_rank)
     else:
         torch.set_flush_denormal(True)  # late in training, denormals slow some CPUs down tenfold
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore()}
     dist.init_process_group(
-        backend, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes), **alone
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(minutes=timeout_minutes),
+        store=None if "RANK" in os.environ else dist.HashStore(),
     )
-    sys.excepthook = _one_sentence  # again: init_process_group put its own in place
-    return World(
-        rank, size, torch.device(device, local) if device == "cuda" else torch.device("cpu")
-    )
+    sys.excepthook = _one_sentence  # init_process_group has put its own in place
+    torch.manual_seed(seed)
+    if dtype == "auto":
+        dtype = "bf16" if device == "cuda" else "fp32"
+    where = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    return World(rank, size, where, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
 
 
 def _one_sentence(kind, error, trace):
@@ -57,57 +69,58 @@ def _one_sentence(kind, error, trace):
     if issubclass(kind, InputError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
-        print("stopped: --resume goes on from the newest checkpoint", file=sys.stderr, flush=True)
+        print("stopped: --resume continues from the newest checkpoint", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, trace)
     if dist.is_initialized() and dist.get_world_size() > 1:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(
-            1
-        )  # a rank that waits for the others' clean-up would keep all of them waiting for it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # a rank that waited for the others to clean up would keep them all waiting
 
 
 def finish():
-    """The last line of a script. Several processes wait for each other and then leave without more ado: on a busy
-    machine the taking down of gloo's threads has aborted a rank whose work was done."""
+    """The last line of a script. Several processes wait for each other, then leave at once: on a
+    busy machine, taking gloo's threads down has aborted a rank whose work was done."""
     if dist.get_world_size() == 1:
-        return dist.destroy_process_group()
+        dist.destroy_process_group()
+        return
     dist.barrier()
-    sys.stdout.flush(), sys.stderr.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)
 
 
+# ------------------------------------------------------------------------------------------- models
 def shard(
     model,
     world: World,
-    bf16: bool,
     checkpointing: bool = False,
     compile: bool = False,
     kernels: str = "auto",
 ):
-    """Apply activation checkpointing, compilation and FSDP2 to a model of model.py, block by block, and return it.
-    kernels: see logprob.
+    """Apply activation checkpointing, compilation and FSDP2 to a model of model.py -> the model.
 
-    On a CPU in fp32 with one process the model stays as it is. Else every block and the root are sharded over all
-    ranks: fp32 master weights, compute in bf16 where `bf16` says so, gradients reduced in fp32 and averaged over
-    ranks (a loop multiplies its loss by world.size to undo that). The root is resharded after forward too: nothing
-    outside its forward may read a weight.
+    On a CPU in fp32 with one process the model stays as it is. Otherwise every block and the root
+    are sharded over all ranks: fp32 master weights, compute in world.dtype, gradients reduced in
+    fp32 and averaged over ranks (a loop multiplies its loss by world.size to undo that). The root
+    is resharded after its forward too: nothing outside that forward may read a weight.
+    kernels: see logprob.py.
     """
     decoders = [m for m in model.modules() if hasattr(m, "checkpointing")]
+    blocks = [block for decoder in decoders for block in decoder.layers]
     for module in model.modules():
         if hasattr(module, "kernels"):
             module.kernels = kernels
-    blocks = [block for decoder in decoders for block in decoder.layers]
     for decoder in decoders:
         decoder.checkpointing = checkpointing
     if compile:
         for block in blocks:
             block.compile()
-    if world.size == 1 and not bf16:
+    if world.size == 1 and world.dtype == torch.float32:
         return model
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if bf16 else None,
+        param_dtype=torch.bfloat16 if world.dtype == torch.bfloat16 else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
@@ -117,34 +130,30 @@ def shard(
 
 
 def full_weights(model, part: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """(checkpoint name, whole fp32 tensor), one after the other, on every rank: a collective, so all must iterate.
+    """(checkpoint name, whole fp32 tensor), one at a time. A collective: all ranks must iterate.
 
-    A tied head is not among them (the model has none). Both the saved folder and an engine's copy are made from this.
-    part: "policy." or "value." of an ActorCritic.
+    A tied head is not among them (the model has none). Both the saved folder and an engine's copy
+    are made from this. part: "policy." or "value." of an ActorCritic.
     """
     for name, p in model.state_dict().items():
         if name.startswith(part):
-            yield (
-                name.removeprefix(part),
-                (p.full_tensor() if isinstance(p, DTensor) else p).detach(),
-            )
+            whole = p.full_tensor() if isinstance(p, DTensor) else p
+            yield name.removeprefix(part), whole.detach()
 
 
 def clip_grad_norm(model, max_norm: float) -> float:
-    """Scale the gradients to a global L2 norm of at most max_norm (0: any) -> the norm before, over all ranks.
-
-    A norm that is not finite raises FloatingPointError before the optimizer can spread it.
-    """
+    """Scale gradients to a global L2 norm of at most max_norm (0: no limit) -> the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    if not norm < float("inf"):
-        raise FloatingPointError(
-            f"the gradient norm is {norm}: lower --lr; the weights are those of the step before."
-        )
-    return norm
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
-def all_sum(*values: float) -> list[float]:
+# --------------------------------------------------------------------------------------- reductions
+def all_sum(value: float) -> float:
+    """The sum over ranks, in float64."""
+    return _reduce([value], dist.ReduceOp.SUM)[0]
+
+
+def all_sums(*values: float) -> list[float]:
     """Each value summed over ranks, in float64."""
     return _reduce(values, dist.ReduceOp.SUM)
 
@@ -161,26 +170,35 @@ def _reduce(values, op):
 
 
 def even(micro_batches: list[list]) -> list[list]:
-    """A rank's micro-batches, with empty ones behind until it has as many as the rank with most.
+    """A rank's micro-batches, followed by empty ones until it has as many as any other rank.
 
-    Each forward and backward pass is a collective: a rank that ran fewer would leave the others waiting for ever.
+    Each forward and backward pass is a collective: a rank that ran fewer would leave the others
+    waiting forever.
     """
-    return micro_batches + [[]] * (int(all_max(len(micro_batches))[0]) - len(micro_batches))
+    most = int(all_max(len(micro_batches))[0])
+    return micro_batches + [[]] * (most - len(micro_batches))
 
 
 def mean_and_std(x: torch.Tensor) -> tuple[float, float]:
-    """Of all numbers of all ranks, the latter with n - 1."""
+    """Of all numbers of all ranks; the standard deviation with n - 1."""
     x = x.double()
-    total, squares, count = all_sum(x.sum(), x.square().sum(), x.numel())
+    total, squares, count = all_sums(x.sum(), x.square().sum(), x.numel())
     mean = total / max(1, count)
-    return mean, (max(0.0, squares - count * mean**2) / max(1, count - 1)) ** 0.5
+    variance = max(0.0, squares - count * mean**2) / max(1, count - 1)
+    return mean, variance**0.5
 
 
 def means(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """{name: (sum, count)} -> {name: sum / count}, both added up over ranks first. A mean of nothing is left out: as 0
-    it would look like one. Every rank has the same names."""
-    total = all_sum(*(x for pair in metrics.values() for x in pair))
-    return {name: a / n for name, a, n in zip(metrics, total[::2], total[1::2]) if n}
+    """{name: (sum, count)} -> {name: sum / count}, both added up over ranks first.
+
+    A mean of nothing is dropped: as 0 it would look like one. A name may be missing on some ranks.
+    """
+    mine = {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
+    totals = {}
+    for name, (total, count) in gather(list(mine.items())):
+        before = totals.get(name, (0.0, 0.0))
+        totals[name] = before[0] + total, before[1] + count
+    return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 def gather(values: list) -> list:
@@ -188,3 +206,26 @@ def gather(values: list) -> list:
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, values)
     return [v for part in parts for v in part]
+
+
+class Meter:
+    """Means of named metrics over a step. Sums stay on their device until the host reads them all
+    at once, in means(): a loop that read each of them would wait for the GPU each time."""
+
+    def __init__(self):
+        self.sums, self.counts = {}, {}
+
+    def add(self, count: float, **sums: torch.Tensor | float):
+        """count: what these are sums over, such as trained tokens, sequences or pairs."""
+        for name, value in sums.items():
+            if isinstance(value, torch.Tensor):
+                value = value.detach().double()
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.counts[name] = self.counts.get(name, 0) + count
+
+    def means(self) -> dict[str, float]:
+        """{name: sum / count} over all ranks. A collective."""
+        on_device = {n: x for n, x in self.sums.items() if isinstance(x, torch.Tensor)}
+        if on_device:
+            self.sums.update(zip(on_device, torch.stack([*on_device.values()]).tolist()))
+        return means({name: (total, self.counts[name]) for name, total in self.sums.items()})

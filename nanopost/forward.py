@@ -3,13 +3,14 @@
 Shapes: N packed tokens, S sequences.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
 from nanopost.batch import Batch, Example, batch_of
-from nanopost.dist import even
+from nanopost.dist import even, gather
 from nanopost.packing import micro_batches, pack
 
 
@@ -26,7 +27,8 @@ def batches(items: list, tokens: int, device) -> Iterator[Batch]:
 
 
 def logprobs(model, examples: list[Example], tokens: int, temperature: float, device):
-    """Log-probs of the trained tokens under a model -> list of fp32 [T], as per_token gives them."""
+    """Log-probs of the trained tokens under a model -> list of fp32 [T], as per_token gives
+    them."""
     return per_token(lambda batch: model(batch, temperature)[0], examples, tokens, device)
 
 
@@ -60,3 +62,33 @@ def scores(model, examples: list[Example], tokens: int, device) -> list[float]:
         for i, score in zip(part, score_S.tolist()):
             out[i] = score
     return out
+
+
+@torch.no_grad()
+def check_finite(grad_norm: float, step: int, model, examples: list[Example], decode: Callable):
+    """FloatingPointError for a gradient norm that is inf or nan, before the optimizer spreads it.
+
+    It names the first example of this optimizer step whose columns or model outputs are not finite.
+    A collective if the norm, which is that of all ranks, is not finite.
+    """
+    if math.isfinite(grad_norm):
+        return
+    device = next(model.parameters()).device
+    found = []
+    for part in even([[e] for e in examples]):
+        batch = batch_of(part, device)
+        outputs = model(batch)
+        if isinstance(outputs, torch.Tensor):
+            outputs = (outputs,)
+        checked = batch.columns | {"the model's output": torch.stack(outputs)}
+        bad = [name for name, x in checked.items() if not x.isfinite().all()]
+        if part and bad:
+            found.append(f"{' and '.join(bad)} of {decode(part[0].ids)[:200]!r}")
+    found = gather(found)
+    cause = "no single example gives one: the loss overflows, or its backward pass does"
+    if found:
+        cause = f"not finite: {found[0]} (the first of {len(found)} such examples)"
+    raise FloatingPointError(
+        f"step {step}: the gradient norm is {grad_norm}; {cause}. The weights are still finite: "
+        "those of the last optimizer step."
+    )

@@ -1,17 +1,13 @@
-"""Parameter groups and the learning rate as a function of the step."""
-
-import math
+"""Parameter groups, and the learning rate as a function of the step."""
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 
-def adamw(
-    model: nn.Module, weight_decay: float, betas: tuple[float, float], **rates: float
-) -> AdamW:
-    """AdamW (1711.05101) that decays matrices and leaves norms and biases alone; the rate is set at each step.
+def adamw(model: nn.Module, weight_decay: float, **rates: float) -> AdamW:
+    """AdamW (1711.05101) that decays matrices and leaves norms and biases alone.
 
-    rates: value=5.0: the part of the model with that name learns at five times that rate.
+    rates: value=5.0 lets the part of the model with that name learn at five times the rate.
     """
     groups = {}
     for name, p in model.named_parameters():
@@ -21,31 +17,30 @@ def adamw(
         [
             {
                 "params": params,
-                "weight_decay": 0.0 if vector else weight_decay,
+                "weight_decay": 0.0 if is_vector else weight_decay,
                 "rate": rates.get(part, 1.0),
             }
-            for (part, vector), params in groups.items()
+            for (part, is_vector), params in groups.items()
         ],
         lr=0.0,
-        betas=betas,
+        betas=(0.9, 0.95),
         fused=True,
     )
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int, schedule: str) -> float:
-    """The rate of step 1..steps: linear from 0 to the peak over `warmup` steps, at most half of them, then constant,
-    linear or cosine.
+def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
+    """The rate of step 1..steps: linear from 0 to the peak over `warmup` steps, then linear to 0.
 
-    A pure function of the step, so a resumed run needs no scheduler state. linear and cosine end one step above 0.
+    A pure function of the step, so a resumed run needs no scheduler state. Warm-up takes at most
+    half of a run, so that a short one reaches its peak too; the last step is one above 0.
     """
-    warmup = min(warmup, steps // 2)  # a short run, too, reaches its rate
+    warmup = min(warmup, steps // 2)
     if step <= warmup:
         return peak * step / warmup
-    left = (steps - step + 1) / max(1, steps - warmup)
-    shape = {"constant": 1.0, "linear": left, "cosine": 0.5 - 0.5 * math.cos(math.pi * left)}
-    return peak * shape[schedule]
+    return peak * ((steps - step + 1) / max(1, steps - warmup))
 
 
-def set_learning_rate(optimizer: AdamW, rate: float):
+def set_learning_rate(optimizer: Optimizer, rate: float):
+    """A group's "rate", where it has one, multiplies it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["rate"]
+        group["lr"] = rate * group.get("rate", 1.0)

@@ -1,23 +1,20 @@
-"""Files -> rows -> examples -> packed batches, in an order that can be taken up anywhere.
+"""The order of rows, and how they fill packed micro-batches.
 
-Shapes: N packed tokens, S sequences, T tokens of one sequence.
+What an optimizer step holds is a function of the seed and of how much was consumed before it, so
+one number is enough to resume the data. There are two ways to fill a step:
 
-A row is a dict from a file, an Example one sequence of tokens, a Batch several in one stream without padding. Targets
-are shifted where a Batch is built and nowhere else.
-
-What an optimizer step holds is a function of the seed and of what was consumed before it, so a run is taken up again
-from one number. There are two ways to fill a step:
-
-by_rows  a stated number of rows, shuffled anew in each epoch, packed into micro-batches within the step. The batch is
-         that many examples, and its gradient the same, whatever --tokens and the number of ranks. The better default.
-by_bins  a stated number of bins out of a best-fit packing of the whole epoch. Each bin is as full as can be, so a
-         step is a nearly constant number of tokens, from however many rows.
+by_rows  a stated number of rows, shuffled anew in each epoch and packed within the step. The batch
+is
+         that many examples, and its gradient the same, whatever --tokens and the number of ranks.
+         The better default.
+by_bins  a stated number of bins from a best-fit packing of the whole epoch. Bins are as full as can
+         be, so a step is a nearly constant number of tokens, from however many rows.
 """
 
 import heapq
-import math
 from bisect import bisect_left, insort
 from collections import defaultdict
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import chain
 
@@ -27,36 +24,46 @@ from nanopost import InputError
 from nanopost.batch import Example
 
 
-# ------------------------------------------------------------------------------------------------ order and packing
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The permutation of n rows in an epoch -> int64 [n]."""
     return _random(seed, epoch).permutation(n)
 
 
 def take(n: int, seed: int, consumed: int, count: int) -> list[int]:
-    """The `count` row indices that come after `consumed` of them, epoch after epoch."""
+    """The `count` row indices that follow the first `consumed`, epoch after epoch."""
     if count < 1:
         raise InputError(f"a step of {count} rows: give --rows or --prompts 1 or more.")
     epochs = {e: order(n, seed, e) for e in range(consumed // n, (consumed + count - 1) // n + 1)}
     return [int(epochs[i // n][i % n]) for i in range(consumed, consumed + count)]
 
 
-def pack(lengths, budget: int) -> list[list[int]]:
-    """Best-fit decreasing (2404.10830): each length, longest first, into the fullest bin that has room for it.
+def share(n: int, seed: int, consumed: int, count: int, world) -> tuple[list[int], list[int]]:
+    """A rank's share of the next `count` rows -> (row indices, serial numbers).
 
-    -> the indices in each bin. Over all lengths at once, in O(n log n). InputError if one is above the budget.
+    A serial counts the rows drawn since the run began: it seeds what is sampled for the row, so the
+    samples do not depend on the number of ranks.
+    """
+    indices = take(n, seed, consumed, count)[world.rank :: world.size]
+    serials = range(consumed, consumed + count)[world.rank :: world.size]
+    return indices, list(serials)
+
+
+def pack(lengths, budget: int) -> list[list[int]]:
+    """Best-fit decreasing (2404.10830): each length, longest first, into the fullest bin that has
+    room for it.
+
+    -> the indices in each bin. Over all lengths at once, in O(n log n). InputError if one is above
+    the budget.
     """
     lengths = np.asarray(lengths).tolist()
     if max(lengths, default=0) > budget:
         raise InputError(
-            f"a sequence of {max(lengths)} tokens does not fit into --tokens {budget}: raise --tokens, "
-            "or shorten the sequences (--max_length, --max_new_tokens)."
+            f"a sequence of {max(lengths)} tokens does not fit into --tokens {budget}: raise "
+            "--tokens, or shorten the sequences (--max_length, --max_new_tokens)."
         )
-    bins, rooms, bins_with = (
-        [],
-        [],
-        defaultdict(list),
-    )  # rooms: the numbers of slots free in some bin, sorted
+    bins = []
+    rooms = []  # sorted: the numbers of free slots that some bin has
+    bins_with = defaultdict(list)  # number of free slots -> bins
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect_left(rooms, lengths[i])
         if at == len(rooms):
@@ -78,7 +85,8 @@ def pack(lengths, budget: int) -> list[list[int]]:
 def packed_epoch(lengths, budget: int, seed: int, epoch: int) -> list[list[int]]:
     """All rows of an epoch in bins, in random order -> the row indices in each.
 
-    Rows of equal length trade places from epoch to epoch, so the number of bins is the same in all of them.
+    Rows of equal length trade places from epoch to epoch, so the number of bins is the same in all
+    of them.
     """
     rng = _random(seed, epoch)
     shuffled = rng.permutation(len(lengths))
@@ -100,12 +108,13 @@ def fill_rate(lengths, bins: list[list[int]], budget: int) -> float:
 def micro_batches(lengths, tokens: int, ranks: int = 1) -> list[list[int]]:
     """Micro-batches of at most `tokens` tokens -> the indices in each, in order; some may be empty.
 
-    As few as best fit finds, and a multiple of ranks; filled evenly if that fits, which lowers the peak of memory and
-    spares ranks waiting for each other. InputError if one length is above `tokens`.
+    As few as best fit finds, and a multiple of ranks; filled evenly if that fits, which lowers peak
+    memory and saves ranks from waiting for each other. InputError if one length is above `tokens`.
     """
     bins = pack(lengths, tokens)
     bins += [[] for _ in range(-len(bins) % ranks)]
-    even, filled = [[] for _ in bins], [(0, b) for b in range(len(bins))]
+    even = [[] for _ in bins]
+    filled = [(0, b) for b in range(len(bins))]
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         total, b = filled[0]
         even[b].append(i)
@@ -115,10 +124,8 @@ def micro_batches(lengths, tokens: int, ranks: int = 1) -> list[list[int]]:
 
 
 def by_rows(lengths, tokens: int, seed: int):
-    """-> rows in an epoch, and f(consumed, count, rank, size): the rank's micro-batches of the next `count` rows.
-
-    f gives lists of row indices, as many on each rank; an empty one is for batch_of([]).
-    """
+    """-> (rows in an epoch, f(consumed, count, rank, size)), f: a rank's micro-batches of the next
+    `count` rows, lists of row indices, as many on each rank; an empty one is for batch_of([])."""
 
     def of_step(consumed, count, rank=0, size=1):
         rows = take(len(lengths), seed, consumed, count)
@@ -129,7 +136,8 @@ def by_rows(lengths, tokens: int, seed: int):
 
 
 def by_bins(lengths, tokens: int, seed: int):
-    """-> bins in an epoch, and f as that of by_rows, of the next `count` bins, of which each is a micro-batch."""
+    """-> (bins in an epoch, f as that of by_rows), f: each of the next `count` bins a
+    micro-batch."""
     epoch_bins = lru_cache(2)(lambda epoch: packed_epoch(lengths, tokens, seed, epoch))
     num_bins = len(epoch_bins(0))
 
@@ -141,70 +149,85 @@ def by_bins(lengths, tokens: int, seed: int):
     return num_bins, of_step
 
 
-def overlong(
+def minibatches(items: list, parts: int, group: int) -> list[list]:
+    """Cut a list into `parts` of whole groups of neighbours, as equal in size as can be."""
+    groups = [items[i : i + group] for i in range(0, len(items), group)]
+    cut = np.array_split(np.arange(len(groups)), parts)
+    return [[item for g in part for item in groups[g]] for part in cut]
+
+
+def shuffled_minibatches(
+    items: list, group: int, parts: int, epochs: int, seed: tuple, world
+) -> Iterator[list]:
+    """This rank's share of `parts` minibatches, `epochs` times over: prompts in a new order each,
+    the same on all ranks. items: `group` for each of this rank's prompts; prompt i of all ranks is
+    number i // world.size on rank i % world.size."""
+    prompts = len(items) // group * world.size
+    for epoch in range(epochs):
+        order = np.random.default_rng((*seed, epoch)).permutation(prompts)
+        for part in np.array_split(order, parts):
+            mine = [i // world.size for i in part.tolist() if i % world.size == world.rank]
+            yield [item for i in mine for item in items[i * group : (i + 1) * group]]
+
+
+def fit_to(
     examples: list[Example], max_length: int, how: str
 ) -> tuple[list[Example], dict[str, int]]:
     """Bring every example to at most max_length tokens -> (examples, counts for the log).
 
-    how: truncate (cut the end off), split (into pieces, each a sequence by itself, whose
-    first token is the last of the one before: so none loses its target) or drop. What has no trained token
-    is left out as well, and counted apart: examples that had none before, and pieces that have none after a cut.
-    InputError if nothing is left of any.
+    how: truncate (cut the end off), split (into pieces, each a sequence by itself, whose first
+    token repeats the last one of the piece before it, so that no token loses its target) or drop.
+    Examples without a target are dropped too and counted apart: those that had none before, and
+    pieces that a cut left without. InputError if nothing is left.
     """
     if max_length < 2:
         raise InputError(
             f"--max_length {max_length}: give 2 or more, since the first token is nobody's target."
         )
-    kept, counts = (
-        [],
-        dict.fromkeys(
-            (
-                "overlong",
-                "pieces",
-                "tokens_cut",
-                "answers_without_their_end",
-                "untrained_after",
-                "untrained_before",
-            ),
-            0,
+    kept = []
+    counts = dict.fromkeys(
+        (
+            "overlong",
+            "pieces",
+            "tokens_cut",
+            "answers_without_their_end",
+            "untrained_after",
+            "untrained_before",
         ),
+        0,
     )
     for e in examples:
         if not e.num_targets:
             counts["untrained_before"] += 1
             continue
-        pieces = [e]
+        pieces = _cut(e, max_length, how)
         if len(e) > max_length:
-            starts = {"truncate": [0], "split": range(0, len(e) - 1, max_length - 1), "drop": []}[
-                how
-            ]
-            pieces = [e[i : i + max_length] for i in starts]
             counts["overlong"] += 1
-            counts["answers_without_their_end"] += int(
-                how == "truncate" and e.mask[max_length:].any()
-            )
             counts["pieces"] += len(pieces)
-            counts["tokens_cut"] += 0 if how == "split" else len(e) - sum(map(len, pieces))
-        trained = [p for p in pieces if p.num_targets]
+            if how != "split":
+                counts["tokens_cut"] += len(e) - sum(map(len, pieces))
+            if how == "truncate" and e.mask[max_length:].any():
+                counts["answers_without_their_end"] += 1
+        trained = [piece for piece in pieces if piece.num_targets]
         counts["untrained_after"] += len(pieces) - len(trained)
         kept += trained
     if examples and not kept:
         raise InputError(
-            f"none of {len(examples)} examples has a trained token within --max_length {max_length} "
-            f"(--overlong {how}), and {counts['untrained_before']} had none before: see --train_on."
+            f"none of {len(examples)} examples has a trained token within --max_length "
+            f"{max_length} (--overlong {how}), and {counts['untrained_before']} had none before: "
+            "see --train_on."
         )
     return kept, counts
 
 
-def check_divides(name: str, value: int, **parts: int):
-    """InputError if --name does not divide into, say, 2 ranks x 3 minibatches; it names the nearest that would."""
-    share = math.prod(parts.values())
-    if value % share:
-        fits = " or ".join(
-            str(n) for n in (value // share * share, value // share * share + share) if n
-        )
-        into = " x ".join(f"{n} {part}" for part, n in parts.items())
-        raise InputError(f"--{name} {value} does not divide into {into}: {fits} would.")
+def _cut(e, max_length, how):
+    if len(e) <= max_length:
+        return [e]
+    if how == "drop":
+        return []
+    if how == "truncate":
+        return [e[:max_length]]
+    return [e[i : i + max_length] for i in range(0, len(e) - 1, max_length - 1)]
 
 
 def counted(counts: dict[str, int]) -> str:

@@ -1,66 +1,60 @@
-"""Log-probs of pairs under a reference: fresh, or cached."""
+"""Log-probs of pairs under a reference model: computed for each step, or once and cached on
+disk."""
 
 import hashlib
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from nanopost import dist
-from nanopost.forward import logprobs
+from nanopost import dist, forward, hf
+from nanopost.pairs import Pair
 
 
-def add_reference(pairs: list, reference, tokens: int, device):
-    """The column ref_logp: log-probs of each answer under a reference, summed with the weights; 0 if that is None.
+def add_reference(pairs: list[Pair], reference, tokens: int, device):
+    """The column ref_logp: the log-prob of each answer under a reference, summed with its weights.
 
-    A collective: every rank calls it with pairs of its own.
+    A collective: every rank calls it with its own pairs. tokens: maximum per micro-batch.
     """
     examples = [e for pair in pairs for e in pair]
-    logps = (
-        logprobs(reference, examples, tokens, 1.0, device) if reference else [0.0] * len(examples)
-    )
-    for e, logp in zip(examples, logps):
+    for e, logp in zip(examples, forward.logprobs(reference, examples, tokens, 1.0, device)):
         e.columns["ref_logp"] = float((logp * e.columns["weight"]).sum())
 
 
-def add_cached_reference(pairs: list, reference, tokens: int, world, path):
-    """The same for all pairs of a run, which every rank holds: shared out, computed once, kept in `path` (.npy).
+def add_no_reference(pairs: list[Pair]):
+    """ref_logp is 0, for losses that read none: their metrics are then of the log-probs
+    themselves."""
+    for e in (e for pair in pairs for e in pair):
+        e.columns["ref_logp"] = 0.0
 
-    path is to name whatever the numbers depend on: see content_hash.
-    """
-    path = Path(path)
-    if reference is None:
-        return add_reference(pairs, None, tokens, world.device)
-    if dist.all_sum(path.is_file())[0] == world.size:
+
+def add_cached_reference(pairs: list[Pair], reference, reference_folder, tokens: int, world, cache):
+    """The same for all pairs of a run, which every rank holds: shared out among ranks, computed
+    once, and kept in the folder `cache`, under a name made of all that the numbers depend on."""
+    kind = "bf16" if "bfloat16" in str(world.dtype) else "fp32"
+    name = f"reference-{hf.content_hash(reference_folder)}-{kind}-{content_hash(pairs)}.npy"
+    path = Path(cache, name)
+    if dist.all_sum(path.is_file()) == world.size:
         table = np.load(path)
     else:
         mine = range(len(pairs))[world.rank :: world.size]
         add_reference([pairs[i] for i in mine], reference, tokens, world.device)
+        rows = [(i, *(e.columns["ref_logp"] for e in pairs[i])) for i in mine]
         table = np.empty((len(pairs), 2))
-        for i, *values in dist.gather(
-            [(i, *(e.columns["ref_logp"] for e in pairs[i])) for i in mine]
-        ):
-            table[i] = values
+        for i, chosen, rejected in dist.gather(rows):
+            table[i] = chosen, rejected
         if world.rank == 0:
             path.parent.mkdir(parents=True, exist_ok=True)
             np.save(path.with_suffix(".tmp.npy"), table)
             path.with_suffix(".tmp.npy").rename(path)
-    for pair, values in zip(pairs, table):
-        for e, value in zip(pair, values.tolist()):
+    for pair, values in zip(pairs, table.tolist()):
+        for e, value in zip(pair, values):
             e.columns["ref_logp"] = value
 
 
-def content_hash(pairs: list) -> str:
-    """Of ids, masks and weights, in order."""
+def content_hash(pairs: list[Pair]) -> str:
+    """A hash of ids, masks and weights, in order."""
     digest = hashlib.sha256()
     for e in (e for pair in pairs for e in pair):
-        for value in (np.array([len(e)]), e.ids, e.mask, e.columns.get("weight", e.mask)):
-            digest.update(np.ascontiguousarray(value).tobytes())
+        for x in (np.array([len(e)]), e.ids, e.mask, e.columns.get("weight", e.mask)):
+            digest.update(np.ascontiguousarray(x).tobytes())
     return digest.hexdigest()[:16]
-
-
-@torch.no_grad()
-def follow(reference, model, share: float):
-    """reference += share (model - reference): TR-DPO 2404.09656 eq. 5. Both are sharded alike."""
-    for ours, theirs in zip(reference.parameters(), model.parameters()):
-        ours.lerp_(theirs, share)

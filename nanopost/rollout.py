@@ -1,91 +1,108 @@
-"""The Rollout record, and the native engine: sampling from the policy over a KV cache.
+"""The Rollout record, and what a step's rollouts say about themselves.
 
-Shapes: P prompts, B living rows (n to a prompt), T sampled positions, V vocabulary, D width.
-
-An engine has four calls: generate, sync_weights, sleep and wake, close. Tokens in, tokens out. The log-prob of each
-sampled token is that of the distribution it was drawn from, in fp32. Each row draws from random numbers of its own,
-made from its seed, so a rollout depends on weights, prompt, sampling and seed and not on its neighbours, on the
-number of ranks, or on the order in which rows finish.
+Shapes: T tokens of a completion.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from nanopost import dist
 from nanopost.batch import Example
 
+GAP = "sampling/sampling_logp_difference"
+
 
 @dataclass
 class Rollout:
-    """One sampled completion. ids includes the stop token if one was sampled: it is an action like the others."""
+    """One completion. ids includes the stop token if one was sampled: an action like the others.
+
+    A turn of the environment (a tool's answer) may stand among ids: it is not sampled, so it is not
+    trained, has no length, no value and no reward.
+    """
 
     prompt: list[int]
     ids: list[int]
-    logp: np.ndarray  # fp32, one for each of ids
+    logp: np.ndarray  # fp32 [T], of the distribution it was drawn from; 0 where not sampled
     finish: str  # "stop": a stop token or string; "length": max_tokens reached
     version: int  # of the weights it was sampled with
+    sampled: np.ndarray | None = None  # bool [T]: drawn from the policy; default: all of ids
+
+    def __post_init__(self):
+        if self.sampled is None:
+            self.sampled = np.ones(len(self.ids), bool)
+
+    @property
+    def length(self) -> int:
+        """Sampled tokens."""
+        return int(self.sampled.sum())
 
     def example(self) -> Example:
-        """Prompt and completion as one sequence. Its mask and the column engine_logp are on what was sampled."""
-        mask = np.arange(len(self.prompt) + len(self.ids)) >= len(self.prompt)
-        logp = np.concatenate([np.zeros(len(self.prompt), np.float32), self.logp])
+        """Prompt and completion as one sequence; sampled tokens are its mask. Columns:
+        engine_logp."""
+        prompt = len(self.prompt)
+        mask = np.concatenate([np.zeros(prompt, bool), self.sampled])
+        logp = np.concatenate([np.zeros(prompt, np.float32), self.logp * self.sampled])
         return Example(self.prompt + self.ids, mask, {"engine_logp": logp})
 
 
 def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list[dict]:
-    """What samples.jsonl shows of rollouts: text, finish, and columns of one number each."""
-    return [
-        {
-            "prompt": decode(r.prompt),
-            "completion": decode(r.ids),
-            "finish": r.finish,
-            **{name: float(value) for name, value in zip(columns, values)},
-        }
-        for r, *values in zip(rollouts, *columns.values())
-    ]
-
-
-class LogpGap:
-    """How far the engine's log-probs of sampled tokens are from the trainer's, of one policy: before it is updated."""
-
-    def __init__(self, limit: float):
-        self.limit, self.total, self.tokens, self.largest = limit, 0.0, 0, 0.0
-
-    def add(self, logp_N, engine_logp_N, mask_N):
-        gap_N = (logp_N.detach() - engine_logp_N).abs() * mask_N
-        self.total, self.tokens = self.total + float(gap_N.sum()), self.tokens + int(mask_N.sum())
-        self.largest = max(self.largest, float(gap_N.max()))
-
-    def metrics(self) -> dict[str, float]:
-        """Mean and largest of what was added, over all ranks (a collective); begins anew."""
-        name, (largest,) = "sampling/sampling_logp_difference", dist.all_max(self.largest)
-        found = {**dist.means({f"{name}/mean": (self.total, self.tokens)}), f"{name}/max": largest}
-        self.__init__(self.limit)
-        return found
-
-    def check(self, step: int, metrics: dict[str, float]):
-        """RuntimeError if the mean is above the limit."""
-        if (gap := metrics.get("sampling/sampling_logp_difference/mean", 0.0)) > self.limit:
-            raise RuntimeError(
-                f"step {step}: engine and trainer disagree by {gap:.2g} in mean log-prob "
-                f"(--max_logp_gap {self.limit:g}): the engine's weights are stale, or its precision is "
-                "too low."
-            )
+    """Rollouts for samples.jsonl: text, finish reason, and columns of one number per rollout."""
+    records = []
+    for i, r in enumerate(rollouts):
+        numbers = {name: float(values[i]) for name, values in columns.items()}
+        record = {"prompt": decode(r.prompt), "completion": decode(r.ids), "finish": r.finish}
+        records.append(record | numbers)
+    return records
 
 
 def length_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """completions/*: lengths in tokens and the share without an end, over all ranks (a collective)."""
-    length_B, unended = [len(r.ids) for r in rollouts], sum(r.finish == "length" for r in rollouts)
+    """completions/*: sampled tokens, and the share cut off at the maximum length. A collective."""
+    length_B = [r.length for r in rollouts]
+    cut_off = sum(r.finish == "length" for r in rollouts)
     longest, shortest = dist.all_max(max(length_B, default=0), -min(length_B, default=2**31))
-    return {
-        **dist.means(
-            {
-                "completions/mean_length": (sum(length_B), len(rollouts)),
-                "completions/clipped_ratio": (unended, len(rollouts)),
-            }
-        ),
-        "completions/min_length": -shortest,
-        "completions/max_length": longest,
-    }
+    means = dist.means(
+        {
+            "completions/mean_length": (sum(length_B), len(rollouts)),
+            "completions/clipped_ratio": (cut_off, len(rollouts)),
+        }
+    )
+    return means | {"completions/min_length": -shortest, "completions/max_length": longest}
+
+
+class LogpGap:
+    """How far the engine's log-probs are from the trainer's while both are the same policy: in a
+    step's first minibatch, before the first update."""
+
+    def __init__(self, limit: float | None, dtype: torch.dtype):
+        """limit: of the mean over tokens; None: 1e-3 in fp32, 0.1 in bf16."""
+        self.limit = limit or (0.1 if dtype == torch.bfloat16 else 1e-3)
+        self.total = self.largest = self.tokens = 0
+
+    def add(self, logp_N, engine_logp_N, mask_N):
+        gap_N = (logp_N.detach() - engine_logp_N).abs() * mask_N
+        self.total = self.total + gap_N.sum().double()
+        self.tokens = self.tokens + mask_N.sum()
+        self.largest = torch.maximum(
+            gap_N.max(), torch.as_tensor(self.largest, device=gap_N.device)
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """Mean and largest gap since the last call, over all ranks. A collective."""
+        (largest,) = dist.all_max(self.largest)
+        mean = dist.means({f"{GAP}/mean": (self.total, self.tokens)})
+        self.total = self.largest = self.tokens = 0
+        return mean | {f"{GAP}/max": largest}
+
+    def check(self, step: int, metrics: dict[str, float]):
+        """RuntimeError if the mean is above the limit."""
+        gap = metrics.get(f"{GAP}/mean", 0.0)
+        if gap > self.limit:
+            raise RuntimeError(
+                f"step {step}: before the first update engine and trainer are one policy, and their "
+                f"log-probs differ by {gap:.2g} in the mean (--max_logp_gap {self.limit:g}). Either "
+                "the loop passes other tokens, masks or a temperature than were sampled, or the "
+                "engine has stale weights, or its precision is too low."
+            )

@@ -1,4 +1,8 @@
-"""A run's record: a line a step on stdout, metrics.jsonl, samples.jsonl, and run.json with what the run was."""
+"""A run's folder: run.json, metrics.jsonl, samples.jsonl, checkpoints/, and the trained model.
+
+A Run never calls the loop and reads no flag by name. It writes on rank 0 alone, so no call site
+asks for the rank.
+"""
 
 import json
 import platform
@@ -10,106 +14,105 @@ from pathlib import Path
 
 import torch
 
-from nanopost import InputError
-from nanopost.cli import refuse
+from nanopost import InputError, checkpoint, dist, hf
+
+WRITTEN = ("value", "checkpoints", "metrics.jsonl", "samples.jsonl", "run.json")
+NOT_COMPARED = ("resume", "overwrite")
 
 
-def starts_of(out) -> list[dict]:
-    """What run.json in `out` says of each start of its run; nothing where no run of these scripts wrote one."""
-    try:
-        starts = json.loads((Path(out) / "run.json").read_text())
-    except (OSError, ValueError):
-        return []
-    return (
-        starts
-        if isinstance(starts, list) and all(isinstance(s, dict) and "args" in s for s in starts)
-        else []
-    )
+class Run:
+    def __init__(self, out, world, steps: int, arguments: dict, show: list[str]):
+        """arguments: all flags and values, for run.json. show: metrics for the printed line."""
+        self.out = Path(out)
+        self.writes = world.rank == 0
+        self.steps, self.arguments, self.show = steps, arguments, show
+        self.resumed = False
+        self.clock = None  # (time, step) of the first line logged
 
+    # ------------------------------------------------------------------------------------- start
+    def start(
+        self, model, optimizer, state: dict, resume: bool, overwrite: bool, about: dict, **others
+    ) -> dict:
+        """Begin a run, or resume one -> the state to begin from. A collective.
 
-class Logger:
-    """Writes on rank 0 and does nothing elsewhere, so that no call site asks for the rank."""
-
-    def __init__(self, out, rank: int, steps: int, shown: list[str], verbose: bool = False):
-        """shown: names of the metrics on the printed line. verbose: say when each phase begins."""
-        self.out, self.on, self.steps, self.shown, self.verbose = (
-            Path(out),
-            rank == 0,
-            steps,
-            shown,
-            verbose,
-        )
-        self.began, self.first = None, 0
-
-    def open(self, resumed_at: int | None, overwrite: bool, manifest: dict):
-        """Begin a run, or go on from a checkpoint: what was logged after it will be logged again, so it goes.
-
-        A run that is there is replaced only with overwrite, or if it ended before its first checkpoint. What no run of
-        ours wrote, and what this run reads, is never replaced.
+        state: {"step": 0, ...}, what a fresh run begins with. about: more for run.json. others:
+        further models whose weights change over the run. A run that is there is replaced only with
+        overwrite, or if it ended before its first checkpoint. What no script wrote, and what this
+        run reads, is never replaced.
         """
-        if not self.on:
-            return
-        args = manifest["args"]
-        inputs = [
-            args.get(name)
-            for name in ("model", "reference_model", "value_model", "data", "eval_data")
-        ]
-        inputs += [
-            spec.removeprefix("model:")
-            for spec in args.get("reward") or []
-            if spec.startswith("model:")
-        ]
-        out, names = (
-            self.out.resolve(),
-            ("value", "checkpoints", "metrics.jsonl", "samples.jsonl", "run.json"),
-        )
-        read = next(
-            (
-                path
-                for path in filter(None, inputs)
-                if (found := Path(path).resolve()) == out
-                or any(found.is_relative_to(out / name) for name in names)
-            ),
-            None,
-        )
-        signs = ("checkpoints", "value", "config.json", "tokenizer.json", "*.safetensors")
-        refuse(
-            (
-                read,
-                f"--out {self.out}: this run reads {read}, which would be overwritten: choose another --out.",
-            ),
-            (
-                not starts_of(self.out) and any(any(self.out.glob(sign)) for sign in signs),
-                f"--out {self.out} holds what no run of these scripts wrote: choose another --out.",
-            ),
-        )
+        found = None
+        if resume:
+            if overwrite:
+                raise InputError(
+                    "--resume continues and --overwrite starts over: give one of them."
+                )
+            found = self._to_resume()
+        if found:
+            state = state | checkpoint.load(found, model, optimizer, **others)
+            self.resumed = True
+        if self.writes:
+            killed_early = resume and not (self.out / "config.json").exists()
+            self._open(state["step"] if found else None, overwrite or killed_early, about)
+        if resume and not found:
+            self.say(f"--resume: no checkpoint in {self.out}, so the run starts from the beginning")
+        if found:
+            self.say(f"resumed at step {state['step']}")
+        for change in changed_arguments(state.pop("args", self.arguments), self.arguments):
+            self.say(f"resumed with a different {change}")
+        return state
+
+    def _to_resume(self) -> Path | None:
+        """The newest checkpoint; None if the run was killed before its first. InputError if the run
+        ended, went past its steps, or is another script's."""
+        found = checkpoint.latest(self.out)
+        last = {"step": 0, **(starts_of(self.out) or [{}])[-1]}
+        if found:
+            last = json.loads((found / "state.json").read_text())
+        foreign = sorted(last.get("args", {}).keys() - self.arguments.keys())
+        if foreign:
+            raise InputError(
+                f"--resume: {found or self.out} is another script's (with --{', --'.join(foreign)})"
+                ": choose another --out."
+            )
+        if last["step"] > self.steps:
+            raise InputError(
+                f"--resume: {found} is past --steps {self.steps}: give {last['step']} or more."
+            )
+        if found is None and (self.out / "config.json").exists():
+            raise InputError(
+                f"--resume: {self.out} holds a run that ended and left no checkpoint "
+                f"(--save_every): continue with --model {self.out} and another --out, or --overwrite it."
+            )
+        return found
+
+    def _open(self, resumed_at: int | None, replace: bool, about: dict):
+        """Make the folder ready. What was logged after the checkpoint will be logged again, so it
+        is removed."""
+        self._check_free()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(
-                f"--out {self.out}: no folder can be made ({error.strerror}); choose another."
+                f"--out {self.out}: cannot make the folder ({error.strerror}); choose another."
             ) from error
         for name in ("metrics.jsonl", "samples.jsonl"):
             path = self.out / name
-            if resumed_at is None and not overwrite and path.exists():
+            if resumed_at is None and path.exists() and not replace:
                 raise InputError(
                     f"{self.out} already holds a run: add --resume to continue it, --overwrite to "
                     "replace it, or choose another --out."
                 )
-            lines = path.read_text().split("\n") if resumed_at is not None and path.exists() else []
-            kept = [line for line in lines if _step(line) <= resumed_at]
-            path.write_text("".join(line + "\n" for line in kept))
-        if resumed_at is None and args.get("resume"):
-            self.say(f"--resume: no checkpoint is in {self.out}, so the run begins anew")
-        if (
-            resumed_at is None
-        ):  # what is left of the run that this one replaces would be taken for its own
+            lines = []
+            if resumed_at is not None and path.exists():
+                lines = path.read_text().split("\n")
+            kept = [line + "\n" for line in lines if _step_of(line) <= resumed_at]
+            path.write_text("".join(kept))
+        if resumed_at is None:  # leftovers of the run that this one replaces would pass for its own
             for folder in ("checkpoints", "value"):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             (self.out / "config.json").unlink(missing_ok=True)
-        else:
-            self.say(f"resumed at step {resumed_at}")
-        record = {
+        earlier = starts_of(self.out) if resumed_at is not None else []
+        start = {
             "command": " ".join(sys.argv),
             "resumed_at": resumed_at,
             "git": _git_commit(),
@@ -117,64 +120,129 @@ class Logger:
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            **manifest,
+            "args": self.arguments,
+            **about,
         }
-        starts = starts_of(self.out) if resumed_at is not None else []
-        beside = (
+        temporary = (
             self.out / "run.json.tmp"
-        )  # renamed when whole: without run.json a folder is not ours
-        beside.write_text(json.dumps([*starts, record], indent=1, default=str) + "\n")
-        beside.replace(self.out / "run.json")
+        )  # renamed when whole: a folder without run.json is not ours
+        temporary.write_text(json.dumps([*earlier, start], indent=1, default=str) + "\n")
+        temporary.replace(self.out / "run.json")
+
+    def _check_free(self):
+        """InputError if the folder holds what this run reads, or what no script wrote."""
+        out = self.out.resolve()
+        for path in _paths_read(self.arguments, self.out):
+            read = Path(path).resolve()
+            if read == out or any(read.is_relative_to(out / name) for name in WRITTEN):
+                raise InputError(
+                    f"--out {self.out}: this run reads {path}, which would be overwritten: choose "
+                    "another --out."
+                )
+        signs = ("checkpoints", "value", "config.json", "tokenizer.json", "*.safetensors")
+        if not starts_of(self.out) and any(any(self.out.glob(sign)) for sign in signs):
+            raise InputError(
+                f"--out {self.out} holds files that no run of these scripts wrote: choose another "
+                "--out."
+            )
+
+    # ------------------------------------------------------------------------------- in the loop
+    def due(self, step: int, every: int) -> bool:
+        """Every so many steps (0: never), and at the last one."""
+        return step == self.steps or (every > 0 and step % every == 0)
 
     def say(self, text: str):
-        if self.on and text:
+        if self.writes and text:
             print(text, flush=True)
 
-    def phase(self, name: str, step: int):
-        """With verbose, a line as each phase begins: where a hanging run hangs."""
-        if self.verbose:
-            self.say(f"# step {step} {name}")
-
     def log(self, step: int, metrics: dict[str, float]):
-        """One object a step in metrics.jsonl, one line on stdout, with the time left."""
-        if not self.on:
+        """One object per step in metrics.jsonl, one line on stdout with the time left."""
+        if not self.writes:
             return
         with open(self.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         now = time.monotonic()
-        if self.began is None:
-            self.began, self.first, left = now, step, ""
+        left = ""
+        if self.clock is None:
+            self.clock = now, step
         else:
-            left = f"  left {_duration((now - self.began) / max(1, step - self.first) * (self.steps - step))}"
-        shown = [
-            k
-            for k in (*self.shown, *metrics)
-            if k in metrics and (k in self.shown or k.startswith("eval/"))
-        ]
-        text = "  ".join(f"{k} {_number(metrics[k])}" for k in dict.fromkeys(shown))
+            per_step = (now - self.clock[0]) / max(1, step - self.clock[1])
+            left = f"  left {_duration(per_step * (self.steps - step))}"
+        evaluated = [name for name in metrics if name.startswith("eval/")]
+        shown = [name for name in dict.fromkeys(self.show + evaluated) if name in metrics]
+        text = "  ".join(f"{name} {_number(metrics[name])}" for name in shown)
         print(f"step {step}/{self.steps}  {text}{left}", flush=True)
 
-    def say_change(self, before: dict[str, float], after: dict[str, float]):
-        """What the run has made of the held-out metrics."""
-        change = [
-            f"{name} {value:.3f} -> {after[name]:.3f}"
-            for name, value in before.items()
-            if name in after
-        ]
-        if change:
-            self.say(f"held out, before and after: {', '.join(change)}")
-
-    def samples(self, step: int, rows: list[dict]):
-        """Decoded text beside what was made of it, one object a line in samples.jsonl."""
-        if self.on:
+    def samples(self, step: int, records: list[dict]):
+        """Decoded text and numbers about it, one object per line in samples.jsonl."""
+        if self.writes:
             with open(self.out / "samples.jsonl", "a") as file:
-                file.writelines(
-                    json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in rows
-                )
+                for record in records:
+                    file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+
+    def save(self, step: int, model, optimizer, state: dict, **others):
+        """Write a checkpoint to resume from, and delete the one before it. A collective.
+
+        Nothing to do at the last step: the trained model itself is written then.
+        """
+        if step < self.steps:
+            state = {**state, "args": self.arguments}
+            checkpoint.save(self.out, step, model, optimizer, state, **others)
+
+    # --------------------------------------------------------------------------------------- end
+    def export(self, named_tensors, config, files: dict, part: str = ""):
+        """Write a model for transformers and vLLM into the folder, or its folder `part`. A
+        collective.
+
+        named_tensors, config, files: see hf.save_model.
+        """
+        hf.save_model(self.out / part, named_tensors, config, files, write=self.writes)
+        self.say(f"the model is in {self.out / part}")
+
+    def finish(self):
+        """Say what became of the held-out metrics, and leave the process group."""
+        if self.writes:
+            lines = [json.loads(x) for x in (self.out / "metrics.jsonl").read_text().splitlines()]
+            evaluated = [x for x in lines if any(name.startswith("eval/") for name in x)]
+            if len(evaluated) > 1:
+                first, last = evaluated[0], evaluated[-1]
+                names = [n for n in first if n.startswith("eval/") and n in last]
+                change = [f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in names]
+                self.say(f"held out, before and after: {', '.join(change)}")
+        dist.finish()
 
 
-def _step(line):
-    """The step of a line, which a kill may have cut off: then it is later than any."""
+def starts_of(out) -> list[dict]:
+    """What run.json in `out` says about each start of its run; [] where no script wrote one."""
+    try:
+        starts = json.loads((Path(out) / "run.json").read_text())
+    except (OSError, ValueError):
+        return []
+    if isinstance(starts, list) and all(isinstance(s, dict) and "args" in s for s in starts):
+        return starts
+    return []
+
+
+def changed_arguments(saved: dict, now: dict) -> list[str]:
+    """What a resumed run was told differently: ["lr: 0.001 -> 0.002", ...]."""
+    names = [name for name in {**saved, **now} if name not in NOT_COMPARED]
+    return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]
+
+
+def _paths_read(arguments, out: Path) -> list[str]:
+    """The values of flags that name something on disk, whatever the flag: a fork's flags too."""
+    values = []
+    for value in arguments.values():
+        values += value if isinstance(value, (list, tuple)) else [value]
+    texts = [value.removeprefix("model:") for value in values if isinstance(value, str) and value]
+    itself = next((text for text in texts if Path(text) == out), None)
+    if itself is not None:
+        texts.remove(itself)  # the flag that names the folder, once: a second one is something read
+    return [text for text in texts if Path(text).exists()]
+
+
+def _step_of(line):
+    """A line's step; infinite for one that a kill has cut off."""
     try:
         return json.loads(line)["step"]
     except ValueError:
@@ -182,17 +250,23 @@ def _step(line):
 
 
 def _number(x):
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" if abs(x) < 1e-2 else f"{x:.3f}"
+    if abs(x) >= 1000:
+        return f"{x:,.0f}"
+    return f"{x:.3g}" if abs(x) < 1e-2 else f"{x:.3f}"
 
 
 def _duration(seconds):
     hours, rest = divmod(int(seconds), 3600)
-    return f"{hours}h{rest // 60:02d}m" if hours else f"{rest // 60}m{rest % 60:02d}s"
+    if hours:
+        return f"{hours}h{rest // 60:02d}m"
+    return f"{rest // 60}m{rest % 60:02d}s"
 
 
 def _git_commit():
-    here = Path(__file__).parent
     done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
     )
     return done.stdout.strip() or None

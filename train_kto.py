@@ -1,0 +1,248 @@
+"""KTO, BCO and AOT: preference losses in which each example depends on all others of the step.
+
+    kto           rows with a label, good or bad, measured against the KL of the step   2402.01306
+    bco           pairs, on either side of the running mean of all rewards              2404.04656
+    aot           pairs: the sorted margins of the policy above those of the reference  2406.05882
+    aot_unpaired  pairs: sorted log-ratios of chosen answers above those of rejected ones
+
+Such a loss L is no sum over micro-batches: it is a function of the log-probs l_s of all sequences s
+of the step, on all ranks, which may not fit into memory at once. Two passes have its exact
+gradient:
+
+    1  all l_s without gradient, then L, and its slopes g_s = dL / dl_s
+    2  in micro-batches of any size, the gradient of sum_s g_s l_s, with each g_s a constant
+
+because dL/dw = sum_s (dL/dl_s) (dl_s/dw). Nothing is approximated, and nothing depends on --tokens
+or on the number of ranks.
+
+    python train_kto.py --model out/sft --data labelled.jsonl   # {"prompt", "completion", "label"}
+    torchrun --nproc_per_node 8 train_kto.py --model out/sft --data pairs.jsonl --loss aot
+"""
+
+import math
+import time
+
+import torch
+
+from nanopost import cli, dist, forward, hf, optim, packing, pairs, preference, reference, rows
+from nanopost.batch import Example
+from nanopost.cli import at_least
+from nanopost.forward import batches, check_finite
+from nanopost.run import Run
+from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
+
+# Shapes: N packed tokens, P pairs, S sequences: 2p is the chosen one of pair p, 2p + 1 the
+# rejected. In KTO, chosen is a row's own completion, rejected the completion of another row after
+# its prompt.
+
+# ---------------------------------------------------------------------------------------- arguments
+parser = cli.parser(__doc__, out="out/kto", lr=1e-6)
+cli.add_pair_flags(parser)
+cli.add_reference_flags(parser)
+add = parser.add_argument
+add("--loss", default="kto", choices=preference.COUPLED)
+add("--beta", type=at_least(0.0), default=0.1, help="scale of a log-ratio")
+add(
+    "--smoothing", type=at_least(0.0), default=0.0, help="aot: share of pairs thought to be swapped"
+)
+add("--label_weights", type=float, nargs=2, default=[1.0, 1.0], help="kto: of good and of bad rows")
+add("--sft_weight", type=at_least(0.0), default=0.0, help="of the nll of chosen answers, beside it")
+args = parser.parse_args()
+
+# -------------------------------------------------------------------------------------------- setup
+world = dist.init(args.device, args.dtype, args.seed)
+tokenizer = Tokenizer.load(args.model, args.chat_template)
+shard = cli.shard(args, world)
+model = hf.load_model(args.model, world.device, shard=shard)
+reference_folder = args.reference_model or args.model
+tokenizer.check_same(reference_folder, "--reference_model ")
+reference_model = hf.load_model(reference_folder, world.device, shard=shard)
+reference_model.requires_grad_(False)
+
+is_kto = args.loss == "kto"
+form = rows.unpaired if is_kto else rows.pair
+train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, form)
+max_length = args.max_length or args.tokens // 2
+
+
+def encode(rows_P):
+    """Rows -> (pairs of examples with the columns a loss reads, counts of what was cut or
+    dropped)."""
+    if is_kto:
+        labelled = rows.take_pairs_apart(rows_P)
+        examples = [tokenizer.example(row, "completion") for row in labelled]
+        for e, row in zip(examples, labelled):
+            e.columns["label"] = float(row["label"])
+        examples, counts = packing.fit_to(examples, max_length, args.overlong)
+        pairs_P = pairs.mismatched(examples, max_length)
+    else:
+        encoded = [tokenizer.pair(row) for row in rows_P]
+        pairs_P, counts = pairs.fit_to(encoded, max_length, args.overlong)
+    pairs.add_columns(pairs_P)
+    if args.reference == "precomputed":
+        reference.add_cached_reference(
+            pairs_P, reference_model, reference_folder, args.tokens, world, args.cache
+        )
+    return pairs_P, counts
+
+
+train_pairs, cut = encode(train_rows)
+eval_pairs, eval_cut = encode(eval_rows)
+if args.reference == "precomputed":
+    reference_model = None  # it has said all it has to
+per_epoch = len(train_pairs)
+args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
+
+optimizer = optim.adamw(model, args.weight_decay)
+show = ["loss", "rewards/accuracies", "rewards/margins", "entropy", "grad_norm", "lr"]
+run = Run(args.out, world, args.steps, vars(args), show)
+fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
+state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
+run.say(check_stage(args.model, tokenizer))
+run.say(
+    f"{len(train_pairs):,} examples, {len(eval_pairs):,} held out; the first, answers in » and «:"
+)
+run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
+run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
+run.say(f"a step is {args.rows} of the {per_epoch:,} of an epoch")
+
+
+def all_log_probs(step_pairs):
+    """The first pass: numbers of all sequences of all ranks -> ({name: float64 [S]}, this rank's
+    slice)."""
+    examples = [e for pair in step_pairs for e in pair]
+    table = []
+    for e, logp in zip(examples, forward.logprobs(model, examples, args.tokens, 1.0, world.device)):
+        table.append(
+            {
+                "logp": float((logp * e.columns["weight"]).sum()),
+                "nll": float(-logp.sum()),
+                "ref_logp": e.columns["ref_logp"],
+                "length": e.columns["length"],
+                "targets": e.num_targets,
+                "label": e.columns.get("label", 1.0),
+            }
+        )
+    before = sum(dist.gather([len(table)])[: world.rank])
+    mine = slice(before, before + len(table))
+    table = dist.gather(table)
+    sequences = {
+        name: torch.tensor([row[name] for row in table], dtype=torch.float64) for name in table[0]
+    }
+    return sequences, mine
+
+
+def coupled_loss(sequences):
+    """The loss of each example, from the sequences of the whole step -> (loss_P, pairs)."""
+    pairs_P = preference.read_pairs(
+        sequences["logp"], sequences["ref_logp"], sequences["length"], sequences["nll"]
+    )
+    loss_P = preference.weighted(
+        loss_functions,
+        loss_weights,
+        pairs_P,
+        beta=args.beta,
+        smoothing=args.smoothing,
+        label_P=sequences["label"][0::2],
+        label_weights=args.label_weights,
+        shift=state["reward_sum"] / max(1, state["reward_count"]),
+        nll_tokens=float(sequences["targets"][0::2].mean()),
+    )
+    return loss_P, pairs_P
+
+
+def whole_step_metrics(sequences, loss_P, pairs_P):
+    """Means over examples that every rank holds, so nothing is reduced."""
+    if is_kto:
+        sums = preference.label_metrics(pairs_P, sequences["label"][0::2], args.beta)
+    else:
+        pair_sums = preference.pair_metrics(pairs_P, args.beta)
+        sums = {name: (total, len(loss_P)) for name, total in pair_sums.items()}
+    sums["loss"] = loss_P.sum(), len(loss_P)
+    return {name: float(total) / int(count) for name, (total, count) in sums.items() if count}
+
+
+@torch.no_grad()
+def evaluate():
+    """Loss and metrics of held-out examples."""
+    if not eval_pairs:
+        return {}
+    mine = eval_pairs[world.rank :: world.size]
+    if reference_model is not None:
+        reference.add_reference(mine, reference_model, args.tokens, world.device)
+    sequences, _ = all_log_probs(mine)
+    metrics = whole_step_metrics(sequences, *coupled_loss(sequences))
+    return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+# --------------------------------------------------------------------------------------------- loop
+loss_functions, loss_weights = [preference.COUPLED[args.loss]], [1.0]
+if args.sft_weight:
+    loss_functions.append(preference.sft)
+    loss_weights.append(args.sft_weight)
+if not run.resumed:
+    run.log(0, evaluate())
+for step in range(state["step"] + 1, args.steps + 1):
+    # ---- examples
+    began = time.perf_counter()
+    indices, _ = packing.share(per_epoch, args.seed, state["consumed"], args.rows, world)
+    state["consumed"] += args.rows
+    step_pairs = [train_pairs[i] for i in indices]
+    if reference_model is not None:
+        reference.add_reference(step_pairs, reference_model, args.tokens, world.device)
+
+    # ---- first pass: the loss of the whole step, and its slope in each log-prob
+    sequences, mine = all_log_probs(step_pairs)
+    ratio_S = sequences["logp"] - sequences["ref_logp"]
+    state["reward_sum"] += float(args.beta * ratio_S.sum())
+    state["reward_count"] += len(ratio_S)
+    leaves = [sequences["logp"].requires_grad_(), sequences["nll"].requires_grad_()]
+    loss_P, pairs_P = coupled_loss(sequences)
+    slope_S, nll_slope_S = torch.autograd.grad(loss_P.sum(), leaves, materialize_grads=True)
+    slopes = zip(slope_S[mine].tolist(), nll_slope_S[mine].tolist())
+
+    # ---- second pass: sum_s slope_s logp_s, in micro-batches; what has no slope needs no pass
+    examples = []
+    for e, (slope, nll_slope) in zip((e for pair in step_pairs for e in pair), slopes):
+        if slope or nll_slope:
+            columns = {**e.columns, "slope": slope, "nll_slope": nll_slope}
+            examples.append(Example(e.ids, e.mask, columns))
+    meter = dist.Meter()
+    for batch in batches(examples, args.tokens, world.device):
+        logp_N, entropy_N = model(batch)
+        logp_S = batch.sequences.sum(logp_N * batch["weight"])
+        nll_S = batch.sequences.sum(-logp_N)
+        loss = (batch["slope"] * logp_S + batch["nll_slope"] * nll_S).sum()
+        # FSDP averages gradients over ranks: world.size undoes it.
+        (loss * world.size / args.rows).backward()
+        meter.add(batch.num_targets, entropy=entropy_N.sum())
+    grad_norm = dist.clip_grad_norm(model, args.grad_clip)
+    check_finite(grad_norm, step, model, examples, tokenizer.decode)
+    lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
+    optim.set_learning_rate(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    # ---- log
+    tokens = dist.all_sum(sum(map(len, examples)))
+    state["num_tokens"] += tokens
+    metrics = {
+        **whole_step_metrics(sequences, loss_P.detach(), pairs_P),
+        **meter.means(),
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "epoch": state["consumed"] / per_epoch,
+        "num_tokens": state["num_tokens"],
+        "tokens_per_second": tokens / (time.perf_counter() - began),
+    }
+    if run.due(step, args.eval_every):
+        metrics |= evaluate()
+    run.log(step, metrics)
+
+    # ---- save
+    if run.due(step, args.save_every):
+        run.save(step, model, optimizer, state)
+
+# --------------------------------------------------------------------------------------------- save
+run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+run.finish()

@@ -1,0 +1,227 @@
+"""Online DPO (2402.04792): sample answers, make the best of each group likelier than the worst.
+
+    y_best, y_worst = the answers of highest and lowest reward among G samples of a prompt x
+    c = log pi(y_best | x) - log ref(y_best | x); r likewise for the worst
+    loss = - sum_p log sigmoid(beta (c_p - r_p)) / P     P: pairs of the step
+
+--reward scores answers, --judge compares them two by two (an answer's wins are added to its
+reward). Groups in which all rewards are equal give no pair. --loss names another loss of
+train_dpo.py.
+
+    python train_online_dpo.py --model out/sft --data prompts.jsonl --reward model:out/rm torchrun
+    --nproc_per_node 8 train_online_dpo.py --model out/sft --data prompts.jsonl --reward gsm8k
+"""
+
+import time
+from dataclasses import replace
+
+import torch
+
+from nanopost import (
+    InputError,
+    cli,
+    dist,
+    forward,
+    hf,
+    optim,
+    packing,
+    pairs,
+    preference,
+    reference,
+    rewards,
+    rows,
+)
+from nanopost.cli import at_least
+from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.forward import batches, check_finite
+from nanopost.rollout import length_metrics, sample_records
+from nanopost.run import Run
+from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
+
+# Shapes: N packed tokens, S sequences (2p is the best one of pair p, 2p + 1 the worst), P prompts
+# or pairs, G samples per prompt, F reward functions.
+
+# ---------------------------------------------------------------------------------------- arguments
+parser = cli.parser(__doc__, out="out/online_dpo", lr=1e-6)
+cli.add_rollout_flags(parser, reward_required=False)
+add = parser.add_argument
+add("--steps", type=at_least(1), default=120, help="optimizer steps")
+add("--prompts", type=at_least(1), default=64, help="prompts per step, over all ranks")
+add("--group", type=at_least(2), default=4, help="samples per prompt")
+add("--judge", metavar="file.py:f", help="f(prompts, pairs of texts) -> 0, 1 or None for each pair")
+add("--eos_penalty", type=at_least(0.0), default=1.0, help="taken from answers without an end")
+add("--loss", nargs="+", default=["sigmoid"], choices=preference.LOSSES, metavar="LOSS")
+add("--loss_weights", type=float, nargs="+", help="one per --loss; default: all 1")
+add("--beta", type=at_least(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
+add("--smoothing", type=at_least(0.0), default=0.0, help="share of pairs thought to be swapped")
+add("--gamma", type=float, default=0.5, help="target margin of simpo")
+add("--reference_model", help="folder of the reference; default: --model")
+args = parser.parse_args()
+
+# -------------------------------------------------------------------------------------------- setup
+loss_functions = [preference.LOSSES[name] for name in args.loss]
+loss_weights = args.loss_weights or [1.0] * len(args.loss)
+cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
+if not args.reward and not args.judge:
+    raise InputError("give --reward or --judge: one of them has to rank the answers.")
+
+world = dist.init(args.device, args.dtype, args.seed)
+tokenizer = Tokenizer.load(args.model, args.chat_template)
+shard = cli.shard(args, world)
+model = hf.load_model(args.model, world.device, shard=shard)
+reference_folder = args.reference_model or args.model
+reference_model = None
+if preference.needs_reference(loss_functions):
+    tokenizer.check_same(reference_folder, "--reference_model ")
+    reference_model = hf.load_model(reference_folder, world.device, shard=shard)
+    reference_model.requires_grad_(False)
+engine = Engine.beside(model, args.model, world, tokenizer, args.engine_rows)
+
+train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.prompt)
+(train_rows, eval_rows), report = tokenizer.with_prompts(
+    (train_rows, eval_rows),
+    args.max_prompt,
+    args.max_new_tokens,
+    args.tokens,
+    model.config.max_positions,
+    sides=2,
+)
+reward_functions, reward_weights = [], []
+if args.reward:
+    reward_functions, reward_weights = rewards.load(
+        args.reward, args.reward_weights, tokenizer, world.device
+    )
+judge = rewards.load_one(args.judge) if args.judge else None
+sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
+
+optimizer = optim.adamw(model, args.weight_decay)
+show = ["reward", "loss", "rewards/accuracies", "rewards/margins", "entropy", "grad_norm", "lr"]
+run = Run(args.out, world, args.steps, vars(args), show)
+fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
+state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
+run.say(check_stage(args.model, tokenizer))
+run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
+run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
+
+
+def rollout(rows_P, serials, n, sampling):
+    """n completions of each prompt and their rewards -> (rollouts [P][n], float64 reward_PG)."""
+    seeds = [prompt_seed(args.seed, serial) for serial in serials]
+    groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
+    reward_PG = torch.zeros(len(rows_P), n, dtype=torch.float64)
+    if reward_functions:
+        reward_FPG = rewards.score(reward_functions, tokenizer.decode, rows_P, groups)
+        reward_PG += rewards.total(reward_FPG, reward_weights)
+    if judge:
+        reward_PG += rewards.judged(judge, tokenizer.decode, rows_P, groups)
+    return groups, reward_PG
+
+
+def evaluate():
+    """Held-out prompts: mean reward, sampled and greedy, and KL(policy || reference) of the
+    samples."""
+    metrics = {}
+    if not reward_functions:
+        return metrics
+    mine = range(len(eval_rows))[world.rank :: world.size]
+    rows_P, serials = [eval_rows[i] for i in mine], [2**32 + i for i in mine]
+    for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
+        held_out = replace(sampling, temperature=temperature)
+        groups, reward_PG = rollout(rows_P, serials, 1, held_out)
+        metrics |= dist.means({f"eval/{name}": (reward_PG.sum(), reward_PG.numel())})
+        if name == "accuracy" and reference_model is not None:
+            examples = [r.example() for (r,) in groups]
+            logps = forward.logprobs(reference_model, examples, args.tokens, 1.0, world.device)
+            kl_P = [float((e.columns["engine_logp"] - x).sum()) for e, x in zip(examples, logps)]
+            metrics |= dist.means({"eval/kl": (sum(kl_P), len(kl_P))})
+    return metrics
+
+
+# --------------------------------------------------------------------------------------------- loop
+engine.sync_weights(dist.full_weights(model), state["step"])
+if not run.resumed:
+    run.log(0, evaluate())
+for step in range(state["step"] + 1, args.steps + 1):
+    # ---- rollout
+    began = time.perf_counter()
+    indices, serials = packing.share(
+        len(train_rows), args.seed, state["consumed"], args.prompts, world
+    )
+    state["consumed"] += args.prompts
+    groups, reward_PG = rollout([train_rows[i] for i in indices], serials, args.group, sampling)
+    rollouts = [r for group in groups for r in group]
+    unended = torch.tensor([r.finish == "length" for r in rollouts])
+    reward_PG -= args.eos_penalty * unended.view_as(reward_PG)
+
+    # ---- pairs: the best and the worst of each group
+    step_pairs = pairs.best_and_worst(groups, reward_PG)
+    pairs.add_columns(step_pairs, train_prompt="orpo" in args.loss)
+    reference.add_no_reference(step_pairs)
+    if reference_model is not None:
+        reference.add_reference(step_pairs, reference_model, args.tokens, world.device)
+    chosen_targets = sum(best.num_targets for best, _ in step_pairs)
+    num_pairs, targets = dist.all_sums(len(step_pairs), chosen_targets)
+    nll_tokens = targets / max(1, num_pairs)
+
+    # ---- update
+    meter = dist.Meter()
+    for batch in batches(step_pairs, args.tokens, world.device):
+        logp_N, entropy_N = model(batch)
+        logp_S = batch.sequences.sum(logp_N * batch["weight"])
+        nll_S = batch.sequences.sum(-logp_N)
+        pairs_P = preference.read_pairs(logp_S, batch["ref_logp"], batch["length"], nll_S)
+        loss_P = preference.weighted(
+            loss_functions,
+            loss_weights,
+            pairs_P,
+            beta=args.beta,
+            smoothing=args.smoothing,
+            gamma=args.gamma,
+            nll_tokens=nll_tokens,
+        )
+        loss = loss_P.sum() * (not batch.dummy)
+        # FSDP averages gradients over ranks: world.size undoes it.
+        (loss * world.size / max(1, num_pairs)).backward()
+        metrics = preference.pair_metrics(pairs_P, args.beta)
+        meter.add(batch.num_examples // 2, loss=loss, **metrics)
+        meter.add(batch.num_targets, entropy=entropy_N.sum())
+    examples = [e for pair in step_pairs for e in pair]
+    grad_norm = dist.clip_grad_norm(model, args.grad_clip)
+    check_finite(grad_norm, step, model, examples, tokenizer.decode)
+    lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
+    optim.set_learning_rate(optimizer, lr)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    # ---- sync
+    engine.sync_weights(dist.full_weights(model), step)
+
+    # ---- log
+    tokens = dist.all_sum(sum(map(len, examples)))
+    state["num_tokens"] += tokens
+    meter.add(reward_PG.numel(), reward=reward_PG.sum())
+    meter.add(len(groups), ties=len(groups) - len(step_pairs))
+    metrics = {
+        **meter.means(),
+        **length_metrics(rollouts),
+        "grad_norm": grad_norm,
+        "lr": lr,
+        "epoch": state["consumed"] / len(train_rows),
+        "pairs": num_pairs,
+        "num_tokens": state["num_tokens"],
+        "tokens_per_second": tokens / (time.perf_counter() - began),
+    }
+    if run.due(step, args.eval_every):
+        metrics |= evaluate()
+    run.log(step, metrics)
+    run.samples(
+        step, sample_records(tokenizer.decode, rollouts[: args.group], reward=reward_PG.flatten())
+    )
+
+    # ---- save
+    if run.due(step, args.save_every):
+        run.save(step, model, optimizer, state)
+
+# --------------------------------------------------------------------------------------------- save
+run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+run.finish()
