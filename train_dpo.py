@@ -22,8 +22,9 @@ import torch
 from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preference, reference, rows
 from nanopost.cli import at_least
 from nanopost.forward import batches, check_finite
+from nanopost.report import marked_text
 from nanopost.run import Run
-from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
+from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens, P pairs, S sequences: 2p is the chosen one of pair p, 2p + 1 the
 # rejected.

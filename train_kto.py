@@ -28,8 +28,9 @@ from nanopost import cli, dist, forward, hf, optim, packing, pairs, preference, 
 from nanopost.batch import Example
 from nanopost.cli import at_least
 from nanopost.forward import batches, check_finite
+from nanopost.report import marked_text
 from nanopost.run import Run
-from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
+from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens, P pairs, S sequences: 2p is the chosen one of pair p, 2p + 1 the
 # rejected. In KTO, chosen is a row's own completion, rejected the completion of another row after
@@ -69,7 +70,7 @@ def encode(rows_P):
     """Rows -> (pairs of examples with the columns a loss reads, counts of what was cut or
     dropped)."""
     if is_kto:
-        labelled = rows.take_pairs_apart(rows_P)
+        labelled = rows.flatten_pairs(rows_P)
         examples = [tokenizer.example(row, "completion") for row in labelled]
         for e, row in zip(examples, labelled):
             e.columns["label"] = float(row["label"])
@@ -159,7 +160,7 @@ def whole_step_metrics(sequences, loss_P, pairs_P):
         pair_sums = preference.pair_metrics(pairs_P, args.beta)
         sums = {name: (total, len(loss_P)) for name, total in pair_sums.items()}
     sums["loss"] = loss_P.sum(), len(loss_P)
-    return {name: float(total) / int(count) for name, (total, count) in sums.items() if count}
+    return {name: total.item() / int(count) for name, (total, count) in sums.items() if count}
 
 
 @torch.no_grad()

@@ -21,8 +21,9 @@ from nanopost import cli, dist, hf, optim, packing, pairs, preference, rows
 from nanopost.batch import batch_of
 from nanopost.cli import at_least
 from nanopost.forward import batches, check_finite
+from nanopost.report import marked_text
 from nanopost.run import Run
-from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, marked_text, tokenizer_files
+from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: P pairs, S sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one.
 

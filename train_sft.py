@@ -19,8 +19,9 @@ from nanopost import cli, dist, hf, losses, optim, packing, rows
 from nanopost.batch import batch_of
 from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite
+from nanopost.report import report
 from nanopost.run import Run
-from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, report, tokenizer_files
+from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens of a micro-batch.
 

@@ -32,9 +32,20 @@ def logprobs(model, examples: list[Example], tokens: int, temperature: float, de
     return per_token(lambda batch: model(batch, temperature)[0], examples, tokens, device)
 
 
-def values(model, examples: list[Example], tokens: int, device) -> list[np.ndarray]:
-    """An ActorCritic's value of the state in which each trained token was chosen; see per_token."""
-    return per_token(lambda batch: model(batch, value_alone=True)[2], examples, tokens, device)
+def add_logprobs(
+    examples: list[Example], name: str, model, tokens: int, temperature: float, device
+):
+    """Give each example a column of its log-probs under a model. A collective."""
+    for e, logp in zip(examples, logprobs(model, examples, tokens, temperature, device)):
+        e.columns[name] = logp
+
+
+def add_values(examples: list[Example], model, tokens: int, device):
+    """The column value: an ActorCritic's value of the state in which each trained token was chosen.
+    A collective."""
+    values = per_token(lambda batch: model(batch, value_alone=True)[2], examples, tokens, device)
+    for e, value in zip(examples, values):
+        e.columns["value"] = value
 
 
 @torch.no_grad()
