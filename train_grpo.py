@@ -200,17 +200,20 @@ for step in range(state["step"] + 1, args.steps + 1):
     rollouts = [r for group in groups for r in group]
     rollout_seconds = time.perf_counter() - began
 
-    # ---- advantage: how much better is a sample than the rest of its group?
-    reward_PG = rewards.total(reward_FPG, reward_weights)
-    adv_PG = advantage(reward_PG)
+    # ---- log-probs of the sampled tokens, under the old policy and the reference
     examples = [r.example() for r in rollouts]
-    for e, adv in zip(examples, adv_PG.flatten().tolist()):
-        e.columns["adv"] = adv * e.mask
+    for e in examples:
         e.columns["old_logp"] = e.columns["engine_logp"]
     if args.old_logp == "trainer":
         add_logprobs(examples, "old_logp", model, args.tokens, args.temperature, world.device)
     if reference is not None:
         add_logprobs(examples, "ref_logp", reference, args.tokens, args.temperature, world.device)
+
+    # ---- advantage: how much better is a sample than the rest of its group?
+    reward_PG = rewards.total(reward_FPG, reward_weights)
+    adv_PG = advantage(reward_PG)
+    for e, adv in zip(examples, adv_PG.flatten().tolist()):
+        e.columns["adv"] = adv * e.mask
 
     # ---- update: one optimizer step per minibatch of whole groups
     meter, loss_sum = dist.Meter(), 0.0
