@@ -33,7 +33,7 @@ class Reward(NamedTuple):
     function: Callable
 
 
-# ----------------------------------------------------------------------------------------- loading
+# ------------------------------------------------------------------------------------------ loading
 def load(specs: list[str], weights: list[float] | None, tokenizer=None, device=None):
     """The values of --reward and --reward_weights -> (list[Reward], list[float]).
 
@@ -158,7 +158,7 @@ class ModelReward:
         return forward.scores(self.model, examples, self.tokens, self.device)
 
 
-# ----------------------------------------------------------------------------------------- calling
+# ------------------------------------------------------------------------------------------ calling
 def score(
     functions: list[Reward], decode: Callable, rows_P: list[dict], groups: list[list]
 ) -> torch.Tensor:
@@ -304,7 +304,7 @@ def _excerpt(completion, length=120):
     return repr(text)
 
 
-# --------------------------------------------------------------------------------------- adding up
+# ---------------------------------------------------------------------------------------- adding up
 def total(reward_FPG, weights: list[float]) -> torch.Tensor:
     """Weighted sum over the F rewards -> float64 reward_PG. NaN (does not apply) adds nothing.
 

@@ -18,7 +18,7 @@ def text_of(completion) -> str:
     return completion[-1]["content"] or ""
 
 
-# ----------------------------------------------------------------------- exact match, form, length
+# ------------------------------------------------------------------------ exact match, form, length
 def exact(completions, answer, **columns):
     """1 where the completion equals the column answer, up to white space at both ends."""
     return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, answer)]
@@ -85,7 +85,7 @@ def length_penalty(length: int, max_length: int, buffer: int) -> float:
     return -over / buffer
 
 
-# ------------------------------------------------------------------------------------------- gsm8k
+# -------------------------------------------------------------------------------------------- gsm8k
 # A minus is a sign unless an operand precedes it (10-3 ends in 3); a comma precedes three digits.
 NUMBER = re.compile(
     r"((?<![\w.)])-)?[$€£]?"
@@ -126,7 +126,7 @@ def final_number(text: str) -> Decimal | None:
     return Decimal(sign + digits.replace(",", ""))
 
 
-# ------------------------------------------------------------------------------------------- boxed
+# -------------------------------------------------------------------------------------------- boxed
 ARGUMENT = r"(\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-z]+|\w)"
 # Applied in this order to the stripped text: (pattern, replacement).
 REWRITES = [

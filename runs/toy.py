@@ -38,7 +38,7 @@ SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 NEAR_MISS = (1, 2, 9, 10, 11, -1, -2, -9, -10, -11)
 
 
-# ------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 def write_model(folder, seed: int = 0):
     """Write a randomly initialised Qwen3 of 0.8 million parameters, with its tokenizer."""
     config = Config.of(
@@ -95,7 +95,7 @@ def tokenizer_files() -> dict[str, str]:
     }
 
 
-# -------------------------------------------------------------------------------------------- rows
+# --------------------------------------------------------------------------------------------- rows
 def sft_rows(
     held_out: bool = False, noise: float = 0.5, copies: int = 6, seed: int = 0
 ) -> list[dict]:
@@ -161,7 +161,7 @@ def _is_held_out(a, b):
     return hashlib.sha256(name.encode()).digest()[0] < 26
 
 
-# ------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 def write_rows(path, rows: list[dict]):
     """Write rows as JSONL."""
     lines = [json.dumps(row) + "\n" for row in rows]
