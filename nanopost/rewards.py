@@ -1,13 +1,14 @@
-"""Rewards: verifiers of answers, and the loading of a user's own function.
+"""Rewards: loading them, calling them, adding them up.
 
-A reward is f(completions, **columns) -> list[float | None], TRL's signature. completions: strings, or message
-lists of which the last is read. columns: those of the rows and what the loop adds (prompts, prompt_ids,
-completion_ids), each a list as long as completions. None says that the reward does not apply to a completion.
+A reward is f(completions, **columns) -> list[float | None], TRL's signature. completions: strings,
+or lists of messages of which the last is read. columns: those of the rows, and prompts, prompt_ids
+and completion_ids, each a list as long as completions. None: the reward does not apply.
+
+Shapes: F reward functions, P prompts, G completions per prompt.
 """
 
 import importlib.util
 import inspect
-import itertools
 import math
 import re
 import sys
@@ -22,15 +23,9 @@ import torch
 from nanopost import InputError, forward
 from nanopost.batch import Example
 from nanopost.hf import load_scalar_model
-from nanopost.verify import (
-    boxed,
-    exact,
-    full_match,
-    gsm8k,
-    gsm8k_format,
-    overlong,
-    text_of,
-)
+from nanopost.verify import boxed, exact, full_match, gsm8k, gsm8k_format, length_limit, text_of
+
+BUILT_IN = {"gsm8k": gsm8k, "boxed": boxed, "exact": exact, "format": gsm8k_format}
 
 
 class Reward(NamedTuple):
@@ -38,47 +33,59 @@ class Reward(NamedTuple):
     function: Callable
 
 
-# ---------------------------------------------------------------------------------------- loading and calling
-def load_rewards(specs: list[str], weights: list[float] | None, tokenizer=None, device=None):
-    """All of --reward, and --reward_weights or ones -> (list[Reward], list[float])."""
+# ------------------------------------------------------------------------------------------ loading
+def load(specs: list[str], weights: list[float] | None, tokenizer=None, device=None):
+    """The values of --reward and --reward_weights -> (list[Reward], list[float]).
+
+    Weights are 1 by default. Each reward has a name, and so metrics, of its own.
+    """
     if not specs:
+        raise InputError("--reward is missing: say what scores the answers (see --help).")
+    if weights and len(weights) != len(specs):
         raise InputError(
-            "--reward is missing: say what scores the answers (--help lists what there is)."
+            f"--reward_weights has {len(weights)} values for {len(specs)} rewards; give one each."
         )
     rewards = []
     for spec in specs:
-        reward, taken = load_reward(spec, tokenizer, device), {r.name for r in rewards}
-        names = itertools.chain([reward.name], (f"{reward.name}-{k}" for k in itertools.count(2)))
-        rewards.append(
-            reward._replace(name=next(n for n in names if n not in taken))
-        )  # each has metrics of its own
-    if weights and len(weights) != len(rewards):
-        raise InputError(
-            f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each."
-        )
+        reward = load_one(spec, tokenizer, device)
+        taken = [other.name for other in rewards]
+        rewards.append(Reward(_unused_name(reward.name, taken), reward.function))
     return rewards, weights or [1.0] * len(rewards)
 
 
-def load_reward(spec: str, tokenizer=None, device=None) -> Reward:
-    """A --reward: gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or file.py:function.
+def _unused_name(name, taken):
+    """name, or else the first of name-2, name-3, ... that is not taken."""
+    unused = name
+    number = 2
+    while unused in taken:
+        unused = f"{name}-{number}"
+        number += 1
+    return unused
 
-    A class is made once, without arguments, so that its instance can hold state; the instance is called.
+
+def load_one(spec: str, tokenizer=None, device=None) -> Reward:
+    """One value of --reward.
+
+    That is gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or
+    file.py:function. In place of the function a class may stand, to keep state between calls: one
+    instance is made, without arguments.
     """
-    built_in = {"gsm8k": gsm8k, "boxed": boxed, "exact": exact, "format": gsm8k_format}
-    if spec in built_in:
-        return Reward(spec, built_in[spec])
+    if spec in BUILT_IN:
+        return Reward(spec, BUILT_IN[spec])
     kind, _, argument = spec.partition(":")
     if kind == "regex":
         return Reward(spec, full_match(argument))
     if kind == "length":
-        return Reward(kind, overlong(argument))
+        return Reward(kind, length_limit(argument))
     if kind == "model":
         return Reward(kind, ModelReward(argument, tokenizer, device))
-    path, _, name = (spec + ":").rpartition(":") if spec.endswith(".py") else spec.rpartition(":")
+    if spec.endswith(".py"):
+        spec += ":"  # no function is named: the error lists those of the file
+    path, _, name = spec.rpartition(":")
     if path.endswith(".py"):
         return Reward(name, _from_file(Path(path), name))
     raise InputError(
-        f"--reward {spec!r} is unknown: built in are {', '.join(built_in)}, regex:PATTERN, "
+        f"--reward {spec!r} is unknown: built in are {', '.join(BUILT_IN)}, regex:PATTERN, "
         f"length:MAX:BUFFER and model:FOLDER; one of your own is file.py:function."
     )
 
@@ -86,34 +93,26 @@ def load_reward(spec: str, tokenizer=None, device=None) -> Reward:
 def _from_file(path, name):
     if not path.is_file():
         raise InputError(f"--reward {path}:{name}: there is no file {path}.")
+    folder = str(path.parent.resolve())
+    if folder not in sys.path:
+        sys.path.append(folder)  # so that the file can import its neighbours
+    _check_neighbours(path, name)
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
-    if (folder := str(path.parent.resolve())) not in sys.path:
-        sys.path.append(
-            folder
-        )  # so that it can import its neighbours, which must be found there and nowhere before
-    for beside in path.parent.resolve().glob("*.py"):
-        taken = re.search(
-            rf"^\s*(from|import)\s+{beside.stem}\b", path.read_text(), re.MULTILINE
-        ) and (importlib.util.find_spec(beside.stem).origin)
-        if taken and Path(taken).resolve() != beside:
-            raise InputError(
-                f"--reward {path}:{name}: it imports {beside.name} beside it, but {taken} has that name: "
-                "rename it."
-            )
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(
-        module
-    )  # what the file raises is shown as it is: its own traceback says it best
-    own = [
-        key for key, value in vars(module).items() if getattr(value, "__module__", "") == spec.name
-    ]
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)  # an error in the file itself keeps its own traceback
     function = vars(module).get(name)
     if not callable(function):
+        own = []
+        for key, value in vars(module).items():
+            if getattr(value, "__module__", "") == spec.name:
+                own.append(key)
         raise InputError(
             f"--reward {path}:{name}: {path} has no function {name!r}; it has "
             f"{', '.join(own) or 'none'}."
         )
-    function = function() if inspect.isclass(function) else function
+    if inspect.isclass(function):
+        function = function()
     if not callable(function):
         raise InputError(
             f"--reward {path}:{name}: an instance of the class {name} cannot be called; give it "
@@ -122,8 +121,80 @@ def _from_file(path, name):
     return function
 
 
-def score(reward: Reward, completions: list, columns: dict[str, list]) -> list[float | None]:
-    """One float or None for each completion; anything else is an InputError that names the completion."""
+def _check_neighbours(path, name):
+    """A neighbour that the file imports must not share its name with a module found before it."""
+    source = path.read_text()
+    for neighbour in path.parent.resolve().glob("*.py"):
+        imported = rf"^\s*(from|import)\s+{neighbour.stem}\b"
+        if not re.search(imported, source, re.MULTILINE):
+            continue
+        found = importlib.util.find_spec(neighbour.stem).origin
+        if found and Path(found).resolve() != neighbour:
+            raise InputError(
+                f"--reward {path}:{name}: it imports its neighbour {neighbour.name}, but {found} "
+                f"has that name: rename the neighbour."
+            )
+
+
+class ModelReward:
+    """A reward: a reward model's score of prompt and completion, token by token as sampled."""
+
+    def __init__(self, folder, tokenizer, device, tokens: int = 8192):
+        """tokenizer: the policy's; the reward model's must be the same.
+
+        tokens: maximum tokens per micro-batch.
+        """
+        tokenizer.check_same(folder, "--reward model:")
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.model = load_scalar_model(folder, device, dtype)
+        self.device = device
+        self.tokens = tokens
+
+    def __call__(self, completions, prompt_ids, completion_ids, **columns):
+        examples = []
+        for prompt, new in zip(prompt_ids, completion_ids):
+            ids = [*prompt, *new]
+            examples.append(Example(ids, [False] * len(ids)))
+        return forward.scores(self.model, examples, self.tokens, self.device)
+
+
+# ------------------------------------------------------------------------------------------ calling
+def score(
+    functions: list[Reward], decode: Callable, rows_P: list[dict], groups: list[list]
+) -> torch.Tensor:
+    """Rewards of the G Rollouts of each row -> float64 reward_FPG, NaN where one does not apply.
+
+    Special tokens are not decoded. A row whose prompt is a list of messages has its completions as
+    messages. The columns are the row's own, and prompts, prompt_ids and completion_ids.
+    """
+    flat = [(row, rollout) for row, group in zip(rows_P, groups) for rollout in group]
+    completions = []
+    for row, rollout in flat:
+        text = decode(rollout.ids, skip_special=True)
+        if isinstance(row["prompt"], list):
+            completions.append([{"role": "assistant", "content": text}])
+        else:
+            completions.append(text)
+    names = dict.fromkeys(name for row in rows_P for name in row)
+    columns = {}
+    for name in names:
+        if name not in ("prompt", "prompt_ids", "__line__"):
+            columns[name] = [row.get(name) for row, _ in flat]
+    columns["prompts"] = [row["prompt"] for row, _ in flat]
+    columns["prompt_ids"] = [rollout.prompt for _, rollout in flat]
+    columns["completion_ids"] = [rollout.ids for _, rollout in flat]
+
+    scores = [call(reward, completions, columns) for reward in functions]
+    size = max(map(len, groups), default=0)
+    scores = np.array(scores, np.float64).reshape(len(functions), len(groups), size)
+    return torch.from_numpy(scores)
+
+
+def call(reward: Reward, completions: list, columns: dict[str, list]) -> list[float | None]:
+    """One float or None per completion.
+
+    InputError names the completion for which the function raises or returns anything else.
+    """
     if not completions:
         return []
     _check_arguments(reward, completions, columns)
@@ -131,15 +202,13 @@ def score(reward: Reward, completions: list, columns: dict[str, list]) -> list[f
         values = reward.function(completions=completions, **columns)
     except InputError:
         raise
-    except Exception as error:  # a user's function raises anything: it is named and chained
-        at = traceback.extract_tb(error.__traceback__)[-1]
+    except Exception as error:  # a user's function may raise anything
         raise InputError(
-            f"Reward {reward.name} raised {type(error).__name__}: {error} ({at.filename}:"
-            f"{at.lineno}) {_culprit(reward, completions, columns, error)}"
+            f"Reward {reward.name} {_raised(error)} {_culprit(reward, completions, columns, error)}"
         ) from error
     if not hasattr(values, "__len__"):
         raise InputError(
-            f"Reward {reward.name} returned {type(values).__name__}, no list of float | None."
+            f"Reward {reward.name} returned {type(values).__name__}, not a list of float | None."
         )
     if len(values) != len(completions):
         raise InputError(
@@ -149,105 +218,38 @@ def score(reward: Reward, completions: list, columns: dict[str, list]) -> list[f
     return [_number(reward, value, i, completions[i]) for i, value in enumerate(values)]
 
 
-def score_groups(
-    rewards: list[Reward], decode: Callable, rows: list[dict], groups: list[list], size: int
-):
-    """Rewards of the rollouts of each row -> float64 reward_FPG, NaN where one does not apply.
+def judged(judge: Reward, decode: Callable, rows_P: list[dict], groups: list[list]) -> torch.Tensor:
+    """Each completion's wins over the others of its group -> float64 reward_PG.
 
-    groups: for each row `size` Rollouts. They are decoded without special tokens; a row whose prompt is a list of
-    messages gets its completions as messages. Columns are the rows' own, and prompts, prompt_ids and completion_ids.
+    judge: f(prompts, pairs) -> for each pair of texts 0 (the first is better), 1 (the second is)
+    or None (a tie). InputError if it raises or returns anything else.
     """
-    flat, flat_rows = (
-        [r for group in groups for r in group],
-        [row for row, g in zip(rows, groups) for _ in g],
-    )
-    texts = [decode(r.ids, skip_special=True) for r in flat]
-    completions = [
-        [{"role": "assistant", "content": text}] if isinstance(row["prompt"], list) else text
-        for text, row in zip(texts, flat_rows)
-    ]
-    names = dict.fromkeys(
-        name for row in rows for name in row if name not in ("prompt", "prompt_ids", "__line__")
-    )
-    columns = {name: [row.get(name) for row in flat_rows] for name in names}
-    columns |= {
-        "prompts": [row["prompt"] for row in flat_rows],
-        "prompt_ids": [r.prompt for r in flat],
-        "completion_ids": [r.ids for r in flat],
-    }
-    scores = [score(reward, completions, columns) if flat else [] for reward in rewards]
-    return torch.tensor(np.array(scores, np.float64).reshape(len(rewards), len(rows), size))
-
-
-def total_reward(
-    rewards: list[Reward],
-    weights: list[float],
-    judge: Reward | None,
-    decode: Callable,
-    rows: list[dict],
-    groups: list[list],
-    size: int,
-) -> torch.Tensor:
-    """The weighted sum of the rewards, and the wins that a judge gives -> float64 reward_PG."""
-    reward_PG = torch.zeros(len(rows), size, dtype=torch.float64)
-    if rewards:
-        reward_PG += combine_rewards(score_groups(rewards, decode, rows, groups, size), weights)
-    if judge:
-        reward_PG += judged(judge, decode, rows, groups)
-    return reward_PG
-
-
-def judged(judge: Reward, decode: Callable, rows: list[dict], groups: list[list]) -> torch.Tensor:
-    """Each answer's wins over the others of its group -> float64 reward_PG.
-
-    judge: f(prompts, pairs) -> for each pair of texts 0 (the first is better), 1 (the second) or None (a tie).
-    """
-    texts = [[decode(r.ids, skip_special=True) for r in group] for group in groups]
-    duels = [
-        (p, i, j) for p, group in enumerate(texts) for i in range(len(group)) for j in range(i)
-    ]
+    duels, prompts, pairs = [], [], []
+    for p, group in enumerate(groups):
+        texts = [decode(rollout.ids, skip_special=True) for rollout in group]
+        for i in range(len(group)):
+            for j in range(i):
+                duels.append((p, i, j))
+                prompts.append(rows_P[p]["prompt"])
+                pairs.append((texts[i], texts[j]))
+    wins_PG = torch.zeros(len(groups), max(map(len, groups), default=0), dtype=torch.float64)
+    if not duels:
+        return wins_PG
     try:
-        verdicts = (
-            judge.function(
-                [rows[p]["prompt"] for p, _, _ in duels],
-                [(texts[p][i], texts[p][j]) for p, i, j in duels],
-            )
-            if duels
-            else []
-        )
-    except Exception as error:  # a user's function raises anything: it is named and chained
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        raise InputError(
-            f"--judge {judge.name} raised {type(error).__name__}: {error} ({at.filename}:{at.lineno}) on "
-            f"{len(duels)} pairs."
-        ) from error
+        verdicts = judge.function(prompts, pairs)
+    except Exception as error:  # a user's function may raise anything
+        raise InputError(f"--judge {judge.name} {_raised(error)} on {len(duels)} pairs.") from error
     if len(verdicts) != len(duels) or any(v not in (0, 1, None) for v in verdicts):
         raise InputError(
-            f"--judge {judge.name} gave {len(verdicts)} verdicts for {len(duels)} pairs, or one that is "
-            "not 0, 1 or None: it returns one of these for each pair."
+            f"--judge {judge.name} gave {len(verdicts)} verdicts for {len(duels)} pairs, or one "
+            f"that is not 0, 1 or None: return one of these for each pair."
         )
-    wins_PG = torch.zeros(len(groups), max(map(len, groups), default=0), dtype=torch.float64)
     for (p, i, j), verdict in zip(duels, verdicts):
-        if verdict is not None:
-            wins_PG[p, (i, j)[verdict]] += 1
+        if verdict == 0:
+            wins_PG[p, i] += 1
+        elif verdict == 1:
+            wins_PG[p, j] += 1
     return wins_PG
-
-
-class ModelReward:
-    """A reward: the score that a reward model gives prompt and completion, token by token as they were sampled."""
-
-    def __init__(self, folder, tokenizer, device, tokens: int = 8192):
-        """tokenizer: the policy's, whose tokens the reward model has to know. tokens: of a micro-batch, at most."""
-        tokenizer.check_same(folder, "--reward model:")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.model = load_scalar_model(folder, device, dtype)
-        self.device, self.tokens = device, tokens
-
-    def __call__(self, completions, prompt_ids, completion_ids, **columns):
-        ids = [[*prompt, *new] for prompt, new in zip(prompt_ids, completion_ids)]
-        return forward.scores(
-            self.model, [Example(i, [False] * len(i)) for i in ids], self.tokens, self.device
-        )
 
 
 def _check_arguments(reward, completions, columns):
@@ -261,13 +263,17 @@ def _check_arguments(reward, completions, columns):
         ) from error
 
 
+def _raised(error):
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"raised {type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+
+
 def _culprit(reward, completions, columns, error):
-    """Which completion a batch failed on: the first that fails in the same way when it is alone."""
+    """Which completion is to blame: the first that, called alone, fails in the same way."""
     for i, completion in enumerate(completions):
+        own = {name: column[i : i + 1] for name, column in columns.items()}
         try:
-            reward.function(
-                completions=[completion], **{name: c[i : i + 1] for name, c in columns.items()}
-            )
+            reward.function(completions=[completion], **own)
         except type(error):
             return f"on completion {i} of {len(completions)}, called alone: {_excerpt(completion)}."
         except Exception:  # not the failure to be explained
@@ -280,7 +286,7 @@ def _number(reward, value, i, completion):
         return None
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise InputError(
-            f"Reward {reward.name} returned {value!r}, no number, for completion {i}: "
+            f"Reward {reward.name} returned {value!r}, not a number, for completion {i}: "
             f"{_excerpt(completion)}."
         )
     if not math.isfinite(value):
@@ -293,23 +299,32 @@ def _number(reward, value, i, completion):
 
 def _excerpt(completion, length=120):
     text = text_of(completion)
-    return repr(text if len(text) <= length else text[:length] + "...")
+    if len(text) > length:
+        text = text[:length] + "..."
+    return repr(text)
 
 
-def combine_rewards(rewards, weights):
-    """Weighted sum over reward functions; None or NaN (does not apply) adds nothing -> float64 tensor [...].
+# ---------------------------------------------------------------------------------------- adding up
+def total(reward_FPG, weights: list[float]) -> torch.Tensor:
+    """Weighted sum over the F rewards -> float64 reward_PG. NaN (does not apply) adds nothing.
 
-    rewards: [F, ...], a tensor or nested lists; weights: F numbers. InputError names a completion that has no reward.
+    InputError names a completion that no reward scores.
     """
-    if len(weights) != len(rewards):
+    reward_FPG = np.asarray(reward_FPG, np.float64)
+    unscored = np.argwhere(np.isnan(reward_FPG).all(0))
+    if len(unscored):
         raise InputError(
-            f"--reward_weights has {len(weights)} values for {len(rewards)} rewards; one each."
+            f"No reward applies to completion {', '.join(map(str, unscored[0]))}, nor to "
+            f"{len(unscored) - 1} others of {reward_FPG[0].size}: all returned None; add a "
+            f"--reward that scores such rows."
         )
-    rewards = np.asarray(rewards, np.float64)
-    lost = np.argwhere(np.isnan(rewards).all(0))
-    if len(lost):
-        raise InputError(
-            f"No reward applies to completion {', '.join(map(str, lost[0]))}, nor to {len(lost) - 1} "
-            f"others of {rewards[0].size}: all returned None; add a --reward that scores such rows."
-        )
-    return torch.from_numpy(np.tensordot(np.array(weights, np.float64), np.nan_to_num(rewards), 1))
+    weight_F = np.array(weights, np.float64)
+    return torch.from_numpy(np.tensordot(weight_F, np.nan_to_num(reward_FPG), 1))
+
+
+def sums(names: list[str], reward_FPG: torch.Tensor) -> dict:
+    """One name per reward function -> {name: (sum of its values, number of these)}, for means."""
+    pairs = {}
+    for name, reward_PG in zip(names, reward_FPG):
+        pairs[name] = reward_PG.nansum(), (~reward_PG.isnan()).sum()
+    return pairs

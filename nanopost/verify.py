@@ -1,4 +1,7 @@
-"""Verifiers of answers: exact match, form, length, GSM8K, MATH."""
+"""Verifiers of answers: exact match, form, length, GSM8K, MATH.
+
+The verifiers are reward functions: f(completions, **columns) -> list[float]; see rewards.py.
+"""
 
 import re
 from collections.abc import Callable
@@ -9,52 +12,81 @@ from nanopost import InputError
 
 
 def text_of(completion) -> str:
-    """The text of a completion: itself, or the content of its last message."""
-    return completion if isinstance(completion, str) else completion[-1]["content"] or ""
+    """The text of a completion: a string, or the content of its last message."""
+    if isinstance(completion, str):
+        return completion
+    return completion[-1]["content"] or ""
 
 
-# ---------------------------------------------------------------------------------- plain match, form, length
+# ------------------------------------------------------------------------ exact match, form, length
 def exact(completions, answer, **columns):
-    """1 where the completion equals the column answer, white space at the ends aside."""
+    """1 where the completion equals the column answer, up to white space at both ends."""
     return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, answer)]
 
 
 def full_match(pattern: str) -> Callable:
-    """1 where the whole completion matches the regular expression; its dot matches line ends too."""
+    """1 where the whole completion matches the regular expression, whose dot matches newlines."""
     try:
         compiled = re.compile(pattern, re.DOTALL)
     except re.error as error:
         raise InputError(f"--reward regex:{pattern}: not a regular expression: {error}.") from error
-    return lambda completions, **columns: [
-        float(bool(compiled.fullmatch(text_of(c)))) for c in completions
-    ]
+
+    def matches(completions, **columns):
+        return [float(bool(compiled.fullmatch(text_of(c)))) for c in completions]
+
+    return matches
+
+
+LAST_LINE = re.compile(r" -?\$?[0-9][0-9,]*(\.[0-9]+)?\s*")
 
 
 def gsm8k_format(completions, **columns):
-    """1 where a completion has the form of GSM8K: some text, and a last line "#### number", the only ####."""
-    parts = [text_of(c).partition("####") for c in completions]
-    last_line = re.compile(r" -?\$?[0-9][0-9,]*(\.[0-9]+)?\s*")
-    return [
-        float(bool(head.strip() and head.endswith("\n") and last_line.fullmatch(tail)))
-        for head, _, tail in parts
-    ]
+    """1 where a completion has the form of GSM8K.
+
+    That is some text, then a last line "#### number", which holds the only ####.
+    """
+    scores = []
+    for completion in completions:
+        head, _, tail = text_of(completion).partition("####")
+        good = head.strip() and head.endswith("\n") and LAST_LINE.fullmatch(tail)
+        scores.append(float(bool(good)))
+    return scores
 
 
-def overlong(limits: str) -> Callable:
-    """soft_overlong_penalty of the tokens in the column completion_ids; limits: "MAX:BUFFER"."""
+def length_limit(limits: str) -> Callable:
+    """length_penalty of the tokens in the column completion_ids. limits: "MAX:BUFFER"."""
     if not re.fullmatch(r"\d+:\d+", limits):
         raise InputError(
             f"--reward length:{limits}: write length:MAX:BUFFER in tokens, as length:1024:256."
         )
-    longest, buffer = map(int, limits.split(":"))
-    soft_overlong_penalty(0, longest, buffer)  # refuses a buffer that does not fit before the run
-    return lambda completions, completion_ids, **columns: [
-        soft_overlong_penalty(len(ids), longest, buffer) for ids in completion_ids
-    ]
+    max_length, buffer = map(int, limits.split(":"))
+    if buffer > max_length:
+        raise InputError(
+            f"--reward length:{limits}: the buffer {buffer} is not between 0 and the maximum "
+            f"length {max_length}."
+        )
+
+    def penalties(completions, completion_ids, **columns):
+        return [length_penalty(len(ids), max_length, buffer) for ids in completion_ids]
+
+    return penalties
 
 
-# ------------------------------------------------------------------------------------------------------ gsm8k
-# A minus is a sign where no operand stands before it (10-3 ends in 3); commas stand before three digits.
+def length_penalty(length: int, max_length: int, buffer: int) -> float:
+    """DAPO 2503.14476 eq. 13: 0 up to max_length - buffer tokens, then linear to -1 at max_length.
+
+    Longer completions get -1. buffer: 0 to max_length tokens.
+    """
+    over = length - (max_length - buffer)
+    if over <= 0:
+        return 0.0
+    if over >= buffer:
+        return -1.0
+    return -over / buffer
+
+
+# -------------------------------------------------------------------------------------------- gsm8k
+# A minus is a sign unless an operand precedes it (10-3 ends in 3); a comma precedes three digits.
 NUMBER = re.compile(
     r"((?<![\w.)])-)?[$€£]?"
     r"((?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
@@ -62,7 +94,10 @@ NUMBER = re.compile(
 
 
 def gsm8k(completions, answer, **columns):
-    """1 where the number after the last ####, or else the last one, is exactly that of the column answer."""
+    """1 where the completion's final number equals that of the column answer, exactly.
+
+    InputError names the first answer without a number.
+    """
     gold = [final_number(str(a)) for a in answer]
     if None in gold:
         i = gold.index(None)
@@ -74,61 +109,79 @@ def gsm8k(completions, answer, **columns):
 
 
 def final_number(text: str) -> Decimal | None:
-    """Number after the last ####, or else the last number; None without one. -$1,234.50 is -1234.5."""
+    """The number after the last ####, or else the last number; None if there is none.
+
+    -$1,234.50 is -1234.5.
+    """
     text = text.replace("\u2212", "-").replace("\\$", "$").replace("{,}", ",").replace("\\!", "")
     _, marker, tail = text.rpartition("####")
-    found = list(NUMBER.finditer(tail))[:1] if marker else []
-    for number in found or list(NUMBER.finditer(text))[-1:]:
-        return Decimal((number[1] or "") + number[2].replace(",", ""))
-    return None
+    after_marker = NUMBER.findall(tail)
+    if marker and after_marker:
+        sign, digits = after_marker[0]
+    else:
+        numbers = NUMBER.findall(text)
+        if not numbers:
+            return None
+        sign, digits = numbers[-1]
+    return Decimal(sign + digits.replace(",", ""))
 
 
-# ------------------------------------------------------------------------------------------------------ boxed
+# -------------------------------------------------------------------------------------------- boxed
 ARGUMENT = r"(\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-z]+|\w)"
-
-
+# Applied in this order to the stripped text: (pattern, replacement).
 REWRITES = [
-    (re.compile(pattern), new)
-    for pattern, new in [
-        (r"\\(text|mbox|mathrm)\s*\{\s*(or|and)\s*\}", ","),
-        (
-            r"(?:(?<=[\d})])|(?<=\\pi))\s*\\(text|mbox|mathrm)\s*\{[^{}]*\}(\s*\^\s*\{?\d\}?)?\s*$",
-            "",
-        ),  # units
-        (r"\\(text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\2"),
-        (
-            r"\\[$%]|[$%]|\\(left|right|displaystyle)(?![a-zA-Z])|\^\s*\{?\s*\\circ\s*\}?|\\degree|°",
-            "",
-        ),
-        (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
-        (r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-zA-Z])|~|\s+", ""),  # but \\ ends the row of a matrix
-        (r"\{,\}", ","),
-        (r"\\[dtc]frac", r"\\frac"),
-        (r"\\sqrt(\w)", r"\\sqrt{\1}"),
-        (r"([_^])\{(\w)\}", r"\1\2"),
-        (r"(?<![\w}.])(\d*\\pi|\d+)/(\d+)(?![\w{]|\\(?!\\|end)|\.\d)", r"\\frac{\1}{\2}"),
-        (r"(?<![\d.])\.(?=\d)", "0."),
-        (r"^\w{1,2}(=|\\in(?![a-zA-Z]))(?!.*=)", ""),  # x = 5, x \in [0, 1]
-        (r"\.+$", ""),
-        (r"^\((\w)\)$", r"\1"),  # (C)
-    ]
+    # "3 or 5" is "3,5"
+    (r"\\(text|mbox|mathrm)\s*\{\s*(or|and)\s*\}", ","),
+    # a unit after a number: \text{ cm}^2
+    (
+        r"(?:(?<=[\d})])|(?<=\\pi))\s*\\(text|mbox|mathrm)\s*\{[^{}]*\}(\s*\^\s*\{?\d\}?)?\s*$",
+        "",
+    ),
+    (r"\\(text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\2"),
+    # dollars, percent, \left and \right, degrees
+    (
+        r"\\[$%]|[$%]|\\(left|right|displaystyle)(?![a-zA-Z])|\^\s*\{?\s*\\circ\s*\}?|\\degree|°",
+        "",
+    ),
+    (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
+    # spaces, but not \\, which ends the row of a matrix
+    (r"(?<!\\)\\[!,;: ]|\\q?quad(?![a-zA-Z])|~|\s+", ""),
+    (r"\{,\}", ","),
+    (r"\\[dtc]frac", r"\\frac"),
+    (r"\\sqrt(\w)", r"\\sqrt{\1}"),
+    (r"([_^])\{(\w)\}", r"\1\2"),
+    # 1/2, pi/6
+    (r"(?<![\w}.])(\d*\\pi|\d+)/(\d+)(?![\w{]|\\(?!\\|end)|\.\d)", r"\\frac{\1}{\2}"),
+    (r"(?<![\d.])\.(?=\d)", "0."),
+    # x = 5, x \in [0, 1]
+    (r"^\w{1,2}(=|\\in(?![a-zA-Z]))(?!.*=)", ""),
+    (r"\.+$", ""),
+    # (C)
+    (r"^\((\w)\)$", r"\1"),
 ]
+REWRITES = [(re.compile(pattern), new) for pattern, new in REWRITES]
 
 
 def boxed(completions, answer, **columns):
-    r"""1 where the last \boxed{} says what the column answer says: that is bare or has a \boxed{} of its own.
+    r"""1 where the last \boxed{} equals the column answer, which may be bare or boxed itself.
 
-    Equal are equal numbers, and LaTeX that is the same after the rewriting of plain_latex, which goes a bit
-    further than is_equiv of the MATH data set (2103.03874). It knows no algebra: 2x + 1 is not 1 + 2x.
+    Equal are equal numbers, and LaTeX that is the same once plain_latex has rewritten it. That goes
+    a bit further than is_equiv of the MATH data set (2103.03874). It knows no algebra: 2x + 1 is
+    not 1 + 2x.
     """
-    return [
-        float(same_answer(last_boxed(text_of(c)), last_boxed(str(a)) or str(a)))
-        for c, a in zip(completions, answer)
-    ]
+    scores = []
+    for completion, gold in zip(completions, answer):
+        given = last_boxed(text_of(completion))
+        gold = last_boxed(str(gold)) or str(gold)
+        scores.append(float(same_answer(given, gold)))
+    return scores
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last \boxed{...} or \fbox{...}, braces nested; None without one or its end."""
+    r"""The content of the last \boxed{...} or \fbox{...}, whose braces may nest.
+
+    None if there is none, or if its braces do not close.
+    """
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
     if start < 0:
         return None
@@ -137,7 +190,10 @@ def last_boxed(text: str) -> str | None:
         return re.compile(r"[^$\n]*").match(text, head.end())[0]  # \boxed 5$
     depth = 1
     for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, head.end()):
-        depth += {"{": 1, "}": -1}.get(brace[0], 0)
+        if brace[0] == "{":
+            depth += 1
+        elif brace[0] == "}":
+            depth -= 1
         if depth == 0:
             return text[head.end() : brace.start()]
     return None
@@ -147,52 +203,52 @@ def same_answer(given: str | None, answer: str) -> bool:
     """Whether two LaTeX answers are equal, as exact numbers or as rewritten text."""
     if given is None:
         return False
-    given, answer = plain_latex(given), plain_latex(answer)
-    number = exact_value(given)
-    return given == answer or number is not None and number == exact_value(answer)
+    given = plain_latex(given)
+    answer = plain_latex(answer)
+    if given == answer:
+        return True
+    value = exact_value(given)
+    return value is not None and value == exact_value(answer)
 
 
 def answer_of(reward: str, text: str):
-    """What a vote is about: the number of gsm8k, the boxed answer, else the whole text."""
+    """What a majority vote counts: gsm8k's number, boxed's answer, else the whole text, or None."""
     if reward == "gsm8k":
         return final_number(text)
-    if reward == "boxed":
-        plain = last_boxed(text) and plain_latex(last_boxed(text))
-        return plain if exact_value(plain or "") is None else exact_value(plain)
-    return text.strip() or None
+    if reward != "boxed":
+        return text.strip() or None
+    content = last_boxed(text)
+    if not content:
+        return content
+    plain = plain_latex(content)
+    value = exact_value(plain)
+    if value is None:
+        return plain
+    return value
 
 
 def plain_latex(text: str) -> str:
-    r"""One spelling for the many of an answer: no spaces, units, sized brackets; \frac{a}{b} in full."""
+    r"""One spelling of an answer: no spaces, units or sized brackets; \frac{a}{b} in full."""
     for pattern, new in REWRITES:
         text = pattern.sub(new, text.strip())
     if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text):
         text = text.replace(",", "")
-    return re.sub(
-        r"\\frac" + ARGUMENT + ARGUMENT, lambda m: f"\\frac{_braced(m[1])}{_braced(m[2])}", text
-    )
+    return re.sub(r"\\frac" + ARGUMENT + ARGUMENT, _braced_fraction, text)
 
 
-def _braced(argument):
-    return argument if argument[0] == "{" else "{" + argument + "}"
+def _braced_fraction(match):
+    over, under = [part if part[0] == "{" else "{" + part + "}" for part in match.groups()]
+    return f"\\frac{over}{under}"
 
 
 def exact_value(text: str) -> Fraction | None:
-    r"""Value of 3, -0.25, \frac{1}{2} or the mixed 1\frac{4}{5}; None of anything else."""
+    r"""The value of 3, -0.25, \frac{1}{2} or the mixed 1\frac{4}{5}; None for anything else."""
     if re.fullmatch(r"-?\d{1,99}(\.\d{1,99})?", text):
         return Fraction(text)
     mixed = re.fullmatch(r"(-?)(\d{0,99})\\frac\{(-?\d{1,99})\}\{(-?\d{1,99})\}", text)
     if not mixed or not int(mixed[4]):
         return None
     value = int(mixed[2] or 0) + Fraction(int(mixed[3]), int(mixed[4]))
-    return -value if mixed[1] else value
-
-
-def soft_overlong_penalty(length: int, max_length: int, buffer: int) -> float:
-    """DAPO 2503.14476 eq. 13: 0 up to max_length - buffer tokens, then falling evenly to -1 at max_length."""
-    if not 0 <= buffer <= max_length:
-        raise InputError(
-            f"The overlong buffer {buffer} is not between 0 and the length {max_length}."
-        )
-    over = length - (max_length - buffer)
-    return -min(1.0, over / buffer if buffer else 1.0) if over > 0 else 0.0
+    if mixed[1]:
+        return -value
+    return value

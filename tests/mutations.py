@@ -431,8 +431,8 @@ MUTATIONS = [
     mutation(
         "rewards-of-two-groups-mixed",
         "nanopost/rewards.py",
-        "np.array(scores, np.float64).reshape(len(rewards), len(rows), size)",
-        "np.array(scores, np.float64).reshape(len(rewards), size, len(rows)).swapaxes(1, 2)",
+        ".reshape(len(functions), len(groups), size)",
+        ".reshape(len(functions), size, len(groups)).swapaxes(1, 2)",
         "test_trl_parity.py::test_two_optimizer_steps_of_train_grpo_are_those_of_trl",
     ),
     mutation(

@@ -11,8 +11,8 @@ import torch
 
 from nanopost import InputError, losses
 from nanopost.advantages import group_advantage, normalised_sum
-from nanopost.rewards import combine_rewards
-from nanopost.verify import soft_overlong_penalty
+from nanopost.rewards import total
+from nanopost.verify import length_penalty
 
 close = torch.testing.assert_close
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -94,15 +94,11 @@ def test_several_rewards_with_weights_and_none_equal_trl():
     theirs = trl_grpo(
         torch.tensor([[1.0, NAN], [NAN, 0.25], [0.5, 2.0], [0.0, 1.0]]), [1.0, 0.5], 2, "group"
     )
-    ours = combine_rewards([first, second], [1.0, 0.5])
+    ours = total([first, second], [1.0, 0.5])
     close(ours, theirs["rewards"], **TIGHT)
     assert ours.tolist() == [1.0, 0.125, 1.5, 0.5]
-    by_prompt = combine_rewards(
-        torch.from_numpy(np.array([first, second], float)).view(2, 2, 2), [1.0, 0.5]
-    )
-    assert by_prompt.dtype == torch.float64 and combine_rewards(
-        torch.zeros(2, 0), [1, 1]
-    ).shape == (0,)
+    by_prompt = total(torch.from_numpy(np.array([first, second], float)).view(2, 2, 2), [1.0, 0.5])
+    assert by_prompt.dtype == torch.float64 and total(torch.zeros(2, 0), [1, 1]).shape == (0,)
     assert by_prompt.tolist() == [[1.0, 0.125], [1.5, 0.5]]
 
 
@@ -194,34 +190,25 @@ def test_the_z_score_is_biased():
 
 
 @pytest.mark.parametrize("buffer", [0, 1, 20, 100])
-def test_overlong_penalty_equals_trl_at_every_length(buffer):
+def test_length_penalty_equals_trl_at_every_length(buffer):
     other = pytest.importorskip("trl.rewards.other_rewards")
     theirs = other.get_soft_overlong_punishment(100, buffer)([[0] * n for n in range(121)])
-    assert [soft_overlong_penalty(n, 100, buffer) for n in range(121)] == pytest.approx(
-        theirs, abs=1e-12
-    )
+    assert [length_penalty(n, 100, buffer) for n in range(121)] == pytest.approx(theirs, abs=1e-12)
 
 
 def test_a_completion_that_no_reward_scores_is_named():
     with pytest.raises(
         InputError, match=r"No reward applies to completion 1, nor to 1 others of 4"
     ):
-        combine_rewards([[1.0, None, 0.0, None], [None, None, 0.0, None]], [1.0, 1.0])
+        total([[1.0, None, 0.0, None], [None, None, 0.0, None]], [1.0, 1.0])
     with pytest.raises(
         InputError, match=r"No reward applies to completion 1, 0, nor to 0 others of 4"
     ):
-        combine_rewards([[[1.0, 1.0], [NAN, 0.0]]], [1.0])
+        total([[[1.0, 1.0], [NAN, 0.0]]], [1.0])
 
 
-def test_weights_and_rewards_of_different_number_are_refused_with_both():
-    with pytest.raises(InputError, match="--reward_weights has 1 values for 2 rewards"):
-        combine_rewards([[1.0], [0.0]], [1.0])
-
-
-def test_a_group_of_one_an_unknown_choice_and_a_wrong_buffer_are_refused():
+def test_a_group_of_one_and_an_unknown_choice_are_refused():
     with pytest.raises(InputError, match="--group 1 .* 2 or more"):
         group_advantage(torch.zeros(3, 1), "group")
     with pytest.raises(InputError, match="'median' is none of group, mean, loo and batch"):
         group_advantage(torch.zeros(3, 2), "median")
-    with pytest.raises(InputError, match="buffer 30 is not between 0 and the length 20"):
-        soft_overlong_penalty(5, 20, 30)

@@ -11,7 +11,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Raw
 
-from nanopost import InputError, toy
+from nanopost import InputError
 from nanopost.batch import Example
 from nanopost.template import PROBE
 from nanopost.tokenizer import (
@@ -22,6 +22,7 @@ from nanopost.tokenizer import (
     report,
     tokenizer_files,
 )
+from runs import toy
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

@@ -8,10 +8,11 @@ import pytest
 import torch
 from small import small_config, small_model
 
-from nanopost import InputError, checkpoint, hf, optim, toy
+from nanopost import InputError, checkpoint, hf, optim
 from nanopost.cli import check_numbers
 from nanopost.run import Logger
 from nanopost.tokenizer import Tokenizer, tokenizer_files
+from runs import toy
 
 pytestmark = pytest.mark.usefixtures("alone")
 

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanopost import InputError, hf, packing, toy
+from nanopost import InputError, hf, packing
 from nanopost.batch import Example, batch_of
 from nanopost.rows import check_prompt_row, check_sft_row, read_rows
 from nanopost.rows import load as load_rows
+from runs import toy
 
 
 def examples_of(lengths, seed=0, **columns):

@@ -13,11 +13,12 @@ import pytest
 import torch
 from scripts import ENVIRONMENT, ROOT, run
 
-from nanopost import hf, toy
+from nanopost import hf
 from nanopost.batch import batch_of
 from nanopost.eval import majority, normal, pass_at_k, perplexity, student, wilson
 from nanopost.tokenizer import Tokenizer
 from nanopost.verify import answer_of
+from runs import toy
 
 
 # -------------------------------------------------------------------------------------------------------- estimators

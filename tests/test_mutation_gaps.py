@@ -11,9 +11,10 @@ from small import small_model
 from tokenizers import Tokenizer as Raw
 from tokenizers import models, pre_tokenizers, processors
 
-from nanopost import checkpoint, dist, optim, toy
+from nanopost import checkpoint, dist, optim
 from nanopost.batch import Example, batch_of
 from nanopost.tokenizer import Tokenizer
+from runs import toy
 
 BOS_TEMPLATE = """\
 {{- bos_token }}{% for m in messages %}{{ m['role'] + ':' + m['content'] + eos_token }}{% endfor %}

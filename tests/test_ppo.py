@@ -14,11 +14,12 @@ import torch
 from scripts import metrics, run
 from small import random_ids, small_config
 
-from nanopost import advantages, dist, hf, losses, optim, packing, toy
+from nanopost import advantages, dist, hf, losses, optim, packing
 from nanopost.batch import Example, add_column, batch_of, padded
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.model import ActorCritic
 from nanopost.tokenizer import Tokenizer
+from runs import toy
 
 PROMPTS, EPOCHS, MINIBATCHES, SEED, TEMPERATURE, NEW, LR = 8, 2, 2, 4, 1.2, 6, 2e-3
 BETA, GAMMA, LAM, LOW, HIGH, VALUE_CLIP, VALUE_COEF = 0.3, 0.97, 0.8, 0.1, 0.15, 0.05, 0.7

@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from scripts import metrics, run, weights
 
-from nanopost import InputError, hf, packing, pairs, preference, toy
+from nanopost import InputError, hf, packing, pairs, preference
 from nanopost.batch import Example, batch_of
 from nanopost.reference import add_reference
 from nanopost.rollout import Rollout
 from nanopost.rows import check_pair_row, read_rows
 from nanopost.tokenizer import Tokenizer, tokenizer_files
+from runs import toy
 
 P, T, BETA = 7, 9, 0.3
 

@@ -1,4 +1,4 @@
-"""Verifiers on tables of tricky strings and on the real files; loading, calling and checking a user's own reward."""
+"""Verifiers on tables of tricky strings and real files; loading and calling rewards and judges."""
 
 import gzip
 import json
@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from nanopost import InputError
-from nanopost.rewards import judged, load_reward, load_rewards, score
+from nanopost import InputError, rewards
+from nanopost.rewards import call, judged, load, load_one
 from nanopost.rollout import Rollout
 from nanopost.verify import (
     boxed,
@@ -32,7 +32,7 @@ def rows(path):
         return [json.loads(line) for line in file]
 
 
-# ------------------------------------------------------------------------------------------------------- gsm8k
+# -------------------------------------------------------------------------------------------- gsm8k
 @pytest.mark.parametrize(
     "text, number",
     [
@@ -117,9 +117,8 @@ def test_gsm8k_gold_answers_score_one_and_those_of_other_questions_nothing(share
     off_by_one = [f"so it is {int(final_number(a)) + 1}." for a in answers]
     assert gsm8k(off_by_one, answers) == [0.0] * len(answers)
     solutions = [a.rpartition("####")[0] for a in answers]
-    assert (
-        0.970 < np.mean(gsm8k(solutions, answers)) < 0.975
-    )  # last number of the working, without the #### line
+    # without the #### line the last number of the working counts
+    assert 0.970 < np.mean(gsm8k(solutions, answers)) < 0.975
     assert not any(gsm8k_format(solutions))
 
 
@@ -148,7 +147,7 @@ def test_a_gold_answer_without_a_number_is_named():
     ],
 )
 def test_format_is_text_and_then_one_last_line_with_the_number(text, reward):
-    assert load_reward("format").function([text]) == [reward]
+    assert load_one("format").function([text]) == [reward]
 
 
 def test_verifiers_take_linear_time_on_long_degenerate_texts():
@@ -172,7 +171,7 @@ def test_verifiers_take_linear_time_on_long_degenerate_texts():
     assert time.perf_counter() - began < 10
 
 
-# ------------------------------------------------------------------------------------------------------- boxed
+# -------------------------------------------------------------------------------------------- boxed
 @pytest.mark.parametrize(
     "text, content",
     [
@@ -334,26 +333,25 @@ def test_math_answers_score_one_boxed_and_in_their_solutions_and_hardly_ever_mat
     assert boxed(test, test) == [1.0] * 5000
 
 
-# ------------------------------------------------------------------------------------------- exact, regex, length
+# ----------------------------------------------------------------------------- exact, regex, length
 def test_exact_ignores_white_space_at_the_ends_alone():
-    assert exact([" 46\n", "4 6", [{"role": "assistant", "content": "46"}]], ["46", "46", 46]) == [
-        1.0,
-        0.0,
-        1.0,
-    ]
+    completions = [" 46\n", "4 6", [{"role": "assistant", "content": "46"}]]
+    assert exact(completions, ["46", "46", 46]) == [1.0, 0.0, 1.0]
 
 
 def test_regex_must_match_the_whole_completion_across_lines():
-    reward = load_reward(r"regex:<think>.*</think>\d+")
+    reward = load_one(r"regex:<think>.*</think>\d+")
     assert reward.name == r"regex:<think>.*</think>\d+"
-    assert score(
-        reward, ["<think>a\nb</think>5", "<think></think>5.", "x<think></think>5"], {}
-    ) == [1.0, 0.0, 0.0]
+    assert call(reward, ["<think>a\nb</think>5", "<think></think>5.", "x<think></think>5"], {}) == [
+        1.0,
+        0.0,
+        0.0,
+    ]
 
 
 def test_length_punishes_the_tokens_over_its_limit():
     ids = {"completion_ids": [[1] * 80, [1] * 90, [1] * 100]}
-    assert score(load_reward("length:100:20"), ["a"] * 3, ids) == [0.0, -0.5, -1.0]
+    assert call(load_one("length:100:20"), ["a"] * 3, ids) == [0.0, -0.5, -1.0]
 
 
 @pytest.mark.parametrize(
@@ -361,22 +359,22 @@ def test_length_punishes_the_tokens_over_its_limit():
     [
         (
             "gsm9k",
-            "'gsm9k' is unknown: built in are gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER "
-            "and model:FOLDER; one of your own is file.py:function",
+            "'gsm9k' is unknown: built in are gsm8k, boxed, exact, format, regex:PATTERN, "
+            "length:MAX:BUFFER and model:FOLDER; one of your own is file.py:function",
         ),
         ("regex:(", r"regex:\(: not a regular expression"),
         ("length", "write length:MAX:BUFFER in tokens"),
         ("length:100", "write length:MAX:BUFFER in tokens"),
-        ("length:100:200", "buffer 200 is not between 0 and the length 100"),
+        ("length:100:200", "buffer 200 is not between 0 and the maximum length 100"),
         ("nowhere/r.py:f", "there is no file nowhere/r.py"),
     ],
 )
 def test_a_wrong_reward_is_refused_with_the_way_out(spec, message):
     with pytest.raises(InputError, match=message):
-        load_reward(spec)
+        load_one(spec)
 
 
-# ------------------------------------------------------------------------------------------------- a user's file
+# ------------------------------------------------------------------------------------ a user's file
 USER = """
 import dataclasses
 
@@ -421,14 +419,14 @@ def user(tmp_path):
 
 
 def test_a_function_of_a_file_gets_the_columns_and_may_return_none(user):
-    reward = load_reward(user("starts"))
+    reward = load_one(user("starts"))
     columns = {"prompts": ["p"] * 3, "first": ["a", "b", None], "unused": [1, 2, 3]}
-    assert reward.name == "starts" and score(reward, ["ab"] * 3, columns) == [1.0, 0.0, None]
+    assert reward.name == "starts" and call(reward, ["ab"] * 3, columns) == [1.0, 0.0, None]
 
 
 def test_a_class_is_made_once_and_keeps_its_state(user):
-    reward = load_reward(user("Counter"))
-    assert [score(reward, ["a"], {}) for _ in range(3)] == [[1.0], [2.0], [3.0]]
+    reward = load_one(user("Counter"))
+    assert [call(reward, ["a"], {}) for _ in range(3)] == [[1.0], [2.0], [3.0]]
 
 
 @pytest.mark.parametrize(
@@ -442,18 +440,18 @@ def test_a_class_is_made_once_and_keeps_its_state(user):
 )
 def test_a_name_that_is_not_in_the_file_is_answered_with_those_that_are(user, name, message):
     with pytest.raises(InputError, match=message):
-        load_reward(user(name))
+        load_one(user(name))
 
 
 def test_a_file_without_a_function_named_lists_what_it_has(user):
     with pytest.raises(InputError, match="has no function ''; it has Counter"):
-        load_reward(user("").removesuffix(":"))
+        load_one(user("").removesuffix(":"))
 
 
 def test_an_error_in_the_file_itself_is_shown_as_it_is(tmp_path):
     (tmp_path / "broken.py").write_text("import no_such_module_anywhere")
     with pytest.raises(ModuleNotFoundError):
-        load_reward(f"{tmp_path}/broken.py:f")
+        load_one(f"{tmp_path}/broken.py:f")
 
 
 def test_an_exception_names_the_completion_the_line_and_keeps_its_cause(user):
@@ -462,7 +460,7 @@ def test_an_exception_names_the_completion_the_line_and_keeps_its_cause(user):
         match=r"divides raised ZeroDivisionError: division by zero \(.*mine.py:21\) on "
         r"completion 2 of 4, called alone: '0'",
     ) as caught:
-        score(load_reward(user("divides")), ["1", "2", "0", "x"], {"answer": ["a"] * 4})
+        call(load_one(user("divides")), ["1", "2", "0", "x"], {"answer": ["a"] * 4})
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
@@ -470,11 +468,11 @@ def test_an_exception_of_the_batch_alone_is_not_blamed_on_a_completion(user):
     with pytest.raises(
         InputError, match="AssertionError: an odd number .* on the batch of 2 completions; none"
     ):
-        score(load_reward(user("pairs")), ["a", "b"], {})
+        call(load_one(user("pairs")), ["a", "b"], {})
     with pytest.raises(
         InputError, match="ValueError: together .* none of them fails like that alone"
     ):
-        score(load_reward(user("together")), ["a", "b"], {})
+        call(load_one(user("together")), ["a", "b"], {})
 
 
 @pytest.mark.parametrize(
@@ -483,15 +481,15 @@ def test_an_exception_of_the_batch_alone_is_not_blamed_on_a_completion(user):
         ([1.0] * 3, "returned 3 values for 4 completions"),
         ([1.0, float("nan"), 0.0, 0.0], "returned nan for completion 1, 'b': return None where"),
         ([1.0, 0.0, float("inf"), 0.0], "returned inf for completion 2"),
-        ([1.0, 0.0, 0.0, "1"], "returned '1', no number, for completion 3: 'd'"),
-        ([1.0, [1.0], 0.0, 0.0], r"returned \[1.0\], no number, for completion 1"),
-        (None, "returned NoneType, no list"),
-        (1.0, "returned float, no list"),
+        ([1.0, 0.0, 0.0, "1"], "returned '1', not a number, for completion 3: 'd'"),
+        ([1.0, [1.0], 0.0, 0.0], r"returned \[1.0\], not a number, for completion 1"),
+        (None, "returned NoneType, not a list"),
+        (1.0, "returned float, not a list"),
     ],
 )
 def test_a_wrong_return_is_refused_with_the_completion_named(user, value, message):
     with pytest.raises(InputError, match=f"Reward gives {message}"):
-        score(load_reward(user("gives")), list("abcd"), {"value": [value] * 4})
+        call(load_one(user("gives")), list("abcd"), {"value": [value] * 4})
 
 
 @pytest.mark.parametrize(
@@ -503,18 +501,14 @@ def test_a_wrong_return_is_refused_with_the_completion_named(user, value, messag
     ],
 )
 def test_numbers_of_any_kind_become_floats(user, value):
-    values = score(load_reward(user("gives")), list("abcd"), {"value": [value] * 4})
+    values = call(load_one(user("gives")), list("abcd"), {"value": [value] * 4})
     assert values == [1.0, 1.0, 0.5, None] and {type(v) for v in values} == {float, type(None)}
 
 
 def test_arrays_and_tensors_are_lists_too(user):
     for value in (np.arange(4.0), torch.arange(4.0)):
-        assert score(load_reward(user("gives")), list("abcd"), {"value": [value] * 4}) == [
-            0.0,
-            1.0,
-            2.0,
-            3.0,
-        ]
+        values = call(load_one(user("gives")), list("abcd"), {"value": [value] * 4})
+        assert values == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_columns_that_do_not_fit_are_named_before_the_call(user):
@@ -522,26 +516,31 @@ def test_columns_that_do_not_fit_are_named_before_the_call(user):
         InputError,
         match="gsm8k cannot be called .* columns question: missing .*'answer'.* --rename",
     ):
-        score(load_reward("gsm8k"), ["1"], {"question": ["?"]})
+        call(load_one("gsm8k"), ["1"], {"question": ["?"]})
     with pytest.raises(
         InputError, match=r"no_columns cannot .* unexpected keyword argument 'answer'.*\*\*columns"
     ):
-        score(load_reward(user("no_columns")), ["1"], {"answer": ["1"]})
+        call(load_one(user("no_columns")), ["1"], {"answer": ["1"]})
 
 
 def test_no_completions_are_scored_without_a_call(user):
-    assert score(load_reward(user("divides")), [], {}) == [] == score(load_reward("gsm8k"), [], {})
+    assert call(load_one(user("divides")), [], {}) == [] == call(load_one("gsm8k"), [], {})
 
 
 def test_rewards_of_one_name_have_metrics_of_their_own():
-    rewards, weights = load_rewards(["exact", "length:9:3", "exact", "exact"], None)
-    assert [r.name for r in rewards] == ["exact", "length", "exact-2", "exact-3"] and weights == [
-        1.0
-    ] * 4
-    rewards, _ = load_rewards(["regex:a", "regex:a", "regex:a-2"], None)
-    assert [r.name for r in rewards] == ["regex:a", "regex:a-2", "regex:a-2-2"]
+    functions, weights = load(["exact", "length:9:3", "exact", "exact"], None)
+    assert [f.name for f in functions] == ["exact", "length", "exact-2", "exact-3"]
+    assert weights == [1.0] * 4
+    functions, _ = load(["regex:a", "regex:a", "regex:a-2"], None)
+    assert [f.name for f in functions] == ["regex:a", "regex:a-2", "regex:a-2-2"]
+
+
+def test_no_reward_and_too_few_weights_are_refused():
     with pytest.raises(InputError, match="--reward is missing"):
-        load_rewards([], None)
+        load([], None)
+    with pytest.raises(InputError, match="--reward_weights has 1 values for 2 rewards"):
+        load(["exact", "exact"], [1.0])
+    assert load(["exact", "exact"], [1.0, 0.5])[1] == [1.0, 0.5]
 
 
 def test_a_file_of_rewards_may_import_its_neighbour(tmp_path):
@@ -550,35 +549,124 @@ def test_a_file_of_rewards_may_import_its_neighbour(tmp_path):
         "import neighbour_of_reward as n\n\n\ndef f(completions, **columns):\n"
         "    return [len(c) - n.LENGTH for c in completions]\n"
     )
-    assert score(load_reward(f"{tmp_path}/mine.py:f"), ["abcd"], {}) == [1.0]
-    load_reward(f"{tmp_path}/mine.py:f")
+    assert call(load_one(f"{tmp_path}/mine.py:f"), ["abcd"], {}) == [1.0]
+    load_one(f"{tmp_path}/mine.py:f")
     assert sys.path.count(str(tmp_path)) == 1
-    (
-        tmp_path / "other"
-    ).mkdir()  # a neighbour of the same name would not be the one that is imported
+    (tmp_path / "other").mkdir()
+    # a neighbour of a name that is taken would not be the one that is imported
     for name in ("neighbour_of_reward", "kernels"):
         (tmp_path / "other" / f"{name}.py").write_text("LENGTH = 2\n")
         (tmp_path / "other" / f"of_{name}.py").write_text(
             f"from {name} import LENGTH\n\n\ndef f(**columns): pass\n"
         )
         with pytest.raises(
-            InputError, match=f"it imports {name}.py beside it, but .* has that name: rename it"
+            InputError, match=f"it imports its neighbour {name}.py, but .* has that name: rename"
         ):
-            load_reward(f"{tmp_path}/other/of_{name}.py:f")
-
-
-def test_a_judge_that_raises_is_named(tmp_path):
-    (tmp_path / "judge.py").write_text("def f(prompts, pairs):\n    return pairs[0][2]\n")
-    rollouts = [Rollout([1], [2], np.zeros(1), "stop", 0)] * 2
-    with pytest.raises(InputError, match=r"--judge f raised IndexError: .*judge.py:2\) on 1 pairs"):
-        judged(
-            load_reward(f"{tmp_path}/judge.py:f"),
-            lambda ids, skip_special: "x",
-            [{"prompt": "p"}],
-            [rollouts],
-        )
+            load_one(f"{tmp_path}/other/of_{name}.py:f")
 
 
 def test_an_input_error_of_a_reward_passes_as_it_is():
     with pytest.raises(InputError, match="^Reward gsm8k: the answer 'x'"):
-        score(load_reward("gsm8k"), ["1"], {"answer": ["x"]})
+        call(load_one("gsm8k"), ["1"], {"answer": ["x"]})
+
+
+# ------------------------------------------------------------------------------- groups of rollouts
+TEXTS = {1: "a", 2: "bb", 3: "ccc", 4: ""}
+
+
+def decode(ids, skip_special):
+    assert skip_special
+    return "".join(TEXTS[i] for i in ids)
+
+
+def rollout(*ids):
+    return Rollout([9], list(ids), np.zeros(len(ids)), "stop", 0)
+
+
+def seen_by(rows_P, groups):
+    """What a reward function is called with."""
+    seen = {}
+
+    def function(completions, **columns):
+        seen.update(completions=completions, **columns)
+        return [float(len(ids)) for ids in columns["completion_ids"]]
+
+    return rewards.score([rewards.Reward("r", function)], decode, rows_P, groups), seen
+
+
+def test_each_rollout_is_scored_with_the_columns_of_its_row():
+    rows_P = [
+        {"prompt": "p", "prompt_ids": [9], "__line__": "f:1", "answer": 5},
+        {"prompt": [{"role": "user", "content": "q"}], "prompt_ids": [9], "level": "hard"},
+    ]
+    groups = [[rollout(1, 4), rollout(2)], [rollout(3), rollout(1, 2, 3)]]
+    reward_FPG, seen = seen_by(rows_P, groups)
+    assert reward_FPG.dtype == torch.float64 and reward_FPG.tolist() == [[[2.0, 1.0], [1.0, 3.0]]]
+    q = rows_P[1]["prompt"]
+    assert seen == {
+        "completions": [
+            "a",
+            "bb",
+            [{"role": "assistant", "content": "ccc"}],
+            [{"role": "assistant", "content": "abbccc"}],
+        ],
+        "answer": [5, 5, None, None],
+        "level": [None, None, "hard", "hard"],
+        "prompts": ["p", "p", q, q],
+        "prompt_ids": [[9]] * 4,
+        "completion_ids": [[1, 4], [2], [3], [1, 2, 3]],
+    }
+
+
+def test_what_does_not_apply_is_nan_and_counts_in_no_mean():
+    functions = [
+        rewards.Reward("half", lambda completions, **columns: [None, 1.0, 2.0, None]),
+        rewards.Reward("whole", lambda completions, **columns: [1.0, 1.0, 1.0, 0.0]),
+    ]
+    rows_P = [{"prompt": "p"}, {"prompt": "p"}]
+    reward_FPG = rewards.score(functions, decode, rows_P, [[rollout(1), rollout(2)]] * 2)
+    assert reward_FPG.shape == (2, 2, 2)
+    assert reward_FPG.isnan().tolist() == [[[True, False], [False, True]], [[False] * 2] * 2]
+    assert rewards.sums(["a", "b"], reward_FPG) == {"a": (3.0, 2), "b": (3.0, 4)}
+    total_PG = rewards.total(reward_FPG, [2.0, 0.5])
+    assert total_PG.dtype == torch.float64 and total_PG.tolist() == [[0.5, 2.5], [4.5, 0.0]]
+
+
+def test_a_rank_without_groups_has_no_rewards_and_no_mean():
+    functions, weights = load(["exact", "length:9:3"], None)
+    reward_FPG = rewards.score(functions, decode, [], [])
+    assert reward_FPG.shape == (2, 0, 0) and rewards.total(reward_FPG, weights).shape == (0, 0)
+    assert rewards.sums(["a", "b"], reward_FPG) == {"a": (0.0, 0), "b": (0.0, 0)}
+    assert judged(rewards.Reward("j", None), decode, [], []).shape == (0, 0)
+
+
+def test_a_judge_compares_all_of_a_group_and_a_tie_is_no_win():
+    calls = []
+
+    def longer(prompts, pairs):
+        calls.append((prompts, pairs))
+        return [None if len(a) == len(b) else int(len(b) > len(a)) for a, b in pairs]
+
+    groups = [[rollout(1), rollout(3), rollout(1)], [rollout(2), rollout(2), rollout(4)]]
+    wins_PG = judged(
+        rewards.Reward("j", longer), decode, [{"prompt": "p"}, {"prompt": "q"}], groups
+    )
+    assert wins_PG.dtype == torch.float64 and wins_PG.tolist() == [[0, 2, 0], [1, 1, 0]]
+    ((prompts, pairs),) = calls
+    assert prompts == ["p"] * 3 + ["q"] * 3
+    assert pairs[:3] == [("ccc", "a"), ("a", "a"), ("a", "ccc")]
+
+
+def test_a_judge_that_raises_or_gives_no_verdict_is_named(tmp_path):
+    file = tmp_path / "judge.py"
+    file.write_text(
+        "def f(prompts, pairs):\n    return pairs[0][2]\n\n\n"
+        "def g(prompts, pairs):\n    return [2]\n"
+    )
+    rows_P, groups = [{"prompt": "p"}], [[rollout(1), rollout(2)]]
+    with pytest.raises(InputError, match=r"--judge f raised IndexError: .*judge.py:2\) on 1 pairs"):
+        judged(load_one(f"{file}:f"), decode, rows_P, groups)
+    with pytest.raises(
+        InputError, match="--judge g gave 1 verdicts for 1 pairs, or one that is not"
+    ):
+        judged(load_one(f"{file}:g"), decode, rows_P, groups)

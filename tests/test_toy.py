@@ -1,85 +1,165 @@
-"""The toy task learned for real, in short: one seed, three preference losses, and PPO.
+"""The toy's files, and the toy learned in short: one seed, SFT, three preference losses, PPO.
 
 The whole of it, over three seeds and all losses, is `python -m bench.toy`.
 """
 
 import json
+import subprocess
+import sys
 
 import pytest
-from scripts import metrics, run
+from scripts import ENVIRONMENT, ROOT, metrics, run
 
-from nanopost import InputError, toy
+from nanopost import hf
+from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.rewards import load, score
 from nanopost.tokenizer import Tokenizer
+from runs import toy
 
 
-def test_the_toys_sums_are_for_the_toys_model(tmp_path):
-    toy.write_model(tmp_path)
-    toy.check(Tokenizer.load(tmp_path), tmp_path)
-    other = json.loads((tmp_path / "tokenizer.json").read_text())
-    other["model"]["vocab"]["more"] = 400
-    (tmp_path / "config.json").unlink()
-    (tmp_path / "tokenizer.json").write_text(json.dumps(other))
-    with pytest.raises(
-        InputError, match="--data toy, the default, has sums for the toy's own model"
-    ):
-        toy.check(Tokenizer.load(tmp_path), tmp_path)
+def write(*arguments, cwd):
+    command = [sys.executable, str(ROOT / "runs/toy.py"), *map(str, arguments)]
+    subprocess.run(command, cwd=cwd, env=ENVIRONMENT, check=True, timeout=300)
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text(encoding="utf8").splitlines()]
+
+
+def asked(question):
+    return [{"role": "user", "content": question}]
+
+
+def answered(answer):
+    return [{"role": "assistant", "content": answer}]
 
 
 @pytest.fixture(scope="module")
-def sft(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("toy") / "sft"
-    run("train_sft.py", "--out", folder, "--save_every", 0, "--eval_every", 0, timeout=900)
-    return folder
+def folder(tmp_path_factory):
+    """The toy, written from another folder than the repository's."""
+    place = tmp_path_factory.mktemp("toy")
+    write("made/toy", cwd=place)
+    return place / "made/toy"
 
 
 @pytest.mark.parametrize(
-    "loss, flags", [("sigmoid", ()), ("kto", ()), ("simpo", ("--beta", 2, "--gamma", 1))]
+    "name, count, first, last",
+    [
+        ("prompts", 7279, ("10+10=?", "<answer>20</answer>"), ("99+99=?", "<answer>198</answer>")),
+        (
+            "prompts_heldout",
+            821,
+            ("10+13=?", "<answer>23</answer>"),
+            ("99+98=?", "<answer>197</answer>"),
+        ),
+    ],
+)
+def test_prompts_have_the_right_answers(folder, name, count, first, last):
+    rows = lines(folder / f"{name}.jsonl")
+    assert len(rows) == count
+    for row, (question, answer) in ((rows[0], first), (rows[-1], last)):
+        assert row == {"prompt": asked(question), "answer": answer}
+
+
+def test_half_of_the_rows_to_train_on_are_near_misses(folder):
+    right = {row["prompt"][0]["content"]: row["answer"] for row in lines(folder / "prompts.jsonl")}
+    rows = [row["messages"] for row in lines(folder / "sft.jsonl")]
+    assert len(rows) == 6 * 7279
+    first = [answer["content"] for _, answer in rows[:8]]
+    assert first == [f"<answer>{n}</answer>" for n in (20, 21, 33, 24, 36, 26, 37, 28)]
+    assert [question["content"] for question, _ in rows] == 6 * list(right)
+    wrong = [a["content"] for q, a in rows if a["content"] != right[q["content"]]]
+    assert 0.49 < len(wrong) / len(rows) < 0.51
+
+
+def test_the_held_out_rows_are_right_and_of_other_sums(folder):
+    rows = [row["messages"] for row in lines(folder / "sft_heldout.jsonl")]
+    prompts = lines(folder / "prompts_heldout.jsonl")
+    assert rows == [[*row["prompt"], *answered(row["answer"])] for row in prompts]
+    trained = {row["prompt"][0]["content"] for row in lines(folder / "prompts.jsonl")}
+    for question, _ in rows:
+        a, b = question["content"].removesuffix("=?").split("+")
+        assert not trained & {f"{a}+{b}=?", f"{b}+{a}=?"}
+
+
+def test_the_model_is_the_same_each_time_and_knows_its_tokens(folder, tmp_path):
+    toy.write_model(tmp_path)
+    names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == names
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (folder / "model" / name).read_bytes()
+    tokenizer = Tokenizer.load(folder / "model")
+    ids = tokenizer.prompt_ids(asked("1+2=?"))
+    assert tokenizer.decode(ids) == "<|user|>1+2=?<|assistant|>" and len(ids) == 7
+    assert tokenizer.stop_ids == {1} and len(tokenizer.raw.encode("<answer>46</answer>").ids) == 4
+
+
+def test_pairs_are_the_right_answer_and_a_slip(folder):
+    rows = toy.pair_rows(folder / "model", held_out=True)
+    assert len(rows) == 821  # an untrained model is always wrong
+    assert rows[0]["prompt"] == asked("10+13=?") and rows[0]["answer"] == "<answer>23</answer>"
+    for row in rows:
+        assert list(row) == ["prompt", "answer", "chosen", "rejected"]
+        assert row["chosen"] == answered(row["answer"]) != row["rejected"]
+
+
+# ----------------------------------------------------------------------------------------- learning
+QUIET = ("--device", "cpu", "--save_every", 0, "--eval_every", 0)
+
+
+def data(folder, name):
+    return "--data", folder / f"{name}.jsonl", "--eval_data", folder / f"{name}_heldout.jsonl"
+
+
+@pytest.fixture(scope="module")
+def sft(folder):
+    out = folder / "sft"
+    flags = ("--steps", 700, "--lr", 3e-3, *data(folder, "sft"), *QUIET)
+    run("train_sft.py", "--model", folder / "model", "--out", out, *flags, timeout=900)
+    return out
+
+
+@pytest.fixture(scope="module")
+def pairs(folder, sft):
+    write(folder, "--pairs", sft, cwd=folder)
+    return data(folder, "pairs")
+
+
+def exact_match(model) -> float:
+    """Share of the held-out sums that a sample at temperature 1 gets right."""
+    rows = toy.prompt_rows(held_out=True)
+    tokenizer = Tokenizer.load(model)
+    engine = Engine(hf.load_model(model), tokenizer.stop_ids)
+    prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
+    seeds = [prompt_seed(0, serial) for serial in range(len(rows))]
+    groups = engine.generate(prompts, 1, Sampling(8), seeds)
+    functions, _ = load(["exact"], None)
+    return float(score(functions, tokenizer.decode, rows, groups).mean())
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("train_dpo.py", ("--beta", 1)),
+        ("train_dpo.py", ("--loss", "simpo", "--beta", 2, "--gamma", 1)),
+        ("train_kto.py", ("--loss", "kto", "--beta", 1)),
+    ],
 )
 def test_a_preference_loss_tells_pairs_apart_and_raises_held_out_exact_match(
-    sft, tmp_path, loss, flags
+    sft, pairs, tmp_path, script, flags
 ):
-    run(
-        "train_dpo.py",
-        "--model",
-        sft,
-        "--out",
-        tmp_path,
-        "--loss",
-        loss,
-        *flags,
-        "--steps",
-        50,
-        "--warmup",
-        5,
-        "--save_every",
-        0,
-        "--eval_every",
-        0,
-        timeout=900,
-    )
+    flags += ("--steps", 50, "--lr", 2e-4, "--warmup", 5, *pairs, *QUIET)
+    run(script, "--model", sft, "--out", tmp_path, *flags, timeout=900)
     before, *_, after = metrics(tmp_path)
     gap = [m["eval/rewards/chosen"] - m["eval/rewards/rejected"] for m in (before, after)]
     assert after["eval/rewards/accuracies"] > 0.75 and gap[1] > gap[0] + 0.5
     assert after["eval/loss"] < before["eval/loss"]
-    assert after["eval/accuracy"] > before["eval/accuracy"] + 0.05
+    assert exact_match(tmp_path) > exact_match(sft) + 0.05
 
 
-def test_ppo_learns_from_the_exact_reward(sft, tmp_path):
-    run(
-        "train_ppo.py",
-        "--model",
-        sft,
-        "--out",
-        tmp_path,
-        "--steps",
-        15,
-        "--warmup",
-        3,
-        "--save_every",
-        0,
-        "--eval_every",
-        0,
-        timeout=900,
-    )
+def test_ppo_learns_from_the_exact_reward(folder, sft, tmp_path):
+    flags = ("--steps", 15, "--prompts", 256, "--lr", 5e-4, "--warmup", 3, "--max_new_tokens", 8)
+    flags += ("--reward", "exact", *data(folder, "prompts"), *QUIET)
+    run("train_ppo.py", "--model", sft, "--out", tmp_path, *flags, timeout=900)
     before, *_, after = metrics(tmp_path)
     assert after["eval/accuracy"] > before["eval/accuracy"] + 0.1

@@ -1,13 +1,14 @@
-"""The native engine against the trainer's own forward, transformers' samplers and the distribution itself."""
+"""The native engine against the trainer's forward, transformers' samplers and the distribution."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from small import random_ids, small_model
 
-from nanopost import InputError
+from nanopost import InputError, hf
 from nanopost.batch import Example, batch_of
 from nanopost.engine import Engine, Sampling, cut, prompt_seed, sample
 
@@ -59,6 +60,22 @@ def test_shared_weights_are_seen_without_a_copy():
     ((rollout,),) = engine.generate(PROMPTS[:1], 1, Sampling(6), [1])
     assert model.lm_head.weight.data_ptr() == before
     np.testing.assert_allclose(rollout.logp, trainer_logp(model, rollout, 1.0), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "size, dtype, shares",
+    [(1, torch.float32, True), (2, torch.float32, False), (1, torch.bfloat16, False)],
+)
+def test_a_scripts_engine_shares_the_weights_of_one_process_in_fp32(tmp_path, size, dtype, shares):
+    model = small_model()
+    hf.save_model(tmp_path, model.state_dict().items(), model.config, {})
+    world = SimpleNamespace(size=size, dtype=dtype, device=torch.device("cpu"))
+    tokenizer = SimpleNamespace(stop_ids={3}, decode=str)
+    engine = Engine.beside(model, tmp_path, world, tokenizer, rows=7)
+    assert (engine.model is model) == shares
+    assert (engine.stop_ids.tolist(), engine.decode, engine.rows) == ([3], str, 7)
+    for name, tensor in engine.model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].to(dtype))
 
 
 def test_a_rollout_depends_on_its_seed_and_not_on_its_neighbours():

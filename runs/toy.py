@@ -1,0 +1,192 @@
+"""The toy: a tiny model and a task that it learns in minutes on a CPU, two-digit addition as chat.
+
+    user: 12+34=?        assistant: <answer>46</answer>
+
+    python runs/toy.py out/toy                            # the model, and rows for SFT and for RL
+    python runs/toy.py out/toy --pairs out/toy/sft        # preference pairs from that model's slips
+
+The SFT rows hold each sum six times, and half of their answers are near misses (off by 1, 2, 9, 10
+or 11). SFT on them teaches the skill and the format, and leaves the model as unsure as a base model
+is: it is mostly right when greedy, and about once in four when sampled at temperature 1. That is
+what reinforcement learning can then bring out. A tenth of the sums is held out, chosen by a hash.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import sys
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nanopost need not be installed
+
+from nanopost import hf
+from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.model import CausalLM, Config
+from nanopost.tokenizer import Tokenizer
+
+TEMPLATE = """\
+{%- for message in messages -%}
+{{ '<|' + message['role'] + '|>' + message['content'] + \
+('<|end|>' if message['role'] == 'assistant' else '') }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
+SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+NEAR_MISS = (1, 2, 9, 10, 11, -1, -2, -9, -10, -11)
+
+
+# -------------------------------------------------------------------------------------------- model
+def write_model(folder, seed: int = 0):
+    """Write a randomly initialised Qwen3 of 0.8 million parameters, with its tokenizer."""
+    config = Config.of(
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "vocab_size": 264,
+            "hidden_size": 128,
+            "intermediate_size": 384,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 32,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "initializer_range": 0.08,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+        }
+    )
+    model = CausalLM(config).init_weights(seed)
+    hf.save_model(folder, model.state_dict().items(), config, tokenizer_files())
+
+
+def tokenizer_files() -> dict[str, str]:
+    """tokenizer.json and tokenizer_config.json.
+
+    A token per byte, so that any text encodes; two answer tags; five special tokens.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<answer>", "</answer>")])
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "chat_template": TEMPLATE,
+        "eos_token": "<|end|>",
+        "pad_token": "<|pad|>",
+        "bos_token": None,
+        "model_max_length": 512,
+        "clean_up_tokenization_spaces": False,
+    }
+    return {
+        "tokenizer.json": tokenizer.to_str(),
+        "tokenizer_config.json": json.dumps(config, indent=1),
+    }
+
+
+# --------------------------------------------------------------------------------------------- rows
+def sft_rows(
+    held_out: bool = False, noise: float = 0.5, copies: int = 6, seed: int = 0
+) -> list[dict]:
+    """{"messages"}: each sum of one side of the split `copies` times, `noise` of them near misses.
+
+    Copies show that the noise is noise: with one of each, the skill depends on the seed's luck.
+    """
+    draw = random.Random(seed)
+    rows = []
+    for _ in range(copies):
+        for a, b in _sums(held_out):
+            total = a + b
+            if draw.random() < noise:
+                total += draw.choice(NEAR_MISS)
+            answer = {"role": "assistant", "content": _answer(total)}
+            rows.append({"messages": [_question(a, b), answer]})
+    return rows
+
+
+def prompt_rows(held_out: bool) -> list[dict]:
+    """{"prompt", "answer"}: the right answer, for the reward `exact`."""
+    return [{"prompt": [_question(a, b)], "answer": _answer(a + b)} for a, b in _sums(held_out)]
+
+
+def pair_rows(folder, held_out: bool, samples: int = 2, seed: int = 0) -> list[dict]:
+    """{"prompt", "answer", "chosen", "rejected"} of the sums that the model in `folder` gets wrong.
+
+    chosen: the right answer; rejected: the first wrong one of `samples` samples.
+    """
+    tokenizer = Tokenizer.load(folder)
+    engine = Engine(hf.load_model(folder), tokenizer.stop_ids)
+    rows = prompt_rows(held_out)
+    prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
+    seeds = [prompt_seed(seed, serial) for serial in range(len(rows))]
+    groups = engine.generate(prompts, samples, Sampling(8), seeds)
+    pairs = []
+    for row, group in zip(rows, groups):
+        texts = [tokenizer.decode(rollout.ids, skip_special=True) for rollout in group]
+        wrong = [text for text in texts if text != row["answer"]]
+        if wrong:
+            chosen = [{"role": "assistant", "content": row["answer"]}]
+            rejected = [{"role": "assistant", "content": wrong[0]}]
+            pairs.append({**row, "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def _question(a, b):
+    return {"role": "user", "content": f"{a}+{b}=?"}
+
+
+def _answer(total):
+    return f"<answer>{max(0, total)}</answer>"
+
+
+def _sums(held_out):
+    """The pairs of two-digit numbers on one side of the split; a+b and b+a are on the same."""
+    two_digit = range(10, 100)
+    return [(a, b) for a in two_digit for b in two_digit if _is_held_out(a, b) == held_out]
+
+
+def _is_held_out(a, b):
+    name = f"{min(a, b)}+{max(a, b)}"
+    return hashlib.sha256(name.encode()).digest()[0] < 26
+
+
+# -------------------------------------------------------------------------------------------- files
+def write_rows(path, rows: list[dict]):
+    """Write rows as JSONL."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    Path(path).write_text("".join(lines), encoding="utf8")
+    print(f"{path}: {len(rows):,} rows")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="where the files are written")
+    parser.add_argument("--pairs", metavar="MODEL", help="write the pairs of this model instead")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    if args.pairs:
+        write_rows(args.folder / "pairs.jsonl", pair_rows(args.pairs, held_out=False))
+        write_rows(args.folder / "pairs_heldout.jsonl", pair_rows(args.pairs, held_out=True))
+        return
+    write_model(args.folder / "model")
+    write_rows(args.folder / "sft.jsonl", sft_rows())
+    write_rows(args.folder / "sft_heldout.jsonl", sft_rows(held_out=True, noise=0.0, copies=1))
+    write_rows(args.folder / "prompts.jsonl", prompt_rows(held_out=False))
+    write_rows(args.folder / "prompts_heldout.jsonl", prompt_rows(held_out=True))
+
+
+if __name__ == "__main__":
+    main()
