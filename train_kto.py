@@ -70,7 +70,7 @@ def encode(rows_P):
     """Rows -> (pairs of examples with the columns a loss reads, counts of what was cut or
     dropped)."""
     if is_kto:
-        labelled = rows.flatten_pairs(rows_P)
+        labelled = rows.take_pairs_apart(rows_P)
         examples = [tokenizer.example(row, "completion") for row in labelled]
         for e, row in zip(examples, labelled):
             e.columns["label"] = float(row["label"])
