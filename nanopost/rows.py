@@ -1,204 +1,262 @@
-"""Files -> rows, in TRL's formats, and their checks.
+"""Files -> rows, in TRL's formats.
 
-A row is a dict from a file."""
+A row is a dict. Its "__line__" is where it comes from, "file:line", for errors about it. A form
+(sft, prompt, pair, unpaired) checks a row and returns it in the shape that the tokenizer reads.
+"""
 
 import gzip
 import json
 import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 from nanopost import InputError
 from nanopost.packing import order
 
-GZIP, PARQUET = b"\x1f\x8b", b"PAR1"  # how such files begin
-
-
+GZIP, PARQUET, BOM = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"  # first bytes of files
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
+MESSAGES = "a non-empty list of messages"
+
+Form = Callable[[dict], dict]
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-def read_rows(path, rename: dict[str, str] | list[str] = ()) -> list[dict]:
-    """Rows of JSONL, JSON (one list), both gzipped or not, or Parquet: told apart by content, not by name.
+def load(path, eval_path, holdout: int, rename, form: Form) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and held-out rows: those of eval_path, or else `holdout` rows of `path`.
 
-    rename: {theirs: ours}, or ["theirs=ours", ...] as --rename takes them. A row's "__line__" is its place
-    "file:line", for errors about it. InputError names file, line and reason.
+    The held-out rows are drawn at random but do not depend on a run's seed: a later stage must not
+    train on what an earlier one held out.
     """
-    path = Path(path)
-    if not path.is_file():
-        hub = "no such file (export a data set of a hub to JSONL first)"
-        raise InputError(f"{path}: {'a folder; give a file in it' if path.is_dir() else hub}.")
-    with open(path, "rb") as file:
-        start = file.read(4)
-    rows = (
-        _read_parquet(path)
-        if start == PARQUET
-        else _read_json(path, gzip.open if start[:2] == GZIP else open)
-    )
-    if not rows:
-        raise InputError(f"{path}: no rows in it; give a file with one JSON object a line.")
-    return _renamed(rows, rename) if rename else rows
-
-
-def load(path, eval_path, holdout: int, rename) -> tuple[list[dict], list[dict]]:
-    """Rows to train on, and rows held out: those of eval_path, or else `holdout` random rows of `path`.
-
-    Which ones does not depend on a run's seed: what one stage held out, the next one must not train on.
-    """
-    rows = read_rows(path, rename)
+    rows = read_rows(path, rename, form)
     if eval_path:
-        return rows, read_rows(eval_path, rename)
+        return rows, read_rows(eval_path, rename, form)
     if not 0 <= holdout < len(rows):
         raise InputError(
-            f"--holdout {holdout} of the {len(rows)} rows of {path} leaves none to train on: give at most "
-            f"{len(rows) - 1}, or --eval_data."
+            f"--holdout {holdout} of the {len(rows)} rows of {path} leaves none to train on: give "
+            f"at most {len(rows) - 1}, or --eval_data."
         )
-    held_out = {*order(len(rows), 0, 0)[:holdout].tolist()}
-    return [r for i, r in enumerate(rows) if i not in held_out], [rows[i] for i in sorted(held_out)]
+    held_out = set(order(len(rows), 0, 0)[:holdout].tolist())
+    train_rows = [row for i, row in enumerate(rows) if i not in held_out]
+    eval_rows = [rows[i] for i in sorted(held_out)]
+    return train_rows, eval_rows
 
 
-def check_sft_row(row: dict):
-    """{"messages"}, {"prompt", "completion"} (strings, or lists of messages) or {"text"}; else InputError."""
+def read_rows(
+    path, rename: dict[str, str] | list[str] = (), form: Form | None = None
+) -> list[dict]:
+    """Rows of JSONL, JSON (one list) or Parquet; the first two may be gzipped.
+
+    The content decides which it is, not the name. rename: {theirs: ours}, or ["theirs=ours", ...]
+    as --rename takes them. InputError names file, line and reason.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: give a file in it.")
+    if not path.is_file():
+        raise InputError(f"{path}: no such file (export a data set from a hub to JSONL first).")
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start == PARQUET:
+        rows = _read_parquet(path)
+    elif start.startswith(GZIP):
+        rows = _read_json(path, gzip.open)
+    else:
+        rows = _read_json(path, open)
+    if not rows:
+        raise InputError(f"{path}: no rows in it; give a file with one JSON object per line.")
+    if rename:
+        rows = _renamed(rows, rename)
+    return rows if form is None else [form(row) for row in rows]
+
+
+def place(row: dict) -> str:
+    """Where a row comes from, for errors about it."""
+    return row.get("__line__", "row")
+
+
+@contextmanager
+def errors_at(row: dict):
+    """Begin the sentence of an InputError with the row's place."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place(row)}: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------- forms
+def sft(row: dict) -> dict:
+    """{"messages"}, {"prompt", "completion"} (both text or both lists of messages) or {"text"}."""
     if "messages" in row:
-        check_messages(row, "messages")
+        _check_messages(row, "messages")
     elif "prompt" in row or "completion" in row:
-        if not row.keys() >= {"prompt", "completion"}:
-            raise InputError(
-                f"{_place(row)}: the columns are {_names(row)}; prompt and completion go together: "
-                "--rename theirs=ours."
-            )
-        if not isinstance(row["prompt"], str) or not isinstance(row["completion"], str):
-            check_messages(row, "prompt")
-            check_messages(row, "completion")
+        _check_completion(row)
     elif not isinstance(row.get("text"), str):
         raise InputError(
-            f"{_place(row)}: the columns are {_names(row)}; it needs messages, or prompt and completion, "
-            "or text (a string): --rename theirs=ours."
+            f"{place(row)}: the columns are {_columns(row)}; it needs messages, or prompt and "
+            "completion, or text (a string): --rename theirs=ours."
         )
+    return row
 
 
-def check_prompt_row(row: dict):
-    """{"prompt", ...}: a string that is not empty, or a list of messages; else InputError."""
+def prompt(row: dict) -> dict:
+    """{"prompt", ...}: non-empty text, or a list of messages that a rollout answers."""
     if "prompt" not in row:
         raise InputError(
-            f"{_place(row)}: the columns are {_names(row)}; it needs prompt: --rename theirs=prompt."
+            f"{place(row)}: the columns are {_columns(row)}; it needs prompt: --rename "
+            "theirs=prompt."
         )
-    if not isinstance(row["prompt"], str) or not row["prompt"]:
-        check_messages(row, "prompt")
-        if row["prompt"][-1]["role"] == "assistant":
-            raise InputError(
-                f"{_place(row)}: prompt ends with an assistant's message, and a rollout begins another "
-                "one: take it away."
-            )
+    if isinstance(row["prompt"], str) and row["prompt"]:
+        return row
+    _check_messages(row, "prompt", f"non-empty text or {MESSAGES}")
+    if row["prompt"][-1]["role"] == "assistant":
+        raise InputError(
+            f"{place(row)}: prompt ends with an assistant's message, and a rollout begins another: "
+            "remove it."
+        )
+    return row
 
 
-def check_pair_row(row: dict):
-    """{"prompt", "chosen", "rejected"} (strings, or lists of messages), or chosen and rejected as whole conversations
-    that begin alike; else InputError."""
+def pair(row: dict) -> dict:
+    """{"prompt", "chosen", "rejected"}, all text or all lists of messages.
+
+    Without prompt, chosen and rejected are whole conversations: the messages that both begin with
+    become the prompt.
+    """
     if "chosen" not in row or "rejected" not in row:
         raise InputError(
-            f"{_place(row)}: the columns are {_names(row)}; it needs chosen and rejected, and prompt: "
-            "--rename theirs=ours."
+            f"{place(row)}: the columns are {_columns(row)}; it needs chosen and rejected, and "
+            "prompt: --rename theirs=ours."
         )
-    texts = [isinstance(row[name], str) for name in ("prompt", "chosen", "rejected") if name in row]
+    names = [name for name in ("prompt", "chosen", "rejected") if name in row]
+    texts = [isinstance(row[name], str) for name in names]
     if all(texts) and "prompt" in row:
-        return
+        return row
+    if all(texts):
+        raise InputError(
+            f"{place(row)}: chosen and rejected are text, so it needs prompt: --rename "
+            "theirs=prompt."
+        )
     if any(texts):
         raise InputError(
-            f"{_place(row)}: prompt, chosen and rejected are partly text and partly messages: make all of "
+            f"{place(row)}: {', '.join(names)} are partly text and partly messages: make all of "
             "them text, or all lists of messages."
         )
-    for name in ("prompt", "chosen", "rejected"):
-        if name in row:
-            check_messages(row, name)
-    if "prompt" not in row and not all(
-        split_prompt(row)[name] for name in ("prompt", "chosen", "rejected")
-    ):
+    for name in names:
+        _check_messages(row, name)
+    return row if "prompt" in row else _split_at_shared_prefix(row)
+
+
+def unpaired(row: dict) -> dict:
+    """{"prompt", "completion", "label"}, label true (or 1) for a good completion; or a pair."""
+    if "chosen" in row:
+        return pair(row)
+    if not {"prompt", "completion", "label"} <= row.keys():
         raise InputError(
-            f"{_place(row)}: chosen and rejected have no prompt in common, or nothing but it: begin both "
-            "with the same messages and end them differently."
+            f"{place(row)}: the columns are {_columns(row)}; it needs prompt, completion and "
+            "label: --rename theirs=ours."
         )
+    if row["label"] not in (0, 1):
+        raise InputError(f"{place(row)}: label is {row['label']!r}: make it true or false.")
+    return sft(row)
 
 
-def split_prompt(row: dict) -> dict:
-    """A row whose chosen and rejected are whole conversations, with the messages they share as its prompt."""
-    if "prompt" in row:
-        return row
-    pairs = zip(row["chosen"], row["rejected"])
-    shared = next(
-        (k for k, (a, b) in enumerate(pairs) if a != b),
-        min(len(row["chosen"]), len(row["rejected"])),
-    )
-    return {
-        **row,
-        "prompt": row["chosen"][:shared],
-        "chosen": row["chosen"][shared:],
-        "rejected": row["rejected"][shared:],
-    }
+def take_pairs_apart(rows: list[dict]) -> list[dict]:
+    """Rows of the form unpaired, with each pair as two labelled rows: chosen, then rejected."""
+    flat = []
+    for row in rows:
+        if "chosen" not in row:
+            flat.append(row)
+            continue
+        shared = {name: row[name] for name in row if name not in ("chosen", "rejected")}
+        flat.append({**shared, "completion": row["chosen"], "label": True})
+        flat.append({**shared, "completion": row["rejected"], "label": False})
+    return flat
 
 
 def number(row: dict, name: str, default: float) -> float:
-    """A column that is a number, or the default where a row has none."""
+    """A column that is a number; the default where a row has none."""
     value = row.get(name)
-    if value is not None and not isinstance(value, (int, float)):
-        raise InputError(f"{_place(row)}: {name} is {value!r:.60}: make it a number.")
-    return default if value is None else float(value)
+    if value is None:
+        return default
+    if not isinstance(value, (int, float)):
+        raise InputError(f"{place(row)}: {name} is {value!r:.60}: make it a number.")
+    return float(value)
 
 
-def check_unpaired_row(row: dict):
-    """{"prompt", "completion", "label"}: label true (or 1) for a desirable completion; else InputError."""
-    if not {"prompt", "completion", "label"} <= row.keys():
+def _check_completion(row):
+    if "prompt" not in row or "completion" not in row:
         raise InputError(
-            f"{_place(row)}: the columns are {_names(row)}; it needs prompt, completion and label: "
+            f"{place(row)}: the columns are {_columns(row)}; prompt and completion go together: "
             "--rename theirs=ours."
         )
-    if row["label"] not in (0, 1):
-        raise InputError(f"{_place(row)}: label is {row['label']!r}: make it true or false.")
-    check_sft_row(row)
-
-
-def check_messages(row: dict, column: str):
-    """[{"role", "content"}, ...]: a role of ROLES; text, which only tool_calls may replace; else InputError."""
-    place, messages = f"{_place(row)}: {column}", row[column]
-    if not isinstance(messages, list) or not messages:
-        what = (
-            "messages" if column == "messages" else "messages, or prompt and completion both text"
+    texts = [isinstance(row[name], str) for name in ("prompt", "completion")]
+    if all(texts):
+        return
+    if any(texts):
+        raise InputError(
+            f"{place(row)}: prompt is {row['prompt']!r:.60} and completion is "
+            f"{row['completion']!r:.60}: make both text, or both non-empty lists of messages."
         )
-        raise InputError(f"{place} is {messages!r:.60}: make it a list of {what}, not empty.")
-    for i, m in enumerate(messages):
-        if not isinstance(m, dict) or m.get("role") not in ROLES:
+    _check_messages(row, "prompt")
+    _check_messages(row, "completion")
+
+
+def _check_messages(row, column, expected=MESSAGES):
+    """[{"role", "content"}, ...]: content is text, and only tool_calls may stand in for it."""
+    messages = row[column]
+    if not isinstance(messages, list) or not messages:
+        raise InputError(f"{place(row)}: {column} is {messages!r:.60}: make it {expected}.")
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise InputError(
-                f'{place}[{i}] is {m!r:.60}: make it {{"role": ..., "content": ...}} with a role of '
-                f"{', '.join(ROLES)}."
+                f"{place(row)}: {column}[{i}] is {message!r:.60}: make it "
+                f'{{"role": ..., "content": ...}} with a role of {", ".join(ROLES)}.'
             )
-        if not isinstance(m.get("content"), str) and (
-            m.get("content") is not None or not m.get("tool_calls")
-        ):
+        content = message.get("content")
+        calls_alone = content is None and message.get("tool_calls")
+        if not isinstance(content, str) and not calls_alone:
             raise InputError(
-                f"{place}[{i}] has the content {m.get('content')!r:.60}: make it a string (only beside "
-                "tool_calls may it be missing)."
+                f"{place(row)}: {column}[{i}] has the content {content!r:.60}: make it a string "
+                "(only a message with tool_calls may have none)."
             )
 
 
+def _split_at_shared_prefix(row):
+    chosen, rejected = row["chosen"], row["rejected"]
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared in (0, len(chosen), len(rejected)):
+        raise InputError(
+            f"{place(row)}: chosen and rejected have no prompt in common, or nothing else: begin "
+            "both with the same messages and end them differently."
+        )
+    parts = {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
+    return {**row, **parts}
+
+
+def _columns(row):
+    return ", ".join(name for name in row if name != "__line__") or "none"
+
+
+# ------------------------------------------------------------------------------------------- files
 def _read_json(path, opener):
+    """One list if the file begins with [, else one object per line."""
     try:
         with opener(path, "rb") as file:
             first = next((line for line in file if line.strip()), b"")
             file.seek(0)
-            if first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-                return [
-                    _row(v, f"{path}: row {i}")
-                    for i, v in enumerate(_json(file.read(), path, 1), 1)
-                ]
-            return [
-                _row(_json(line.rstrip(), path, i), f"{path}:{i}")
-                for i, line in enumerate(file, 1)
-                if line.strip()
-            ]
+            if first.removeprefix(BOM).lstrip().startswith(b"["):
+                values = _parsed(file.read(), path, 1)
+                return [_row(value, f"{path}: row {i}") for i, value in enumerate(values, 1)]
+            lines = ((i, line.rstrip()) for i, line in enumerate(file, 1))
+            return [_row(_parsed(line, path, i), f"{path}:{i}") for i, line in lines if line]
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{path}: a damaged gzip file ({error}): copy it again.") from error
 
 
-def _json(raw, path, line):
+def _parsed(raw, path, line):
+    """The JSON value in bytes that begin in this line of the file."""
     try:
         return json.loads(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -209,8 +267,8 @@ def _json(raw, path, line):
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise InputError(
-            f"{path}:{line}: not valid JSON ({error.msg}, column {error.colno}): write one object a line, "
-            "or one list in the whole file (CSV is not read)."
+            f"{path}:{line}: not valid JSON ({error.msg}, column {error.colno}): write one object "
+            "per line, or one list in the whole file (CSV is not supported)."
         ) from error
 
 
@@ -224,30 +282,27 @@ def _read_parquet(path):
         values = pyarrow.parquet.read_table(path).to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise InputError(f"{path}: a damaged Parquet file ({error}): copy it again.") from error
-    return [_row(v, f"{path}: row {i}") for i, v in enumerate(values, 1)]
+    return [_row(value, f"{path}: row {i}") for i, value in enumerate(values, 1)]
 
 
-def _row(value, place):
+def _row(value, where):
     if not isinstance(value, dict):
         raise InputError(
-            f'{place}: a row is {value!r:.60}: make it an object, {{"column": value, ...}}.'
+            f'{where}: a row is {value!r:.60}: make it an object, {{"column": value, ...}}.'
         )
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
     except UnicodeEncodeError as error:  # no tokenizer takes it
         raise InputError(
-            f"{place}: text with half a character, {error.object[error.start]!a}, as of an emoji cut in "
-            "two: remove it."
+            f"{where}: an unpaired surrogate, {error.object[error.start]!a}, such as half of an "
+            "emoji: remove it."
         ) from error
-    return {**value, "__line__": place}
+    return {**value, "__line__": where}
 
 
 def _renamed(rows, rename):
-    ours = dict(
-        rename.items()
-        if isinstance(rename, dict)
-        else (pair.partition("=")[::2] for pair in rename)
-    )
+    pairs = rename.items() if isinstance(rename, dict) else [p.partition("=")[::2] for p in rename]
+    ours = dict(pairs)
     if not all(ours.keys()) or not all(ours.values()):
         raise InputError(
             f"--rename {' '.join(rename)}: write it as theirs=ours, such as question=prompt."
@@ -255,36 +310,12 @@ def _renamed(rows, rename):
     for row in rows:
         if missing := ours.keys() - row.keys():
             raise InputError(
-                f"{_place(row)}: the columns are {_names(row)}; --rename asks for "
+                f"{place(row)}: the columns are {_columns(row)}; --rename asks for "
                 f"{', '.join(sorted(missing))}."
             )
         if len({ours.get(name, name) for name in row}) < len(row):
             raise InputError(
-                f"{_place(row)}: the columns are {_names(row)}; --rename gives two of them one name."
+                f"{place(row)}: the columns are {_columns(row)}; --rename gives two of them one "
+                "name."
             )
     return [{ours.get(name, name): value for name, value in row.items()} for row in rows]
-
-
-def _place(row):
-    return row.get("__line__", "row")
-
-
-def _names(row):
-    return ", ".join(name for name in row if name != "__line__") or "none"
-
-
-def unpaired(rows: list[dict]) -> list[dict]:
-    """Rows {"prompt", "chosen", "rejected"} as two each, {"prompt", "completion", "label"}; others as they are."""
-    out = []
-    for row in rows:
-        if "chosen" not in row:
-            out.append(row)
-            continue
-        check_pair_row(row)
-        row = split_prompt(row)
-        rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
-        out += [
-            {**rest, "completion": row["chosen"], "label": True},
-            {**rest, "completion": row["rejected"], "label": False},
-        ]
-    return out

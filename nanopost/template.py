@@ -1,9 +1,15 @@
-"""A chat template as text: the sandbox it runs in, and what it is given."""
+"""A chat template as text: its sandbox, what it renders, and what it writes around an answer.
 
+Special tokens are strings here. spans.py finds answers in what is rendered; tokenizer.py turns
+text into token ids.
+"""
+
+import hashlib
 import json
 import re
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import jinja2
 from jinja2.ext import Extension
@@ -11,51 +17,187 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanopost import InputError
 
-PROBE, OPEN, CLOSE = (
-    "\U000f5a5a",
-    "\U000f5a5b",
-    "\U000f5a5c",
-)  # private use; a text that has one is refused
+# Characters for private use, which mark places in renderings; a text that holds one is refused.
+PROBE, OPEN, CLOSE = "\U000f5a5a", "\U000f5a5b", "\U000f5a5c"
+# What a template may raise while it runs.
+ERRORS = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError)
 
 
-TOOL = "nanopost_QxZ"  # a name that no tool has
+class Trial(NamedTuple):
+    """What a template writes around one plain question and its answer."""
+
+    header: str = ""  # between question and answer
+    footer: str = ""  # after the answer
+    prompt: str = ""  # after a lone question, with the generation prompt
+    asked: str = ""  # after a lone question, without it
 
 
-def _tools(tools):
-    """A row's tools, which may be JSON text."""
-    try:
-        return json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError as error:
-        raise InputError(
-            f"tools is text, but not JSON ({error}): make it a list of tools."
-        ) from error
+class Template:
+    """A chat template and the special tokens that it may write.
+
+    source: Jinja, or None for a base model. named: special tokens by the names that templates use,
+    {"eos_token": "</s>", ...}. special: all of them. stops: those that end a completion; turn_end
+    joins them.
+    """
+
+    def __init__(self, source: str | None, named: dict[str, str], special, stops=()):
+        self.source = source
+        self.named = named
+        self.special = frozenset(special)
+        self.stops = frozenset({*stops, self.turn_end} - {None})
+
+    @property
+    def hash(self) -> str | None:
+        return self.source and hashlib.sha256(self.source.encode()).hexdigest()[:16]
+
+    @property
+    def marks_answers(self) -> bool:
+        """Whether it has {% generation %} blocks."""
+        return re.search(r"\{%[-+]?\s*generation\b", self.source) is not None
+
+    def render(
+        self,
+        messages: list[dict],
+        tools=None,
+        add_generation_prompt=False,
+        marks=("", ""),
+        **variables,
+    ) -> str:
+        """The conversation as text; `marks` go around the text of each {% generation %} block.
+
+        InputError quotes the template's own refusal.
+        """
+        if self.source is None:
+            raise InputError(
+                "messages need a chat template, and this model has none: give one "
+                "(--chat_template FILE)."
+            )
+        try:
+            return _compile(self.source, *marks).render(
+                {
+                    **self.named,
+                    "messages": [_as_templates_expect(message) for message in messages],
+                    "tools": tools,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                    **variables,
+                }
+            )
+        except InputError:  # a ValueError; from _compile
+            raise
+        except jinja2.TemplateError as error:
+            raise InputError(f"the chat template refuses this conversation: {error}.") from error
+        except ERRORS as error:
+            raise InputError(
+                f"the chat template fails on this conversation ({type(error).__name__}: {error})."
+            ) from error
+
+    def try_render(self, *args, **variables) -> str:
+        """The same, or "" if the template refuses; some refuse a conversation cut short."""
+        try:
+            return self.render(*args, **variables)
+        except InputError:
+            return ""
+
+    # --------------------------------------------------------------------------- found by trial
+    @cached_property
+    def trial(self) -> Trial:
+        """Every part is empty if the template refuses so plain a conversation."""
+        question = {"role": "user", "content": OPEN}
+        answer = {"role": "assistant", "content": PROBE}
+        conversation = self.try_render([question, answer])
+        if not conversation:
+            return Trial()
+        header, _, footer = conversation.rpartition(OPEN)[2].partition(PROBE)
+        prompt = self.try_render([question], add_generation_prompt=True).rpartition(OPEN)[2]
+        asked = self.try_render([question], add_generation_prompt=False).rpartition(OPEN)[2]
+        return Trial(header, footer, prompt, asked)
+
+    @cached_property
+    def unprompted(self) -> str:
+        """The header of an answer, if the template has no generation prompt to write it."""
+        if self.trial.prompt != self.trial.asked:
+            return ""
+        return self.trial.header.removeprefix(self.trial.asked).strip()
+
+    @cached_property
+    def turn_end(self) -> str | None:
+        """The special token that the template writes after an answer."""
+        return self._closing_token(self.trial.footer)
+
+    @cached_property
+    def answer_end(self) -> re.Pattern:
+        """What closes an answer: the template's footer up to turn_end, a stop token, or the token
+        that closes a question (gpt-oss closes the last answer differently from earlier ones)."""
+        question_end = self._closing_token(self.trial.asked)
+        ways = [rf"\s*{any_of(self.stops)}", rf"\s*{any_of([question_end])}"]
+        if self.turn_end:
+            before, end, _ = self.trial.footer.partition(self.turn_end)
+            ways.insert(0, re.escape(before + end))
+        return re.compile("|".join(ways))
+
+    @cached_property
+    def closing(self) -> re.Pattern:
+        """The special tokens and whitespace at the end of a text."""
+        return re.compile(rf"(?:\s|{any_of(self.special)})*$")
+
+    def _closing_token(self, text):
+        """The last token of the first run of special tokens in `closing`."""
+        special = any_of(self.special)
+        run = re.search(f"(?:{special})+", self.closing.search(text).group())
+        return run and re.findall(special, run.group())[-1]
+
+    def warnings(self) -> list[str]:
+        """What looks wrong with the template, whatever the rows: one sentence each."""
+        header, _, prompt, _ = self.trial
+        roles = ("system", "user", "assistant")
+        answered = self.try_render([{"role": role, "content": role + PROBE} for role in roles])
+        warnings = []
+        if header and not self.turn_end:
+            warnings.append("the template writes no end-of-turn token after an answer.")
+        if self.unprompted:
+            warnings.append(
+                "the template has no generation prompt: a rollout must write "
+                f"{self.unprompted!r} itself."
+            )
+        if not header.startswith(prompt):
+            warnings.append(
+                f"a rollout starts from a prompt that ends in {prompt!r}, but in training an "
+                f"answer follows {header!r}."
+            )
+        if answered and "system" + PROBE not in answered:
+            warnings.append("the template drops the system message once the question is answered.")
+        if "strftime_now" in (self.source or ""):
+            warnings.append(
+                "the template writes today's date, so tokens change from day to day "
+                "(chat_template_kwargs may set it)."
+            )
+        return warnings
 
 
-def _tool(tool):
-    return tool.get("function", tool)
+def any_of(tokens) -> str:
+    """A pattern that matches any of the tokens, the longest first; None and "" match nothing."""
+    longest_first = sorted(filter(None, tokens), key=len, reverse=True)
+    return f"(?:{'|'.join(map(re.escape, longest_first)) or '(?!)'})"
 
 
-def _any(tokens):
-    """A pattern that matches any of the tokens, the longest first."""
-    return f"(?:{'|'.join(map(re.escape, sorted(filter(None, tokens), key=len, reverse=True))) or '(?!)'})"
-
-
-def _as_templates_know_it(message):
-    """As in transformers: no key without a value, and reasoning by the two names that templates read."""
+def _as_templates_expect(message):
+    """As in transformers: no key without a value, and reasoning under both names in use."""
     message = {key: value for key, value in message.items() if value is not None}
-    names = [key for key in ("reasoning_content", "thinking", "reasoning") if key in message]
-    return (
-        {"thinking": message[names[0]], **message, "reasoning_content": message[names[0]]}
-        if names
-        else message
-    )
+    for name in ("reasoning_content", "thinking", "reasoning"):
+        if name in message:
+            reasoning = message[name]
+            return {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    return message
 
 
-# ------------------------------------------------------------------------------------------------------------- sandbox
+# ----------------------------------------------------------------------------------------- sandbox
 @lru_cache(8)
-def _compile(template, begin, end):
-    """A template in the sandbox and with the helpers that transformers gives it. begin and end go around the text of
-    each {% generation %} block."""
+def _compile(source, begin, end):
+    """A template in the sandbox, with the helpers that transformers gives it.
+
+    begin and end go around the text of each {% generation %} block.
+    """
 
     class Generation(Extension):
         tags = {"generation"}
@@ -76,18 +218,17 @@ def _compile(template, begin, end):
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
         "namespace": _Namespace,
-        "dict": lambda *args, **more: dict(*args, **more),
-    }  # the class itself would unlock mutation
+        "dict": _dict,
+    }
     try:
-        compiled = environment.from_string(template)
-        compiled.globals = dict(
-            compiled.globals
-        )  # a ChainMap, copied at each rendering, takes most of the time
-        return compiled
+        compiled = environment.from_string(source)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(
             f"the chat template is not valid Jinja (line {error.lineno}: {error.message})."
         ) from error
+    # Each rendering copies the globals; as a ChainMap that would take most of the time.
+    compiled.globals = dict(compiled.globals)
+    return compiled
 
 
 def _raise_exception(message):
@@ -98,6 +239,11 @@ def _strftime_now(pattern):
     return datetime.now().strftime(pattern)
 
 
+def _dict(*args, **more):
+    """The class itself would give access to dict.update, which changes messages in place."""
+    return dict(*args, **more)
+
+
 def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     return json.dumps(
         x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
@@ -105,9 +251,9 @@ def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """A template is untrusted: nothing whose name begins with an underscore is stored."""
+    """A template is untrusted: it can store nothing whose name begins with an underscore."""
 
-    def __init__(*args, **attributes):  # self is in args, so that an attribute may have that name
+    def __init__(*args, **attributes):  # self is in args, so an attribute may have that name
         jinja2.utils.Namespace.__init__(args[0])
         for name, value in dict(*args[1:], **attributes).items():
             args[0][name] = value

@@ -1,6 +1,7 @@
-"""Shared by all tests: one thread per process, no hub, and the folder of real data where there is one."""
+"""Shared by all tests: one thread per process, no hub, and real data where there is any."""
 
 import os
+from datetime import datetime
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -28,7 +29,53 @@ def alone():
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data beside the repository; tests that need it are skipped where it is not."""
+    """The folder of real data next to the repository; tests that need it skip without it."""
     if not SHARED.is_dir():
         pytest.skip(f"no real data at {SHARED}")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def real(shared, tmp_path_factory):
+    """name (chats.REAL) -> (Tokenizer, folder), read once."""
+    from chats import unpacked
+
+    from nanopost.tokenizer import Tokenizer
+
+    cache = {}
+
+    def load(name):
+        if name not in cache:
+            folder = unpacked(shared, name, tmp_path_factory.mktemp(name))
+            cache[name] = Tokenizer.load(folder), folder
+        return cache[name]
+
+    return load
+
+
+@pytest.fixture(scope="module")
+def auto(real):
+    """name -> transformers' tokenizer of the same folder."""
+    transformers = pytest.importorskip("transformers")
+    cache = {}
+
+    def load(name):
+        if name not in cache:
+            cache[name] = transformers.AutoTokenizer.from_pretrained(real(name)[1])
+        return cache[name]
+
+    return load
+
+
+@pytest.fixture
+def frozen_clock(monkeypatch):
+    """Templates that write the date write the same one, here and in transformers."""
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2024, 7, 26)
+
+    theirs = pytest.importorskip("transformers.utils.chat_template_utils")
+    monkeypatch.setattr("nanopost.template.datetime", Clock)
+    monkeypatch.setattr(theirs, "datetime", Clock)

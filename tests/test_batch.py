@@ -1,0 +1,155 @@
+"""batch.py: examples and batches, and the one place that shifts."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from nanopost import InputError, hf
+from nanopost.batch import Example, batch_of
+from runs import toy
+
+
+def examples_of(lengths, seed=0, **columns):
+    """Random examples; columns: name -> f(T) that gives an array or a number."""
+    rng = np.random.default_rng(seed)
+    return [
+        Example(
+            rng.integers(0, 1000, n), rng.random(n) < 0.6, {k: f(n) for k, f in columns.items()}
+        )
+        for n in lengths
+    ]
+
+
+def test_batch_of_equals_a_golden_token_by_token():
+    batch = batch_of(
+        [
+            Example(
+                [10, 11, 12, 13],
+                [False, False, True, True],
+                {"old_logp": [0.1, 0.2, 0.3, 0.4], "adv": 2.0},
+            ),
+            Example([20], [True], {"old_logp": [0.5], "adv": -1.0}),
+            Example(
+                [30, 31, 32],
+                [True, True, False],
+                {"old_logp": np.float64([0.6, 0.7, 0.8]), "adv": np.float32(3)},
+            ),
+        ]
+    )
+    assert batch.token_N.tolist() == [10, 11, 12, 13, 20, 30, 31, 32]
+    assert batch.position_N.tolist() == [0, 1, 2, 3, 0, 0, 1, 2]
+    assert batch.target_N.tolist() == [-100, 12, 13, -100, -100, 31, -100, -100]
+    assert batch.mask_N.tolist() == [False, True, True, False, False, True, False, False]
+    assert batch.sequences.index_N.tolist() == [0, 0, 0, 0, 1, 2, 2, 2]
+    assert batch.sequences.count == 3 and batch.sequences.mask_N is batch.mask_N
+    assert batch.cu_seqlens.tolist() == [0, 4, 5, 8]
+    assert (batch.max_seqlen, batch.num_sequences, batch.dummy) == (4, 3, False)
+    torch.testing.assert_close(
+        batch["old_logp"], torch.tensor([0.2, 0.3, 0.4, 0, 0, 0.7, 0.8, 0]), rtol=0, atol=0
+    )
+    assert batch["adv"].tolist() == [2.0, -1.0, 3.0]
+
+
+def test_batch_has_the_stated_types_and_moves_as_a_whole():
+    batch = batch_of(examples_of([3, 5], old_logp=np.zeros, adv=float))
+    for name in ("token_N", "position_N", "target_N"):
+        assert getattr(batch, name).dtype == torch.int64
+    assert batch.sequences.index_N.dtype == torch.int64
+    assert batch.mask_N.dtype == batch.sequences.mask_N.dtype == torch.bool
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert {c.dtype for c in batch.columns.values()} == {torch.float32}
+    moved = batch.to("meta")
+    tensors = [
+        moved.token_N,
+        moved.position_N,
+        moved.target_N,
+        moved.mask_N,
+        moved.cu_seqlens,
+        *moved.columns.values(),
+    ]
+    assert {t.device.type for t in tensors} == {
+        "meta"
+    } and moved.columns.keys() == batch.columns.keys()
+    assert moved.max_seqlen == 5 and batch.token_N.device.type == "cpu"
+
+
+def test_every_target_is_the_next_token_of_the_same_sequence():
+    examples = examples_of(np.random.default_rng(1).integers(1, 9, 50))
+    batch = batch_of(examples)
+    for s, e in enumerate(examples):
+        begin, end = batch.cu_seqlens[s : s + 2].tolist()
+        assert batch.token_N[begin:end].tolist() == e.ids.tolist()
+        want = [int(t) if m else -100 for t, m in zip(e.ids[1:], e.mask[1:])] + [-100]
+        assert batch.target_N[begin:end].tolist() == want
+    assert torch.equal(batch.mask_N, batch.target_N != -100)
+
+
+def test_a_batch_is_its_examples_one_after_the_other():
+    examples = examples_of([4, 1, 7], logp=lambda n: np.arange(n) + 0.5, adv=float)
+    together, alone = batch_of(examples), [batch_of([e]) for e in examples]
+    for name in ("token_N", "position_N", "target_N", "mask_N"):
+        assert torch.equal(getattr(together, name), torch.cat([getattr(b, name) for b in alone]))
+    for name in ("logp", "adv"):
+        assert torch.equal(together[name], torch.cat([b[name] for b in alone]))
+
+
+def test_no_examples_give_a_dummy_that_trains_nothing_and_has_every_column():
+    batch = batch_of([])
+    assert (
+        batch.dummy
+        and batch.to("meta").dummy
+        and not batch.mask_N.any()
+        and (batch.target_N == -100).all()
+    )
+    assert len(batch.token_N) == batch.num_sequences == 2 and batch.cu_seqlens.tolist() == [0, 1, 2]
+    assert batch["old_logp"].tolist() == batch["adv"][batch.sequences.index_N].tolist() == [0, 0]
+
+
+def test_a_dummy_runs_forward_and_backward_with_zero_gradients(tmp_path):
+    toy.write_model(tmp_path)
+    model = hf.load_model(tmp_path)
+    logp_N, _ = model(batch_of([]))
+    logp_N.sum().backward()
+    assert logp_N.tolist() == [0, 0]
+    assert not any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "build, said",
+    [
+        (lambda: Example([1, 2], [True]), "2 tokens and a mask of 1"),
+        (lambda: Example([], []), "0 tokens"),
+        (
+            lambda: batch_of([Example([1], [True], {"a": 1.0}), Example([1], [True])]),
+            "columns a and none",
+        ),
+        (
+            lambda: batch_of([Example([1], [True]), Example([1], [True], {"a": 1.0})]),
+            "columns none and a",
+        ),
+        # As many values as tokens in total, but one example's reach into the next.
+        (
+            lambda: batch_of(
+                [Example([1, 2], [True] * 2, {"a": [0.0]}), Example([3], [True], {"a": [0.0, 0.0]})]
+            ),
+            "column a",
+        ),
+    ],
+)
+def test_what_would_misalign_a_batch_is_refused(build, said):
+    with pytest.raises(InputError, match=said):
+        build()
+
+
+def test_batch_of_512_short_sequences_takes_milliseconds():
+    examples = examples_of(
+        np.random.default_rng(0).integers(20, 60, 512), old_logp=np.zeros, adv=float
+    )
+    times = []
+    for _ in range(10):
+        began = time.perf_counter()
+        batch_of(examples).sequences.index_N  # noqa: B018
+        times.append(time.perf_counter() - began)
+    assert min(times) < 0.02  # 1.5 ms on the machine where it was written

@@ -1,0 +1,133 @@
+"""Renderings against transformers, the sandbox, and what a template says about itself."""
+
+import json
+
+import pytest
+from chats import CHATML, CONVERSATIONS, REAL, TOOLS, answer, folder_of, make, raw_bytes, user
+
+from nanopost import InputError
+from nanopost.template import Template
+from nanopost.tokenizer import Tokenizer
+
+
+def both_render(tokenizer, theirs, template, messages, **variables):
+    """Our text and theirs; None where refused."""
+    try:
+        ours = tokenizer.template.render(messages, **variables)
+    except InputError:
+        ours = None
+    try:
+        return ours, theirs.apply_chat_template(
+            messages, chat_template=template, tokenize=False, **variables
+        )
+    except Exception:  # a template may raise anything
+        return ours, None
+
+
+def test_every_template_renders_as_in_transformers(shared, real, auto, frozen_clock):
+    accepted, theirs = 0, auto("tiny_llama3")
+    contexts = {
+        p.stem: json.loads(p.read_text())
+        for p in (shared / "chat_templates/contexts").glob("*.json")
+    }
+    sources = [p.read_text() for p in (shared / "chat_templates").glob("*.jinja")]
+    sources += [real(name)[0].template.source for name in REAL if name != "gpt2"]
+    for template in sources:
+        tokenizer = Tokenizer(
+            real("tiny_llama3")[0].raw, real("tiny_llama3")[0].template.named, template
+        )
+        cases = [
+            ({"messages": c, "tools": tools, "add_generation_prompt": prompt})
+            for c in CONVERSATIONS.values()
+            for tools in (None, TOOLS)
+            for prompt in (False, True)
+        ]
+        cases += [
+            *contexts.values(),
+            {
+                "messages": CONVERSATIONS["multi"],
+                "enable_thinking": False,
+                "add_generation_prompt": True,
+            },
+        ]
+        for case in cases:
+            ours, expected = both_render(tokenizer, theirs, template, **case)
+            assert ours == expected
+            accepted += expected is not None
+    assert len(sources) == 19 and accepted > 500
+
+
+@pytest.mark.parametrize(
+    "template, expected",
+    [
+        ("{{ {'b': '<é>', 'a': 1} | tojson }}", '{"b": "<é>", "a": 1}'),
+        ("{{ {'b': 2, 'a': 1} | tojson(indent=1, sort_keys=true) }}", '{\n "a": 1,\n "b": 2\n}'),
+        ("{{ [1, 'é'] | tojson(ensure_ascii=true, separators=(',', ':')) }}", '[1,"\\u00e9"]'),
+        (
+            "{% for m in messages %}{% if loop.index0 == 1 %}{% break %}{% endif %}{{ m.content }}"
+            "{% endfor %}",
+            "Hi",
+        ),
+        ("{% set n = namespace(x=1, self=2) %}{% set n.x = n.x + 1 %}{{ n.x }}{{ n.self }}", "22"),
+        ("{{ dict(a=1).a }}{{ strftime_now('%d %b %Y') }}", "126 Jul 2024"),
+        ("  {% if true %}\n  x\n  {% endif %}\n", "  x\n"),
+        (
+            "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+            "HiHello",
+        ),
+        (
+            "{{ messages[0].nothing is defined }}{{ tools is none }}{{ documents is none }}"
+            "{{ bos_token }}",
+            "FalseTrueTrue<s>",
+        ),
+    ],
+)
+def test_templates_have_the_helpers_of_transformers(tmp_path, frozen_clock, template, expected):
+    transformers = pytest.importorskip("transformers")
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "chat_template": template,
+    }
+    folder = folder_of(tmp_path, raw_bytes(["<s>"]), config)
+    messages = [{**user("Hi"), "nothing": None}, answer("Hello")]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        messages, tokenize=False
+    )
+    assert Tokenizer.load(folder).template.render(messages) == theirs == expected
+
+
+def test_a_template_needs_no_tokenizer():
+    template = Template(CHATML, {"eos_token": "</s>"}, ["<|im_start|>", "<|im_end|>"], ["</s>"])
+    assert template.render([user("Hi")]) == "<|im_start|>user\nHi<|im_end|>\n"
+    end, header = "<|im_end|>\n", "<|im_start|>assistant\n"
+    assert template.trial == (end + header, end, end + header, end)
+    assert template.turn_end == "<|im_end|>" and template.stops == {"</s>", "<|im_end|>"}
+    assert template.unprompted == "" and template.warnings() == []
+    assert (template.hash, template.marks_answers) == ("875f8ff53cc78b4b", False)
+    assert Template(None, {}, []).hash is None and Template(None, {}, []).warnings() == []
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].update(role='x') }}",
+        "{{ messages.clear() }}",
+        "{{ dict.update(messages[0], {'role': 'x'}) }}",
+        "{% set n = namespace(_x=1) %}",
+        "{{ range(10 ** 9) | list }}",
+        "{% set n = namespace() %}{% set n._x = 1 %}",
+        "{% include '/etc/passwd' %}",
+        "{{ raise_exception.__globals__.os }}",
+        "{{ cycler.__init__.__globals__.os }}",
+        "{{ '%s'.format_map }}{{ ('{0.__class__}').format(1) }}{{ 1 / 0 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_a_template_is_untrusted(template):
+    messages = [user("Hi")]
+    with pytest.raises(InputError, match="the chat template"):
+        make(template).template.render(messages)
+    assert messages == [user("Hi")]
