@@ -21,7 +21,7 @@ import torch
 
 from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preference, reference, rows
 from nanopost.cli import at_least
-from nanopost.forward import batches, check_finite
+from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
 from nanopost.run import Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
@@ -109,12 +109,9 @@ run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eva
 run.say(f"a step is {args.rows} of the {per_epoch:,} pairs of an epoch")
 
 
-def pair_loss(batch, logp_N, nll_tokens):
-    """The loss of each pair of a micro-batch, and its metrics -> (loss_P, sums over pairs)."""
-    logp_S = batch.sequences.sum(logp_N * batch["weight"])
-    nll_S = batch.sequences.sum(-logp_N)
-    pairs_P = preference.read_pairs(logp_S, batch["ref_logp"], batch["length"], nll_S, f_score)
-    loss_P = preference.weighted(
+def loss_of(pairs_P, nll_tokens):
+    """The loss of each pair: the weighted sum of --loss -> loss_P."""
+    return preference.weighted(
         loss_functions,
         loss_weights,
         pairs_P,
@@ -123,30 +120,21 @@ def pair_loss(batch, logp_N, nll_tokens):
         gamma=args.gamma,
         nll_tokens=nll_tokens,
     )
-    loss_P = loss_P * (not batch.dummy)
-    return loss_P, {"loss": loss_P.sum(), **preference.pair_metrics(pairs_P, args.beta)}
-
-
-def chosen_targets(pairs_P):
-    """Targets of a chosen sequence, a mean over all ranks' pairs."""
-    targets = sum(chosen.num_targets for chosen, _ in pairs_P)
-    total, count = dist.all_sums(targets, len(pairs_P))
-    return total / max(1, count)
 
 
 @torch.no_grad()
 def evaluate():
     """Loss and metrics of held-out pairs."""
+    if not eval_pairs:
+        return {}
     mine = eval_pairs[world.rank :: world.size]
     if reference_model is not None:
         reference.add_reference(mine, reference_model, args.tokens, world.device)
-    nll_tokens = chosen_targets(mine)
-    meter = dist.Meter()
-    for batch in batches(mine, args.tokens, world.device):
-        logp_N, _ = model(batch)
-        _, metrics = pair_loss(batch, logp_N, nll_tokens)
-        meter.add(batch.num_examples // 2, **metrics)
-    return {f"eval/{name}": value for name, value in meter.means().items()}
+    sequences, _ = gather_pairs(model, mine, args.tokens, world.device)
+    pairs_P = preference.read_pairs(sequences, f_score)
+    loss_P = loss_of(pairs_P, nll_tokens=float(sequences["targets"][0::2].mean()))
+    sums = {"loss": loss_P.sum(), **preference.pair_metrics(pairs_P, args.beta)}
+    return {f"eval/{name}": float(total) / len(loss_P) for name, total in sums.items()}
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -160,16 +148,25 @@ for step in range(state["step"] + 1, args.steps + 1):
     step_pairs = [train_pairs[i] for i in indices]
     if reference_model is not None:
         reference.add_reference(step_pairs, reference_model, args.tokens, world.device)
-    nll_tokens = chosen_targets(step_pairs)
+    chosen_targets = sum(chosen.num_targets for chosen, _ in step_pairs)
+    nll_tokens = dist.all_sum(chosen_targets) / args.rows
 
     # ---- update
     meter = dist.Meter()
     for batch in batches(step_pairs, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
-        loss_P, metrics = pair_loss(batch, logp_N, nll_tokens)
+        sequences = {
+            "logp": batch.sequences.sum(logp_N * batch["weight"]),
+            "nll": batch.sequences.sum(-logp_N),
+            "ref_logp": batch["ref_logp"],
+            "length": batch["length"],
+        }
+        pairs_P = preference.read_pairs(sequences, f_score)
+        loss = loss_of(pairs_P, nll_tokens).sum() * (not batch.dummy)
         # FSDP averages gradients over ranks: world.size undoes it.
-        (loss_P.sum() * world.size / args.rows).backward()
-        meter.add(batch.num_examples // 2, **metrics)
+        (loss * world.size / args.rows).backward()
+        metrics = preference.pair_metrics(pairs_P, args.beta)
+        meter.add(batch.num_examples // 2, loss=loss, **metrics)
         meter.add(batch.num_targets, entropy=entropy_N.sum())
     examples = [e for pair in step_pairs for e in pair]
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)

@@ -24,10 +24,10 @@ import time
 
 import torch
 
-from nanopost import cli, dist, forward, hf, optim, packing, pairs, preference, reference, rows
+from nanopost import cli, dist, hf, optim, packing, pairs, preference, reference, rows
 from nanopost.batch import Example
 from nanopost.cli import at_least
-from nanopost.forward import batches, check_finite
+from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
 from nanopost.run import Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
@@ -108,36 +108,9 @@ run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eva
 run.say(f"a step is {args.rows} of the {per_epoch:,} of an epoch")
 
 
-def all_log_probs(step_pairs):
-    """The first pass: numbers of all sequences of all ranks -> ({name: float64 [S]}, this rank's
-    slice)."""
-    examples = [e for pair in step_pairs for e in pair]
-    table = []
-    for e, logp in zip(examples, forward.logprobs(model, examples, args.tokens, 1.0, world.device)):
-        table.append(
-            {
-                "logp": float((logp * e.columns["weight"]).sum()),
-                "nll": float(-logp.sum()),
-                "ref_logp": e.columns["ref_logp"],
-                "length": e.columns["length"],
-                "targets": e.num_targets,
-                "label": e.columns.get("label", 1.0),
-            }
-        )
-    before = sum(dist.gather([len(table)])[: world.rank])
-    mine = slice(before, before + len(table))
-    table = dist.gather(table)
-    sequences = {
-        name: torch.tensor([row[name] for row in table], dtype=torch.float64) for name in table[0]
-    }
-    return sequences, mine
-
-
 def coupled_loss(sequences):
     """The loss of each example, from the sequences of the whole step -> (loss_P, pairs)."""
-    pairs_P = preference.read_pairs(
-        sequences["logp"], sequences["ref_logp"], sequences["length"], sequences["nll"]
-    )
+    pairs_P = preference.read_pairs(sequences)
     loss_P = preference.weighted(
         loss_functions,
         loss_weights,
@@ -171,7 +144,7 @@ def evaluate():
     mine = eval_pairs[world.rank :: world.size]
     if reference_model is not None:
         reference.add_reference(mine, reference_model, args.tokens, world.device)
-    sequences, _ = all_log_probs(mine)
+    sequences, _ = gather_pairs(model, mine, args.tokens, world.device)
     metrics = whole_step_metrics(sequences, *coupled_loss(sequences))
     return {f"eval/{name}": value for name, value in metrics.items()}
 
@@ -193,7 +166,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         reference.add_reference(step_pairs, reference_model, args.tokens, world.device)
 
     # ---- first pass: the loss of the whole step, and its slope in each log-prob
-    sequences, mine = all_log_probs(step_pairs)
+    sequences, mine = gather_pairs(model, step_pairs, args.tokens, world.device)
     ratio_S = sequences["logp"] - sequences["ref_logp"]
     state["reward_sum"] += float(args.beta * ratio_S.sum())
     state["reward_count"] += len(ratio_S)

@@ -167,9 +167,13 @@ for step in range(state["step"] + 1, args.steps + 1):
     meter = dist.Meter()
     for batch in batches(step_pairs, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
-        logp_S = batch.sequences.sum(logp_N * batch["weight"])
-        nll_S = batch.sequences.sum(-logp_N)
-        pairs_P = preference.read_pairs(logp_S, batch["ref_logp"], batch["length"], nll_S)
+        sequences = {
+            "logp": batch.sequences.sum(logp_N * batch["weight"]),
+            "nll": batch.sequences.sum(-logp_N),
+            "ref_logp": batch["ref_logp"],
+            "length": batch["length"],
+        }
+        pairs_P = preference.read_pairs(sequences)
         loss_P = preference.weighted(
             loss_functions,
             loss_weights,
