@@ -137,8 +137,7 @@ if args.correct != "none":
 
 
 def rollout(rows_P, serials, n, sampling):
-    """n completions of each prompt -> (rollouts [P][n], float64 reward_FPG; NaN: does not
-    apply)."""
+    """n completions of each prompt -> (rollouts [P][n], float64 reward_FPG, NaN: not rewarded)."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
     return groups, rewards.score(reward_functions, tokenizer.decode, rows_P, groups)

@@ -101,8 +101,8 @@ class LogpGap:
         gap = metrics.get(f"{GAP}/mean", 0.0)
         if gap > self.limit:
             raise RuntimeError(
-                f"step {step}: before the first update engine and trainer are one policy, and their "
-                f"log-probs differ by {gap:.2g} in the mean (--max_logp_gap {self.limit:g}). Either "
-                "the loop passes other tokens, masks or a temperature than were sampled, or the "
+                f"step {step}: before the first update engine and trainer are one policy, but "
+                f"their log-probs differ by {gap:.2g} on average (--max_logp_gap "
+                f"{self.limit:g}). Either the loop passes other tokens, masks or a temperature than were sampled, or the "
                 "engine has stale weights, or its precision is too low."
             )
