@@ -4,7 +4,7 @@ reference.
     c = log pi(y_chosen | x) - log ref(y_chosen | x), over its tokens; r likewise for the rejected
     loss = - sum_p log sigmoid(beta (c_p - r_p)) / P     P: pairs of the step (2305.18290 eq. 7)
 
---loss names one of the family, or several that are added up; nanopost/preference.py has the
+--loss takes one of the family, or several to add up; nanopost/preference.py has the
 formulas: sigmoid sigmoid_norm ipo hinge robust exo discopop nca sppo apo_zero apo_down, and without
 a reference simpo cpo orpo sft. train_kto.py has the losses that couple the pairs of a step,
 train_online_dpo.py samples its pairs from the policy.
@@ -37,10 +37,10 @@ add = parser.add_argument
 add("--loss", nargs="+", default=["sigmoid"], choices=preference.LOSSES, metavar="LOSS")
 add("--loss_weights", type=float, nargs="+", help="one per --loss; default: all 1")
 add("--beta", type=at_least(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
-add("--smoothing", type=at_least(0.0), default=0.0, help="share of pairs thought to be swapped")
+add("--smoothing", type=at_least(0.0), default=0.0, help="assumed share of swapped pairs")
 add("--gamma", type=float, default=0.5, help="target margin of simpo")
 add("--divergence", default="reverse_kl", choices=["reverse_kl", "forward_kl", "js", "alpha"])
-add("--alpha", type=float, default=0.5, help="of --divergence alpha")
+add("--alpha", type=float, default=0.5, help="alpha of --divergence alpha")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
@@ -54,11 +54,9 @@ f_score = {
 }[args.divergence]
 cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
 if args.divergence != "reverse_kl" and not preference.all_read(loss_functions, "_score_P"):
-    raise InputError(
-        f"--divergence {args.divergence} has no place in --loss {' '.join(args.loss)}."
-    )
+    raise InputError(f"--loss {' '.join(args.loss)} does not use --divergence {args.divergence}.")
 if args.smoothing and not preference.all_read(loss_functions, "smoothing"):
-    raise InputError(f"--smoothing has no place in --loss {' '.join(args.loss)}.")
+    raise InputError(f"--loss {' '.join(args.loss)} does not use --smoothing.")
 
 world = dist.init(args.device, args.dtype, args.seed)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
@@ -93,7 +91,7 @@ def encode(rows_P):
 train_pairs, cut = encode(train_rows)
 eval_pairs, eval_cut = encode(eval_rows)
 if args.reference == "precomputed":
-    reference_model = None  # it has said all it has to
+    reference_model = None  # no longer needed: its log-probs are cached
 per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 

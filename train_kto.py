@@ -5,9 +5,9 @@
     aot           pairs: the sorted margins of the policy above those of the reference  2406.05882
     aot_unpaired  pairs: sorted log-ratios of chosen answers above those of rejected ones
 
-Such a loss L is no sum over micro-batches: it is a function of the log-probs l_s of all sequences s
-of the step, on all ranks, which may not fit into memory at once. Two passes have its exact
-gradient:
+Such a loss L is not a sum over micro-batches: it is a function of the log-probs l_s of all
+sequences s of the step, on all ranks, which may not fit into memory at once. Two passes compute its
+exact gradient:
 
     1  all l_s without gradient, then L, and its slopes g_s = dL / dl_s
     2  in micro-batches of any size, the gradient of sum_s g_s l_s, with each g_s a constant
@@ -43,11 +43,20 @@ cli.add_reference_flags(parser)
 add = parser.add_argument
 add("--loss", default="kto", choices=preference.COUPLED)
 add("--beta", type=at_least(0.0), default=0.1, help="scale of a log-ratio")
+add("--smoothing", type=at_least(0.0), default=0.0, help="aot: assumed share of swapped pairs")
 add(
-    "--smoothing", type=at_least(0.0), default=0.0, help="aot: share of pairs thought to be swapped"
+    "--label_weights",
+    type=float,
+    nargs=2,
+    default=[1.0, 1.0],
+    help="kto: weights of good and bad rows",
 )
-add("--label_weights", type=float, nargs=2, default=[1.0, 1.0], help="kto: of good and of bad rows")
-add("--sft_weight", type=at_least(0.0), default=0.0, help="of the nll of chosen answers, beside it")
+add(
+    "--sft_weight",
+    type=at_least(0.0),
+    default=0.0,
+    help="weight of an added SFT loss on chosen answers",
+)
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
@@ -90,7 +99,7 @@ def encode(rows_P):
 train_pairs, cut = encode(train_rows)
 eval_pairs, eval_cut = encode(eval_rows)
 if args.reference == "precomputed":
-    reference_model = None  # it has said all it has to
+    reference_model = None  # no longer needed: its log-probs are cached
 per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
@@ -105,7 +114,7 @@ run.say(
 )
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
-run.say(f"a step is {args.rows} of the {per_epoch:,} of an epoch")
+run.say(f"a step is {args.rows} of the {per_epoch:,} examples of an epoch")
 
 
 def coupled_loss(sequences):
@@ -175,7 +184,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     slope_S, nll_slope_S = torch.autograd.grad(loss_P.sum(), leaves, materialize_grads=True)
     slopes = zip(slope_S[mine].tolist(), nll_slope_S[mine].tolist())
 
-    # ---- second pass: sum_s slope_s logp_s, in micro-batches; what has no slope needs no pass
+    # ---- second pass: sum_s slope_s logp_s, in micro-batches; sequences without slope are skipped
     examples = []
     for e, (slope, nll_slope) in zip((e for pair in step_pairs for e in pair), slopes):
         if slope or nll_slope:
