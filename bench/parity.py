@@ -56,6 +56,7 @@ def both(folder: Path, kind: Kind, steps: int, lr: float) -> dict:
     assets.make_model(model, template=kind.template)
     rows = kind.rows(AutoTokenizer.from_pretrained(model), 300)
     assets.write_rows(data, rows)
+    assets.write_rows(folder / "held_out.jsonl", rows[:4])
     order = packing.take(len(rows), SEED, 0, steps * ROWS)
     assets.write_rows(ordered, [rows[i] for i in order])
 
@@ -68,7 +69,7 @@ def both(folder: Path, kind: Kind, steps: int, lr: float) -> dict:
     theirs = json.loads(done.stdout.splitlines()[-1])
     own = common.flags(
         data=data,
-        eval_data=data,
+        eval_data=folder / "held_out.jsonl",
         out=folder / "out",
         rows=ROWS,
         seed=SEED,
