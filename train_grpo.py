@@ -42,7 +42,7 @@ from nanopost import (
     rewards,
     rows,
 )
-from nanopost.cli import at_least
+from nanopost.cli import above, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.forward import add_logprobs, batches, check_finite
 from nanopost.rollout import LogpGap, length_metrics, sample_records
@@ -74,6 +74,8 @@ add(
 )
 add("--loss", default="clip", choices=["clip", "cispo", "sapo"])
 add("--clip", type=at_least(0.0), nargs=2, default=[0.2, 0.2], metavar=("LOW", "HIGH"))
+add("--cispo_cap", type=at_least(1.0), default=5.0, help="largest ratio under cispo")
+add("--sapo_tau", type=above(0.0), nargs=2, default=[1.0, 1.05], metavar=("POSITIVE", "OTHER"))
 add(
     "--agg",
     default="token",
@@ -140,8 +142,8 @@ advantage = {
 }[args.adv]
 policy_loss = {
     "clip": partial(losses.policy_loss_clip, low=args.clip[0], high=args.clip[1]),
-    "cispo": partial(losses.policy_loss_cispo, cap=5.0),
-    "sapo": partial(losses.policy_loss_sapo, tau=(1.0, 1.05)),
+    "cispo": partial(losses.policy_loss_cispo, cap=args.cispo_cap),
+    "sapo": partial(losses.policy_loss_sapo, tau=args.sapo_tau),
 }[args.loss]
 kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
 correction = losses.no_correction
