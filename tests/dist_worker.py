@@ -1,7 +1,7 @@
-"""Run by test_dist.py under torchrun: one optimizer step on uneven data, its gradient, what comes
-after it, and statistics over ranks, to a file.
+"""Run by test_dist.py under torchrun: one optimizer step on uneven data for each number of tokens
+per micro-batch, its gradient, what comes after it, and statistics over ranks, to a file.
 
-    torchrun --nproc_per_node N tests/dist_worker.py OUT TOKENS {step|fail}
+    torchrun --nproc_per_node N tests/dist_worker.py OUT {step|fail} TOKENS ...
 """
 
 import math
@@ -18,16 +18,10 @@ from nanopost.forward import batches, logprobs
 from nanopost.model import CausalLM
 
 torch.set_num_threads(1)
-out, tokens, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+out, mode = Path(sys.argv[1]), sys.argv[2]
 world = dist.init("cpu", timeout_minutes=1)
 if mode == "fail" and world.rank == world.size - 1:
     raise InputError("the last rank has had enough.")
-
-model = CausalLM(small_config())
-model.init_weights(0)
-model = dist.shard(model, world)
-optimizer = optim.adamw(model, 0.1)
-optim.set_learning_rate(optimizer, 0.01)
 rng = np.random.default_rng(0)
 examples = [Example(rng.integers(0, 61, n), rng.random(n) < 0.6) for n in (3, 40, 7, 2, 25, 11, 30)]
 
@@ -39,7 +33,8 @@ def share(items):
     return items[world.rank :: min(world.size, 3)]
 
 
-def step():
+def backward(model, tokens):
+    """One step's gradient -> its loss per trained token."""
     mine = share(examples)
     trained = dist.all_sum(sum(e.num_targets for e in mine))
     loss = 0.0
@@ -51,12 +46,38 @@ def step():
     return dist.all_sum(loss) / trained
 
 
-def logp():
+def logp(model, tokens):
     """Every example's log-probs as the model computes them now, outside of a step."""
     return [x.tolist() for x in logprobs(model, examples, tokens, 1.0, "cpu")]
 
 
-def whole(part):
+def step(tokens):
+    """A step of a new model -> all that test_dist.py looks at."""
+    model = CausalLM(small_config())
+    model.init_weights(0)
+    model = dist.shard(model, world)
+    optimizer = optim.adamw(model, 0.1)
+    optim.set_learning_rate(optimizer, 0.01)
+    before = logp(model, tokens)
+    loss = backward(model, tokens)
+    gradient = {}
+    for name, p in model.named_parameters():
+        whole = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        gradient[name] = whole.clone()
+    norm = dist.clip_grad_norm(model, 0.5)
+    optimizer.step()
+    optimizer.zero_grad()
+    return {
+        "loss": loss,
+        "gradient": gradient,
+        "norm": norm,
+        "before": before,
+        "after": logp(model, tokens),
+        "weights": {name: w.clone() for name, w in dist.full_weights(model)},
+    }
+
+
+def in_order(part):
     """The rows of all ranks in the order in which `share` dealt them."""
     order = dist.gather(share(torch.arange(10)).tolist())
     rows = dict(zip(order, dist.gather(part.tolist())))
@@ -77,9 +98,9 @@ def statistics():
         meter.add(4, reward=reward_G.sum())
         meter.add(mask_G.sum().item(), masked=(reward_G * mask_G).sum(), share=1.0)
     return {
-        "batch": whole(advantages.batch(reward_PG)),
-        "whitened": whole(advantages.whiten(reward_PG, mask_PG)),
-        "whitened, mean kept": whole(advantages.whiten(reward_PG, mask_PG, shift_mean=False)),
+        "batch": in_order(advantages.batch(reward_PG)),
+        "whitened": in_order(advantages.whiten(reward_PG, mask_PG)),
+        "whitened, mean kept": in_order(advantages.whiten(reward_PG, mask_PG, shift_mean=False)),
         "running std": [*sums, std],
         "explained": advantages.explained_variance(value_PG, reward_PG, mask_PG),
         "means": dist.means(
@@ -90,26 +111,8 @@ def statistics():
     }
 
 
-before = logp()
-loss = step()
-gradient = {
-    name: (p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad).clone()
-    for name, p in model.named_parameters()
-}
-norm = dist.clip_grad_norm(model, 0.5)
-optimizer.step()
-optimizer.zero_grad()
-after = logp()
-weights = dict(dist.full_weights(model))
-found = {
-    "loss": loss,
-    "gradient": gradient,
-    "norm": norm,
-    "before": before,
-    "after": after,
-    "weights": {n: w.clone() for n, w in weights.items()},
-    "statistics": statistics(),
-}
+found = {int(tokens): step(int(tokens)) for tokens in sys.argv[3:]}
+found["statistics"] = statistics()
 if world.rank == 0:
     torch.save(found, out)
 dist.finish()
