@@ -1,4 +1,4 @@
-"""Reference log-probs of pairs: each answer's sum, fresh, or from a cache that any change misses."""
+"""Reference log-probs of pairs: an answer's sum, fresh, or from a cache that any change misses."""
 
 import json
 
