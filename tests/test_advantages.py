@@ -148,13 +148,13 @@ def test_the_running_deviation_is_that_of_all_scores_so_far(alone):
 
 
 def test_explained_variance_is_1_of_a_perfect_guess_0_of_a_constant_and_may_be_negative(alone):
-    return_BT = torch.tensor([[1.0, 3.0, 99.0], [-2.0, 99.0, 99.0]])
+    ret_BT = torch.tensor([[1.0, 3.0, 99.0], [-2.0, 99.0, 99.0]])
     mask_BT = torch.tensor([[True, True, False], [True, False, False]])
     explained = advantages.explained_variance
-    assert explained(return_BT, return_BT.clone(), mask_BT) == 1
-    assert explained(return_BT, torch.full_like(return_BT, 7.0), mask_BT) == pytest.approx(0)
-    assert explained(return_BT, -return_BT, mask_BT) == pytest.approx(1 - 4)
-    assert explained(torch.ones(2, 3), return_BT, mask_BT) == 0
+    assert explained(ret_BT, ret_BT.clone(), mask_BT) == 1
+    assert explained(ret_BT, torch.full_like(ret_BT, 7.0), mask_BT) == pytest.approx(0)
+    assert explained(ret_BT, -ret_BT, mask_BT) == pytest.approx(1 - 4)
+    assert explained(torch.ones(2, 3), ret_BT, mask_BT) == 0
 
 
 def expected_gradient(baseline, group):
