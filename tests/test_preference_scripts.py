@@ -5,13 +5,12 @@ Most run in this process, which takes a second less than a subprocess; ranks nee
 """
 
 import json
-import runpy
-import sys
 
 import numpy as np
 import pytest
 import torch
-from scripts import ROOT, metrics, run, weights
+from inprocess import run_here
+from scripts import metrics, run, weights
 
 from nanopost import InputError, dist, hf, packing, pairs, preference, rows
 from nanopost.batch import batch_of
@@ -20,19 +19,6 @@ from runs import toy
 
 ALL = preference.LOSSES | preference.COUPLED
 BETA = 0.3
-
-
-def run_here(script, *arguments):
-    """The script in this process: a person's mistakes are InputErrors or SystemExit."""
-    hook, argv = sys.excepthook, sys.argv
-    sys.argv = [script, *map(str, arguments)]
-    try:
-        runpy.run_path(str(ROOT / script), run_name="__main__")
-    finally:
-        sys.excepthook, sys.argv = hook, argv
-        torch.set_flush_denormal(False)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
