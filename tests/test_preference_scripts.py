@@ -23,8 +23,8 @@ BETA = 0.3
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a random toy model, the same with noise (moved), 24 pairs, the first 12 of them
-    (few), their prompts, a judge and a reward."""
+    """A folder with a random toy model, the same with noise (moved), 24 pairs of uneven answers,
+    the first 12 of them (few), their prompts, a judge and a reward."""
     folder = tmp_path_factory.mktemp("preference")
     toy.write_model(folder / "toy")
     model = hf.load_model(folder / "toy")
@@ -34,15 +34,16 @@ def place(tmp_path_factory):
             p.add_(0.02 * torch.randn(p.shape, generator=noise))
     files = toy.tokenizer_files()
     hf.save_model(folder / "moved", model.state_dict().items(), model.config, files)
-    stored = [
-        {
+    stored = []
+    for a in range(10, 34):
+        right, wrong = (a + 17) * 7 ** (a % 3), str(a + 16) * (1 + a % 2)
+        row = {
             "prompt": [{"role": "user", "content": f"{a}+17=?"}],
-            "chosen": [{"role": "assistant", "content": f"<answer>{a + 17}</answer>"}],
-            "rejected": [{"role": "assistant", "content": f"{a + 16}"}],
+            "chosen": [{"role": "assistant", "content": f"<answer>{right}</answer>"}],
+            "rejected": [{"role": "assistant", "content": wrong}],
             "margin": a % 3,
         }
-        for a in range(10, 34)
-    ]
+        stored.append(row)
     toy.write_rows(folder / "pairs.jsonl", stored)
     toy.write_rows(folder / "few.jsonl", stored[:12])
     toy.write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in stored])
