@@ -109,6 +109,8 @@ run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+if args.reference_model:
+    run.say(check_stage(args.reference_model, tokenizer))
 run.say(
     f"{len(train_pairs):,} examples, {len(eval_pairs):,} held out; the first, answers in » and «:"
 )

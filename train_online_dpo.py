@@ -101,6 +101,8 @@ run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+if args.reference_model:
+    run.say(check_stage(args.reference_model, tokenizer))
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
 
