@@ -8,8 +8,9 @@
 reward). Groups in which all rewards are equal give no pair. --loss names another loss of
 train_dpo.py.
 
-    python train_online_dpo.py --model out/sft --data prompts.jsonl --reward model:out/rm torchrun
-    --nproc_per_node 8 train_online_dpo.py --model out/sft --data prompts.jsonl --reward gsm8k
+    python train_online_dpo.py --model out/sft --data prompts.jsonl --reward model:out/rm
+    torchrun --nproc_per_node 8 train_online_dpo.py --model out/sft --data prompts.jsonl \\
+        --reward gsm8k
 """
 
 import time
