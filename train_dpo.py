@@ -44,6 +44,7 @@ add("--alpha", type=float, default=0.5, help="alpha of --divergence alpha")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
+world = dist.init(args.device, args.dtype, args.seed)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 f_score = {
@@ -58,7 +59,6 @@ if args.divergence != "reverse_kl" and not preference.all_read(loss_functions, "
 if args.smoothing and not preference.all_read(loss_functions, "smoothing"):
     raise InputError(f"--loss {' '.join(args.loss)} does not use --smoothing.")
 
-world = dist.init(args.device, args.dtype, args.seed)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
 model = hf.load_model(args.model, world.device, shard=shard)

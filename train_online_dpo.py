@@ -60,13 +60,13 @@ add("--reference_model", help="folder of the reference; default: --model")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
+world = dist.init(args.device, args.dtype, args.seed)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
 if not args.reward and not args.judge:
     raise InputError("give --reward or --judge to rank the answers.")
 
-world = dist.init(args.device, args.dtype, args.seed)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
 model = hf.load_model(args.model, world.device, shard=shard)
