@@ -64,6 +64,8 @@ world = dist.init(args.device, args.dtype, args.seed)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
+if args.smoothing and not preference.any_reads(loss_functions, "smoothing"):
+    raise InputError(f"--loss {' '.join(args.loss)} does not use --smoothing.")
 if not args.reward and not args.judge:
     raise InputError("give --reward or --judge to rank the answers.")
 
@@ -141,6 +143,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
+# Every rank runs every line, on its share of the data; run alone asks which rank it is.
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not run.resumed:
     run.log(0, evaluate())
@@ -187,7 +190,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             nll_tokens=nll_tokens,
         )
         loss = loss_P.sum() * (not batch.dummy)
-        # FSDP averages gradients over ranks: world.size undoes it.
+        # A mean over the pairs of the step. FSDP averages over ranks: world.size undoes it.
         (loss * world.size / max(1, num_pairs)).backward()
         metrics = preference.pair_metrics(pairs_P, args.beta)
         meter.add(batch.num_examples // 2, loss=loss, **metrics)
