@@ -169,7 +169,7 @@ def test_a_step_of_dpo_is_one_pass_over_its_pairs(
     scalars = {"smoothing": 0.0, **options}
     model, loss = one_pass(place, step_pairs, losses, loss_weights, **scalars)
     more += ("--loss", *losses, "--beta", BETA, "--reference_model", place / "toy")
-    more += ("--tokens", 40, "--steps", 1)
+    more += ("--tokens", 80, "--steps", 1)
     run_here("train_dpo.py", *stored(place, tmp_path, *more, model="moved", data="few"))
     same(gradients[0], model)
     assert metrics(tmp_path)[1]["loss"] == pytest.approx(loss, rel=1e-5)
@@ -197,7 +197,7 @@ def test_a_step_of_a_coupled_loss_is_one_pass_with_every_log_prob_in_one_graph(
 
 def test_a_step_of_a_reward_model_is_each_pair_by_itself(place, tokenizer, tmp_path, gradients):
     """With the margins of the rows and centred scores."""
-    more = ("--centre", 0.05, "--tokens", 40, "--seed", 3, "--steps", 1)
+    more = ("--centre", 0.05, "--tokens", 80, "--seed", 3, "--steps", 1)
     run_here("train_rm.py", *stored(place, tmp_path, *more, "--holdout", 0, "--rows", 24))
     torch.manual_seed(3)
     model = hf.load_scalar_model(place / "toy", new_head=True)
