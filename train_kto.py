@@ -121,7 +121,7 @@ run.say(check_stage(args.model, tokenizer))
 if args.reference_model:
     run.say(check_stage(args.reference_model, tokenizer))
 run.say(
-    f"{len(train_pairs):,} examples, {len(eval_pairs):,} held out; the first, answers between » and «:"
+    f"{len(train_pairs):,} examples, {len(eval_pairs):,} held out; the first, answers in » and «:"
 )
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")

@@ -43,7 +43,9 @@ def token_weights(sequences, how: str):
     sequence_sum  1        sequences                                 LUSPO 2602.05261
     """
     if how not in ("sequence", "token", "constant", "sequence_sum"):
-        raise InputError(f"aggregation {how!r}: sequence, token, constant or sequence_sum.")
+        raise InputError(
+            f"aggregation {how!r} is none of token, sequence, sequence_sum and constant."
+        )
     weight_N = sequences.mask_N.to(torch.get_default_dtype())
     if how == "sequence":
         return weight_N / sequences.spread(sequences.length_S())
@@ -59,6 +61,8 @@ def divisor(how: str, tokens: float, sequences: float, max_new_tokens: int) -> f
         "sequence_sum": sequences,
         "constant": sequences * max_new_tokens,
     }
+    if how not in counts:
+        raise InputError(f"aggregation {how!r} is none of {', '.join(counts)}.")
     return max(1, counts[how])
 
 
