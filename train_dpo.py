@@ -4,7 +4,7 @@ reference.
     c = log pi(y_chosen | x) - log ref(y_chosen | x), over its tokens; r likewise for the rejected
     loss = - sum_p log sigmoid(beta (c_p - r_p)) / P     P: pairs of the step (2305.18290 eq. 7)
 
---loss names one of the family, or several that are added up; nanopost/preference.py has the
+--loss takes one of the family, or several to add up; nanopost/preference.py has the
 formulas: sigmoid sigmoid_norm ipo hinge robust exo discopop nca sppo apo_zero apo_down, and without
 a reference simpo cpo orpo sft. train_kto.py has the losses that couple the pairs of a step,
 train_online_dpo.py samples its pairs from the policy.
@@ -21,7 +21,7 @@ import torch
 
 from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preference, reference, rows
 from nanopost.cli import at_least
-from nanopost.forward import batches, check_finite
+from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
 from nanopost.run import Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
@@ -37,10 +37,10 @@ add = parser.add_argument
 add("--loss", nargs="+", default=["sigmoid"], choices=preference.LOSSES, metavar="LOSS")
 add("--loss_weights", type=float, nargs="+", help="one per --loss; default: all 1")
 add("--beta", type=at_least(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
-add("--smoothing", type=at_least(0.0), default=0.0, help="share of pairs thought to be swapped")
+add("--smoothing", type=at_least(0.0), default=0.0, help="assumed share of swapped pairs")
 add("--gamma", type=float, default=0.5, help="target margin of simpo")
 add("--divergence", default="reverse_kl", choices=["reverse_kl", "forward_kl", "js", "alpha"])
-add("--alpha", type=float, default=0.5, help="of --divergence alpha")
+add("--alpha", type=float, default=0.5, help="alpha of --divergence alpha")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
@@ -55,11 +55,9 @@ f_score = {
 }[args.divergence]
 cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
 if args.divergence != "reverse_kl" and not preference.all_read(loss_functions, "_score_P"):
-    raise InputError(
-        f"--divergence {args.divergence} has no place in --loss {' '.join(args.loss)}."
-    )
+    raise InputError(f"--loss {' '.join(args.loss)} does not use --divergence {args.divergence}.")
 if args.smoothing and not preference.all_read(loss_functions, "smoothing"):
-    raise InputError(f"--smoothing has no place in --loss {' '.join(args.loss)}.")
+    raise InputError(f"--loss {' '.join(args.loss)} does not use --smoothing.")
 
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
@@ -93,7 +91,7 @@ def encode(rows_P):
 train_pairs, cut = encode(train_rows)
 eval_pairs, eval_cut = encode(eval_rows)
 if args.reference == "precomputed":
-    reference_model = None  # it has said all it has to
+    reference_model = None  # no longer needed: its log-probs are cached
 per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
@@ -103,18 +101,17 @@ run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+if args.reference_model:
+    run.say(check_stage(args.reference_model, tokenizer))
 run.say(f"{len(train_pairs):,} pairs, {len(eval_pairs):,} held out; the first, answers in » and «:")
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
 run.say(f"a step is {args.rows} of the {per_epoch:,} pairs of an epoch")
 
 
-def pair_loss(batch, logp_N, nll_tokens):
-    """The loss of each pair of a micro-batch, and its metrics -> (loss_P, sums over pairs)."""
-    logp_S = batch.sequences.sum(logp_N * batch["weight"])
-    nll_S = batch.sequences.sum(-logp_N)
-    pairs_P = preference.read_pairs(logp_S, batch["ref_logp"], batch["length"], nll_S, f_score)
-    loss_P = preference.weighted(
+def loss_of(pairs_P, nll_tokens):
+    """The loss of each pair: the weighted sum of --loss -> loss_P."""
+    return preference.weighted(
         loss_functions,
         loss_weights,
         pairs_P,
@@ -123,30 +120,21 @@ def pair_loss(batch, logp_N, nll_tokens):
         gamma=args.gamma,
         nll_tokens=nll_tokens,
     )
-    loss_P = loss_P * (not batch.dummy)
-    return loss_P, {"loss": loss_P.sum(), **preference.pair_metrics(pairs_P, args.beta)}
-
-
-def chosen_targets(pairs_P):
-    """Targets of a chosen sequence, a mean over all ranks' pairs."""
-    targets = sum(chosen.num_targets for chosen, _ in pairs_P)
-    total, count = dist.all_sums(targets, len(pairs_P))
-    return total / max(1, count)
 
 
 @torch.no_grad()
 def evaluate():
     """Loss and metrics of held-out pairs."""
+    if not eval_pairs:
+        return {}
     mine = eval_pairs[world.rank :: world.size]
     if reference_model is not None:
         reference.add_reference(mine, reference_model, args.tokens, world.device)
-    nll_tokens = chosen_targets(mine)
-    meter = dist.Meter()
-    for batch in batches(mine, args.tokens, world.device):
-        logp_N, _ = model(batch)
-        _, metrics = pair_loss(batch, logp_N, nll_tokens)
-        meter.add(batch.num_examples // 2, **metrics)
-    return {f"eval/{name}": value for name, value in meter.means().items()}
+    sequences, _ = gather_pairs(model, mine, args.tokens, world.device)
+    pairs_P = preference.read_pairs(sequences, f_score)
+    loss_P = loss_of(pairs_P, nll_tokens=float(sequences["targets"][0::2].mean()))
+    sums = {"loss": loss_P.sum(), **preference.pair_metrics(pairs_P, args.beta)}
+    return {f"eval/{name}": float(total) / len(loss_P) for name, total in sums.items()}
 
 
 # --------------------------------------------------------------------------------------------- loop
@@ -160,16 +148,25 @@ for step in range(state["step"] + 1, args.steps + 1):
     step_pairs = [train_pairs[i] for i in indices]
     if reference_model is not None:
         reference.add_reference(step_pairs, reference_model, args.tokens, world.device)
-    nll_tokens = chosen_targets(step_pairs)
+    chosen_targets = sum(chosen.num_targets for chosen, _ in step_pairs)
+    nll_tokens = dist.all_sum(chosen_targets) / args.rows
 
     # ---- update
     meter = dist.Meter()
     for batch in batches(step_pairs, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
-        loss_P, metrics = pair_loss(batch, logp_N, nll_tokens)
+        sequences = {
+            "logp": batch.sequences.sum(logp_N * batch["weight"]),
+            "nll": batch.sequences.sum(-logp_N),
+            "ref_logp": batch["ref_logp"],
+            "length": batch["length"],
+        }
+        pairs_P = preference.read_pairs(sequences, f_score)
+        loss = loss_of(pairs_P, nll_tokens).sum() * (not batch.dummy)
         # FSDP averages gradients over ranks: world.size undoes it.
-        (loss_P.sum() * world.size / args.rows).backward()
-        meter.add(batch.num_examples // 2, **metrics)
+        (loss * world.size / args.rows).backward()
+        metrics = preference.pair_metrics(pairs_P, args.beta)
+        meter.add(batch.num_examples // 2, loss=loss, **metrics)
         meter.add(batch.num_targets, entropy=entropy_N.sum())
     examples = [e for pair in step_pairs for e in pair]
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)

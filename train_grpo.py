@@ -42,7 +42,7 @@ from nanopost import (
     rewards,
     rows,
 )
-from nanopost.cli import at_least
+from nanopost.cli import above, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.forward import add_logprobs, batches, check_finite
 from nanopost.rollout import LogpGap, length_metrics, sample_records
@@ -63,16 +63,30 @@ add(
     "--resample",
     type=at_least(0),
     default=0,
-    help="extra rounds to replace groups of equal rewards",
+    help="extra rounds to replace groups with equal rewards",
 )
 add("--adv", default="group", choices=["group", "mean", "loo", "batch"], help="advantage")
-add("--ratio", default="token", choices=["token", "sequence", "sequence_sum"], help="pi / pi_old")
+add(
+    "--ratio",
+    default="token",
+    choices=["token", "sequence", "sequence_sum"],
+    help="level of pi / pi_old",
+)
 add("--loss", default="clip", choices=["clip", "cispo", "sapo"])
 add("--clip", type=at_least(0.0), nargs=2, default=[0.2, 0.2], metavar=("LOW", "HIGH"))
-add("--agg", default="token", choices=["sequence", "token", "constant", "sequence_sum"])
+add("--cispo_cap", type=at_least(1.0), default=5.0, help="largest ratio under cispo")
+add("--sapo_tau", type=above(0.0), nargs=2, default=[1.0, 1.05], metavar=("POSITIVE", "OTHER"))
+add(
+    "--agg",
+    default="token",
+    choices=["sequence", "token", "constant", "sequence_sum"],
+    help="how token losses are averaged",
+)
 add("--beta", type=at_least(0.0), default=0.0, help="KL coefficient; 0: no reference model")
 add("--kl", default="k3", choices=["k1", "k2", "k3"], help="estimator of the KL")
-add("--old_logp", default="engine", choices=["engine", "trainer"], help="whose pi_old")
+add(
+    "--old_logp", default="engine", choices=["engine", "trainer"], help="whose log-probs are pi_old"
+)
 add(
     "--correct",
     default="none",
@@ -80,7 +94,11 @@ add(
     help="importance weights trainer / engine; needs --old_logp trainer",
 )
 add("--correct_cap", type=at_least(0.0), default=3.0, help="maximum importance weight")
-add("--max_logp_gap", type=at_least(0.0), help="stop if engine and trainer disagree by more")
+add(
+    "--max_logp_gap",
+    type=at_least(0.0),
+    help="stop at a larger mean gap engine / trainer; default 1e-3, bf16 0.1",
+)
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
@@ -124,8 +142,8 @@ advantage = {
 }[args.adv]
 policy_loss = {
     "clip": partial(losses.policy_loss_clip, low=args.clip[0], high=args.clip[1]),
-    "cispo": partial(losses.policy_loss_cispo, cap=5.0),
-    "sapo": partial(losses.policy_loss_sapo, tau=(1.0, 1.05)),
+    "cispo": partial(losses.policy_loss_cispo, cap=args.cispo_cap),
+    "sapo": partial(losses.policy_loss_sapo, tau=args.sapo_tau),
 }[args.loss]
 kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
 correction = losses.no_correction
@@ -137,8 +155,7 @@ if args.correct != "none":
 
 
 def rollout(rows_P, serials, n, sampling):
-    """n completions of each prompt -> (rollouts [P][n], float64 reward_FPG; NaN: does not
-    apply)."""
+    """n completions of each prompt -> (rollouts [P][n], float64 reward_FPG, NaN: not rewarded)."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
     return groups, rewards.score(reward_functions, tokenizer.decode, rows_P, groups)

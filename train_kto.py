@@ -5,9 +5,9 @@
     aot           pairs: the sorted margins of the policy above those of the reference  2406.05882
     aot_unpaired  pairs: sorted log-ratios of chosen answers above those of rejected ones
 
-Such a loss L is no sum over micro-batches: it is a function of the log-probs l_s of all sequences s
-of the step, on all ranks, which may not fit into memory at once. Two passes have its exact
-gradient:
+Such a loss L is not a sum over micro-batches: it is a function of the log-probs l_s of all
+sequences s of the step, on all ranks, which may not fit into memory at once. Two passes compute its
+exact gradient:
 
     1  all l_s without gradient, then L, and its slopes g_s = dL / dl_s
     2  in micro-batches of any size, the gradient of sum_s g_s l_s, with each g_s a constant
@@ -24,10 +24,10 @@ import time
 
 import torch
 
-from nanopost import cli, dist, forward, hf, optim, packing, pairs, preference, reference, rows
+from nanopost import cli, dist, hf, optim, packing, pairs, preference, reference, rows
 from nanopost.batch import Example
 from nanopost.cli import at_least
-from nanopost.forward import batches, check_finite
+from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
 from nanopost.run import Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
@@ -43,11 +43,20 @@ cli.add_reference_flags(parser)
 add = parser.add_argument
 add("--loss", default="kto", choices=preference.COUPLED)
 add("--beta", type=at_least(0.0), default=0.1, help="scale of a log-ratio")
+add("--smoothing", type=at_least(0.0), default=0.0, help="aot: assumed share of swapped pairs")
 add(
-    "--smoothing", type=at_least(0.0), default=0.0, help="aot: share of pairs thought to be swapped"
+    "--label_weights",
+    type=float,
+    nargs=2,
+    default=[1.0, 1.0],
+    help="kto: weights of good and bad rows",
 )
-add("--label_weights", type=float, nargs=2, default=[1.0, 1.0], help="kto: of good and of bad rows")
-add("--sft_weight", type=at_least(0.0), default=0.0, help="of the nll of chosen answers, beside it")
+add(
+    "--sft_weight",
+    type=at_least(0.0),
+    default=0.0,
+    help="weight of an added SFT loss on chosen answers",
+)
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
@@ -90,7 +99,7 @@ def encode(rows_P):
 train_pairs, cut = encode(train_rows)
 eval_pairs, eval_cut = encode(eval_rows)
 if args.reference == "precomputed":
-    reference_model = None  # it has said all it has to
+    reference_model = None  # no longer needed: its log-probs are cached
 per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
@@ -100,44 +109,19 @@ run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+if args.reference_model:
+    run.say(check_stage(args.reference_model, tokenizer))
 run.say(
     f"{len(train_pairs):,} examples, {len(eval_pairs):,} held out; the first, answers in » and «:"
 )
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
-run.say(f"a step is {args.rows} of the {per_epoch:,} of an epoch")
-
-
-def all_log_probs(step_pairs):
-    """The first pass: numbers of all sequences of all ranks -> ({name: float64 [S]}, this rank's
-    slice)."""
-    examples = [e for pair in step_pairs for e in pair]
-    table = []
-    for e, logp in zip(examples, forward.logprobs(model, examples, args.tokens, 1.0, world.device)):
-        table.append(
-            {
-                "logp": float((logp * e.columns["weight"]).sum()),
-                "nll": float(-logp.sum()),
-                "ref_logp": e.columns["ref_logp"],
-                "length": e.columns["length"],
-                "targets": e.num_targets,
-                "label": e.columns.get("label", 1.0),
-            }
-        )
-    before = sum(dist.gather([len(table)])[: world.rank])
-    mine = slice(before, before + len(table))
-    table = dist.gather(table)
-    sequences = {
-        name: torch.tensor([row[name] for row in table], dtype=torch.float64) for name in table[0]
-    }
-    return sequences, mine
+run.say(f"a step is {args.rows} of the {per_epoch:,} examples of an epoch")
 
 
 def coupled_loss(sequences):
     """The loss of each example, from the sequences of the whole step -> (loss_P, pairs)."""
-    pairs_P = preference.read_pairs(
-        sequences["logp"], sequences["ref_logp"], sequences["length"], sequences["nll"]
-    )
+    pairs_P = preference.read_pairs(sequences)
     loss_P = preference.weighted(
         loss_functions,
         loss_weights,
@@ -171,7 +155,7 @@ def evaluate():
     mine = eval_pairs[world.rank :: world.size]
     if reference_model is not None:
         reference.add_reference(mine, reference_model, args.tokens, world.device)
-    sequences, _ = all_log_probs(mine)
+    sequences, _ = gather_pairs(model, mine, args.tokens, world.device)
     metrics = whole_step_metrics(sequences, *coupled_loss(sequences))
     return {f"eval/{name}": value for name, value in metrics.items()}
 
@@ -193,7 +177,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         reference.add_reference(step_pairs, reference_model, args.tokens, world.device)
 
     # ---- first pass: the loss of the whole step, and its slope in each log-prob
-    sequences, mine = all_log_probs(step_pairs)
+    sequences, mine = gather_pairs(model, step_pairs, args.tokens, world.device)
     ratio_S = sequences["logp"] - sequences["ref_logp"]
     state["reward_sum"] += float(args.beta * ratio_S.sum())
     state["reward_count"] += len(ratio_S)
@@ -202,7 +186,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     slope_S, nll_slope_S = torch.autograd.grad(loss_P.sum(), leaves, materialize_grads=True)
     slopes = zip(slope_S[mine].tolist(), nll_slope_S[mine].tolist())
 
-    # ---- second pass: sum_s slope_s logp_s, in micro-batches; what has no slope needs no pass
+    # ---- second pass: sum_s slope_s logp_s, in micro-batches; sequences without slope are skipped
     examples = []
     for e, (slope, nll_slope) in zip((e for pair in step_pairs for e in pair), slopes):
         if slope or nll_slope:

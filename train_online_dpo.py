@@ -4,7 +4,7 @@
     c = log pi(y_best | x) - log ref(y_best | x); r likewise for the worst
     loss = - sum_p log sigmoid(beta (c_p - r_p)) / P     P: pairs of the step
 
---reward scores answers, --judge compares them two by two (an answer's wins are added to its
+--reward scores answers, --judge compares them in pairs (an answer's wins are added to its
 reward). Groups in which all rewards are equal give no pair. --loss names another loss of
 train_dpo.py.
 
@@ -50,11 +50,11 @@ add("--steps", type=at_least(1), default=120, help="optimizer steps")
 add("--prompts", type=at_least(1), default=64, help="prompts per step, over all ranks")
 add("--group", type=at_least(2), default=4, help="samples per prompt")
 add("--judge", metavar="file.py:f", help="f(prompts, pairs of texts) -> 0, 1 or None for each pair")
-add("--eos_penalty", type=at_least(0.0), default=1.0, help="taken from answers without an end")
+add("--eos_penalty", type=at_least(0.0), default=1.0, help="penalty of an answer without an end")
 add("--loss", nargs="+", default=["sigmoid"], choices=preference.LOSSES, metavar="LOSS")
 add("--loss_weights", type=float, nargs="+", help="one per --loss; default: all 1")
 add("--beta", type=at_least(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
-add("--smoothing", type=at_least(0.0), default=0.0, help="share of pairs thought to be swapped")
+add("--smoothing", type=at_least(0.0), default=0.0, help="assumed share of swapped pairs")
 add("--gamma", type=float, default=0.5, help="target margin of simpo")
 add("--reference_model", help="folder of the reference; default: --model")
 args = parser.parse_args()
@@ -65,7 +65,7 @@ loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
 if not args.reward and not args.judge:
-    raise InputError("give --reward or --judge: one of them has to rank the answers.")
+    raise InputError("give --reward or --judge to rank the answers.")
 
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
@@ -101,6 +101,8 @@ run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+if args.reference_model:
+    run.say(check_stage(args.reference_model, tokenizer))
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
 
@@ -168,9 +170,13 @@ for step in range(state["step"] + 1, args.steps + 1):
     meter = dist.Meter()
     for batch in batches(step_pairs, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
-        logp_S = batch.sequences.sum(logp_N * batch["weight"])
-        nll_S = batch.sequences.sum(-logp_N)
-        pairs_P = preference.read_pairs(logp_S, batch["ref_logp"], batch["length"], nll_S)
+        sequences = {
+            "logp": batch.sequences.sum(logp_N * batch["weight"]),
+            "nll": batch.sequences.sum(-logp_N),
+            "ref_logp": batch["ref_logp"],
+            "length": batch["length"],
+        }
+        pairs_P = preference.read_pairs(sequences)
         loss_P = preference.weighted(
             loss_functions,
             loss_weights,

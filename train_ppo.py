@@ -15,9 +15,9 @@ policy.
 Of the details of RLHF's PPO (2403.17031), each noted at its line: score on the last sampled token,
 penalty for answers without an end, KL in the reward, rewards whitened without shifting their mean,
 advantages whitened over all ranks, temperature in the trainer's log-probs, value clipping, epochs
-of shuffled minibatches, a rate that falls to 0. Left out: scores normalised over demonstrations
-(use --score_scale), Adam's eps of 1e-5, sampling past the end (nothing is padded), dropout (there
-is none). In forks/: adaptive KL, early stop by KL, KL in the loss.
+of shuffled minibatches, a learning rate that decays to 0. Not done: scores normalised over
+demonstrations (use --score_scale), Adam's eps of 1e-5, sampling past the end (nothing is padded),
+dropout (there is none). In forks/: adaptive KL, early stop by KL, KL in the loss.
 
     python train_ppo.py --model out/sft --data prompts.jsonl --reward gsm8k
     torchrun --nproc_per_node 8 train_ppo.py --model out/sft --data prompts.jsonl \\
@@ -61,23 +61,46 @@ add("--prompts", type=at_least(1), default=256, help="prompts per rollout batch,
 add("--group", type=at_least(1), default=1, help="samples per prompt")
 add("--ppo_epochs", type=at_least(1), default=2, help="passes over a rollout batch")
 add("--minibatches", type=at_least(1), default=2, help="optimizer steps per pass")
-add("--value_model", metavar="FOLDER", help="where the value model starts, or the word head")
+add(
+    "--value_model",
+    metavar="FOLDER",
+    help="where the value model starts, or head; default: the reward model, else --model",
+)
 add("--value_lr", type=at_least(0.0), help="peak learning rate of the value model; default: --lr")
 add(
-    "--value_warmup", type=at_least(0), default=0, help="first rollout batches, with a fixed policy"
+    "--value_warmup",
+    type=at_least(0),
+    default=0,
+    help="rollout batches before the policy starts to learn",
 )
 add("--value_coef", type=at_least(0.0), default=0.5, help="weight of the value loss")
-add("--value_clip", type=at_least(0.0), default=0.2, help="how far a value moves per rollout batch")
+add(
+    "--value_clip",
+    type=at_least(0.0),
+    default=0.2,
+    help="how far a value may move per rollout batch",
+)
 add("--gamma", type=at_least(0.0), default=1.0, help="discount per token")
-add("--lam", type=at_least(0.0, most=1.0), default=0.95, help="of GAE; 1: Monte-Carlo returns")
+add(
+    "--lam",
+    type=at_least(0.0, most=1.0),
+    default=0.95,
+    help="lambda of GAE; 1: Monte-Carlo returns",
+)
 add("--clip", type=at_least(0.0), nargs=2, default=[0.2, 0.2], metavar=("LOW", "HIGH"))
-add("--eos_penalty", type=at_least(0.0), default=0.0, help="taken from answers without an end")
+add("--eos_penalty", type=at_least(0.0), default=0.0, help="penalty of an answer without an end")
 add("--score_scale", action="store_true", help="divide scores by the std of all scores so far")
 add("--whiten_rewards", action="store_true", help="scale token rewards to a std of 1")
 add("--beta", type=at_least(0.0), default=0.0, help="KL coefficient; 0: no reference model")
 add("--kl", default="k1", choices=["k1", "k2", "k3"], help="estimator of the KL")
-add("--old_logp", default="engine", choices=["engine", "trainer"], help="whose pi_old")
-add("--max_logp_gap", type=at_least(0.0), help="stop if engine and trainer disagree by more")
+add(
+    "--old_logp", default="engine", choices=["engine", "trainer"], help="whose log-probs are pi_old"
+)
+add(
+    "--max_logp_gap",
+    type=at_least(0.0),
+    help="stop at a larger mean gap engine / trainer; default 1e-3, bf16 0.1",
+)
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
@@ -86,7 +109,9 @@ cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.mi
 value_rate = 1.0
 if args.value_lr is not None:
     if not args.lr:
-        raise InputError("--value_lr with --lr 0: let --value_warmup hold the policy instead.")
+        raise InputError(
+            "--value_lr needs --lr above 0: to keep the policy fixed, use --value_warmup."
+        )
     value_rate = args.value_lr / args.lr
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
@@ -96,7 +121,8 @@ value_folder = None
 if args.value_model != "head":
     value_folder = args.value_model
     tokenizer.check_same(value_folder, "--value_model ")
-# transformers scores the last token that is not padding: a padding token that ends answers is none
+# transformers scores the last token that is not padding: if answers end with the padding token,
+# no token may count as padding
 pad_id = None if tokenizer.pad_id in tokenizer.stop_ids else tokenizer.pad_id
 model = hf.load_actor_critic(args.model, value_folder, world.device, shard, pad_id)
 reference = None
@@ -131,8 +157,7 @@ kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.
 
 
 def rollout(rows_P, serials, n, sampling):
-    """n completions of each prompt -> (rollouts [P][n], float64 reward_FPG; NaN: does not
-    apply)."""
+    """n completions of each prompt -> (rollouts [P][n], float64 reward_FPG, NaN: not rewarded)."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
     return groups, rewards.score(reward_functions, tokenizer.decode, rows_P, groups)
@@ -192,9 +217,9 @@ for step in range(state["step"] + 1, args.steps + 1):
     reward_BT[torch.arange(len(rollouts)), length_B - 1] += score_B / scale
     if args.whiten_rewards:
         reward_BT = advantages.whiten(reward_BT, sampled_BT, shift_mean=False) * sampled_BT
-    adv_BT, return_BT = advantages.gae(reward_BT, value_BT, args.gamma, args.lam)
+    adv_BT, ret_BT = advantages.gae(reward_BT, value_BT, args.gamma, args.lam)
     add_column(examples, "adv", advantages.whiten(adv_BT, sampled_BT))
-    add_column(examples, "return", return_BT)
+    add_column(examples, "ret", ret_BT)
     _, monte_carlo_BT = advantages.gae(reward_BT, value_BT, args.gamma, lam=1.0)
 
     # ---- update: one optimizer step per minibatch of shuffled prompts
@@ -216,7 +241,7 @@ for step in range(state["step"] + 1, args.steps + 1):
                 log_ratio_N, logp_N, batch["adv"], weight_N, *args.clip
             )
             value_loss, value_metrics = losses.value_loss(
-                value_N, batch["value"], batch["return"], batch.mask_N, args.value_clip
+                value_N, batch["value"], batch["ret"], batch.mask_N, args.value_clip
             )
             loss = policy_loss + args.value_coef * value_loss
             # FSDP averages gradients over ranks: world.size undoes it.

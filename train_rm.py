@@ -1,4 +1,4 @@
-"""Reward modelling: one number for an answer, higher for those that people choose (Bradley-Terry).
+"""Reward modelling: score an answer, higher if people prefer it (Bradley-Terry).
 
     loss = - sum_p log sigmoid(r(x, y_chosen) - r(x, y_rejected) - margin_p) / P
            + centre sum_p (r(x, y_chosen) + r(x, y_rejected))^2 / P            P: pairs of the step
@@ -37,7 +37,8 @@ args = parser.parse_args()
 # -------------------------------------------------------------------------------------------- setup
 world = dist.init(args.device, args.dtype, args.seed)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-# transformers scores the last token that is not padding: a padding token that ends answers is none
+# transformers scores the last token that is not padding: if answers end with the padding token,
+# no token may count as padding
 pad_id = None if tokenizer.pad_id in tokenizer.stop_ids else tokenizer.pad_id
 model = hf.load_scalar_model(
     args.model, world.device, shard=cli.shard(args, world), new_head=True, pad_id=pad_id

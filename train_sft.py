@@ -3,7 +3,7 @@
     loss = - sum_t log p(y_t | x, y_<t) / T     T: trained tokens of the step, over all ranks
 
 --loss dft weighs each token by its own probability, held constant (2508.05629). Rows are rendered
-and encoded once and packed without padding, and no document sees another. --train_on says which of
+and encoded once and packed without padding; no document sees another. --train_on says which of
 their tokens are targets.
 
     python train_sft.py --model Qwen2.5-0.5B --data chats.jsonl --chat_template chatml.jinja
@@ -35,13 +35,23 @@ add(
     "--bins", type=at_least(0), default=0, help="bins of --tokens tokens per step; overrides --rows"
 )
 add("--loss", default="nll", choices=["nll", "dft"])
-add("--train_on", default="assistant", choices=["assistant", "last", "completion", "all"])
+add(
+    "--train_on",
+    default="assistant",
+    choices=["assistant", "last", "completion", "all"],
+    help="which tokens are targets",
+)
 add(
     "--max_length",
     type=at_least(2),
     help="maximum tokens per row; default: --tokens or the model's",
 )
-add("--overlong", default="truncate", choices=["truncate", "split", "drop"], help="longer rows")
+add(
+    "--overlong",
+    default="truncate",
+    choices=["truncate", "split", "drop"],
+    help="what to do with longer rows",
+)
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup

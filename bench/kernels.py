@@ -1,53 +1,48 @@
-"""Log-prob kernels on one GPU: right first, then how fast, beside what others have -> bench/results/kernels.json, .png.
+"""Log-prob kernels on one GPU: right? then how fast, beside others? -> bench/results/kernels.json.
 
     python -m bench.kernels                             # CUDA, bf16, under eight minutes
     TRITON_INTERPRET=1 python -m bench.kernels --try    # anywhere, tiny: does the script work?
 
-Every contestant gives log-probs (and ours entropies) of N tokens and the gradients of hidden and weight for
-per-token upstream gradients, or, where it knows only a scalar loss, for its sum (then part of the gradient is made in
-the forward pass: compare both together). Logits are random, and peaked, where
-kernels that skip small gradients have less to do. Times are medians; memory is the peak above inputs and their
-gradients; the error is that of log-probs against float64 of the same bf16 inputs, on 256 tokens. Peers that are not
-installed are left out, and the result says so: pip install liger-kernel cut-cross-entropy.
+Every contestant gives the log-probs of N tokens (ours their entropies too) and the gradients of
+hidden and weight for per-token upstream gradients. One that knows only a scalar loss gives the
+gradients of its sum, part of which it computes in the forward pass: compare the two passes
+together. Logits are random, and peaked, where kernels that skip small gradients have less to do.
+Times are medians. Memory is the peak above inputs and their gradients. The error is that of the
+log-probs of 256 tokens, against float64 of the same bf16 inputs. Peers that are not installed are
+skipped, and the result says so: pip install liger-kernel cut-cross-entropy.
 """
 
-import argparse
-import json
 import statistics
-import subprocess
 import time
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from bench import common
 from kernels.logprob import logprob_reference, logprob_triton
 from nanopost.logprob import logprob
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [(8192, 151936, 4096), (8192, 151936, 2048), (8192, 128256, 4096), (8192, 256000, 2048)]
+TINY = [(64, 257, 32)]
 
 
-# --------------------------------------------------------------------------------------------------------- contestants
+# ------------------------------------------------------------------------------------- contestants
 def naive(hidden, weight, target):
     return -F.cross_entropy((hidden @ weight.T).float(), target, reduction="none")
 
 
 def chunked(hidden, weight, target):
-    """Cross-entropy of 1,024 tokens at a time, recomputed in the backward pass: what torch.compile is given."""
+    """1,024 tokens at a time, recomputed in the backward pass: what torch.compile is given."""
     parts = zip(hidden.split(1024), target.split(1024))
-    return torch.cat(
-        [
-            torch.utils.checkpoint.checkpoint(naive, h, weight, t, use_reentrant=False)
-            for h, t in parts
-        ]
-    )
+    checkpoint = partial(torch.utils.checkpoint.checkpoint, naive, use_reentrant=False)
+    return torch.cat([checkpoint(h, weight, t) for h, t in parts])
 
 
 def contestants(tiny: bool) -> dict:
-    """name -> f(hidden, weight, target) -> logp_N, or a scalar loss for those that know no other."""
+    """name -> f(hidden, weight, target) -> logp_N, or a scalar where that is all it knows. None: it
+    is not installed."""
     found = {
         "nanopost kernel": lambda *x: logprob_triton(*x, store=False)[0],
         "nanopost kernel, stored": lambda *x: logprob_triton(*x, store=True)[0],
@@ -59,28 +54,23 @@ def contestants(tiny: bool) -> dict:
         return found
     found["chunked, compiled"] = torch.compile(chunked)
     try:
-        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
 
-        found["liger-kernel"] = lambda h, w, t: (
-            -liger_fused_linear_cross_entropy(h, w, t, reduction="sum")
-        )
+        found["liger-kernel"] = lambda h, w, t: -liger(h, w, t, reduction="sum")
     except ImportError:
         found["liger-kernel"] = None
     try:
         from cut_cross_entropy import linear_cross_entropy
 
-        found["cut-cross-entropy"] = lambda h, w, t: (
-            -linear_cross_entropy(h, w, t, reduction="none")
-        )
-        found["cut-cross-entropy, exact"] = lambda h, w, t: (
-            -linear_cross_entropy(h, w, t, reduction="none", impl="cce_exact")
-        )
+        cce = partial(linear_cross_entropy, reduction="none")
+        found["cut-cross-entropy"] = lambda *x: -cce(*x)
+        found["cut-cross-entropy, exact"] = lambda *x: -cce(*x, impl="cce_exact")
     except ImportError:
         found["cut-cross-entropy"] = None
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------- measuring
+# --------------------------------------------------------------------------------------- measuring
 def inputs(shape, peaked, device):
     tokens, vocabulary, width = shape
     generator = torch.Generator(device).manual_seed(0)
@@ -88,7 +78,7 @@ def inputs(shape, peaked, device):
     hidden = torch.randn(tokens, width, generator=generator, device=device)
     weight = torch.randn(vocabulary, width, generator=generator, device=device) / width**0.5
     target = torch.randint(0, vocabulary, (tokens,), generator=generator, device=device)
-    if peaked:  # the target's own direction, so that it holds nearly all the mass
+    if peaked:  # along the target's own direction, so that it has nearly all the mass
         hidden = hidden + 24 * weight[target] / weight[target].norm(dim=1, keepdim=True)
     g = torch.randn(tokens, generator=generator, device=device)
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target, g
@@ -99,7 +89,8 @@ def synchronize():
         torch.cuda.synchronize()
 
 
-def seconds(function, repeats):
+def seconds(function, repeats: int) -> float:
+    """Median time of a call."""
     times = []
     for _ in range(repeats):
         synchronize()
@@ -110,27 +101,38 @@ def seconds(function, repeats):
     return statistics.median(times)
 
 
-def measured(function, shape, peaked, device, repeats):
+def matmul_flops() -> float:
+    """The rate that a large bf16 product reaches on this GPU, in FLOP/s."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a @ b
+    return 2 * 8192**3 / seconds(lambda: a @ b, 20)
+
+
+def measured(function, shape, peaked, device, repeats) -> dict:
     hidden, weight, target, g = inputs(shape, peaked, device)
 
     def both():
         hidden.grad = weight.grad = None
         out = function(hidden, weight, target)
-        ((out * g).sum() if out.ndim else out).backward()
+        loss = (out * g).sum() if out.ndim else out
+        loss.backward()
 
-    both(), both()
+    for _ in range(2):
+        both()
     forward = seconds(lambda: function(hidden, weight, target), repeats)
+    before = 0
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     whole = seconds(both, repeats)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if device == "cuda" else None
-    found = {"forward_ms": 1e3 * forward, "forward_backward_ms": 1e3 * whole, "peak_mb": peak}
+    found = {"forward_ms": 1e3 * forward, "forward_backward_ms": 1e3 * whole, "peak_mb": None}
+    if device == "cuda":
+        found["peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 2**20
     with torch.no_grad():
-        some = slice(0, 256)
-        out = function(hidden[some], weight, target[some])
+        hidden, target = hidden[:256], target[:256]
+        out = function(hidden, weight, target)
         if out.ndim:
-            exact = logprob_reference(hidden[some].double(), weight.double(), target[some])[0]
+            exact = logprob_reference(hidden.double(), weight.double(), target)[0]
             found["rms_error"] = float((out.double() - exact).square().mean().sqrt())
     return found
 
@@ -140,25 +142,47 @@ def check(device):
     for shape in ((300, 1025, 72), (129, 777, 64)):
         hidden, weight, target, g = inputs(shape, False, device)
         target[::3] = -100
-        h = g.flip(0)
-        found = []
-        for function in (
-            logprob_reference,
-            *(partial(logprob_triton, store=store) for store in (False, True)),
-        ):
-            dtype = torch.float64 if function is logprob_reference else hidden.dtype
-            leaves = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
-            logp, entropy = function(*leaves, target)
-            (g * logp + h * entropy).sum().backward()
-            found.append((logp.detach(), entropy.detach(), *(x.grad for x in leaves)))
-        for name, b, *ours in zip(("logp", "entropy", "d_hidden", "d_weight"), *found):
-            gap = max(float((a.double() - b.double()).abs().max() / b.abs().max()) for a in ours)
-            limit = (
-                1e-4 if name in ("logp", "entropy") or device == "cpu" else 1e-2
-            )  # gradients come in bf16
-            print(f"  {shape} {name}: {gap:.1e}", flush=True)
-            if not gap < limit:
-                raise AssertionError(f"{name} is off by {gap:.2g} of its largest value at {shape}")
+        exact = values_and_gradients(logprob_reference, hidden.double(), weight.double(), target, g)
+        for store in (False, True):
+            kernel = partial(logprob_triton, store=store)
+            ours = values_and_gradients(kernel, hidden, weight, target, g)
+            for name, value in ours.items():
+                gap = float((value.double() - exact[name]).abs().max() / exact[name].abs().max())
+                limit = 1e-4
+                if device == "cuda" and name.startswith("d_"):
+                    limit = 1e-2  # bf16
+                print(f"  {shape} store={store} {name}: {gap:.1e}", flush=True)
+                if not gap < limit:
+                    raise AssertionError(f"{name} is off by {gap:.2g} of its maximum at {shape}")
+
+
+def values_and_gradients(function, hidden, weight, target, g) -> dict:
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    logp, entropy = function(hidden, weight, target)
+    (g * logp + g.flip(0) * entropy).sum().backward()
+    return {
+        "logp": logp.detach(),
+        "entropy": entropy.detach(),
+        "d_hidden": hidden.grad,
+        "d_weight": weight.grad,
+    }
+
+
+def compare(shape, kind: str, device, repeats) -> dict:
+    """Every contestant at one shape. None: it is not installed, or out of memory."""
+    found = {}
+    for name, function in contestants(tiny=device == "cpu").items():
+        torch._dynamo.reset()  # otherwise the second shape is compiled for any shape
+        found[name] = None
+        if function is not None:
+            try:
+                found[name] = measured(function, shape, kind == "peaked", device, repeats)
+            except torch.OutOfMemoryError:
+                pass
+        print(shape, kind, name, found[name] or "not installed, or out of memory", flush=True)
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    return found
 
 
 def plot(results, path):
@@ -168,66 +192,44 @@ def plot(results, path):
         1, len(results), figsize=(5 * len(results), 4), layout="constrained", squeeze=False
     )
     for axis, (shape, found) in zip(axes[0], results.items()):
-        names = [n for n, v in found["random"].items() if v]
-        axis.barh(names, [found["random"][n]["forward_backward_ms"] for n in names])
+        times = {n: v["forward_backward_ms"] for n, v in found["random"].items() if v}
+        axis.barh(list(times), list(times.values()))
         axis.axvline(found["floor_ms"], color="tab:red", linestyle="--", linewidth=1)
-        axis.set(
-            title=shape, xlabel="forward and backward, ms (red: 4 matmuls at the measured rate)"
-        )
+        label = "forward and backward, ms (red: 4 matmuls at the measured rate)"
+        axis.set(title=shape, xlabel=label)
     figure.savefig(path, dpi=110)
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--try", action="store_true", dest="tiny")
+    parser = common.parser(__doc__)
+    parser.add_argument("--try", action="store_true", dest="tiny", help="write no results")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/kernels")
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder")
     args = parser.parse_args()
-    device = "cpu" if args.tiny else "cuda"
-    check(device)
-    results, rate = {}, None
-    if device == "cuda":
-        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        a @ b
-        rate = 2 * 8192**3 / seconds(lambda: a @ b, 20)
-        del a, b
-    for shape in [(64, 257, 32)] if args.tiny else SHAPES:
+    if args.tiny:
+        check("cpu")
+        for shape in TINY:
+            for kind in ("random", "peaked"):
+                compare(shape, kind, "cpu", args.repeats)
+        return
+    check("cuda")
+    rate = matmul_flops()
+    torch.cuda.empty_cache()
+    results = {}
+    for shape in SHAPES:
         tokens, vocabulary, width = shape
-        found = results[" x ".join(map(str, shape))] = {
-            "floor_ms": 1e3 * 8 * tokens * vocabulary * width / rate if rate else 0.0
-        }
+        found = {"floor_ms": 1e3 * 8 * tokens * vocabulary * width / rate}
         for kind in ("random", "peaked"):
-            found[kind] = {}
-            for name, function in contestants(args.tiny).items():
-                torch._dynamo.reset()  # else the second shape is compiled for any shape
-                try:
-                    measure = function and measured(
-                        function, shape, kind == "peaked", device, args.repeats
-                    )
-                except torch.OutOfMemoryError:
-                    measure = None
-                found[kind][name] = measure
-                print(shape, kind, name, measure or "not installed, or out of memory", flush=True)
-                if device == "cuda":
-                    torch.cuda.empty_cache()
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
+            found[kind] = compare(shape, kind, "cuda", args.repeats)
+        results[" x ".join(map(str, shape))] = found
     result = {
-        "device": torch.cuda.get_device_name() if rate else "cpu",
-        "matmul_tflops": rate and rate / 1e12,
-        "versions": {n: version(n) for n in ("torch", "triton")},
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
+        "device": torch.cuda.get_device_name(),
+        "matmul_tflops": rate / 1e12,
+        **common.origin("torch", "triton"),
         "results": results,
     }
-    if args.tiny:
-        return
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(results, args.out.with_suffix(".png"))
+    common.save(args.out / "kernels.json", result)
+    plot(results, args.out / "kernels.png")
 
 
 if __name__ == "__main__":

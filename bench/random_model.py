@@ -1,4 +1,4 @@
-"""A random Llama-shaped model around any tokenizer, for runs on real text without weights from a hub."""
+"""A random Llama around any tokenizer, for runs on real text without weights from a hub."""
 
 from pathlib import Path
 
@@ -8,8 +8,9 @@ from nanopost.tokenizer import Tokenizer
 
 
 def write(folder, tokenizer_folder, width: int = 192, layers: int = 4, positions: int = 1024):
-    """tokenizer_folder: with tokenizer.json, and tokenizer_config.json if there is one."""
-    source, tokenizer = Path(tokenizer_folder), Tokenizer.load(tokenizer_folder)
+    """tokenizer_folder: has a tokenizer.json, and perhaps a tokenizer_config.json."""
+    source = Path(tokenizer_folder)
+    tokenizer = Tokenizer.load(source)
     config = Config.of(
         {
             "architectures": ["LlamaForCausalLM"],
@@ -30,10 +31,9 @@ def write(folder, tokenizer_folder, width: int = 192, layers: int = 4, positions
             "eos_token_id": tokenizer.eos_id,
         }
     )
-    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-    hf.save_model(
-        folder,
-        CausalLM(config).init_weights(0).state_dict().items(),
-        config,
-        {name: (source / name).read_bytes() for name in names if (source / name).exists()},
-    )
+    files = {}
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (source / name).exists():
+            files[name] = (source / name).read_bytes()
+    model = CausalLM(config).init_weights(0)
+    hf.save_model(folder, model.state_dict().items(), config, files)

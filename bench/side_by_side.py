@@ -1,130 +1,116 @@
-"""Our scripts beside TRL on the same model, rows and optimizer, interleaved -> ratios in bench/results/cpu_*.json.
+"""Our scripts beside TRL on the same model, rows and optimizer -> bench/results/cpu_*.json.
 
-    python -m bench.side_by_side                        # all of it, on two threads of a CPU, in fp32
+    python -m bench.side_by_side                  # all of it, on two threads of a CPU, in fp32
     python -m bench.side_by_side --work dpo reward --rounds 3
+    python -m bench.side_by_side --try --work sft        # one short round: does the script work?
 
-Each job is a command line, run --rounds times in turn with the others, because a machine's speed drifts: only the
-ratios mean something. A step counts from its third on. Peak memory is the process's largest resident size, less that
-of the same command with --help, which stops behind the imports. This file imports no library: a child's resident size
-begins with its parent's.
+A job is a command line. All jobs take turns, --rounds times, because a machine's speed drifts: only
+the ratios mean something. A step counts from its third on. Peak memory is the largest resident size
+of the process, less that of the same command with --help, which ends after the imports.
 """
 
-import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from bench import common
+from bench.common import flags
+
 THREADS, WARM = 2, 2
 WORK = ["sft", "dpo", "reward", "equal", "ragged"]
-ENVIRONMENT = {
-    **os.environ,
-    "OMP_NUM_THREADS": str(THREADS),
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
+# A process of its own writes the inputs: a child's resident size begins with its parent's, so this
+# one imports no library.
 MAKE = """
 import sys
 from bench import assets
-from nanopost import data
+from nanopost import packing
+
 folder, name = sys.argv[1:]
-changes = {"dpo": {"template": assets.TIGHT}, "reward": {"template": assets.TIGHT}, "equal": {"endless": True},
-           "ragged": {"stop_ids": assets.random_stops()}}.get(name, {})
+changes = {}
+if name in ("dpo", "reward"):
+    changes = {"template": assets.TIGHT}
+elif name == "equal":
+    changes = {"endless": True}
+elif name == "ragged":
+    changes = {"stop_ids": assets.random_stops()}
 tokenizer = assets.make_model(f"{folder}/{name}", **changes)
-make = {"sft": assets.chat_rows, "dpo": assets.pair_rows, "reward": assets.pair_rows}.get(name, assets.prompt_rows)
-rows = make(tokenizer, 700 if name == "sft" else 256)
+if name == "sft":
+    rows = assets.chat_rows(tokenizer, 700)
+elif name in ("dpo", "reward"):
+    rows = assets.pair_rows(tokenizer, 256)
+else:
+    rows = assets.prompt_rows(tokenizer, 256)
+order = packing.take(len(rows), 0, 0, len(rows))
 assets.write_rows(f"{folder}/{name}.jsonl", rows)
-assets.write_rows(f"{folder}/{name}-ordered.jsonl", [rows[i] for i in data.take(len(rows), 0, 0, len(rows))])
+assets.write_rows(f"{folder}/{name}-ordered.jsonl", [rows[i] for i in order])
 assets.write_rows(f"{folder}/{name}-held-out.jsonl", rows[:4])
 """
 
 
-# ------------------------------------------------------------------------------------------------------------- commands
+# ------------------------------------------------------------------------------------ command lines
+def ours(folder, name, **values):
+    """What our scripts get in all jobs."""
+    return flags(
+        eval_data=f"{folder}/{name}-held-out.jsonl",
+        out=f"{folder}/out",
+        overwrite=True,
+        warmup=0,
+        save_every=0,
+        eval_every=0,
+        **values,
+    )
+
+
 def sft_jobs(folder, steps):
-    """Steps of about 4,096 tokens: TRL's in 8 bins of 512, ours in bins of `tokens`. As it comes, TRL recomputes
-    activations in the backward pass, which is slower and smaller: "recompute", which ours does with --checkpointing."""
-    common = [
-        "--model",
-        f"{folder}/sft",
-        "--data",
-        f"{folder}/sft.jsonl",
-        "--steps",
-        steps,
-        "--lr",
-        1e-4,
-    ]
-    theirs = ["-m", "bench.trl_sft", *common]
-    one = [*theirs, "--packing", "--batch", 1, "--accumulate", 8]
+    """Steps of about 4,096 tokens: TRL's in 8 bins of 512, ours in bins of --tokens.
+
+    By default TRL recomputes activations in the backward pass, which is slower and takes less
+    memory: "recompute", which ours does with --checkpointing.
+    """
+    shared = flags(model=f"{folder}/sft", data=f"{folder}/sft.jsonl", steps=steps, lr=1e-4)
+    theirs = ["-m", "bench.trl_sft", *shared, "--packing"]
+    whole = [*theirs, *flags(batch=8)]
+    one = [*theirs, *flags(batch=1, accumulate=8)]
     jobs = {
-        "trl packed 8 x 512, recompute": [*theirs, "--packing", "--batch", 8, "--recompute"],
-        "trl packed 8 x 512": [*theirs, "--packing", "--batch", 8],
+        "trl packed 8 x 512, recompute": [*whole, "--recompute"],
+        "trl packed 8 x 512": whole,
         "trl packed 1 x 512 x 8": one,
         "trl packed 1 x 512 x 8, recompute": [*one, "--recompute"],
     }
-    mine = {
-        n: [
-            "train_sft.py",
-            *common,
-            *ours(folder, "sft"),
-            "--tokens",
-            n,
-            "--bins",
-            4096 // n,
-            "--max_length",
-            512,
-        ]
-        for n in (512, 1024, 2048)
-    }
-    return {
-        **jobs,
-        **{f"nanopost --tokens {n}": job for n, job in mine.items()},
-        "nanopost --tokens 512, recompute": [*mine[512], "--checkpointing"],
-    }
+    for tokens in (512, 1024, 2048):
+        own = ours(folder, "sft", tokens=tokens, bins=4096 // tokens, max_length=512)
+        jobs[f"nanopost --tokens {tokens}"] = ["train_sft.py", *shared, *own]
+    jobs["nanopost --tokens 512, recompute"] = [*jobs["nanopost --tokens 512"], "--checkpointing"]
+    return jobs
 
 
 def dpo_jobs(folder, steps):
-    """8 pairs a step, the reference a frozen copy, or its log-probs computed before the first step."""
-    common = [
-        "--model",
-        f"{folder}/dpo",
-        "--data",
-        f"{folder}/dpo.jsonl",
-        "--steps",
-        steps,
-        "--lr",
-        1e-5,
-    ]
-    theirs = ["-m", "bench.trl_preference", "dpo", *common, "--data", f"{folder}/dpo-ordered.jsonl"]
-    mine = [
-        "train_dpo.py",
-        *common,
-        *ours(folder, "dpo"),
-        "--rows",
-        8,
-        "--cache",
-        f"{folder}/cache",
-        "--reference",
-    ]
+    """8 pairs a step; the reference is a frozen copy, or its log-probs, computed before step 1."""
+    shared = flags(model=f"{folder}/dpo", steps=steps, lr=1e-5)
+    data = flags(data=f"{folder}/dpo-ordered.jsonl")
+    theirs = ["-m", "bench.trl_preference", "dpo", *shared, *data]
     jobs = {}
     for batch in (2, 1):
-        size = ["--batch", batch, "--accumulate", 8 // batch]
-        jobs[f"trl {batch} x {8 // batch}"] = theirs + size
-        jobs[f"trl {batch} x {8 // batch}, precomputed"] = [*theirs, *size, "--precompute"]
+        name = f"trl {batch} x {8 // batch}"
+        jobs[name] = [*theirs, *flags(batch=batch, accumulate=8 // batch)]
+        jobs[f"{name}, precomputed"] = [*jobs[name], "--precompute"]
     for tokens in (1024, 2048):
-        jobs[f"nanopost --tokens {tokens}"] = [*mine, "frozen", "--tokens", tokens]
-        jobs[f"nanopost --tokens {tokens}, precomputed"] = [
-            *mine,
-            "precomputed",
-            "--tokens",
-            tokens,
-        ]
+        for reference, suffix in (("frozen", ""), ("precomputed", ", precomputed")):
+            own = ours(
+                folder,
+                "dpo",
+                data=f"{folder}/dpo.jsonl",
+                rows=8,
+                reference=reference,
+                cache=f"{folder}/cache",
+                tokens=tokens,
+            )
+            jobs[f"nanopost --tokens {tokens}{suffix}"] = ["train_dpo.py", *shared, *own]
     jobs["trl 1 x 8, recompute"] = [*jobs["trl 1 x 8"], "--recompute"]
     jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], "--checkpointing"]
     return jobs
@@ -132,289 +118,234 @@ def dpo_jobs(folder, steps):
 
 def reward_jobs(folder, steps):
     """8 pairs a step."""
-    common = [
-        "--model",
-        f"{folder}/reward",
-        "--data",
-        f"{folder}/reward.jsonl",
-        "--steps",
-        steps,
-        "--lr",
-        1e-5,
-    ]
-    theirs = [
-        "-m",
-        "bench.trl_preference",
-        "reward",
-        *common,
-        "--data",
-        f"{folder}/reward-ordered.jsonl",
-    ]
-    jobs = {
-        f"trl {batch} x {8 // batch}": [*theirs, "--batch", batch, "--accumulate", 8 // batch]
-        for batch in (2, 1)
-    }
+    shared = flags(model=f"{folder}/reward", steps=steps, lr=1e-5)
+    data = flags(data=f"{folder}/reward-ordered.jsonl")
+    theirs = ["-m", "bench.trl_preference", "reward", *shared, *data]
+    jobs = {}
+    for batch in (2, 1):
+        size = flags(batch=batch, accumulate=8 // batch)
+        jobs[f"trl {batch} x {8 // batch}"] = [*theirs, *size]
     jobs["trl 1 x 8, recompute"] = [*jobs["trl 1 x 8"], "--recompute"]
     for tokens in (1024, 2048):
-        jobs[f"nanopost --tokens {tokens}"] = [
-            "train_rm.py",
-            *common,
-            *ours(folder, "reward"),
-            "--rows",
-            8,
-            "--tokens",
-            tokens,
-        ]
+        own = ours(folder, "reward", data=f"{folder}/reward.jsonl", rows=8, tokens=tokens)
+        jobs[f"nanopost --tokens {tokens}"] = ["train_rm.py", *shared, *own]
     jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], "--checkpointing"]
     return jobs
 
 
 def grpo_jobs(folder, name, steps):
     """8 prompts x 8 completions of up to 128 tokens, one optimizer step on them."""
-    common = [
-        "--model",
-        f"{folder}/{name}",
-        "--data",
-        f"{folder}/{name}.jsonl",
-        "--steps",
-        steps,
-        "--lr",
-        1e-5,
-        "--weight_decay",
-        0.0,
-        "--group",
-        8,
-        "--max_new_tokens",
-        128,
-    ]
-    theirs = ["-m", "bench.trl_grpo", *common]
+    shared = flags(
+        model=f"{folder}/{name}",
+        data=f"{folder}/{name}.jsonl",
+        steps=steps,
+        lr=1e-5,
+        weight_decay=0.0,
+        group=8,
+        max_new_tokens=128,
+    )
+    theirs = ["-m", "bench.trl_grpo", *shared]
     jobs = {
-        "trl 16 x 4": [*theirs, "--batch", 16, "--accumulate", 4],
-        "trl 8 x 8": [*theirs, "--batch", 8, "--accumulate", 8],
-        "trl 8 x 8, recompute": [*theirs, "--batch", 8, "--accumulate", 8, "--recompute"],
+        "trl 16 x 4": [*theirs, *flags(batch=16, accumulate=4)],
+        "trl 8 x 8": [*theirs, *flags(batch=8, accumulate=8)],
+        "trl 8 x 8, recompute": [*theirs, *flags(batch=8, accumulate=8), "--recompute"],
     }
+    reward = common.ROOT / "bench/reward.py:length_modulo_7"
     for tokens in (1024, 2048):
-        jobs[f"nanopost --tokens {tokens}"] = [
-            "train_grpo.py",
-            *common,
-            *ours(folder, name),
-            "--prompts",
-            8,
-            "--minibatches",
-            1,
-            "--tokens",
-            tokens,
-            "--reward",
-            ROOT / "bench/reward.py:length_modulo_7",
-        ]
+        own = ours(folder, name, prompts=8, minibatches=1, tokens=tokens, reward=reward)
+        jobs[f"nanopost --tokens {tokens}"] = ["train_grpo.py", *shared, *own]
     jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], "--checkpointing"]
     return jobs
 
 
-def ours(folder, name):
-    return [
-        "--eval_data",
-        f"{folder}/{name}-held-out.jsonl",
-        "--out",
-        f"{folder}/out",
-        "--overwrite",
-        "--schedule",
-        "constant",
-        "--warmup",
-        0,
-        "--save_every",
-        0,
-        "--eval_every",
-        1000,
-    ]
+def jobs_of(name, folder, steps, grpo_steps):
+    """{job: command line}: those of ours begin with nanopost, the others with trl."""
+    if name == "sft":
+        return sft_jobs(folder, steps)
+    if name == "dpo":
+        return dpo_jobs(folder, steps)
+    if name == "reward":
+        return reward_jobs(folder, steps)
+    return grpo_jobs(folder, name, grpo_steps)
 
 
-# ---------------------------------------------------------------------------------------------------------- measuring
-def run(command):
-    """-> (stdout, largest resident size in MB) of a Python command line."""
+# ---------------------------------------------------------------------------------------- measuring
+def run(command) -> tuple[str, float]:
+    """Run python with this command line -> (stdout, largest resident size in MB)."""
+    environment = os.environ | common.OFFLINE | {"OMP_NUM_THREADS": str(THREADS)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, *map(str, command)],
-            cwd=ROOT,
-            env=ENVIRONMENT,
+            cwd=common.ROOT,
+            env=environment,
             stdout=out,
             stderr=errors,
             text=True,
         )
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0), errors.seek(0)
+        out.seek(0)
+        errors.seek(0)
         if process.returncode:
             raise RuntimeError(f"{' '.join(map(str, command))}\n{errors.read()[-3000:]}")
         return out.read(), usage.ru_maxrss / 1024
 
 
-def imports_mb(command):
+def imports_mb(command) -> float:
     script = command[:2] if command[0] == "-m" else command[:1]
-    return run([*script, "--help"])[1]
+    _, peak = run([*script, "--help"])
+    return peak
 
 
-def measure(command):
-    """One run -> seconds and tokens of each step behind the warm-up, its parts, and peak memory."""
-    if "--cache" in command:  # as TRL does, each run computes its reference itself
-        shutil.rmtree(command[command.index("--cache") + 1], ignore_errors=True)
+def value_of(command, flag) -> str:
+    return command[command.index(flag) + 1]
+
+
+def measure(command) -> dict:
+    """One run -> seconds and tokens of each step after the warm-up, its parts, and peak memory."""
+    if "--cache" in command:  # like TRL, each run computes its own reference
+        shutil.rmtree(value_of(command, "--cache"), ignore_errors=True)
     stdout, peak = run(command)
     if command[0] == "-m":
-        steps = json.loads(stdout.splitlines()[-1])
-        keys = ("seconds", "tokens", "generate_seconds")
-        found = {key: steps[key] for key in keys if key in steps}
+        result = json.loads(stdout.splitlines()[-1])
+        names = [name for name in ("seconds", "tokens", "generate_seconds") if name in result]
+        steps = {name: result[name] for name in names}
     else:
-        out = Path(command[command.index("--out") + 1])
-        steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()][1:]
-        seen = [0, *(m["num_tokens"] for m in steps)]
-        tokens = [b - a for a, b in zip(seen, seen[1:])]
-        found = {
-            "seconds": [n / m["tokens_per_second"] for n, m in zip(tokens, steps)],
-            "tokens": tokens,
-        }
-        if "time/rollout" in steps[0]:
-            found["generate_seconds"] = [m["time/rollout"] for m in steps]
-    return {**{key: values[WARM:] for key, values in found.items()}, "peak_mb": peak}
+        steps = our_steps(value_of(command, "--out"))
+    return {**{name: values[WARM:] for name, values in steps.items()}, "peak_mb": peak}
 
 
-def summary(rounds, imports):
-    """Medians over the rounds: of each round the median step, tokens over seconds, and peak above the imports."""
+def our_steps(out) -> dict[str, list[float]]:
+    logged = common.metrics(out)[1:]
+    seen = [0, *(m["num_tokens"] for m in logged)]
+    tokens = [after - before for before, after in zip(seen, seen[1:])]
+    seconds = [n / m["tokens_per_second"] for n, m in zip(tokens, logged)]
+    steps = {"seconds": seconds, "tokens": tokens}
+    if "time/rollout" in logged[0]:
+        steps["generate_seconds"] = [m["time/rollout"] for m in logged]
+    return steps
 
-    def median(of_round):
-        return statistics.median(of_round(r) for r in rounds)
 
-    found = {
-        "step_seconds": median(lambda r: statistics.median(r["seconds"])),
-        "tokens_per_second": median(lambda r: sum(r["tokens"]) / sum(r["seconds"])),
-        "tokens_per_step": median(lambda r: statistics.mean(r["tokens"])),
-        "peak_mb": median(lambda r: r["peak_mb"]) - imports,
+def summary(rounds: list[dict], imports: float) -> dict:
+    """Medians over the rounds: of the median step, of tokens over seconds, and of the peak."""
+    median = statistics.median
+    steps = [median(r["seconds"]) for r in rounds]
+    speeds = [sum(r["tokens"]) / sum(r["seconds"]) for r in rounds]
+    sizes = [statistics.mean(r["tokens"]) for r in rounds]
+    result = {
+        "step_seconds": median(steps),
+        "tokens_per_second": median(speeds),
+        "tokens_per_step": median(sizes),
+        "peak_mb": median([r["peak_mb"] for r in rounds]) - imports,
+        "imports_mb": imports,
+        "rounds": rounds,
     }
     if "generate_seconds" in rounds[0]:
-        found["generate_seconds"] = median(lambda r: statistics.median(r["generate_seconds"]))
-    return {**found, "imports_mb": imports, "rounds": rounds}
+        result["generate_seconds"] = median([median(r["generate_seconds"]) for r in rounds])
+    return result
 
 
-def interleaved(jobs, rounds):
-    """Every job once a round, beginning with another one each time -> name: summary."""
-    names, runs = list(jobs), {name: [] for name in jobs}
+def interleaved(jobs: dict, rounds: int) -> dict[str, dict]:
+    """Run every job once a round, each round starting with another one -> {job: summary}."""
+    names = list(jobs)
+    runs = {name: [] for name in names}
     for k in range(rounds):
-        for name in names[k % len(names) :] + names[: k % len(names)]:
-            runs[name].append(measure(jobs[name]))
-            print(
-                f"  round {k + 1}  {name:34s} {statistics.median(runs[name][-1]['seconds']):.3f} s",
-                flush=True,
-            )
+        first = k % len(names)
+        for name in names[first:] + names[:first]:
+            measured = measure(jobs[name])
+            runs[name].append(measured)
+            step = statistics.median(measured["seconds"])
+            print(f"  round {k + 1}  {name:34s} {step:.3f} s", flush=True)
     return {name: summary(runs[name], imports_mb(jobs[name])) for name in names}
 
 
-# ------------------------------------------------------------------------------------------------------------- ratios
-def ratios(found, key, best):
-    """The best of ours against the best of TRL's -> a dictionary that names both."""
-    ours, theirs = (
-        {n: v[key] for n, v in found.items() if n.startswith(side)} for side in ("nanopost", "trl")
-    )
-    mine, other = best(ours, key=ours.get), best(theirs, key=theirs.get)
-    high, low = max(ours[mine], theirs[other]), min(ours[mine], theirs[other])
-    better = ours[mine] == best(ours[mine], theirs[other])
-    return {"ours": mine, "theirs": other, "better_by": high / low if better else low / high}
+# ------------------------------------------------------------------------------------------- ratios
+def ratio(jobs: dict, key: str, best=min) -> dict:
+    """The best of ours against the best of TRL's; above 1: ours is better."""
+    values = {name: job[key] for name, job in jobs.items()}
+    mine = best((name for name in values if name.startswith("nanopost")), key=values.get)
+    other = best((name for name in values if name.startswith("trl")), key=values.get)
+    better_by = values[mine] / values[other]
+    if best is min:
+        better_by = 1 / better_by
+    return {"ours": mine, "theirs": other, "better_by": better_by}
 
 
-def compared(name, found):
+def ratios(name: str, jobs: dict) -> dict[str, dict]:
     if name == "dpo":
-        parts = [
-            {n: v for n, v in found.items() if ("precomputed" in n) == precomputed}
-            for precomputed in (False, True)
-        ]
+        precomputed = {n: job for n, job in jobs.items() if "precomputed" in n}
+        frozen = {n: job for n, job in jobs.items() if n not in precomputed}
         return {
-            f"{what}, {reference}": ratios(part, key, min)
-            for reference, part in zip(("frozen", "precomputed"), parts)
-            for what, key in (("step", "step_seconds"), ("peak", "peak_mb"))
+            "step, frozen": ratio(frozen, "step_seconds"),
+            "peak, frozen": ratio(frozen, "peak_mb"),
+            "step, precomputed": ratio(precomputed, "step_seconds"),
+            "peak, precomputed": ratio(precomputed, "peak_mb"),
         }
-    if name == "reward":
-        return {"step": ratios(found, "step_seconds", min), "peak": ratios(found, "peak_mb", min)}
-    if name != "sft":
+    if name == "sft":
+        default = "trl packed 8 x 512, recompute"
+        against_default = {
+            n: job for n, job in jobs.items() if n.startswith("nanopost") or n == default
+        }
         return {
-            "step": ratios(found, "step_seconds", min),
-            "generation": ratios(found, "generate_seconds", min),
-            "peak": ratios(found, "peak_mb", min),
+            "tokens_per_second": ratio(jobs, "tokens_per_second", max),
+            "peak": ratio(jobs, "peak_mb"),
+            "tokens_per_second, TRL's defaults": ratio(against_default, "tokens_per_second", max),
+            "peak, TRL's defaults": ratio(against_default, "peak_mb"),
         }
-    default = {
-        n: v
-        for n, v in found.items()
-        if n.startswith("nanopost") or n == "trl packed 8 x 512, recompute"
-    }
-    return {
-        "tokens_per_second": ratios(found, "tokens_per_second", max),
-        "peak": ratios(found, "peak_mb", min),
-        "tokens_per_second, TRL as it comes": ratios(default, "tokens_per_second", max),
-        "peak, TRL as it comes": ratios(default, "peak_mb", min),
-    }
+    found = {"step": ratio(jobs, "step_seconds"), "peak": ratio(jobs, "peak_mb")}
+    if name in ("equal", "ragged"):
+        found["generation"] = ratio(jobs, "generate_seconds")
+    return found
 
 
-def table(found):
-    for name, v in found.items():
-        generate = f"  generate {v['generate_seconds']:.2f} s" if "generate_seconds" in v else ""
-        print(
-            f"  {name:34s} {v['tokens_per_second']:7,.0f} tokens/s  step {v['step_seconds']:.3f} s{generate}  "
-            f"peak {v['peak_mb']:5,.0f} MB"
-        )
-
-
-def versions():
-    names = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
-    code = f"import importlib.metadata as m; print({{n: m.version(n) for n in {names}}})"
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
-    return {
-        "python": platform.python_version(),
-        **eval(run(["-c", code])[0]),
-        "commit": commit.stdout.strip(),
-    }
+def print_table(jobs: dict):
+    for name, job in jobs.items():
+        speed, step = job["tokens_per_second"], job["step_seconds"]
+        parts = [f"  {name:34s} {speed:7,.0f} tokens/s", f"step {step:.3f} s"]
+        if "generate_seconds" in job:
+            parts.append(f"generate {job['generate_seconds']:.2f} s")
+        parts.append(f"peak {job['peak_mb']:5,.0f} MB")
+        print("  ".join(parts))
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.parser(__doc__)
+    parser.add_argument("--try", action="store_true", dest="tiny", help="write no results")
     parser.add_argument("--work", nargs="+", default=WORK, choices=WORK)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--grpo_steps", type=int, default=5)
-    parser.add_argument("--out", default=ROOT / "bench/results", help="folder")
+    parser.add_argument("--out", default=common.RESULTS, type=Path, help="folder")
     args = parser.parse_args()
-    common = {
-        "versions": versions(),
-        "date": time.strftime("%Y-%m-%d"),
-        "settings": {
-            "model": "Qwen3, 4 layers, 256 wide, vocabulary 4,096, random weights",
-            "device": "cpu",
-            "threads": THREADS,
-            "cores": os.cpu_count(),
-            "precision": "fp32",
-            "optimizer": "AdamW (fused), gradient clipped at 1",
-            "rounds": args.rounds,
-            "warm-up steps": WARM,
-            "steps": args.steps,
-            "grpo_steps": args.grpo_steps,
-        },
+    if args.tiny:
+        args.rounds, args.steps, args.grpo_steps = 1, WARM + 1, WARM + 1
+    settings = {
+        "model": "Qwen3, 4 layers, 256 wide, vocabulary 4,096, random weights",
+        "device": "cpu",
+        "threads": THREADS,
+        "cores": os.cpu_count(),
+        "precision": "fp32",
+        "optimizer": "AdamW (fused), gradient clipped at 1",
+        "rounds": args.rounds,
+        "warm-up steps": WARM,
+        "steps": args.steps,
+        "grpo_steps": args.grpo_steps,
     }
+    packages = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
+    origin = common.origin(*packages)
     with tempfile.TemporaryDirectory() as folder:
         for name in args.work:
             print(name, flush=True)
             run(["-c", MAKE, folder, name])
-            make = {"sft": sft_jobs, "dpo": dpo_jobs, "reward": reward_jobs}.get(name)
-            jobs = make(folder, args.steps) if make else grpo_jobs(folder, name, args.grpo_steps)
-            found = interleaved(jobs, args.rounds)
-            table(found)
-            found_ratios = compared(name, found)
-            for what, ratio in found_ratios.items():
-                print(
-                    f"  {what}: {ratio['better_by']:.2f} x better  ({ratio['ours']}; {ratio['theirs']})"
-                )
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            text = json.dumps({**common, "ratios": found_ratios, "jobs": found}, indent=1)
-            Path(args.out, f"cpu_{name}.json").write_text(text + "\n")
+            jobs = interleaved(jobs_of(name, folder, args.steps, args.grpo_steps), args.rounds)
+            print_table(jobs)
+            found = ratios(name, jobs)
+            for what, r in found.items():
+                pair = f"({r['ours']}; {r['theirs']})"
+                print(f"  {what}: {r['better_by']:.2f} x better  {pair}")
+            if not args.tiny:
+                result = {**origin, "settings": settings, "ratios": found, "jobs": jobs}
+                common.save(args.out / f"cpu_{name}.json", result)
 
 
 if __name__ == "__main__":

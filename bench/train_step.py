@@ -1,77 +1,79 @@
-"""Whole steps of every script, a random model of Qwen2.5-1.5B's shape, one GPU -> bench/results/train_step.json.
+"""Whole steps of every script, a random Qwen2.5-1.5B -> bench/results/train_step.json.
 
-    python -m bench.train_step                          # CUDA, bf16; --only sft for one of them
-    python -m bench.train_step --try                    # anywhere, a tiny model: does the script work?
+    python -m bench.train_step                    # one GPU, bf16; --only sft for one of them
+    python -m bench.train_step --try              # anywhere, a tiny model: does the script work?
 
-Where TRL is installed its trainers take the same steps beside ours, in bf16 over fp32 weights like ours, packed to the
-same bins in SFT, with transformers' generate in GRPO.
+If TRL is installed its trainers take the same steps: in bf16 over fp32 weights like ours, packed
+into the same bins in SFT, with transformers' generate in GRPO.
 
-Model FLOPs: 6 for each weight of the blocks and token, 6 for each weight of the head and trained token, and causal
-attention; what is recomputed counts nothing. Utilisation is of the rate that a large matrix product reaches on the same
-machine just before. Steps count from the third on, whole, optimizer included; memory is the peak of what torch
-allocates. The profile is of one more run: the operators that take the most time, in bench/results/train_step_*.txt.
-"policy loss" is GRPO's of a micro-batch with everything on (correction, clip, KL, sums), from log-probs to their
-gradients: what a fused kernel for it could save at most.
+Model FLOPs: 6 per token and weight of the blocks, 6 per trained token and weight of the head, and
+causal attention; recomputation counts nothing. Utilisation is relative to the rate that a large
+matrix product reaches on the same machine just before. Steps count from the third on, whole, the
+optimizer included. Memory is the peak of what torch allocates. The profile is of another run: the
+operators that take the most time, in bench/results/train_step_*.txt. "policy loss" is GRPO's for
+one micro-batch with everything on (correction, clip, KL, sums), from log-probs to their gradients:
+what a fused kernel for it could save at most.
 """
 
-import argparse
 import importlib.util
 import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
-from bench.kernels import seconds
-from nanopost import hf, losses, toy
+from bench import common
+from bench.common import flags
+from bench.kernels import matmul_flops, seconds
+from nanopost import hf, losses
+from nanopost.batch import Sequences
 from nanopost.model import CausalLM, Config
+from runs import toy
 
-ROOT = Path(__file__).resolve().parents[1]
 WARM = 2
-# Runs a script as `python script` does, and says afterwards what torch held at most.
+REWARD = common.ROOT / "bench/reward.py:length_modulo_7"
+# Runs a script as `python script` does, then prints the peak of torch's memory.
 CHILD = """
-import json, runpy, sys
+import runpy, sys
 import torch
 profile, script, *arguments = sys.argv[1:]
 sys.argv = [script, *arguments]
 if profile:
-    from torch.profiler import ProfilerActivity as Activity, profile as profiled
-    cuda = torch.cuda.is_available()
-    with profiled(activities=[Activity.CUDA if cuda else Activity.CPU], acc_events=True) as found:
+    from torch.profiler import ProfilerActivity, profile as profiled
+    activity, by = ProfilerActivity.CPU, "self_cpu_time_total"
+    if torch.cuda.is_available():
+        activity, by = ProfilerActivity.CUDA, "self_cuda_time_total"
+    with profiled(activities=[activity], acc_events=True) as found:
         runpy.run_path(script, run_name="__main__")
-    by = "self_cuda_time_total" if cuda else "self_cpu_time_total"
-    open(profile, "w").write(found.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=70))
+    events = found.key_averages()
+    with open(profile, "w") as file:
+        file.write(events.table(sort_by=by, row_limit=25, max_name_column_width=70))
 else:
     runpy.run_path(script, run_name="__main__")
 print(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else 0.0)
 """
 
 
+# ------------------------------------------------------------------------------------------- inputs
 def shape(tiny: bool) -> Config:
-    sizes = (
-        dict(
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            vocab_size=512,
-        )
-        if tiny
-        else dict(
-            hidden_size=1536,
-            intermediate_size=8960,
-            num_hidden_layers=28,
-            num_attention_heads=12,
-            vocab_size=151936,
-        )
-    )
+    sizes = {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "vocab_size": 151936,
+    }
+    if tiny:
+        sizes = {
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": 512,
+        }
     return Config.of(
         {
             "architectures": ["Qwen2ForCausalLM"],
@@ -91,156 +93,61 @@ def shape(tiny: bool) -> Config:
     )
 
 
-def write_inputs(folder: Path, config: Config, longest: int) -> dict:
-    """Model, chats, pairs and prompts, a byte a token -> {"mean": tokens, "square": tokens^2} of a chat row."""
+def write_inputs(folder: Path, config: Config, longest: int) -> list[int]:
+    """Write a model, chats, pairs and prompts, a byte per token -> tokens of each chat row."""
     model = CausalLM(config).init_weights(0)
     hf.save_model(folder / "model", model.state_dict().items(), config, toy.tokenizer_files())
     draw = random.Random(0)
 
-    def text(log_mean):
-        length = int(min(longest, max(16, draw.lognormvariate(log_mean, 0.7))))
-        return "".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=length))
-
     def said(role, log_mean):
-        return [{"role": role, "content": text(log_mean)}]
+        length = int(min(longest, max(16, draw.lognormvariate(log_mean, 0.7))))
+        text = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz ", k=length))
+        return [{"role": role, "content": text}]
 
-    def write(name, count, make):
-        rows = [make() for _ in range(count)]
+    chats, pairs, prompts = [], [], []
+    for _ in range(4000):
+        chats.append({"messages": said("user", 4) + said("assistant", 6.5)})
+    for _ in range(1000):
+        prompt, chosen, rejected = said("user", 5), said("assistant", 6), said("assistant", 6)
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    for _ in range(400):
+        prompts.append({"prompt": said("user", 5)})
+    for name, rows in (("chats", chats), ("pairs", pairs), ("prompts", prompts)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return rows
+    lengths = []
+    for row in chats:
+        question, answer = (len(message["content"]) for message in row["messages"])
+        lengths.append(question + answer + 3)  # with the two roles and the end
+    return lengths
 
-    chats = write("sft", 4000, lambda: {"messages": said("user", 4) + said("assistant", 6.5)})
-    write(
-        "dpo",
-        1000,
-        lambda: {
-            "prompt": said("user", 5),
-            "chosen": said("assistant", 6),
-            "rejected": said("assistant", 6),
-        },
+
+# ------------------------------------------------------------------------------------ command lines
+def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
+    """name -> command line. Steps of SFT hold 64k tokens in packed bins of 8k."""
+    tokens, bins, rows, prompts, ppo_prompts, completion = 8192, 8, 32, 32, 256, 512
+    if tiny:
+        tokens, bins, rows, prompts, ppo_prompts, completion = 512, 2, 8, 4, 8, 16
+    shared = flags(
+        model=folder / "model",
+        lr=1e-6,
+        warmup=0,
+        holdout=2,
+        save_every=0,
+        eval_every=0,
+        out=folder / "out",
+        overwrite=True,
+        tokens=tokens,
+        device="cpu" if tiny else None,
     )
-    write("grpo", 400, lambda: {"prompt": said("user", 5)})
-    lengths = [sum(len(m["content"]) + 1 for m in row["messages"]) + 1 for row in chats]
-    return {"mean": statistics.mean(lengths), "square": statistics.mean(n * n for n in lengths)}
-
-
-def jobs(folder: Path, tiny: bool) -> dict[str, list]:
-    """name -> command line. SFT steps hold 64k tokens in packed bins of 8k."""
-    tokens, bins, completion = (512, 2, 16) if tiny else (8192, 8, 512)
-    device = ["--device", "cpu"] if tiny else []
-    common = [
-        "--model",
-        folder / "model",
-        "--lr",
-        1e-6,
-        "--schedule",
-        "constant",
-        "--warmup",
-        0,
-        "--holdout",
-        2,
-        "--save_every",
-        0,
-        "--eval_every",
-        0,
-        "--overwrite",
-        "--tokens",
-        tokens,
-        *device,
-    ]
-    sft = [
-        "train_sft.py",
-        "--data",
-        folder / "sft.jsonl",
-        "--bins",
-        bins,
-        "--train_on",
-        "all",
-        *common,
-    ]
-    dpo = ["train_dpo.py", "--data", folder / "dpo.jsonl", "--rows", 8 if tiny else 32, *common]
-    grpo = [
-        "train_grpo.py",
-        "--data",
-        folder / "grpo.jsonl",
-        "--prompts",
-        4 if tiny else 32,
-        "--group",
-        8,
-        "--max_new_tokens",
-        completion,
-        "--reward",
-        ROOT / "bench/reward.py:length_modulo_7",
-        *common,
-    ]
-    rm = ["train_rm.py", "--data", folder / "dpo.jsonl", "--rows", 8 if tiny else 32, *common]
-    ppo = [
-        "train_ppo.py",
-        "--data",
-        folder / "grpo.jsonl",
-        "--prompts",
-        8 if tiny else 256,
-        "--max_new_tokens",
-        completion,
-        "--reward",
-        ROOT / "bench/reward.py:length_modulo_7",
-        *common,
-    ]
-    common = [
-        "--model",
-        folder / "model",
-        "--lr",
-        1e-6,
-        "--device",
-        "cpu" if tiny else "cuda",
-        "--dtype",
-        "bf16",
-    ]
-    theirs = {
-        "sft, TRL": [
-            "bench/trl_sft.py",
-            "--data",
-            folder / "sft.jsonl",
-            "--packing",
-            "--max_length",
-            tokens,
-            "--batch",
-            1,
-            "--accumulate",
-            bins,
-            "--train_on",
-            "all",
-            *common,
-        ],
-        "dpo, TRL": [
-            "bench/trl_preference.py",
-            "dpo",
-            "--data",
-            folder / "dpo.jsonl",
-            "--max_length",
-            tokens,
-            "--batch",
-            4,
-            "--accumulate",
-            2 if tiny else 8,
-            *common,
-        ],
-        "grpo, TRL": [
-            "bench/trl_grpo.py",
-            "--data",
-            folder / "grpo.jsonl",
-            "--max_new_tokens",
-            completion,
-            "--batch",
-            16,
-            "--accumulate",
-            2 if tiny else 16,
-            *common,
-        ],
-    }
-    if importlib.util.find_spec("trl") is None:
-        print("TRL is not installed: nothing is measured beside it")
-        theirs = {}
+    chats, pairs, prompt_file = (folder / f"{n}.jsonl" for n in ("chats", "pairs", "prompts"))
+    sampled = flags(data=prompt_file, max_new_tokens=completion, reward=REWARD)
+    sft = ["train_sft.py", *shared, *flags(data=chats, bins=bins, train_on="all")]
+    dpo = ["train_dpo.py", *shared, *flags(data=pairs, rows=rows)]
+    kto = ["train_kto.py", *shared, *flags(data=pairs, rows=rows)]
+    rm = ["train_rm.py", *shared, *flags(data=pairs, rows=rows)]
+    online = ["train_online_dpo.py", *shared, *sampled, *flags(prompts=prompts, group=4)]
+    grpo = ["train_grpo.py", *shared, *sampled, *flags(prompts=prompts, group=8)]
+    ppo = ["train_ppo.py", *shared, *sampled, *flags(prompts=ppo_prompts)]
     return {
         "sft": sft,
         "sft, --kernels torch": [*sft, "--kernels", "torch"],
@@ -248,147 +155,155 @@ def jobs(folder: Path, tiny: bool) -> dict[str, list]:
         "sft, --checkpointing": [*sft, "--checkpointing"],
         "dpo": dpo,
         "dpo, --kernels torch": [*dpo, "--kernels", "torch"],
+        "kto": kto,
+        "online_dpo": online,
         "grpo": grpo,
         "rm": rm,
         "ppo": ppo,
-        **theirs,
     }
 
 
+def trl_jobs(folder: Path, tiny: bool) -> dict[str, list]:
+    """The same steps by TRL's trainers."""
+    tokens, bins, pair_parts, group_parts, completion = 8192, 8, 8, 16, 512
+    if tiny:
+        tokens, bins, pair_parts, group_parts, completion = 512, 2, 2, 2, 16
+    shared = flags(model=folder / "model", lr=1e-6, device="cpu" if tiny else "cuda", dtype="bf16")
+    chats, pairs, prompts = (folder / f"{n}.jsonl" for n in ("chats", "pairs", "prompts"))
+    sft = flags(
+        data=chats, packing=True, max_length=tokens, batch=1, accumulate=bins, train_on="all"
+    )
+    dpo = flags(data=pairs, max_length=tokens, batch=4, accumulate=pair_parts)
+    grpo = flags(data=prompts, max_new_tokens=completion, batch=16, accumulate=group_parts)
+    return {
+        "sft, TRL": ["bench/trl_sft.py", *shared, *sft],
+        "dpo, TRL": ["bench/trl_preference.py", "dpo", *shared, *dpo],
+        "grpo, TRL": ["bench/trl_grpo.py", *shared, *grpo],
+    }
+
+
+# ---------------------------------------------------------------------------------------- measuring
 def run(folder: Path, command, steps: int, profile="") -> tuple[list[dict], float]:
     """-> (metrics of each step, peak memory in MB)."""
-    ours = not command[0].startswith("bench/")
-    command = [
-        sys.executable,
-        "-c",
-        CHILD,
-        profile,
-        *command,
-        "--steps",
-        steps,
-        *(["--out", folder / "out"] * ours),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        list(map(str, command)), cwd=ROOT, env=environment, capture_output=True, text=True
+    done = common.run(
+        ["-c", CHILD, profile, *command, "--steps", steps],
+        env=os.environ | common.OFFLINE | {"PYTHONPATH": str(common.ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
     *said, peak = done.stdout.splitlines()
-    if ours:
-        lines = [
-            json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()
-        ][1:]
-    else:
-        steps = json.loads(said[-1])
-        lines = [{"tokens_per_second": n / s} for n, s in zip(steps["tokens"], steps["seconds"])]
-    return lines, float(peak)
+    if command[0].startswith("train_"):
+        return common.metrics(folder / "out")[1:], float(peak)
+    theirs = json.loads(said[-1])
+    speeds = [n / s for n, s in zip(theirs["tokens"], theirs["seconds"])]
+    return [{"tokens_per_second": speed} for speed in speeds], float(peak)
 
 
-def sft_flops(config: Config, lengths: dict) -> float:
-    """Of a token, forward and backward, all of them trained."""
+def sft_flops(config: Config, lengths: list[int]) -> float:
+    """Per token, forward and backward, all tokens trained."""
     with torch.device("meta"):
         model = CausalLM(config)
-    blocks = sum(
-        p.numel() for name, p in model.named_parameters() if ".layers." in name and p.ndim == 2
-    )
-    attended = (
-        lengths["square"] / lengths["mean"] / 2
-    )  # tokens that a token looks back at, on average
+    blocks = 0
+    for name, p in model.named_parameters():
+        if ".layers." in name and p.ndim == 2:
+            blocks += p.numel()
+    # tokens that a token looks back at, on average
+    attended = sum(n * n for n in lengths) / sum(lengths) / 2
     attention = 2 * 2 * attended * config.layers * config.heads * config.head_dim
     return 3 * (2 * blocks + 2 * config.vocab_size * config.width + attention)
 
 
-def policy_loss_ms(device: str, tokens: int) -> dict[str, float]:
-    """Forward and backward of train_grpo.py's loss on so many packed tokens in 64 sequences, milliseconds."""
+def policy_loss_ms(device: str, tokens: int = 8192) -> dict[str, float]:
+    """Forward and backward of train_grpo.py's loss on packed tokens of 64 sequences, in ms."""
     draw = torch.Generator(device).manual_seed(0)
     old_logp_N, engine_logp_N, ref_logp_N, adv_N = (
         torch.randn(4, tokens, generator=draw, device=device) / 10 - 1
     )
     logp_N = old_logp_N.clone().requires_grad_()
-    seq_N = torch.arange(tokens, device=device) * 64 // tokens
-    layout = torch.ones(tokens, dtype=torch.bool, device=device), seq_N, 64
+    mask_N = torch.ones(tokens, dtype=torch.bool, device=device)
+    index_N = torch.arange(tokens, device=device) * 64 // tokens
+    sequences = Sequences(mask_N, index_N, 64)
 
     def loss_of(logp_N):
-        weight_N = losses.token_weights(*layout, "token")
-        log_ratio_N = losses.log_ratio(logp_N, old_logp_N, *layout, "token")
+        log_ratio_N = losses.log_ratio(logp_N, old_logp_N, sequences, "token")
+        weight_N = losses.token_weights(sequences, "token")
         correction_N, _ = losses.importance_weight(
-            old_logp_N, engine_logp_N, *layout, "token", "truncate", 2.0
+            old_logp_N, engine_logp_N, sequences, "token", "truncate", 2.0
         )
-        loss, _ = losses.policy_loss_clip(log_ratio_N, adv_N, weight_N * correction_N, 0.2, 0.28)
-        return loss + 0.04 * (weight_N * losses.kl_estimate(logp_N, ref_logp_N, "k3")).sum()
+        loss, _ = losses.policy_loss_clip(
+            log_ratio_N, logp_N, adv_N, weight_N * correction_N, 0.2, 0.28
+        )
+        return loss + 0.04 * (weight_N * losses.kl_k3(logp_N, ref_logp_N)).sum()
 
-    found = {}
-    for name, function in (("as it is", loss_of), ("compiled", torch.compile(loss_of))):
-
-        def both(function=function):
+    def milliseconds(function):
+        def both():
             logp_N.grad = None
             function(logp_N).backward()
 
-        both(), both()
-        found[name] = 1e3 * seconds(both, 20)
-    return found
+        for _ in range(2):
+            both()
+        return 1e3 * seconds(both, 20)
+
+    eager = milliseconds(loss_of)
+    return {"as it is": eager, "compiled": milliseconds(torch.compile(loss_of))}
+
+
+def medians(lines: list[dict], names) -> dict[str, float]:
+    """Of each metric, over the steps after the warm-up."""
+    return {name: statistics.median(m[name] for m in lines[WARM:]) for name in names}
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--try", action="store_true", dest="tiny")
-    parser.add_argument(
-        "--only", nargs="+", default=[""], help="jobs whose names begin with one of these"
-    )
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results")
+    parser = common.parser(__doc__)
+    add = parser.add_argument
+    add("--try", action="store_true", dest="tiny", help="write no results")
+    add("--only", nargs="+", default=[""], help="jobs whose names begin with one of these")
+    add("--steps", type=int, default=6)
+    add("--out", type=Path, default=common.RESULTS, help="folder")
     args = parser.parse_args()
-    config, found, rate = shape(args.tiny), {}, None
-    if not args.tiny:
-        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-        a @ b
-        rate = 2 * 8192**3 / seconds(lambda: a @ b, 20)
-        del a, b
+    config = shape(args.tiny)
+    device, rate, longest = "cuda", None, 4000
+    if args.tiny:
+        device, longest = "cpu", 200
+    else:
+        rate = matmul_flops()
         torch.cuda.empty_cache()
-    found["policy loss of 8,192 tokens, ms"] = policy_loss_ms("cuda" if rate else "cpu", 8192)
+    found = {"policy loss of 8,192 tokens, ms": policy_loss_ms(device)}
     print(found, flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        lengths = write_inputs(folder, config, 200 if args.tiny else 4000)
-        for name, command in jobs(folder, args.tiny).items():
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        profiles = folder if args.tiny else args.out
+        lengths = write_inputs(folder, config, longest)
+        jobs = our_jobs(folder, args.tiny)
+        if importlib.util.find_spec("trl") is None:
+            print("TRL is not installed: its trainers are skipped")
+        else:
+            jobs |= trl_jobs(folder, args.tiny)
+        for name, command in jobs.items():
             if not name.startswith(tuple(args.only)):
                 continue
             lines, peak = run(folder, command, args.steps)
-            speed = statistics.median(m["tokens_per_second"] for m in lines[WARM:])
-            found[name] = {"tokens_per_second": speed, "peak_mb": peak}
+            times = [key for key in lines[0] if key.startswith("time/")]
+            found[name] = medians(lines, ["tokens_per_second", *times]) | {"peak_mb": peak}
             if name.startswith("sft") and rate:
+                speed = found[name]["tokens_per_second"]
                 found[name]["utilisation"] = speed * sft_flops(config, lengths) / rate
-            if name.startswith(("grpo", "ppo")):
-                found[name] |= {
-                    key: statistics.median(m[key] for m in lines[WARM:])
-                    for key in lines[0]
-                    if key.startswith("time/")
-                }
             print(name, found[name], flush=True)
             if name in ("sft", "dpo", "grpo"):
-                run(
-                    folder,
-                    command,
-                    2,
-                    args.out / f"train_step_{name}.txt" if rate else folder / "profile.txt",
-                )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
+                run(folder, command, 2, profiles / f"train_step_{name}.txt")
+    if args.tiny:
+        return
     result = {
-        "device": torch.cuda.get_device_name() if rate else "cpu",
-        "matmul_tflops": rate and rate / 1e12,
-        "versions": {n: version(n) for n in ("torch", "triton")},
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
+        "device": torch.cuda.get_device_name(),
+        "matmul_tflops": rate / 1e12,
+        **common.origin("torch", "triton", "trl"),
         "steps": args.steps,
         "jobs": found,
     }
-    if rate:
-        (args.out / "train_step.json").write_text(json.dumps(result, indent=1) + "\n")
+    common.save(args.out / "train_step.json", result)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""TRL's GRPOTrainer on a folder and prompts, as a command line like that of train_grpo.py; prints one JSON line.
+"""TRL's GRPOTrainer with a command line like train_grpo.py's; prints one line of JSON.
 
     python -m bench.trl_grpo --model DIR --data PROMPTS.jsonl --batch 16 --accumulate 4
 
-A step samples --batch x --accumulate completions with transformers' generate and trains on them once.
+A step samples --batch x --accumulate completions with transformers' generate and trains on them
+once.
 """
 
 import json
@@ -14,9 +15,10 @@ from bench.reward import length_modulo_7
 from bench.trl_sft import Recorder, load, parser, rows_of, settings
 
 
-def generation_recorded(trainer):
-    """Seconds and completion tokens of every generation, appended to as the trainer generates -> two lists."""
-    seconds, tokens, generate = [], [], trainer._generate_single_turn
+def record_generation(trainer) -> tuple[list[float], list[int]]:
+    """Two lists to which the trainer appends, at each generation: seconds, completion tokens."""
+    seconds, tokens = [], []
+    generate = trainer._generate_single_turn
 
     def recorded(*args, **more):
         began = time.perf_counter()
@@ -53,13 +55,10 @@ def main():
         processing_class=tokenizer,
         callbacks=[recorder],
     )
-    generate_seconds, tokens = generation_recorded(trainer)
+    seconds, tokens = record_generation(trainer)
     trainer.train()
-    print(
-        json.dumps(
-            {"seconds": recorder.seconds, "generate_seconds": generate_seconds, "tokens": tokens}
-        )
-    )
+    result = {"seconds": recorder.seconds, "generate_seconds": seconds, "tokens": tokens}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

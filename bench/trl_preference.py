@@ -1,9 +1,10 @@
-"""TRL's DPOTrainer or RewardTrainer on a folder and pairs, like train_dpo.py and train_rm.py; prints one JSON line.
+"""TRL's DPOTrainer or RewardTrainer with a command line like ours; prints one line of JSON.
 
     python -m bench.trl_preference dpo --model DIR --data PAIRS.jsonl --batch 2 --accumulate 4
     python -m bench.trl_preference reward --model DIR --data PAIRS.jsonl --batch 8
 
-Pairs are taken in the file's order. The reference is a frozen copy, or its log-probs computed once (--precompute).
+Pairs are taken in the file's order. The reference is a frozen copy, or, with --precompute, its
+log-probs, which are computed once.
 """
 
 import json
@@ -14,36 +15,46 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 from bench.trl_sft import Recorder, load, parser, rows_of, settings
 
 
-def dpo_trainer(args, more):
+def dpo_trainer(args, recorder):
     model, tokenizer = load(args.model)
+    reference = None
+    if not args.precompute:
+        reference, _ = load(args.model)
     config = DPOConfig(
-        **settings(args, max_length=args.max_length, train_sampling_strategy="sequential"),
+        **settings(args),
+        max_length=args.max_length,
+        train_sampling_strategy="sequential",
         beta=0.1,
         precompute_ref_log_probs=args.precompute,
     )
     return DPOTrainer(
         model=model,
-        ref_model=None if args.precompute else load(args.model)[0],
+        ref_model=reference,
         args=config,
         train_dataset=rows_of(args.data),
         processing_class=tokenizer,
-        **more,
+        callbacks=[recorder],
     )
 
 
-def reward_trainer(args, more):
+def reward_trainer(args, recorder):
     _, tokenizer = load(args.model)
     model = Qwen3ForSequenceClassification.from_pretrained(args.model, num_labels=1).float()
     config = RewardConfig(
-        **settings(args, max_length=args.max_length, train_sampling_strategy="sequential")
-    )
-    rows = rows_of(args.data).map(
-        lambda row: {side: row["prompt"] + row[side] for side in ("chosen", "rejected")},
-        remove_columns=["prompt"],
+        **settings(args), max_length=args.max_length, train_sampling_strategy="sequential"
     )
     return RewardTrainer(
-        model=model, args=config, train_dataset=rows, processing_class=tokenizer, **more
+        model=model,
+        args=config,
+        train_dataset=rows_of(args.data).map(with_prompt, remove_columns=["prompt"]),
+        processing_class=tokenizer,
+        callbacks=[recorder],
     )
+
+
+def with_prompt(row):
+    """RewardTrainer wants whole conversations."""
+    return {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
 
 
 def main():
@@ -52,25 +63,10 @@ def main():
     p.add_argument("--precompute", action="store_true")
     args = p.parse_args()
     recorder = Recorder()
-    {"dpo": dpo_trainer, "reward": reward_trainer}[args.trainer](
-        args, {"callbacks": [recorder]}
-    ).train()
-    steps = [log for log in recorder.logs if "loss" in log]
-    seen = [log["num_tokens"] for log in steps]
-    names = [
-        name
-        for name in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies")
-        if name in steps[0]
-    ]
-    print(
-        json.dumps(
-            {
-                "seconds": recorder.seconds,
-                "tokens": [b - a for a, b in zip([0, *seen], seen)],
-                **{name: [log[name] for log in steps] for name in names},
-            }
-        )
-    )
+    make = {"dpo": dpo_trainer, "reward": reward_trainer}[args.trainer]
+    make(args, recorder).train()
+    names = ["loss", "grad_norm", "rewards/margins", "rewards/accuracies", "learning_rate"]
+    print(json.dumps(recorder.result(names)))
 
 
 if __name__ == "__main__":

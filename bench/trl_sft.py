@@ -1,8 +1,9 @@
-"""TRL's SFTTrainer on a folder and rows, as a command line like that of train_sft.py; prints one JSON line.
+"""TRL's SFTTrainer with a command line like train_sft.py's; prints one line of JSON.
 
     python -m bench.trl_sft --model DIR --data ROWS.jsonl --batch 1 --accumulate 8 --packing
 
-Rows are taken in the file's order. Packed: best fit to 512 tokens (its bfd), documents apart. Else padded.
+Rows are taken in the file's order. Packed: TRL's best fit (bfd) into bins of --max_length tokens,
+with documents kept apart. Otherwise padded.
 """
 
 import argparse
@@ -17,12 +18,15 @@ from datasets import Dataset, disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from bench import common
+
 
 class Recorder(TrainerCallback):
-    """Seconds of each optimizer step and what the trainer logs of it."""
+    """Seconds of each optimizer step, and what the trainer logs about it."""
 
     def __init__(self):
-        self.seconds, self.logs = [], []
+        self.seconds = []
+        self.logs = []
 
     def on_step_begin(self, *args, **more):
         self.began = time.perf_counter()
@@ -33,58 +37,60 @@ class Recorder(TrainerCallback):
     def on_log(self, args, state, control, logs, **more):
         self.logs.append({"step": state.global_step, **logs})
 
-
-def settings(args, **more) -> dict:
-    """What the trainers share: AdamW and a constant rate, logging each step and saving nothing."""
-    return dict(
-        output_dir=tempfile.mkdtemp(),
-        use_cpu=args.device == "cpu",
-        bf16=args.dtype == "bf16",
-        seed=0,
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch,
-        gradient_accumulation_steps=args.accumulate,
-        gradient_checkpointing=args.recompute,
-        learning_rate=args.lr,
-        lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
-        adam_beta1=0.9,
-        adam_beta2=0.95,
-        adam_epsilon=1e-8,
-        weight_decay=args.weight_decay,
-        max_grad_norm=1.0,
-        logging_steps=1,
-        logging_first_step=True,
-        save_strategy="no",
-        report_to=[],
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
-        **more,
-    )
+    def result(self, names) -> dict[str, list]:
+        """Seconds, tokens, and the named metrics that were logged, one number a step."""
+        steps = [log for log in self.logs if "loss" in log]
+        seen = [0, *(log["num_tokens"] for log in steps)]
+        tokens = [after - before for before, after in zip(seen, seen[1:])]
+        curves = {name: [log[name] for log in steps] for name in names if name in steps[0]}
+        return {"seconds": self.seconds, "tokens": tokens, **curves}
 
 
 def parser(doc) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", required=True, help="folder")
-    parser.add_argument("--data", required=True, help="JSONL")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=8, help="rows of a micro-batch (packed: bins)")
-    parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--lr", type=float, default=1e-4)
-    parser.add_argument("--weight_decay", type=float, default=0.01)
-    parser.add_argument(
-        "--recompute",
-        action="store_true",
-        help="activations, as TRL does by default; ours does not",
-    )
-    parser.add_argument("--max_length", type=int, default=512)
-    parser.add_argument(
-        "--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast over fp32 weights"
-    )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser = common.parser(doc)
+    add = parser.add_argument
+    add("--model", required=True, help="folder")
+    add("--data", required=True, help="JSONL")
+    add("--steps", type=int, default=10)
+    add("--batch", type=int, default=8, help="rows per micro-batch (packed: bins)")
+    add("--accumulate", type=int, default=1, help="micro-batches per step")
+    add("--lr", type=float, default=1e-4)
+    add("--weight_decay", type=float, default=0.01)
+    add("--recompute", action="store_true", help="activations: TRL's default, not ours")
+    add("--max_length", type=int, default=512)
+    add("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast, fp32 weights")
+    add("--device", default="cpu", choices=["cpu", "cuda"])
     return parser
+
+
+def settings(args) -> dict:
+    """What all trainers share: our AdamW, our rate without warm-up, a log line for each step, no
+    checkpoints."""
+    return {
+        "output_dir": tempfile.mkdtemp(),
+        "use_cpu": args.device == "cpu",
+        "bf16": args.dtype == "bf16",
+        "seed": 0,
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch,
+        "gradient_accumulation_steps": args.accumulate,
+        "gradient_checkpointing": args.recompute,
+        "learning_rate": args.lr,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "optim": "adamw_torch_fused",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-8,
+        "weight_decay": args.weight_decay,
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "save_strategy": "no",
+        "report_to": [],
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
 
 
 def load(folder):
@@ -92,9 +98,8 @@ def load(folder):
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     transformers.utils.logging.set_verbosity_error()
     disable_progress_bars()
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32
-    ), AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
 
 
 def rows_of(path) -> Dataset:
@@ -125,20 +130,7 @@ def main():
         callbacks=[recorder],
     )
     trainer.train()
-    steps = [log for log in recorder.logs if "loss" in log]
-    seen = [log["num_tokens"] for log in steps]
-    tokens = [b - a for a, b in zip([0, *seen], seen)]
-    print(
-        json.dumps(
-            {
-                "seconds": recorder.seconds,
-                "tokens": tokens,
-                "loss": [log["loss"] for log in steps],
-                "grad_norm": [log["grad_norm"] for log in steps],
-                "entropy": [log["entropy"] for log in steps],
-            }
-        )
-    )
+    print(json.dumps(recorder.result(["loss", "grad_norm", "entropy", "learning_rate"])))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,32 @@
-"""SFT steps with log-probs in chunks (nanopost/logprob.py) beside whole logits on a CPU -> bench/results/cpu_twin.json.
+"""SFT steps on a CPU, log-probs in chunks beside whole logits -> bench/results/cpu_twin.json.
 
     python -m bench.twin
 
-The same step three ways, in turn: our torch code; the logits of all tokens at once with cross_entropy and an entropy
-for the log; and these without the entropy. A model of 4 layers and width 256, 2,048 packed tokens, AdamW, fp32. Peak
-memory is the process's largest resident size, less that of the same step with a vocabulary of 256. Then the log-probs
-alone, forward and backward: their peak beyond the head's weight and its gradient.
+The same step three ways, in turn: our torch code (nanopost/logprob.py); the logits of all tokens at
+once, with cross_entropy and an entropy for the log; and these without the entropy. A model of 4
+layers and width 256, 2,048 packed tokens, AdamW, fp32. Peak memory is the largest resident size of
+the process, less that of the same step with a vocabulary of 256. Then the log-probs alone, forward
+and backward: their peak beyond the head's weight and its gradient.
 """
 
-import argparse
 import json
 import statistics
-import subprocess
-import time
-from importlib.metadata import version
 from pathlib import Path
 
-from bench.side_by_side import ROOT, THREADS, run
+from bench import common
+from bench.side_by_side import THREADS, run
 
 CHILD = """
 import json, sys, time
 import torch
 import torch.nn.functional as F
-from nanopost import data, model
+from nanopost import model
+from nanopost.batch import Example, batch_of
 from nanopost.model import CausalLM, Config
 
 kind, vocabulary, share, steps = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 
-def whole(hidden_ND, weight_VD, target_N, temperature, kernels=None):
+def whole(hidden_ND, weight_VD, target_N, temperature, **options):
     z_NV = hidden_ND @ weight_VD.T
     logp_N = -F.cross_entropy(z_NV, target_N, reduction="none", ignore_index=-100)
     if kind == "whole, no entropy":
@@ -38,16 +37,28 @@ def whole(hidden_ND, weight_VD, target_N, temperature, kernels=None):
 
 if kind != "chunks":
     model.logprob = whole
-config = Config.of({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 256,
-                    "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8,
-                    "num_key_value_heads": 4, "head_dim": 32, "vocab_size": vocabulary, "tie_word_embeddings": True})
+config = Config.of(
+    {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 256,
+        "intermediate_size": 768,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 32,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
+    }
+)
 policy = CausalLM(config).init_weights(0)
 optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-4, fused=True)
 torch.manual_seed(0)
 untrained = round(128 * (1 - share))
-examples = [data.Example(torch.randint(0, min(vocabulary, 4096), (128,)).tolist(),
-                         [False] * untrained + [True] * (128 - untrained)) for _ in range(16)]
-batch, seconds, losses = data.batch_of(examples), [], []
+mask = [False] * untrained + [True] * (128 - untrained)
+ids = torch.randint(0, min(vocabulary, 4096), (16, 128)).tolist()
+batch = batch_of([Example(row, mask) for row in ids])
+seconds, losses = [], []
 for _ in range(steps):
     began = time.perf_counter()
     logp_N, entropy_N = policy(batch)
@@ -70,7 +81,7 @@ def peak_mb():
 def steps(tokens, vocabulary):
     hidden, weight = (torch.randn(rows, 256, requires_grad=True) for rows in (tokens, vocabulary))
     target = torch.randint(0, vocabulary, (tokens,))
-    room = torch.ones_like(weight)  # that the gradient will take
+    room = torch.ones_like(weight)  # what the gradient will take
     before = peak_mb()
     del room
     for _ in range(3):
@@ -79,86 +90,81 @@ def steps(tokens, vocabulary):
         (logp_N + entropy_N).sum().backward()
     return peak_mb() - before
 
-steps(2, 8)  # what is loaded when first needed
+steps(2, 8)  # load what is loaded on first use
 print(steps(int(sys.argv[1]), int(sys.argv[2])))
 """
-KINDS = "chunks", "whole", "whole, no entropy"
+KINDS = ("chunks", "whole", "whole, no entropy")
+ADAMW_MB = 16 * 256 / 2**20  # per entry: fp32 weight, gradient and two moments of 256 numbers
 
 
-def step(kind, vocabulary, share, steps):
-    out, peak = run(["-c", CHILD, kind, vocabulary, share, steps])
-    found = json.loads(out.splitlines()[-1])
-    return statistics.median(found["seconds"]), peak, found["losses"]
+def step(kind, vocabulary, share, steps) -> dict:
+    """One run -> its median step in seconds, its peak in MB, and its losses."""
+    stdout, peak = run(["-c", CHILD, kind, vocabulary, share, steps])
+    result = json.loads(stdout.splitlines()[-1])
+    seconds = statistics.median(result["seconds"])
+    return {"seconds": seconds, "peak_mb": peak, "losses": result["losses"]}
+
+
+def compared(vocabulary, share, steps, rounds, small_mb) -> dict[str, dict]:
+    """{kind: medians over the rounds}. small_mb: the peak with a small vocabulary."""
+    runs = {kind: [] for kind in KINDS}
+    for k in range(rounds):
+        first = k % len(KINDS)
+        for kind in KINDS[first:] + KINDS[:first]:
+            runs[kind].append(step(kind, vocabulary, share, steps))
+    check_losses({kind: runs[kind][0]["losses"] for kind in KINDS})
+    row = {}
+    for kind in KINDS:
+        peak = statistics.median(r["peak_mb"] for r in runs[kind])
+        row[kind] = {
+            "seconds": statistics.median(r["seconds"] for r in runs[kind]),
+            "peak_mb_beyond_weights": peak - small_mb - vocabulary * ADAMW_MB,
+        }
+    return row
+
+
+def check_losses(losses: dict[str, list[float]]):
+    for kind in KINDS:
+        largest = max(abs(a - b) for a, b in zip(losses["chunks"], losses[kind]))
+        if not largest <= 1e-4:
+            raise AssertionError(f"the losses of chunks and {kind} differ by {largest}: {losses}")
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[4096, 151936])
-    parser.add_argument(
-        "--shares", type=float, nargs="+", default=[0.7], help="of the tokens that are trained"
-    )
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/cpu_twin.json")
+    parser = common.parser(__doc__)
+    add = parser.add_argument
+    add("--rounds", type=int, default=3)
+    add("--steps", type=int, default=8)
+    add("--vocabularies", type=int, nargs="+", default=[4096, 151936])
+    add("--shares", type=float, nargs="+", default=[0.7], help="of the tokens: those trained")
+    add("--out", type=Path, default=common.RESULTS, help="folder")
     args = parser.parse_args()
-    found = {}
+    results = {}
     for share in args.shares:
-        small = min(step("chunks", 256, share, args.steps)[1] for _ in range(2))
+        small_mb = min(step("chunks", 256, share, args.steps)["peak_mb"] for _ in range(2))
         for vocabulary in args.vocabularies:
-            rounds = {kind: [] for kind in KINDS}
-            for k in range(args.rounds):
-                for kind in KINDS[k % 3 :] + KINDS[: k % 3]:
-                    rounds[kind].append(step(kind, vocabulary, share, args.steps))
-            first, *others = (rounds[kind][0][2] for kind in KINDS)
-            if any(abs(a - b) > 1e-4 for other in others for a, b in zip(first, other)):
-                raise AssertionError(f"the losses differ: {first} {others}")
-            weights_mb = (
-                16 * vocabulary * 256 / 2**20
-            )  # weight, gradient and Adam's two moments, in fp32
-            row = {
-                kind: {
-                    "seconds": statistics.median(s for s, *_ in of),
-                    "peak_mb_beyond_weights": statistics.median(p for _, p, _ in of)
-                    - small
-                    - weights_mb,
-                }
-                for kind, of in rounds.items()
-            }
-            found[f"V {vocabulary}, {share:.0%} trained"] = row
-            print(
-                f"V {vocabulary:7,d}  {share:4.0%} trained  "
-                + "   ".join(
-                    f"{kind}: {v['seconds']:.3f} s, {v['peak_mb_beyond_weights']:5.0f} MB"
-                    for kind, v in row.items()
-                ),
-                flush=True,
-            )
-    head = {
-        vocabulary: statistics.median(
-            float(run(["-c", HEAD, 1434, vocabulary])[0]) for _ in range(3)
-        )
-        for vocabulary in (1024, *args.vocabularies)
-    }
-    print(
-        "log-probs of 1,434 tokens alone, beyond weight and gradient: "
-        + ", ".join(f"V {vocabulary:,}: {mb:.0f} MB" for vocabulary, mb in head.items())
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
+            row = compared(vocabulary, share, args.steps, args.rounds, small_mb)
+            results[f"V {vocabulary}, {share:.0%} trained"] = row
+            print(f"V {vocabulary:,d}, {share:.0%} trained")
+            for kind, found in row.items():
+                peak = found["peak_mb_beyond_weights"]
+                print(f"  {kind:18s} {found['seconds']:.3f} s, {peak:5.0f} MB", flush=True)
+    head = {}
+    for vocabulary in (1024, *args.vocabularies):
+        peaks = [float(run(["-c", HEAD, 1434, vocabulary])[0]) for _ in range(3)]
+        head[vocabulary] = statistics.median(peaks)
+    print("log-probs of 1,434 tokens alone, beyond weight and gradient:")
+    for vocabulary, mb in head.items():
+        print(f"  V {vocabulary:,d}: {mb:.0f} MB")
     result = {
-        "torch": version("torch"),
+        **common.origin("torch"),
         "threads": THREADS,
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": commit.stdout.strip(),
         "rounds": args.rounds,
         "steps": args.steps,
-        "results": found,
+        "results": results,
         "peak_mb_of_log_probs_alone": head,
     }
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    common.save(args.out / "cpu_twin.json", result)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def centred(reward_PG):
 
 # ------------------------------------------------------------------------------------ per token
 def gae(reward_BT, value_BT, gamma: float, lam: float):
-    """Generalised advantage estimation, 1506.02438 eq. 16 -> (adv_BT, return_BT = adv + value).
+    """Generalised advantage estimation, 1506.02438 eq. 16 -> (adv_BT, ret_BT = adv + value).
 
         delta_t = r_t + gamma V_t+1 - V_t         adv_t = delta_t + gamma lam adv_t+1
 
@@ -84,11 +84,11 @@ def running_std(sums: tuple, score_B) -> tuple[tuple, float]:
     return sums, std
 
 
-def explained_variance(return_BT, value_BT, mask_BT) -> float:
+def explained_variance(ret_BT, value_BT, mask_BT) -> float:
     """1 - Var(return - value) / Var(return) over the tokens of all ranks; 0 where returns are
     equal. A collective."""
-    _, spread = dist.mean_and_std(return_BT[mask_BT])
-    _, left = dist.mean_and_std((return_BT - value_BT)[mask_BT])
+    _, spread = dist.mean_and_std(ret_BT[mask_BT])
+    _, left = dist.mean_and_std((ret_BT - value_BT)[mask_BT])
     if spread <= 1e-6:
         return 0.0
     return 1 - (left / spread) ** 2

@@ -1,4 +1,5 @@
-"""The flags that scripts share. A flag's bounds stand where it is declared; the library reads none.
+"""The flags that scripts share. Bounds are declared with the flag; the library
+reads no flags.
 
 parser = cli.parser(__doc__, out="out/grpo", lr=1e-6, warmup=10)
 cli.add_rollout_flags(parser)
@@ -13,7 +14,7 @@ from nanopost import InputError, dist
 
 
 def at_least(least: float, most: float = math.inf):
-    """An argparse type: an int where `least` is one, else a float, within bounds."""
+    """An argparse type: a number within bounds, an int if `least` is an int, else a float."""
     kind = type(least)
 
     def number(text):
@@ -75,8 +76,19 @@ def parser(
     add("--model", default=model, required=model is None, help="folder of a Hugging Face model")
     add("--data", required=True, help="rows: JSONL, .jsonl.gz, a .json list or Parquet")
     add("--eval_data", help="held-out rows; default: --holdout rows of --data")
-    add("--holdout", type=at_least(0), default=100, help="rows of --data to hold out")
-    add("--rename", nargs="*", default=[], metavar="THEIRS=OURS", help="columns: question=prompt")
+    add(
+        "--holdout",
+        type=at_least(0),
+        default=100,
+        help="rows of --data held out without --eval_data",
+    )
+    add(
+        "--rename",
+        nargs="*",
+        default=[],
+        metavar="THEIRS=OURS",
+        help="rename columns: question=prompt",
+    )
     add("--out", default=out, help="folder of the run, where the trained model is written")
     add("--chat_template", help="a Jinja file that replaces the model's own template")
     add("--seed", type=at_least(0), default=0)
@@ -90,7 +102,12 @@ def parser(
     add("--warmup", type=at_least(0), default=warmup, help="warm-up steps, at most half of the run")
     add("--weight_decay", type=at_least(0.0), default=weight_decay)
     add("--grad_clip", type=at_least(0.0), default=1.0, help="maximum gradient norm; 0: no limit")
-    add("--eval_every", type=at_least(0), default=eval_every, help="steps; 0: only first and last")
+    add(
+        "--eval_every",
+        type=at_least(0),
+        default=eval_every,
+        help="steps; 0: before and after training",
+    )
     add("--save_every", type=at_least(0), default=100, help="steps between checkpoints; 0: none")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add("--overwrite", action="store_true", help="replace the run that is in --out")
@@ -98,7 +115,7 @@ def parser(
 
 
 def shard(args, world):
-    """How the flags have a model sharded: dist.shard, for hf.load_model."""
+    """dist.shard with the values of the flags, for hf.load_model."""
     return partial(
         dist.shard,
         world=world,
@@ -134,7 +151,12 @@ def add_pair_flags(parser: Parser):
     add("--steps", type=at_least(1), help="optimizer steps; overrides --epochs")
     add("--rows", type=at_least(1), default=64, help="pairs per optimizer step, over all ranks")
     add("--max_length", type=at_least(2), help="maximum tokens per answer; default: half --tokens")
-    add("--overlong", default="truncate", choices=["truncate", "drop"], help="longer answers")
+    add(
+        "--overlong",
+        default="truncate",
+        choices=["truncate", "drop"],
+        help="what to do with longer answers",
+    )
 
 
 def add_reference_flags(parser: Parser):
@@ -151,7 +173,7 @@ def add_reference_flags(parser: Parser):
 
 
 def check_one_each(flag: str, given: list | None, of: str, expected: list):
-    """InputError unless --flag has one value for each of another flag."""
+    """InputError unless --flag has one value for each value of the flag --`of`."""
     if given is not None and len(given) != len(expected):
         raise InputError(
             f"--{flag} has {len(given)} values for {len(expected)} --{of}: give one each."

@@ -63,6 +63,36 @@ def per_token(forward: Callable, examples: list[Example], tokens: int, device) -
     return out
 
 
+def gather_pairs(
+    model, pairs: list[tuple[Example, Example]], tokens: int, device
+) -> tuple[dict[str, torch.Tensor], slice]:
+    """Numbers of the sequences of all ranks' pairs under the model as it is, none of them with a
+    gradient -> ({name: float64 [S]}, which sequences are this rank's). A collective.
+
+    logp: log-prob summed with the column weight. nll: - log-prob summed over all targets. ref_logp,
+    length, label (1 where there is none): the columns. targets: their number.
+    """
+    examples = [e for pair in pairs for e in pair]
+    mine = []
+    for e, logp in zip(examples, logprobs(model, examples, tokens, 1.0, device)):
+        mine.append(
+            {
+                "logp": float((logp * e.columns["weight"]).sum()),
+                "nll": float(-logp.sum()),
+                "ref_logp": e.columns["ref_logp"],
+                "length": e.columns["length"],
+                "label": e.columns.get("label", 1.0),
+                "targets": e.num_targets,
+            }
+        )
+    before = sum(gather([len(mine)])[: torch.distributed.get_rank()])
+    every = gather(mine)
+    sequences = {
+        name: torch.tensor([row[name] for row in every], dtype=torch.float64) for name in every[0]
+    }
+    return sequences, slice(before, before + len(mine))
+
+
 @torch.no_grad()
 def scores(model, examples: list[Example], tokens: int, device) -> list[float]:
     """A reward model's score of each sequence: its number at the last token."""

@@ -135,7 +135,7 @@ def policy_loss_sapo(log_ratio_N, logp_N, adv_N, weight_N, tau: tuple[float, flo
     return (weight_N * -adv_N * gate_N * 4 / tau_N).sum(), {}
 
 
-def value_loss(value_N, old_value_N, return_N, mask_N, clip: float):
+def value_loss(value_N, old_value_N, ret_N, mask_N, clip: float):
     """sum_t max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 -> (sum, metrics)
 
     As in PPO's code: a value that has moved further than clip gains nothing by moving on. Metric
@@ -143,8 +143,8 @@ def value_loss(value_N, old_value_N, return_N, mask_N, clip: float):
     """
     # clamp leaves V as it is, to the bit, where nothing is clipped
     clipped_N = value_N.clamp(old_value_N - clip, old_value_N + clip)
-    error_N = (value_N - return_N).square()
-    clipped_error_N = (clipped_N - return_N).square()
+    error_N = (value_N - ret_N).square()
+    clipped_error_N = (clipped_N - ret_N).square()
     loss = masked(torch.max(error_N, clipped_error_N), mask_N).sum() / 2
     return loss, {"val/clipfrac_avg": (masked(clipped_error_N - error_N, mask_N) > 0).sum()}
 

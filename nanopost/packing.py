@@ -3,12 +3,10 @@
 What an optimizer step holds is a function of the seed and of how much was consumed before it, so
 one number is enough to resume the data. There are two ways to fill a step:
 
-by_rows  a stated number of rows, shuffled anew in each epoch and packed within the step. The batch
-is
-         that many examples, and its gradient the same, whatever --tokens and the number of ranks.
-         The better default.
-by_bins  a stated number of bins from a best-fit packing of the whole epoch. Bins are as full as can
-         be, so a step is a nearly constant number of tokens, from however many rows.
+by_rows  a stated number of rows, shuffled in each epoch and packed within the step. The gradient is
+         that of so many examples, whatever --tokens and the number of ranks. The better default.
+by_bins  a stated number of bins from a best-fit packing of the whole epoch. Bins are as full as
+         possible, so a step is a nearly constant number of tokens from a varying number of rows.
 """
 
 import heapq

@@ -229,18 +229,17 @@ def weighted(losses: list[Callable], weights: list[float], pairs: dict, **scalar
 
 
 # --------------------------------------------------------------------------------- what losses read
-def read_pairs(
-    logp_S, ref_logp_S, length_S, nll_S, f_score: Callable = lambda ratio: ratio
-) -> dict:
-    """Numbers of sequences, chosen and rejected in turn -> {"chosen_logp_P": ..., ...} as above."""
-    ratio_S = logp_S - ref_logp_S
+def read_pairs(sequences: dict, f_score: Callable = lambda log_ratio: log_ratio) -> dict:
+    """{"logp", "ref_logp", "length", "nll": numbers [S] of sequences, chosen and rejected in turn}
+    -> {"chosen_logp_P": ..., ...}, all that losses read of pairs."""
+    ratio_S = sequences["logp"] - sequences["ref_logp"]
     columns = {
-        "logp": logp_S,
-        "ref_logp": ref_logp_S,
+        "logp": sequences["logp"],
+        "ref_logp": sequences["ref_logp"],
         "ratio": ratio_S,
         "score": f_score(ratio_S),
-        "length": length_S.clamp(min=1),
-        "nll": nll_S,
+        "length": sequences["length"].clamp(min=1),
+        "nll": sequences["nll"],
     }
     pairs = {}
     for name, x_S in columns.items():

@@ -78,7 +78,9 @@ class LogpGap:
 
     def __init__(self, limit: float | None, dtype: torch.dtype):
         """limit: of the mean over tokens; None: 1e-3 in fp32, 0.1 in bf16."""
-        self.limit = limit or (0.1 if dtype == torch.bfloat16 else 1e-3)
+        if limit is None:
+            limit = 0.1 if dtype == torch.bfloat16 else 1e-3
+        self.limit = limit
         self.total = self.largest = self.tokens = 0
 
     def add(self, logp_N, engine_logp_N, mask_N):
@@ -101,8 +103,8 @@ class LogpGap:
         gap = metrics.get(f"{GAP}/mean", 0.0)
         if gap > self.limit:
             raise RuntimeError(
-                f"step {step}: before the first update engine and trainer are one policy, and their "
-                f"log-probs differ by {gap:.2g} in the mean (--max_logp_gap {self.limit:g}). Either "
-                "the loop passes other tokens, masks or a temperature than were sampled, or the "
-                "engine has stale weights, or its precision is too low."
+                f"step {step}: before the first update engine and trainer are one policy, but "
+                f"their log-probs differ by {gap:.2g} on average (--max_logp_gap "
+                f"{self.limit:g}). Either the loop passes other tokens, masks or a temperature "
+                "than were sampled, or the engine has stale weights, or its precision is too low."
             )

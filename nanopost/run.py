@@ -81,7 +81,8 @@ class Run:
         if found is None and (self.out / "config.json").exists():
             raise InputError(
                 f"--resume: {self.out} holds a run that ended and left no checkpoint "
-                f"(--save_every): continue with --model {self.out} and another --out, or --overwrite it."
+                f"(--save_every): continue with --model {self.out} and another --out, or "
+                "--overwrite it."
             )
         return found
 

@@ -1,12 +1,14 @@
-"""What a run leaves behind and takes up again: checkpoints, the log, and folders that another run has used before."""
+"""What a run leaves and resumes from: checkpoints, the log, folders that another run has used."""
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.multiprocessing as mp
 from small import small_config, small_model
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanopost import InputError, checkpoint, hf, optim
 from nanopost.cli import check_numbers
@@ -17,69 +19,159 @@ from runs import toy
 pytestmark = pytest.mark.usefixtures("alone")
 
 
-def trained(model, optimizer, steps):
-    for step in range(steps):
-        for p in model.parameters():
-            p.grad = torch.full_like(p, 0.1 * (step + 1))
-        optim.set_learning_rate(optimizer, 1e-2)
-        optimizer.step()
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
+# -------------------------------------------------------------------------------------- checkpoints
+def adamw(model, weight_decay=0.01, betas=(0.9, 0.95)):
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices(model), "weight_decay": weight_decay, "rate": 1.0},
+        {"params": vectors, "weight_decay": 0.0, "rate": 5.0},
+    ]
+    return torch.optim.AdamW(groups, lr=1e-2, betas=betas, fused=True)
 
 
-def fresh(seed=0):
+def matrices(model):
+    return [p for p in model.parameters() if p.ndim == 2]
+
+
+OPTIMIZERS = {
+    "adamw": adamw,
+    "adamw_looped": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2),
+    "momentum": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
+}
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["muon"] = lambda model: torch.optim.Muon(matrices(model), lr=1e-2)
+
+
+def fresh(seed=0, make=adamw):
     model = small_model(seed)
-    return model, optim.adamw(model, 0.01, (0.9, 0.95))
+    return model, make(model)
+
+
+def gradient(p, seed):
+    whole = torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    if isinstance(p, DTensor):
+        return distribute_tensor(whole, p.device_mesh, p.placements)
+    return whole
+
+
+def learn(model, optimizer, steps, some=None):
+    """Steps on random gradients that depend on the step alone; some: of the first parameters."""
+    for step in steps:
+        for i, p in enumerate([*model.parameters()][:some]):
+            p.grad = gradient(p, 1000 * step + i)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def full(value):
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    if isinstance(value, torch.Tensor):
+        value = value.detach().clone()
+    return value
+
+
+def everything(model, optimizer):
+    """Weights and optimizer state by name, gathered and copied."""
+    found = {}
+    for name, p in model.named_parameters():
+        found[name] = full(p)
+        for entry, value in optimizer.state.get(p, {}).items():
+            found[f"{name} {entry}"] = full(value)
+    return found
+
+
+def assert_equal(found, expected):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert type(found[name]) is type(value), name
+        if isinstance(value, torch.Tensor):
+            assert found[name].dtype == value.dtype and torch.equal(found[name], value), name
+        else:
+            assert found[name] == value, name
 
 
 @pytest.mark.parametrize("saved_after", [0, 2])
-def test_saving_changes_nothing_and_loading_goes_on_from_there(tmp_path, saved_after):
-    expected = trained(*fresh(), 4)
-    model, optimizer = fresh()
-    for step in range(4):
-        if step == saved_after:
-            checkpoint.save(tmp_path, step, model, optimizer, {"consumed": 7})
-        for p in model.parameters():
-            p.grad = torch.full_like(p, 0.1 * (step + 1))
-        optim.set_learning_rate(optimizer, 1e-2)
-        optimizer.step()
-    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), expected)
-    model, optimizer = fresh(1)
-    state = checkpoint.load(checkpoint.latest(tmp_path), model, optimizer)
-    assert (state["step"], state["consumed"]) == (saved_after, 7)
-    for step in range(saved_after, 4):
-        for p in model.parameters():
-            p.grad = torch.full_like(p, 0.1 * (step + 1))
-        optim.set_learning_rate(optimizer, 1e-2)
-        optimizer.step()
-    assert torch.equal(torch.cat([p.detach().flatten() for p in model.parameters()]), expected)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_saving_changes_nothing_and_loading_continues_from_there(tmp_path, name, saved_after):
+    untouched = fresh(make=OPTIMIZERS[name])
+    learn(*untouched, range(4))
+    expected = everything(*untouched)
+    saved = fresh(make=OPTIMIZERS[name])
+    learn(*saved, range(saved_after))
+    checkpoint.save(tmp_path, saved_after, *saved, {"consumed": 7})
+    learn(*saved, range(saved_after, 4))
+    assert_equal(everything(*saved), expected)
+    resumed = fresh(1, OPTIMIZERS[name])
+    learn(*resumed, range(50, 51))  # a state of its own, which goes
+    state = checkpoint.load(checkpoint.latest(tmp_path), *resumed)
+    assert state == {"consumed": 7, "step": saved_after, "ranks": 1}
+    learn(*resumed, range(saved_after, 4))
+    assert_equal(everything(*resumed), expected)
 
 
-def test_a_part_that_has_not_learnt_yet_is_saved_too_and_the_flags_of_now_stay(tmp_path):
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_parameters_that_have_not_learnt_yet_have_no_state_and_get_none(tmp_path, name):
+    untouched = fresh(make=OPTIMIZERS[name])
+    learn(*untouched, range(1), some=3)
+    learn(*untouched, range(1, 3))
+    saved = fresh(make=OPTIMIZERS[name])
+    learn(*saved, range(1), some=3)
+    before = everything(*saved)
+    checkpoint.save(tmp_path, 1, *saved, {})
+    assert_equal(everything(*saved), before)
+    resumed = fresh(1, OPTIMIZERS[name])
+    learn(*resumed, range(50, 51))
+    checkpoint.load(checkpoint.latest(tmp_path), *resumed)
+    assert_equal(everything(*resumed), before)
+    learn(*resumed, range(1, 3))
+    assert_equal(everything(*resumed), everything(*untouched))
+
+
+def test_hyperparameters_are_those_of_the_optimizer_given(tmp_path):
     model, optimizer = fresh()
-    for p in [*model.parameters()][:3]:
-        p.grad = torch.full_like(p, 0.1)
-    optim.set_learning_rate(optimizer, 1e-2)
-    optimizer.step()
+    learn(model, optimizer, range(1))
+    optimizer.state[model.model.norm.weight]["count"] = 3  # an optimizer may keep plain numbers
     checkpoint.save(tmp_path, 1, model, optimizer, {})
     other = small_model(1)
-    found = optim.adamw(other, 0.5, (0.5, 0.6))
-    checkpoint.load(checkpoint.latest(tmp_path), other, found)
-    assert {(g["weight_decay"], g["betas"], g["rate"]) for g in found.param_groups} == {
+    given = adamw(other, 0.5, (0.5, 0.6))
+    checkpoint.load(checkpoint.latest(tmp_path), other, given)
+    assert [(g["weight_decay"], g["betas"], g["rate"]) for g in given.param_groups] == [
         (0.5, (0.5, 0.6), 1.0),
-        (0.0, (0.5, 0.6), 1.0),
-    }
-    assert [int(found.state[p]["step"]) for p in other.parameters()][:4] == [1, 1, 1, 0]
-    for p, q in zip(model.parameters(), other.parameters()):
-        assert torch.equal(p, q) and torch.equal(
-            found.state[q]["exp_avg"], optimizer.state[p]["exp_avg"]
-        )
+        (0.0, (0.5, 0.6), 5.0),
+    ]
+    assert_equal(everything(other, given), everything(model, optimizer))
+    assert given.state[other.model.norm.weight]["count"] == 3
+
+
+def test_further_models_are_stored_under_their_names(tmp_path):
+    reference = small_model(2)
+    checkpoint.save(tmp_path, 1, *fresh(), {}, reference=reference)
+    found, path = small_model(3), checkpoint.latest(tmp_path)
+    checkpoint.load(path, *fresh(1), reference=found)
+    for p, q in zip(found.parameters(), reference.parameters()):
+        assert torch.equal(p, q)
+    with pytest.raises(
+        InputError, match="is of another teacher .0 tensors there, 25 here.: resume"
+    ):
+        checkpoint.load(path, *fresh(1), teacher=found)
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
-    checkpoint.save(tmp_path, 1, *fresh(), {})
+    saved = fresh()
+    learn(*saved, range(1))
+    checkpoint.save(tmp_path, 1, *saved, {})
+    path = checkpoint.latest(tmp_path)
     model = small_model(num_hidden_layers=1)
     with pytest.raises(InputError, match="is of another model"):
-        checkpoint.load(checkpoint.latest(tmp_path), model, optim.adamw(model, 0.0, (0.9, 0.95)))
+        checkpoint.load(path, model, adamw(model))
+    model = small_model(intermediate_size=50)
+    with pytest.raises(InputError, match="does not fit this model or is damaged .*resume with the"):
+        checkpoint.load(path, model, adamw(model))
+    model = small_model()
+    with pytest.raises(InputError, match="state of .*norm.weight, which this run does not train"):
+        checkpoint.load(path, model, torch.optim.SGD(matrices(model)))
 
 
 def test_only_the_newest_checkpoint_stays_whatever_its_number(tmp_path):
@@ -88,31 +180,56 @@ def test_only_the_newest_checkpoint_stays_whatever_its_number(tmp_path):
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{step:06d}"]
 
 
-def test_what_cannot_be_resumed_says_so(tmp_path):
-    def to_resume(out, steps, **flags):
-        return checkpoint.to_resume(
-            SimpleNamespace(out=str(out), steps=steps, **{"overwrite": False, **flags})
-        )
+def _rank(rank, size, folder, name, task):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / task}", rank=rank, world_size=size
+    )
+    torch.set_num_threads(1)
+    model = small_model(0 if task == "save" else 1)
+    if size > 1:
+        mesh = torch.distributed.init_device_mesh("cpu", (size,))
+        for module in (*model.model.layers, model):
+            fully_shard(module, mesh=mesh)
+    run = model, OPTIMIZERS[name](model)
+    if task == "save":
+        learn(*run, range(1), some=5)
+        learn(*run, range(1, 2), some=12)
+        checkpoint.save(folder, 2, *run, {})
+        torch.manual_seed(rank)
+    else:
+        checkpoint.load(checkpoint.latest(folder), *run)
+    at_once = everything(*run)
+    if task == "reload":  # for the other number of ranks
+        checkpoint.save(folder / "again", 2, *run, {})
+    learn(*run, range(2, 4))
+    at_last = everything(*run)  # a collective
+    if rank == 0:
+        torch.save((at_once, at_last), folder / f"{task}.pt")
+    torch.distributed.destroy_process_group()
 
-    assert to_resume(tmp_path, 5) is None
-    checkpoint.save(tmp_path, 4, *fresh(), {"args": {"steps": 5, "bins": 0}})
-    assert to_resume(tmp_path, 5, bins=0, newer=1).name == "step-000004"
-    for flags, sentence in (
-        ({"steps": 3, "bins": 0}, "past --steps 3: give 4 or more"),
-        ({"steps": 5, "bins": 0, "overwrite": True}, "give one of them"),
-        ({"steps": 5}, "of another script .with --bins.: choose another --out"),
-    ):
-        with pytest.raises(InputError, match=sentence):
-            to_resume(tmp_path, **flags)
-    (tmp_path / "young").mkdir()  # killed before its first checkpoint
-    (tmp_path / "young" / "run.json").write_text('[{"args": {"steps": 5, "bins": 0}}]')
-    assert to_resume(tmp_path / "young", 5, bins=0) is None
-    with pytest.raises(InputError, match="young is of another script .with --bins."):
-        to_resume(tmp_path / "young", 5)
-    (tmp_path / "done").mkdir()
-    (tmp_path / "done" / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="ended and left no checkpoint"):
-        to_resume(tmp_path / "done", 5)
+
+def ranks(size, folder, name, task):
+    mp.start_processes(_rank, (size, folder, name, task), nprocs=size, start_method="fork")
+    return torch.load(folder / f"{task}.pt")
+
+
+@pytest.mark.parametrize("alone", [None])  # no process group here: each worker joins its own
+@pytest.mark.parametrize("name", ["adamw", "momentum", "muon"])
+def test_two_ranks_resume_exactly_and_another_number_loads_the_same(tmp_path, name):
+    if name not in OPTIMIZERS:
+        pytest.skip(f"this torch has no {name}")
+    saved, expected = ranks(2, tmp_path, name, "save")
+    assert len(expected) > len(saved) > len([*small_model().parameters()])
+    loaded, resumed = ranks(2, tmp_path, name, "load")
+    assert_equal(loaded, saved)
+    assert_equal(resumed, expected)
+    loaded, _ = ranks(1, tmp_path, name, "reload")
+    assert_equal(loaded, saved)
+    (tmp_path / "checkpoints").rename(tmp_path / "kept")
+    (tmp_path / "again" / "checkpoints").rename(tmp_path / "checkpoints")
+    loaded, resumed = ranks(2, tmp_path, name, "back")
+    assert_equal(loaded, saved)
+    assert_equal(resumed, expected)
 
 
 @pytest.mark.parametrize("schedule, last", [("constant", 1.0), ("linear", 1 / 3), ("cosine", 0.25)])
@@ -120,12 +237,6 @@ def test_a_run_shorter_than_its_warmup_still_reaches_its_rate(schedule, last):
     rates = [optim.learning_rate(step, 6, 1.0, 20, schedule) for step in range(1, 7)]
     assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0]) and rates[-1] == pytest.approx(last)
     assert optim.learning_rate(1, 1, 1.0, 20, schedule) == 1.0
-
-
-def test_arguments_that_changed_are_told_and_no_others():
-    saved = json.loads(json.dumps({"lr": 1e-3, "betas": [0.9, 0.95], "resume": False}))
-    now = {"lr": 1e-4, "betas": [0.9, 0.95], "resume": True}
-    assert checkpoint.changed_arguments(saved, now) == ["lr: 0.001 -> 0.0001"]
 
 
 def opened(out, resumed_at=None, overwrite=False, **args):
@@ -239,7 +350,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
         Tokenizer.load(tmp_path)
 
 
-# ------------------------------------------------------------------------------------------------- prompts of a run
+# --------------------------------------------------------------------------------- prompts of a run
 def prompts(tokenizer, rows, max_prompt=None, max_new=4, tokens=200, positions=50):
     (kept,), said = tokenizer.with_prompts((rows,), max_prompt, max_new, tokens, positions)
     return kept, said
@@ -283,7 +394,8 @@ def test_prompts_are_encoded_checked_and_counted_before_a_run(tmp_path):
 def test_tools_and_template_variables_of_a_row_reach_its_prompt(tmp_path):
     toy.write_model(tmp_path)
     template = (
-        "{{ tools | length if tools else 0 }}{{ mood }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + "
+        "{{ tools | length if tools else 0 }}{{ mood }}"
+        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + "
         "m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     tokenizer = Tokenizer(Tokenizer.load(tmp_path).raw, {"eos_token": "<|end|>"}, template)

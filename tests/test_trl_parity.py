@@ -1,12 +1,11 @@
-"""The end-to-end oracle: the same weights and rows through train_sft.py and TRL's SFTTrainer, and the same rollouts
-through our packed model and losses and through TRL's GRPOTrainer with transformers' padded model.
+"""The end-to-end oracle: the same weights and rows through train_sft.py and TRL's SFTTrainer; the
+same rollouts through our packed model and losses, and through TRL's GRPOTrainer with transformers'
+padded model.
 
-Shapes: B rollouts, T tokens of the longest.
+Shapes: B rollouts, T tokens of the longest, P prompts, G samples per prompt.
 """
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -18,9 +17,10 @@ pytest.importorskip("accelerate")
 from datasets import Dataset  # noqa: E402
 from transformers import AutoTokenizer, Qwen3ForCausalLM  # noqa: E402
 
-from bench import assets  # noqa: E402
+from bench import assets, common  # noqa: E402
+from bench.common import flags  # noqa: E402
 from bench.reward import length_modulo_7  # noqa: E402
-from nanopost import hf, losses, packing  # noqa: E402
+from nanopost import hf, losses, optim, packing  # noqa: E402
 from nanopost.batch import Example, batch_of  # noqa: E402
 from nanopost.engine import Engine, Sampling, prompt_seed  # noqa: E402
 from nanopost.tokenizer import Tokenizer  # noqa: E402
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------------------- SFT
+# --------------------------------------------------------------------------------------------- SFT
 @pytest.fixture(scope="module")
 def rows(folder):
     rows = assets.chat_rows(AutoTokenizer.from_pretrained(folder), 60, longest=120)
@@ -55,34 +55,23 @@ def rows(folder):
     return rows
 
 
+SFT = dict(steps=STEPS, lr=2e-3, weight_decay=0.1)
+
+
 @pytest.fixture(scope="module")
 def trl_sft(folder, rows):
-    """What TRL logs of each step, padded, in the order in which train_sft.py takes the rows: more than one epoch."""
-    order = [i for k in range(STEPS) for i in packing.take(len(rows), SEED, k * ROWS, ROWS)]
+    """What TRL logs of each step, padded, in the order in which train_sft.py takes the rows: more
+    than one epoch."""
+    order = packing.take(len(rows), SEED, 0, STEPS * ROWS)
     assets.write_rows(folder / "ordered.jsonl", [rows[i] for i in order])
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "bench.trl_sft",
-            "--model",
-            folder,
-            "--data",
-            folder / "ordered.jsonl",
-            "--steps",
-            str(STEPS),
-            "--batch",
-            str(ROWS),
-            "--lr",
-            "1e-3",
-            "--weight_decay",
-            "0.1",
-        ],
-        cwd=ROOT,
+    arguments = flags(model=folder, data=folder / "ordered.jsonl", batch=ROWS, **SFT)
+    done = common.run(
+        ["-m", "bench.trl_sft", *arguments],
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -90,37 +79,22 @@ def trl_sft(folder, rows):
 
 @pytest.mark.parametrize("tokens", [4096, 300], ids="micro-batches of {} tokens".format)
 def test_ten_steps_of_train_sft_are_those_of_trl(folder, rows, trl_sft, tmp_path, tokens):
-    run(
-        "train_sft.py",
-        "--model",
-        folder,
-        "--data",
-        folder / "rows.jsonl",
-        "--eval_data",
-        folder / "rows.jsonl",
-        "--out",
-        tmp_path / "sft",
-        "--steps",
-        STEPS,
-        "--rows",
-        ROWS,
-        "--seed",
-        SEED,
-        "--tokens",
-        tokens,
-        "--lr",
-        1e-3,
-        "--weight_decay",
-        0.1,
-        "--schedule",
-        "constant",
-        "--warmup",
-        0,
-        "--eval_every",
-        100,
+    """At the same rates, which fall linearly: whatever the micro-batches."""
+    own = flags(
+        model=folder,
+        data=folder / "rows.jsonl",
+        eval_data=folder / "rows.jsonl",
+        out=tmp_path / "sft",
+        rows=ROWS,
+        seed=SEED,
+        tokens=tokens,
+        warmup=0,
+        eval_every=100,
     )
+    run("train_sft.py", *own, *flags(**SFT))
     ours = metrics(tmp_path / "sft")[1:]
     assert [m["num_tokens"] for m in ours] == np.cumsum(trl_sft["tokens"]).tolist()
+    assert [m["lr"] for m in ours] == pytest.approx(trl_sft["learning_rate"], rel=1e-12)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose(
             [m[name] for m in ours], trl_sft[name], atol=1e-3, rtol=0, err_msg=name
@@ -128,7 +102,7 @@ def test_ten_steps_of_train_sft_are_those_of_trl(folder, rows, trl_sft, tmp_path
     assert ours[-1]["loss"] < ours[0]["loss"] - 0.3
 
 
-# ---------------------------------------------------------------------------------------------------------------- GRPO
+# -------------------------------------------------------------------------------------------- GRPO
 def trainer_of(folder, tmp_path, batch, accumulate, **settings):
     """A real GRPOTrainer; `accumulate` micro-batches of `batch` completions make a step."""
     config = trl.GRPOConfig(
@@ -160,14 +134,16 @@ def trainer_of(folder, tmp_path, batch, accumulate, **settings):
 def padded(values, side, dtype=torch.long):
     """Lists of unequal lengths -> [B, T], zeros on that side."""
     longest = max(map(len, values))
-    pads = [[0] * (longest - len(v)) for v in values]
-    return torch.tensor(
-        [p + list(v) if side == "left" else list(v) + p for v, p in zip(values, pads)], dtype=dtype
-    )
+    lines = []
+    for value in values:
+        pad = [0] * (longest - len(value))
+        lines.append(pad + list(value) if side == "left" else list(value) + pad)
+    return torch.tensor(lines, dtype=dtype)
 
 
 def trl_inputs(prompts, completions, advantages, **columns):
-    """Rollouts as TRL lays them out: prompts padded on the left, completions and their columns on the right."""
+    """Rollouts as TRL lays them out: prompts padded on the left, completions and their columns on
+    the right."""
     columns = {k: padded(v, "right", torch.float32) for k, v in columns.items()}
     return {
         "prompt_ids": padded(prompts, "left"),
@@ -194,26 +170,23 @@ def our_gradient(model, prompts, completions, advantages, tokens, agg, beta, **c
     """The update of train_grpo.py on fixed rollouts -> name: gradient."""
     examples = []
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
-        context = [0.0] * len(prompt)
-        examples.append(
-            Example(
-                prompt + completion,
-                [False] * len(prompt) + [True] * len(completion),
-                {"adv": advantages[i], **{k: np.array(context + v[i]) for k, v in columns.items()}},
-            )
-        )
-    trained, sequences = sum(map(len, completions)), len(completions)
-    divisor = {"token": trained, "sequence": sequences, "constant": sequences * NEW}[agg]
+        mask = [False] * len(prompt) + [True] * len(completion)
+        e = Example(prompt + completion, mask)
+        e.columns["adv"] = advantages[i] * e.mask
+        for name, values in columns.items():
+            e.columns[name] = np.array([0.0] * len(prompt) + values[i])
+        examples.append(e)
+    divisor = losses.divisor(agg, sum(map(len, completions)), len(completions), NEW)
     for part in packing.micro_batches([len(e) for e in examples], tokens):
         batch = batch_of([examples[i] for i in part])
         logp_N, _ = model(batch, TEMPERATURE)
-        layout = batch.mask_N, batch.seq_N, batch.num_sequences
-        weight_N = losses.token_weights(*layout, agg)
-        log_ratio_N = losses.log_ratio(logp_N, batch["old_per_token_logps"], *layout, "token")
-        adv_N = batch["adv"][batch.seq_N] * batch.mask_N
-        loss, _ = losses.policy_loss_clip(log_ratio_N, adv_N, weight_N, 0.2, 0.28)
+        weight_N = losses.token_weights(batch.sequences, agg)
+        log_ratio_N = losses.log_ratio(
+            logp_N, batch["old_per_token_logps"], batch.sequences, "token"
+        )
+        loss, _ = losses.policy_loss_clip(log_ratio_N, logp_N, batch["adv"], weight_N, 0.2, 0.28)
         if beta:
-            kl_N = losses.kl_estimate(logp_N, batch["ref_per_token_logps"], "k3")
+            kl_N = losses.kl_k3(logp_N, batch["ref_per_token_logps"])
             loss = loss + beta * (weight_N * kl_N).sum()
         (loss / divisor).backward()
     return {name: p.grad for name, p in model.named_parameters()}
@@ -221,7 +194,7 @@ def our_gradient(model, prompts, completions, advantages, tokens, agg, beta, **c
 
 @pytest.fixture(scope="module")
 def rollouts():
-    """Eight random ones of unequal lengths, with old and reference log-probs about those of a random model."""
+    """Eight random ones of unequal lengths, with random advantages."""
     draw = np.random.default_rng(0)
     prompts = [draw.integers(3, 400, n).tolist() for n in (5, 9, 2, 14, 5, 1, 7, 3)]
     completions = [draw.integers(3, 400, n).tolist() for n in (24, 3, 11, 1, 24, 17, 6, 9)]
@@ -230,18 +203,21 @@ def rollouts():
 
 @pytest.fixture(scope="module")
 def columns(folder, rollouts):
-    """Log-probs of an old policy and of a reference: those of the policy with noise, so that the clip cuts some off."""
+    """Log-probs of an old policy and of a reference: those of the policy with noise, so that some
+    are clipped."""
     model, draw = hf.load_model(folder), np.random.default_rng(1)
-    examples = [
-        Example(p + c, np.arange(len(p) + len(c)) >= len(p))
-        for p, c in zip(rollouts["prompts"], rollouts["completions"])
-    ]
-    with torch.no_grad():
-        logp_BT = [model(batch_of([e]), TEMPERATURE)[0].roll(1).numpy()[e.mask] for e in examples]
-    return {
-        name: [(logp + draw.normal(size=len(logp)) * noise).tolist() for logp in logp_BT]
-        for name, noise in (("old_per_token_logps", 0.3), ("ref_per_token_logps", 0.5))
-    }
+    logps = []
+    for prompt, completion in zip(rollouts["prompts"], rollouts["completions"]):
+        ids = prompt + completion
+        batch = batch_of([Example(ids, np.arange(len(ids)) >= len(prompt))])
+        with torch.no_grad():
+            logp_N, _ = model(batch, TEMPERATURE)
+        logps.append(batch.split(logp_N)[0][len(prompt) :])
+    columns = {}
+    for name, noise in (("old_per_token_logps", 0.3), ("ref_per_token_logps", 0.5)):
+        noisy = [logp + draw.normal(size=len(logp)) * noise for logp in logps]
+        columns[name] = [logp.tolist() for logp in noisy]
+    return columns
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
@@ -265,90 +241,79 @@ def test_the_gradient_of_a_grpo_step_is_that_of_trl(
 
 
 def test_two_optimizer_steps_of_train_grpo_are_those_of_trl(folder, tmp_path):
-    """The script's rollouts, sampled again here, its advantages, minibatches, KL and AdamW: loss and gradient norm."""
+    """The script's rollouts, sampled again here, its advantages, minibatches, KL, AdamW and rates:
+    loss and gradient norm."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = assets.prompt_rows(tokenizer, 6)
     assets.write_rows(tmp_path / "prompts.jsonl", rows)
-    run(
-        "train_grpo.py",
-        "--model",
-        folder,
-        "--data",
-        tmp_path / "prompts.jsonl",
-        "--eval_data",
-        tmp_path / "prompts.jsonl",
-        "--out",
-        tmp_path / "grpo",
-        "--steps",
-        1,
-        "--prompts",
-        4,
-        "--group",
-        GROUP,
-        "--minibatches",
-        2,
-        "--max_new_tokens",
-        NEW,
-        "--temperature",
-        TEMPERATURE,
-        "--seed",
-        SEED,
-        "--lr",
-        3e-3,
-        "--schedule",
-        "constant",
-        "--warmup",
-        0,
-        "--agg",
-        "sequence",
-        "--beta",
-        0.04,
-        "--tokens",
-        300,
-        "--reward",
-        f"{ROOT}/bench/reward.py:length_modulo_7",
+    peak = 3e-3
+    arguments = flags(
+        model=folder,
+        data=tmp_path / "prompts.jsonl",
+        eval_data=tmp_path / "prompts.jsonl",
+        out=tmp_path / "grpo",
+        steps=1,
+        prompts=4,
+        group=GROUP,
+        minibatches=2,
+        max_new_tokens=NEW,
+        temperature=TEMPERATURE,
+        seed=SEED,
+        lr=peak,
+        warmup=0,
+        agg="sequence",
+        beta=0.04,
+        tokens=300,
+        reward=ROOT / "bench/reward.py:length_modulo_7",
     )
+    run("train_grpo.py", *arguments)
     ours = metrics(tmp_path / "grpo")[-1]
 
-    prompts = [
-        tokenizer.apply_chat_template(
+    prompts = []
+    for i in packing.take(len(rows), SEED, 0, 4):
+        ids = tokenizer.apply_chat_template(
             rows[i]["prompt"], add_generation_prompt=True, return_dict=False
         )
-        for i in packing.take(len(rows), SEED, 0, 4)
-    ]
+        prompts.append(ids)
     engine = Engine(hf.load_model(folder), Tokenizer.load(folder).stop_ids)
     seeds = [prompt_seed(SEED, serial) for serial in range(4)]
-    flat = [
-        r
-        for group in engine.generate(prompts, GROUP, Sampling(NEW, TEMPERATURE), seeds)
-        for r in group
-    ]
-    texts = tokenizer.batch_decode([r.ids for r in flat], skip_special_tokens=True)
+    groups = engine.generate(prompts, GROUP, Sampling(NEW, TEMPERATURE), seeds)
+    rollouts = [r for group in groups for r in group]
+    assert len({len(r.ids) for r in rollouts}) > 3
+    texts = tokenizer.batch_decode([r.ids for r in rollouts], skip_special_tokens=True)
     reward_PG = torch.tensor(length_modulo_7(texts)).view(4, GROUP)
     adv_PG = (reward_PG - reward_PG.mean(1, keepdim=True)) / (reward_PG.std(1, keepdim=True) + 1e-4)
-    assert len({len(r.ids) for r in flat}) > 3 and ours["reward"] == pytest.approx(
-        float(reward_PG.mean())
-    )
+    assert ours["reward"] == pytest.approx(float(reward_PG.mean()))
 
-    # Each policy's log-probs as TRL would have them: the reference's are the old ones, before the first update.
+    # Before the first update the reference is the old policy: it has the same log-probs.
     inputs = trl_inputs(
-        [r.prompt for r in flat],
-        [r.ids for r in flat],
+        [r.prompt for r in rollouts],
+        [r.ids for r in rollouts],
         adv_PG.flatten().tolist(),
-        old_per_token_logps=[r.logp for r in flat],
-        ref_per_token_logps=[r.logp for r in flat],
+        old_per_token_logps=[r.logp for r in rollouts],
+        ref_per_token_logps=[r.logp for r in rollouts],
     )
     trainer = trainer_of(folder, tmp_path, 8, 1, loss_type="grpo", beta=0.04)
     optimizer = torch.optim.AdamW(
-        trainer.model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.0
+        trainer.model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0
     )
     loss, norms = 0.0, []
-    for i in (0, 8):
+    for i, rate in ((0, peak), (8, peak / 2)):
+        optim.set_learning_rate(optimizer, rate)
         loss += trl_step(trainer, {k: v[i : i + 8] for k, v in inputs.items()}, 8) / 2
         norms.append(float(torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)))
-        optimizer.step(), optimizer.zero_grad()
-    assert (
-        ours["clip_ratio/region_mean"] > 0.01 and ours["kl"] > 1e-3
-    )  # the second step is far from the first
+        optimizer.step()
+        optimizer.zero_grad()
+    assert ours["lr"] == peak / 2
+    # the second step is far from the first
+    assert ours["clip_ratio/region_mean"] > 0.01 and ours["kl"] > 1e-3
     assert ours["loss"] == pytest.approx(loss, abs=1e-4)
     assert ours["grad_norm"] == pytest.approx(norms[1], rel=1e-3)
+    start = all_weights(hf.load_model(folder))
+    ours, theirs = all_weights(hf.load_model(tmp_path / "grpo")), all_weights(trainer.model)
+    # Not each weight: where a gradient is 0 but for rounding, Adam moves by its sign.
+    assert (ours - theirs).norm() < 5e-4 * (theirs - start).norm()
+
+
+def all_weights(model):
+    return torch.cat([p.detach().flatten() for _, p in sorted(model.named_parameters())])
