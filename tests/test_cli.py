@@ -162,22 +162,29 @@ def test_every_script_explains_itself_and_each_of_its_flags(script, capsys):
 
 
 def commands(text):
-    """The calls of the scripts that a text holds -> [(script, arguments)]."""
+    """The calls of the scripts that a text holds, as a line or in backquotes -> [(script,
+    arguments)]."""
     joined = text.replace("\\\\\n", " ").replace("\\\n", " ")
-    for line in joined.splitlines():
-        found = re.match(r"(?:python|torchrun [^#]*?) ?(train_\w+\.py) ?(.*)$", line.strip())
-        if found:
-            arguments = shlex.split(found[2].replace("$seed", "0"), comments=True)
-            yield found[1], arguments
+    found = []
+    for line in [*joined.splitlines(), *re.findall(r"`([^`\n]+)`", joined)]:
+        call = re.match(r"(?:python|torchrun [^#]*?) ?(train_\w+\.py) ?(.*)$", line.strip())
+        if call:
+            found.append((call[1], shlex.split(call[2].replace("$seed", "0"), comments=True)))
+    return found
 
 
-@pytest.mark.parametrize(
-    "path", [*SCRIPTS, "README.md", *(f"runs/{path.name}" for path in ROOT.glob("runs/*.sh"))]
-)
+WRITTEN = ["README.md", "CONTRIBUTING.md", *SCRIPTS]
+WRITTEN += [f"runs/{path.name}" for path in ROOT.glob("runs/*.sh")]
+WRITTEN += [f"docs/{path.name}" for path in ROOT.glob("docs/*.md")]
+
+
+@pytest.mark.parametrize("path", WRITTEN)
 def test_every_command_that_is_written_down_is_understood(path):
-    """The README's fail until that of the new layout is merged."""
-    found = [*commands((ROOT / path).read_text())]
-    assert found and (path not in SCRIPTS or {script for script, _ in found} <= {path})
+    found = commands((ROOT / path).read_text(encoding="utf8"))
+    if path in SCRIPTS:
+        assert {script for script, _ in found} == {path}
+    if path == "README.md":
+        assert {script for script, _ in found} == {*SCRIPTS}
     for script, arguments in found:
         parser_of(script).parse_args(arguments)
 

@@ -247,6 +247,8 @@ def test_without_a_checkpoint_the_run_starts_from_the_beginning_and_says_so(
     if what_is_there == "a young run":
         run, _, _ = begun(tmp_path)
         run.log(1, {"loss": 1.0})
+        with pytest.raises(InputError, match="already holds a run"):
+            begun(tmp_path)
     run, state, _ = begun(tmp_path, resume=True)
     assert not run.resumed and state["step"] == 0
     assert f"no checkpoint in {tmp_path}, so the run starts" in capsys.readouterr().out
