@@ -176,9 +176,8 @@ def forked(runs: Path, fork: str) -> Path:
 def run_variant(runs: Path, name: str, variant: Variant, seed: int, steps: int) -> list[dict]:
     """-> its metrics, those of step 0 first."""
     sft = runs / f"sft{seed}"
-    preference = variant.script in ("train_dpo.py", "train_kto.py")
     data = runs / "toy/prompts"
-    if preference:
+    if SETTINGS[variant.script] == PAIRS:
         data = runs / f"pairs{seed}/pairs"
     out = runs / variant.script.removesuffix(".py") / re.sub("[ /]", "_", f"{name}-{seed}")
     root = ROOT
@@ -187,7 +186,7 @@ def run_variant(runs: Path, name: str, variant: Variant, seed: int, steps: int) 
     more = variant.flags.format(rm=runs / f"rm{seed}").split()
     train(variant.script, sft, data, out, seed, [*more, *flags(steps=steps)], root)
     lines = common.metrics(out)
-    if preference:  # which samples nothing
+    if variant.script not in ("train_grpo.py", "train_ppo.py"):  # these evaluate themselves
         lines[0] |= held_out(runs, sft, sft, seed)
         lines[-1] |= held_out(runs, out, sft, seed)
     before, after = lines[0], lines[-1]
@@ -199,8 +198,8 @@ def run_variant(runs: Path, name: str, variant: Variant, seed: int, steps: int) 
 
 
 def held_out(runs: Path, model: Path, sft: Path, seed: int) -> dict[str, float]:
-    """Held-out exact match of a model, and its KL to the SFT model, from nanopost.eval; kept in a
-    file beside the model's folder."""
+    """Held-out exact match of a model (sampled: a mean of four samples), and its KL to the SFT
+    model, from nanopost.eval; kept in a file beside the model's folder."""
     file = Path(f"{model}.eval.json")
     if file.exists():
         return json.loads(file.read_text())
@@ -212,7 +211,7 @@ def held_out(runs: Path, model: Path, sft: Path, seed: int) -> dict[str, float]:
         device="cpu",
     )
     asked = {
-        "eval/accuracy": flags(reward="exact", temperature=1),
+        "eval/accuracy": flags(reward="exact", samples=4),
         "eval/greedy": flags(reward="exact"),
         "eval/kl": flags(kl=sft),
     }
@@ -264,7 +263,8 @@ def summary(runs: dict[int, list[dict]]) -> dict[str, float | None]:
     if "val/explained_variance" in last[0]:
         ends = []
         for lines in runs.values():
-            ends.append(statistics.mean(m["val/explained_variance"] for m in lines[-10:]))
+            last_steps = lines[1:][-10:]
+            ends.append(statistics.mean(m["val/explained_variance"] for m in last_steps))
         row["explained variance"] = median(ends)
     return row
 
