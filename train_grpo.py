@@ -5,7 +5,9 @@
     loss = - sum_i sum_t w_it min(r_t A_i, clip(r_t, 1 - low, 1 + high) A_i) / D
            + beta sum_i sum_t w_it KL_it / D
 
---agg sets the weight w and the divisor D, which counts the whole optimizer step, over all ranks:
+--adv: group as above; mean without the std; loo against the mean of the others; batch with the std
+of the batch. --agg sets the weight w and the divisor D, which counts the whole optimizer step, over
+all ranks:
 
     token         w = 1        D = trained tokens
     sequence      w = 1/|y_i|  D = sequences
@@ -72,12 +74,7 @@ add(
     default=0,
     help="extra rounds to replace groups with equal rewards",
 )
-add(
-    "--adv",
-    default="group",
-    choices=["group", "mean", "loo", "batch"],
-    help="R minus mean, over std of the group, alone, leave-one-out, over std of the batch",
-)
+add("--adv", default="group", choices=["group", "mean", "loo", "batch"], help="advantage")
 add(
     "--ratio",
     default="token",
