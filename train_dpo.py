@@ -173,7 +173,8 @@ for step in range(state["step"] + 1, args.steps + 1):
         }
         pairs_P = preference.read_pairs(sequences, f_score)
         loss = loss_of(pairs_P, nll_tokens).sum() * (not batch.dummy)
-        # A mean over the pairs of the step. FSDP averages over ranks: world.size undoes it.
+        # A mean over the pairs of the step.
+        # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / args.rows).backward()
         metrics = preference.pair_metrics(pairs_P, args.beta)
         meter.add(batch.num_examples // 2, loss=loss, **metrics)

@@ -204,7 +204,8 @@ for step in range(state["step"] + 1, args.steps + 1):
         logp_S = batch.sequences.sum(logp_N * batch["weight"])
         nll_S = batch.sequences.sum(-logp_N)
         loss = (batch["slope"] * logp_S + batch["nll_slope"] * nll_S).sum()
-        # A mean over the examples of the step. FSDP averages over ranks: world.size undoes it.
+        # A mean over the examples of the step.
+        # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / args.rows).backward()
         meter.add(batch.num_targets, entropy=entropy_N.sum())
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)

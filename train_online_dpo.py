@@ -190,7 +190,8 @@ for step in range(state["step"] + 1, args.steps + 1):
             nll_tokens=nll_tokens,
         )
         loss = loss_P.sum() * (not batch.dummy)
-        # A mean over the pairs of the step. FSDP averages over ranks: world.size undoes it.
+        # A mean over the pairs of the step.
+        # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / max(1, num_pairs)).backward()
         metrics = preference.pair_metrics(pairs_P, args.beta)
         meter.add(batch.num_examples // 2, loss=loss, **metrics)
