@@ -1,18 +1,13 @@
 """What a run leaves and resumes from: checkpoints, the log, folders that another run has used."""
 
-import json
-import shutil
-
 import pytest
 import torch
 import torch.multiprocessing as mp
-from small import small_config, small_model
+from small import small_model
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanopost import InputError, checkpoint, hf, optim
-from nanopost.cli import check_numbers
-from nanopost.run import Logger
 from nanopost.tokenizer import Tokenizer, tokenizer_files
 from runs import toy
 
@@ -232,83 +227,15 @@ def test_two_ranks_resume_exactly_and_another_number_loads_the_same(tmp_path, na
     assert_equal(resumed, expected)
 
 
-@pytest.mark.parametrize("schedule, last", [("constant", 1.0), ("linear", 1 / 3), ("cosine", 0.25)])
-def test_a_run_shorter_than_its_warmup_still_reaches_its_rate(schedule, last):
-    rates = [optim.learning_rate(step, 6, 1.0, 20, schedule) for step in range(1, 7)]
-    assert rates[:4] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0]) and rates[-1] == pytest.approx(last)
-    assert optim.learning_rate(1, 1, 1.0, 20, schedule) == 1.0
+def test_the_rate_rises_to_its_peak_and_falls_to_one_step_above_zero():
+    rates = [optim.learning_rate(step, 8, 1.0, 2) for step in range(1, 9)]
+    assert rates == pytest.approx([1 / 2, 1, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
 
 
-def opened(out, resumed_at=None, overwrite=False, **args):
-    logger = Logger(out, 0, 9, [])
-    logger.open(resumed_at, overwrite, {"args": {"model": "elsewhere", **args}})
-    return logger
-
-
-def test_a_new_run_keeps_nothing_of_the_one_it_replaces(tmp_path):
-    opened(tmp_path).log(1, {})
-    checkpoint.save(tmp_path, 40, *fresh(), {})
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="already holds a run"):
-        opened(tmp_path)
-    opened(tmp_path, overwrite=True)
-    assert checkpoint.latest(tmp_path) is None and not (tmp_path / "config.json").exists()
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="no folder can be made"):
-        opened(tmp_path / "file")
-
-
-def test_what_a_run_reads_or_no_run_wrote_is_never_replaced(tmp_path):
-    run, foreign = tmp_path / "run", tmp_path / "foreign"
-    opened(run)
-    for reads in (
-        {"model": run},
-        {"reference_model": run},
-        {"value_model": run / "value"},
-        {"model": run / "value" / "kept"},
-        {"data": str(run / "samples.jsonl")},
-        {"eval_data": run / "checkpoints" / "x"},
-        {"reward": ["exact", f"model:{run}"]},
-    ):
-        with pytest.raises(
-            InputError, match=f"--out {run}: this run reads {run}.*, which would be overwritten"
-        ):
-            opened(run, overwrite=True, **reads)
-    opened(
-        run, overwrite=True, data=str(run / "rows.jsonl"), model=str(run / ".." / "other")
-    )  # which stay
-    for kept in (
-        "config.json",
-        "checkpoints/mine",
-        "value/mine",
-        "model-00001.safetensors",
-        "tokenizer.json",
-    ):
-        for theirs in (None, "{}", "[1]", "no JSON"):
-            (foreign / kept).parent.mkdir(parents=True, exist_ok=True)
-            (foreign / kept).write_text("{}")
-            if theirs:
-                (foreign / "run.json").write_text(theirs)
-            with pytest.raises(InputError, match="holds what no run of these scripts wrote"):
-                opened(foreign, overwrite=True)
-            assert (foreign / kept).exists()
-        shutil.rmtree(foreign)
-
-
-def test_resuming_where_nothing_is_says_that_the_run_begins_anew(tmp_path, capsys):
-    opened(tmp_path, resume=True)
-    assert "no checkpoint is in" in capsys.readouterr().out
-
-
-def test_a_resumed_log_has_every_step_once_whatever_was_sampled(tmp_path):
-    logger = opened(tmp_path)
-    for step in (1, 2, 3):
-        logger.samples(step, [{"completion": "line\u2028separator\x85 and int f(){}"}])
-    with open(tmp_path / "samples.jsonl", "a") as file:
-        file.write('{"step": 2, "completion": "cut off in int f(){}')
-    opened(tmp_path, resumed_at=2)
-    lines = (tmp_path / "samples.jsonl").read_text().split("\n")[:-1]
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+def test_a_run_shorter_than_its_warmup_still_reaches_its_rate():
+    rates = [optim.learning_rate(step, 6, 1.0, 20) for step in range(1, 7)]
+    assert rates == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 2 / 3, 1 / 3])
+    assert optim.learning_rate(1, 1, 1.0, 20) == 1.0
 
 
 def test_a_folder_that_another_model_used_holds_the_new_one_alone(tmp_path):
@@ -329,80 +256,3 @@ def test_a_folder_that_another_model_used_holds_the_new_one_alone(tmp_path):
     assert not (tmp_path / "out" / "generation_config.json").exists()
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
     assert 7 not in Tokenizer.load(tmp_path / "out").stop_ids
-
-
-@pytest.mark.parametrize(
-    "name, value", [("steps", 0), ("group", -2), ("tokens", 1), ("lr", -1.0), ("save_every", -1)]
-)
-def test_numbers_that_mean_nothing_are_refused(name, value):
-    with pytest.raises(InputError, match=f"--{name} {value}: give"):
-        check_numbers({name: value})
-    check_numbers({"lr": 0.0, "eval_every": 0, "max_length": None})
-
-
-def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path):
-    toy.write_model(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps({**config, "vocab_size": small_config().vocab_size})
-    )
-    with pytest.raises(InputError, match="last id is 262, .* vocab_size of 61"):
-        Tokenizer.load(tmp_path)
-
-
-# --------------------------------------------------------------------------------- prompts of a run
-def prompts(tokenizer, rows, max_prompt=None, max_new=4, tokens=200, positions=50):
-    (kept,), said = tokenizer.with_prompts((rows,), max_prompt, max_new, tokens, positions)
-    return kept, said
-
-
-def test_prompts_are_encoded_checked_and_counted_before_a_run(tmp_path):
-    toy.write_model(tmp_path)
-    tokenizer = Tokenizer.load(tmp_path)
-
-    def row(text, **more):
-        return {
-            "prompt": [{"role": "user", "content": text}],
-            "__line__": f"p.jsonl:{len(text)}",
-            **more,
-        }
-
-    kept, said = prompts(tokenizer, [row("1+1=?", answer="2"), row("2+2=?")])
-    texts = [tokenizer.decode(r["prompt_ids"]) for r in kept]
-    assert texts == ["<|user|>1+1=?<|assistant|>", "<|user|>2+2=?<|assistant|>"]
-    assert [r["answer"] for r in kept] == ["2", None] and "doubtful" not in said
-    with pytest.raises(
-        InputError,
-        match="p.jsonl:60: a prompt of 62 tokens and 4 new ones are more than the model's",
-    ):
-        prompts(tokenizer, [row("x"), row("x" * 60)])
-    with pytest.raises(InputError, match="more than --tokens 9: .*or raise --tokens"):
-        prompts(tokenizer, [row("x" * 5)], tokens=9)
-    kept, said = prompts(tokenizer, [row("x"), row("x" * 60)], max_prompt=20)
-    assert len(kept) == 1 and said == "1 left out by --max_prompt"
-    with pytest.raises(InputError, match="none of 1 prompts is left within"):
-        prompts(tokenizer, [row("x" * 60)], max_prompt=20)
-    _, said = prompts(tokenizer, [{"prompt": "1+1=?"}])
-    assert "1 prompts are plain text, and the model has a chat template" in said
-    with pytest.raises(InputError, match="ends with an assistant's message"):
-        prompts(
-            tokenizer,
-            [{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}],
-        )
-
-
-def test_tools_and_template_variables_of_a_row_reach_its_prompt(tmp_path):
-    toy.write_model(tmp_path)
-    template = (
-        "{{ tools | length if tools else 0 }}{{ mood }}"
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + "
-        "m['content'] }}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    tokenizer = Tokenizer(Tokenizer.load(tmp_path).raw, {"eos_token": "<|end|>"}, template)
-    row = {
-        "prompt": [{"role": "user", "content": "a"}],
-        "tools": [{"name": "f"}],
-        "chat_template_kwargs": {"mood": "!"},
-    }
-    kept, _ = prompts(tokenizer, [row])
-    assert tokenizer.decode(kept[0]["prompt_ids"]) == "1!<|user|>a<|assistant|>"

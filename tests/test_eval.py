@@ -370,7 +370,7 @@ def test_flags_that_do_not_go_together_say_so(flags, sentence):
 def test_numbers_out_of_bounds_are_refused_by_their_flag(capsys, flags):
     with pytest.raises(SystemExit):
         parsed(["--data", "x", *flags.split()])
-    assert f"argument {flags.split()[0]}: " in capsys.readouterr().err
+    assert f"error: {flags.split()[0]}: " in capsys.readouterr().err
 
 
 def test_a_mistake_is_answered_with_one_sentence(place):
