@@ -40,8 +40,7 @@ def may_touch_two_files(name):
 # ------------------------------------------------------------------------------------------- text
 @pytest.mark.parametrize("name", NAMES)
 def test_a_fork_says_what_it_does_and_how_to_run_it(name):
-    title, blank, *_ = header(name).split("\n")
-    assert title and flags_of(name)
+    assert header(name).split("\n")[0] and flags_of(name)
     assert all(len(line) <= 100 for line in header(name).splitlines())
     assert f"{name}.diff" in (ROOT / "forks" / "README.md").read_text()
 

@@ -435,10 +435,13 @@ def test_half_of_a_batch_are_the_prompts_that_varied_most(alone):
     rollout_batch = function_of("curriculum", SCRIPT, "rollout_batch")
     drawn = []
 
+    def spread_of(row):
+        return 0.0 if row in (8, 3) else float(row + 1)
+
     def rollout(rows_P, serials, n, sampling):
         drawn.append((rows_P, serials))
-        spread_P1 = torch.tensor([[row % 3] for row in rows_P], dtype=torch.float64)
-        reward_PG = spread_P1 * torch.tensor([0.0, 1.0])  # of row 0, 3, 6, ...: equal
+        spread_P1 = torch.tensor([[spread_of(row)] for row in rows_P], dtype=torch.float64)
+        reward_PG = spread_P1 * torch.tensor([0.0, math.sqrt(2)])
         return [[row, row] for row in rows_P], reward_PG[None]
 
     rollout_batch.__globals__.update(
@@ -449,26 +452,33 @@ def test_half_of_a_batch_are_the_prompts_that_varied_most(alone):
         reward_weights=[1.0],
         sampling=None,
     )
-    groups, _, count, _, spreads = rollout_batch(0, [7, 5])
-    (first, serials), *later = drawn
-    fresh = packing.take(12, 0, 0, 12)
-    assert first == [7, 5, *fresh[2:4]] and serials == [0, 1, 2, 3]
-    replacing = [row for rows_P, _ in later for row in rows_P]
-    assert replacing == fresh[4:count]  # a second round draws fresh prompts alone
-    assert [row for _, row in spreads] == first + replacing
-    expected = [row % 3 / math.sqrt(2) for _, row in spreads]
+    _, _, count, equal, spreads = rollout_batch(0, [8, 3])
+    (first, serials), (second, more_serials) = drawn
+    fresh = packing.take(12, 0, 0, 6)
+    assert first == [8, 3, *fresh[2:4]] and serials == [0, 1, 2, 3] and equal == 2
+    assert second == fresh[4:] and more_serials == [4, 5] and count == 6  # fresh prompts alone
+    assert [row for _, row in spreads] == first + second
+    expected = [spread_of(row) for row in first + second]
     assert [spread for spread, _ in spreads] == pytest.approx(expected)
-    state = {"consumed": 0}
-    run_lines(
-        patched_source(SCRIPT, "curriculum"),
-        'state["consumed"] += drawn',
-        "rollouts = ",
-        state=state,
-        drawn=count,
-        spreads=[(0.5, 3), (0.0, 9), (1.5, 4), (0.7, 8)],
-        args=SimpleNamespace(prompts=4),
-    )
-    assert state == {"consumed": count, "again": [4, 8]}
+
+
+def test_prompts_whose_rewards_varied_are_drawn_again():
+    def again(*spreads):
+        state = {"consumed": 8}
+        run_lines(
+            patched_source(SCRIPT, "curriculum"),
+            'state["consumed"] += drawn',
+            "rollouts = ",
+            state=state,
+            drawn=6,
+            spreads=spreads,
+            args=SimpleNamespace(prompts=4),
+        )
+        assert state["consumed"] == 14
+        return state["again"]
+
+    assert again((0.5, 3), (0.0, 9), (1.5, 4), (0.7, 8)) == [4, 8]
+    assert again((0.0, 3), (0.0, 9), (1.5, 4), (0.0, 8)) == [4]
 
 
 # ------------------------------------------------------------------------------------- two answers
@@ -484,7 +494,12 @@ class Tokens:
 @pytest.fixture
 def dialogues(alone):
     """-> (model, turn_ids, groups of rollouts, what the reward was given)."""
-    model, turn_ids, seen = small_model(), [50, 51, 52], []
+    model, turn_ids, seen, seeds = small_model(), [50, 51, 52], [], []
+    engine = Engine(model, Tokens.stop_ids)
+
+    def generate(prompts, n, sampling, seeds_P):
+        seeds.extend(seed + i for seed in seeds_P for i in range(n))
+        return engine.generate(prompts, n, sampling, seeds_P)
 
     def length(completions, completion_ids, prompt_ids, **columns):
         seen.append((prompt_ids, completion_ids))
@@ -493,7 +508,7 @@ def dialogues(alone):
     rollout = function_of("multi_turn", SCRIPT, "rollout")
     rollout.__globals__.update(
         args=SimpleNamespace(seed=3),
-        engine=Engine(model, Tokens.stop_ids),
+        engine=SimpleNamespace(generate=generate),
         tokenizer=Tokens(),
         reward_functions=[SimpleNamespace(name="length", function=length)],
         turn_ids=turn_ids,
@@ -501,6 +516,7 @@ def dialogues(alone):
     rows_P = [{"prompt": "a", "prompt_ids": random_ids(4, 0)}]
     rows_P.append({"prompt": "b", "prompt_ids": random_ids(7, 1)})
     groups, reward_FPG = rollout(rows_P, [10, 11], 3, Sampling(20))
+    assert len(set(seeds)) == 12  # each answer draws random numbers of its own
     return model, turn_ids, groups, reward_FPG, seen
 
 
@@ -520,7 +536,6 @@ def test_a_turn_is_not_trained_and_the_reward_reads_the_second_answer(dialogues)
         example = r.example()
         assert example.num_targets == r.length
         assert (example.mask[len(r.prompt) :] == r.sampled).all()
-    assert len({tuple(ids) for ids in firsts + answers}) == 12  # each draws numbers of its own
     assert any(len(ids) < 20 for ids in firsts)
     found = length_metrics(rollouts)
     mean = sum(len(a) + len(b) for a, b in zip(firsts, answers)) / 6
