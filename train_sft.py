@@ -113,11 +113,11 @@ for step in range(state["step"] + 1, args.steps + 1):
     began = time.perf_counter()
     parts = parts_of_step(state["consumed"], per_step, world.rank, world.size)
     state["consumed"] += per_step
-    step_batches = [batch_of([train_examples[i] for i in part], world.device) for part in parts]
     examples = [train_examples[i] for part in parts for i in part]
     targets, tokens = dist.all_sums(sum(e.num_targets for e in examples), sum(map(len, examples)))
     meter = dist.Meter()
-    for batch in step_batches:
+    for part in parts:
+        batch = batch_of([train_examples[i] for i in part], world.device)
         logp_N, entropy_N = model(batch)
         loss = loss_of(logp_N, batch.mask_N)
         # FSDP averages gradients over ranks: world.size undoes it.
