@@ -4,9 +4,9 @@ reference.
     c = log pi(y_chosen | x) - log ref(y_chosen | x), over its tokens; r likewise for the rejected
     loss = - sum_p log sigmoid(beta (c_p - r_p)) / P     P: pairs of the step (2305.18290 eq. 7)
 
---loss takes one of the family, or several to add up; nanopost/preference.py has the
-formulas: sigmoid sigmoid_norm ipo hinge robust exo discopop nca sppo apo_zero apo_down, and without
-a reference simpo cpo orpo sft. train_kto.py has the losses that couple the pairs of a step,
+--loss takes one of the family, or several to add up; nanopost/preference.py has the formulas:
+sigmoid, sigmoid_norm, ipo, hinge, robust, exo, discopop, nca, sppo, apo_zero, apo_down, and without
+a reference simpo, cpo, orpo, sft. train_kto.py has the losses that couple the pairs of a step,
 train_online_dpo.py samples its pairs from the policy.
 
     python train_dpo.py --model out/sft --data pairs.jsonl
@@ -26,8 +26,8 @@ from nanopost.report import marked_text
 from nanopost.run import Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
-# Shapes: N packed tokens, P pairs, S sequences: 2p is the chosen one of pair p, 2p + 1 the
-# rejected.
+# Shapes: N packed tokens, P pairs, S sequences: number 2p is the chosen one of pair p, 2p + 1 the
+# rejected one.
 
 # ---------------------------------------------------------------------------------------- arguments
 parser = cli.parser(__doc__, out="out/dpo", lr=1e-6)
@@ -44,6 +44,7 @@ add("--alpha", type=float, default=0.5, help="alpha of --divergence alpha")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
+world = dist.init(args.device, args.dtype, args.seed)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 f_score = {
@@ -53,12 +54,30 @@ f_score = {
     "alpha": partial(preference.alpha_divergence, alpha=args.alpha),
 }[args.divergence]
 cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
-if args.divergence != "reverse_kl" and not preference.all_read(loss_functions, "_score_P"):
-    raise InputError(f"--loss {' '.join(args.loss)} does not use --divergence {args.divergence}.")
-if args.smoothing and not preference.all_read(loss_functions, "smoothing"):
+if args.smoothing and not preference.any_reads(loss_functions, "smoothing"):
     raise InputError(f"--loss {' '.join(args.loss)} does not use --smoothing.")
+if args.divergence != "reverse_kl":
+    for name, loss in zip(args.loss, loss_functions):
+        if not preference.any_reads([loss], "_score_P"):
+            raise InputError(f"--loss {name} does not use --divergence {args.divergence}.")
 
-world = dist.init(args.device, args.dtype, args.seed)
+
+def loss_of(pairs_P, nll_tokens):
+    """The loss of each pair, the weighted sum of --loss -> loss_P. A loss is a function in
+    preference.py; the names of its parameters say which columns of the pairs it gets."""
+    return preference.weighted(
+        loss_functions,
+        loss_weights,
+        pairs_P,
+        beta=args.beta,
+        smoothing=args.smoothing,
+        gamma=args.gamma,
+        nll_tokens=nll_tokens,
+    )
+
+
+loss_of(preference.no_pairs(), nll_tokens=1.0)  # a flag that a loss refuses is refused at once
+
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
 model = hf.load_model(args.model, world.device, shard=shard)
@@ -73,24 +92,24 @@ train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.
 max_length = args.max_length or args.tokens // 2
 
 
-def encode(rows_P):
+def encode(given):
     """Rows -> (pairs of examples with the columns a loss reads, counts of what was cut or
     dropped)."""
-    encoded = [tokenizer.pair(row) for row in rows_P]
+    encoded = [tokenizer.pair(row) for row in given]
     pairs_P, counts = pairs.fit_to(encoded, max_length, args.overlong)
+    # ORPO's nll is of the prompt too: its tokens become targets, of weight 0 in the answer's logp
     pairs.add_columns(pairs_P, train_prompt="orpo" in args.loss)
-    if reference_model is not None and args.reference == "precomputed":
-        reference.add_cached_reference(
-            pairs_P, reference_model, reference_folder, args.tokens, world, args.cache
-        )
-    else:
-        reference.add_no_reference(pairs_P)
+    reference.add_no_reference(pairs_P)
     return pairs_P, counts
 
 
 train_pairs, cut = encode(train_rows)
 eval_pairs, eval_cut = encode(eval_rows)
-if args.reference == "precomputed":
+if args.reference == "precomputed" and reference_model is not None:
+    for pairs_P in (train_pairs, eval_pairs):
+        reference.add_cached_reference(
+            pairs_P, reference_model, reference_folder, args.tokens, world, args.cache
+        )
     reference_model = None  # no longer needed: its log-probs are cached
 per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
@@ -101,23 +120,14 @@ run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
-run.say(f"{len(train_pairs):,} pairs, {len(eval_pairs):,} held out; the first, answers in » and «:")
+if args.reference_model:
+    run.say(check_stage(args.reference_model, tokenizer))
+run.say(
+    f"{len(train_pairs):,} pairs, {len(eval_pairs):,} held out; the first, answers between » and «:"
+)
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
-run.say(f"a step is {args.rows} of the {per_epoch:,} pairs of an epoch")
-
-
-def loss_of(pairs_P, nll_tokens):
-    """The loss of each pair: the weighted sum of --loss -> loss_P."""
-    return preference.weighted(
-        loss_functions,
-        loss_weights,
-        pairs_P,
-        beta=args.beta,
-        smoothing=args.smoothing,
-        gamma=args.gamma,
-        nll_tokens=nll_tokens,
-    )
+run.say(f"each step takes {args.rows} of the {per_epoch:,} pairs of an epoch")
 
 
 @torch.no_grad()
@@ -136,6 +146,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
+# Every rank runs every line, on its share of the data; run alone asks which rank it is.
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -147,10 +158,11 @@ for step in range(state["step"] + 1, args.steps + 1):
     if reference_model is not None:
         reference.add_reference(step_pairs, reference_model, args.tokens, world.device)
     chosen_targets = sum(chosen.num_targets for chosen, _ in step_pairs)
-    nll_tokens = dist.all_sum(chosen_targets) / args.rows
+    nll_tokens = dist.all_sum(chosen_targets) / args.rows  # makes an nll one per token of the step
 
     # ---- update
     meter = dist.Meter()
+    # As many micro-batches on every rank, padded with dummies: each pass is a collective.
     for batch in batches(step_pairs, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
         sequences = {
@@ -161,6 +173,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         }
         pairs_P = preference.read_pairs(sequences, f_score)
         loss = loss_of(pairs_P, nll_tokens).sum() * (not batch.dummy)
+        # A mean over the pairs of the step.
         # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / args.rows).backward()
         metrics = preference.pair_metrics(pairs_P, args.beta)

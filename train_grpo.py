@@ -2,10 +2,19 @@
 
     A_i  = (R_i - mean(R)) / (std(R) + 1e-4)                over the group, 2402.03300 eq. 3
     r_t  = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
-    loss = - sum_i sum_t w_it min(r_t A_i, clip(r_t, 1 - low, 1 + high) A_i)
-           + beta sum_i sum_t w_it KL_it
+    loss = - sum_i sum_t w_it min(r_t A_i, clip(r_t, 1 - low, 1 + high) A_i) / D
+           + beta sum_i sum_t w_it KL_it / D
 
-The family is four choices (--adv, --ratio, --loss, --agg):
+--adv: group as above; mean without the std; loo against the mean of the others; batch with the std
+of the batch. --agg sets the weight w and the divisor D, which counts the whole optimizer step, over
+all ranks:
+
+    token         w = 1        D = trained tokens
+    sequence      w = 1/|y_i|  D = sequences
+    constant      w = 1        D = sequences x max_new_tokens
+    sequence_sum  w = 1        D = sequences
+
+Related methods, as flags:
 
     GRPO      2402.03300    --agg sequence --beta 0.04
     Dr. GRPO  2503.20783    --adv mean --agg constant
@@ -42,7 +51,7 @@ from nanopost import (
     rewards,
     rows,
 )
-from nanopost.cli import at_least
+from nanopost.cli import above, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.forward import add_logprobs, batches, check_finite
 from nanopost.rollout import LogpGap, length_metrics, sample_records
@@ -74,6 +83,8 @@ add(
 )
 add("--loss", default="clip", choices=["clip", "cispo", "sapo"])
 add("--clip", type=at_least(0.0), nargs=2, default=[0.2, 0.2], metavar=("LOW", "HIGH"))
+add("--cispo_cap", type=at_least(1.0), default=5.0, help="largest ratio under cispo")
+add("--sapo_tau", type=above(0.0), nargs=2, default=[1.0, 1.05], metavar=("POSITIVE", "OTHER"))
 add(
     "--agg",
     default="token",
@@ -140,8 +151,8 @@ advantage = {
 }[args.adv]
 policy_loss = {
     "clip": partial(losses.policy_loss_clip, low=args.clip[0], high=args.clip[1]),
-    "cispo": partial(losses.policy_loss_cispo, cap=5.0),
-    "sapo": partial(losses.policy_loss_sapo, tau=(1.0, 1.05)),
+    "cispo": partial(losses.policy_loss_cispo, cap=args.cispo_cap),
+    "sapo": partial(losses.policy_loss_sapo, tau=args.sapo_tau),
 }[args.loss]
 kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
 correction = losses.no_correction
@@ -160,9 +171,11 @@ def rollout(rows_P, serials, n, sampling):
 
 
 def rollout_batch(consumed):
-    """--prompts groups of the rows that follow the first `consumed`. With --resample, groups whose
-    rewards are all equal are replaced (dynamic sampling, 2503.14476), so a rank may end with none.
+    """One group per prompt, of --prompts prompts after the first `consumed`, over all ranks.
 
+    With --resample, groups whose rewards are all equal are dropped, and others drawn for them, for
+    so many rounds (dynamic sampling, 2503.14476). There may be a few groups more, since each rank
+    draws as many, or fewer when the rounds run out; a rank may end with none.
     -> (groups, reward_FPG, prompts drawn over all ranks, this rank's groups of equal rewards)
     """
     groups, rewards_FPG, drawn, equal, missing = [], [], 0, 0, args.prompts
@@ -184,10 +197,12 @@ def rollout_batch(consumed):
 
 
 def evaluate():
-    """Mean rewards on held-out prompts, one completion each, sampled and greedy."""
+    """Mean rewards on held-out prompts, one completion each: sampled at temperature 1, and greedy.
+    eval/accuracy and eval/greedy are the first --reward's."""
     metrics = {}
     mine = range(len(eval_rows))[world.rank :: world.size]
-    rows_P, serials = [eval_rows[i] for i in mine], [2**32 + i for i in mine]
+    rows_P = [eval_rows[i] for i in mine]
+    serials = [2**32 + i for i in mine]  # apart from those of training, so that seeds differ
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
         _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
         others = [f"eval/{name}/{f.name}" for f in reward_functions[1:]]
@@ -196,6 +211,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
+# Every rank runs every line, on its share of the data; run alone asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not run.resumed:
@@ -217,10 +233,11 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- log-probs of the sampled tokens, under the old policy and the reference
     examples = [r.example() for r in rollouts]
-    for e in examples:
-        e.columns["old_logp"] = e.columns["engine_logp"]
     if args.old_logp == "trainer":
         add_logprobs(examples, "old_logp", model, args.tokens, args.temperature, world.device)
+    else:
+        for e in examples:
+            e.columns["old_logp"] = e.columns["engine_logp"]
     if reference is not None:
         add_logprobs(examples, "ref_logp", reference, args.tokens, args.temperature, world.device)
 
@@ -233,13 +250,14 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- update: one optimizer step per minibatch of whole groups
     meter, loss_sum = dist.Meter(), 0.0
     for k, minibatch in enumerate(packing.minibatches(examples, args.minibatches, args.group)):
-        tokens, sequences = dist.all_sums(sum(e.num_targets for e in minibatch), len(minibatch))
-        divisor = losses.divisor(args.agg, tokens, sequences, args.max_new_tokens)
-        # Where the policy loss is the only term, advantage 0 means no gradient: such sequences
-        # count in the divisor and need no forward pass. Another term reaches them: then keep them
-        # all.
+        targets, sequences = dist.all_sums(sum(e.num_targets for e in minibatch), len(minibatch))
+        divisor = losses.divisor(args.agg, targets, sequences, args.max_new_tokens)
+        # If the policy loss is the only term, a sequence of advantage 0 has no gradient: it counts
+        # in the divisor but needs no forward pass (the entropy metric then leaves it out). The KL
+        # has a gradient there, as may a term of your own: then keep all sequences.
         if reference is None:
             minibatch = [e for e in minibatch if e.columns["adv"].any()]
+        # As many micro-batches on every rank, padded with dummies: each pass is a collective.
         for batch in batches(minibatch, args.tokens, world.device):
             logp_N, entropy_N = model(batch, args.temperature)
             log_ratio_N = losses.log_ratio(logp_N, batch["old_logp"], batch.sequences, args.ratio)

@@ -12,7 +12,8 @@ exact gradient:
     1  all l_s without gradient, then L, and its slopes g_s = dL / dl_s
     2  in micro-batches of any size, the gradient of sum_s g_s l_s, with each g_s a constant
 
-because dL/dw = sum_s (dL/dl_s) (dl_s/dw). Nothing is approximated, and nothing depends on --tokens
+because dL/dw = sum_s (dL/dl_s) (dl_s/dw). With --sft_weight the nll of each sequence has a slope
+too. Nothing is approximated, and nothing depends on --tokens
 or on the number of ranks.
 
     python train_kto.py --model out/sft --data labelled.jsonl   # {"prompt", "completion", "label"}
@@ -24,7 +25,7 @@ import time
 
 import torch
 
-from nanopost import cli, dist, hf, optim, packing, pairs, preference, reference, rows
+from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preference, reference, rows
 from nanopost.batch import Example
 from nanopost.cli import at_least
 from nanopost.forward import batches, check_finite, gather_pairs
@@ -32,9 +33,9 @@ from nanopost.report import marked_text
 from nanopost.run import Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
-# Shapes: N packed tokens, P pairs, S sequences: 2p is the chosen one of pair p, 2p + 1 the
-# rejected. In KTO, chosen is a row's own completion, rejected the completion of another row after
-# its prompt.
+# Shapes: N packed tokens, P pairs, S sequences: number 2p is the chosen one of pair p, 2p + 1 the
+# rejected one. In KTO, chosen is a row's own completion, rejected the completion of another row
+# after its prompt.
 
 # ---------------------------------------------------------------------------------------- arguments
 parser = cli.parser(__doc__, out="out/kto", lr=1e-6)
@@ -69,52 +70,62 @@ tokenizer.check_same(reference_folder, "--reference_model ")
 reference_model = hf.load_model(reference_folder, world.device, shard=shard)
 reference_model.requires_grad_(False)
 
+loss_functions, loss_weights = [preference.COUPLED[args.loss]], [1.0]
+if args.sft_weight:
+    loss_functions.append(preference.sft)
+    loss_weights.append(args.sft_weight)
 is_kto = args.loss == "kto"
+if args.smoothing and not preference.any_reads(loss_functions, "smoothing"):
+    raise InputError(f"--loss {args.loss} does not use --smoothing.")
+if args.label_weights != [1.0, 1.0] and not is_kto:
+    raise InputError(f"--loss {args.loss} does not use --label_weights.")
 form = rows.unpaired if is_kto else rows.pair
 train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, form)
 max_length = args.max_length or args.tokens // 2
 
 
-def encode(rows_P):
+def encode(given):
     """Rows -> (pairs of examples with the columns a loss reads, counts of what was cut or
     dropped)."""
     if is_kto:
-        labelled = rows.take_pairs_apart(rows_P)
+        labelled = rows.take_pairs_apart(given)
         examples = [tokenizer.example(row, "completion") for row in labelled]
         for e, row in zip(examples, labelled):
             e.columns["label"] = float(row["label"])
         examples, counts = packing.fit_to(examples, max_length, args.overlong)
         pairs_P = pairs.mismatched(examples, max_length)
     else:
-        encoded = [tokenizer.pair(row) for row in rows_P]
+        encoded = [tokenizer.pair(row) for row in given]
         pairs_P, counts = pairs.fit_to(encoded, max_length, args.overlong)
     pairs.add_columns(pairs_P)
-    if args.reference == "precomputed":
-        reference.add_cached_reference(
-            pairs_P, reference_model, reference_folder, args.tokens, world, args.cache
-        )
     return pairs_P, counts
 
 
 train_pairs, cut = encode(train_rows)
 eval_pairs, eval_cut = encode(eval_rows)
 if args.reference == "precomputed":
+    for pairs_P in (train_pairs, eval_pairs):
+        reference.add_cached_reference(
+            pairs_P, reference_model, reference_folder, args.tokens, world, args.cache
+        )
     reference_model = None  # no longer needed: its log-probs are cached
 per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["loss", "rewards/accuracies", "rewards/margins", "entropy", "grad_norm", "lr"]
+show = ["loss", "rewards/accuracies", "rewards/chosen", "entropy", "grad_norm", "lr"]
 run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+if args.reference_model:
+    run.say(check_stage(args.reference_model, tokenizer))
 run.say(
     f"{len(train_pairs):,} examples, {len(eval_pairs):,} held out; the first, answers in » and «:"
 )
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
-run.say(f"a step is {args.rows} of the {per_epoch:,} examples of an epoch")
+run.say(f"each step takes {args.rows} of the {per_epoch:,} examples of an epoch")
 
 
 def coupled_loss(sequences):
@@ -159,10 +170,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
-loss_functions, loss_weights = [preference.COUPLED[args.loss]], [1.0]
-if args.sft_weight:
-    loss_functions.append(preference.sft)
-    loss_weights.append(args.sft_weight)
+# Every rank runs every line, on its share of the data; run alone asks which rank it is.
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -175,14 +183,14 @@ for step in range(state["step"] + 1, args.steps + 1):
         reference.add_reference(step_pairs, reference_model, args.tokens, world.device)
 
     # ---- first pass: the loss of the whole step, and its slope in each log-prob
-    sequences, mine = gather_pairs(model, step_pairs, args.tokens, world.device)
+    sequences, mine_S = gather_pairs(model, step_pairs, args.tokens, world.device)
     ratio_S = sequences["logp"] - sequences["ref_logp"]
     state["reward_sum"] += float(args.beta * ratio_S.sum())
     state["reward_count"] += len(ratio_S)
     leaves = [sequences["logp"].requires_grad_(), sequences["nll"].requires_grad_()]
     loss_P, pairs_P = coupled_loss(sequences)
     slope_S, nll_slope_S = torch.autograd.grad(loss_P.sum(), leaves, materialize_grads=True)
-    slopes = zip(slope_S[mine].tolist(), nll_slope_S[mine].tolist())
+    slopes = zip(slope_S[mine_S].tolist(), nll_slope_S[mine_S].tolist())
 
     # ---- second pass: sum_s slope_s logp_s, in micro-batches; sequences without slope are skipped
     examples = []
@@ -196,6 +204,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         logp_S = batch.sequences.sum(logp_N * batch["weight"])
         nll_S = batch.sequences.sum(-logp_N)
         loss = (batch["slope"] * logp_S + batch["nll_slope"] * nll_S).sum()
+        # A mean over the examples of the step.
         # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / args.rows).backward()
         meter.add(batch.num_targets, entropy=entropy_N.sum())

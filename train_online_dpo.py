@@ -60,13 +60,15 @@ add("--reference_model", help="folder of the reference; default: --model")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
+world = dist.init(args.device, args.dtype, args.seed)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
+if args.smoothing and not preference.any_reads(loss_functions, "smoothing"):
+    raise InputError(f"--loss {' '.join(args.loss)} does not use --smoothing.")
 if not args.reward and not args.judge:
     raise InputError("give --reward or --judge to rank the answers.")
 
-world = dist.init(args.device, args.dtype, args.seed)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
 model = hf.load_model(args.model, world.device, shard=shard)
@@ -101,6 +103,8 @@ run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+if args.reference_model:
+    run.say(check_stage(args.reference_model, tokenizer))
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
 
@@ -139,6 +143,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
+# Every rank runs every line, on its share of the data; run alone asks which rank it is.
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not run.resumed:
     run.log(0, evaluate())
@@ -185,6 +190,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             nll_tokens=nll_tokens,
         )
         loss = loss_P.sum() * (not batch.dummy)
+        # A mean over the pairs of the step.
         # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / max(1, num_pairs)).backward()
         metrics = preference.pair_metrics(pairs_P, args.beta)

@@ -1,19 +1,19 @@
-"""PPO with a learned value function: reward answers, and credit each token by how it changed the
-value.
+"""PPO with a learned value function: each token is credited with how it changed the value.
 
     r_t     = - beta KL_t, plus the score of the answer at its last sampled token
     delta_t = r_t + gamma V_t+1 - V_t
-    adv_t   = delta_t + gamma lam adv_t+1                                GAE 1506.02438 eq. 16
-    loss    = - sum_t min(ratio_t adv_t, clip(ratio_t, 1 - low, 1 + high) adv_t) / T
-              + value_coef sum_t max((V_t - R_t)^2, (clip(V_t, V_old,t +- c) - R_t)^2) / 2 T
+    adv_t   = delta_t + gamma lam adv_t+1                           GAE, 1506.02438 eq. 16
+    R_t     = adv_t + V_old,t
+    loss    = - sum_t min(ratio_t adv_t, clip(ratio_t, 1 - low, 1 + high) adv_t) / n
+              + value_coef sum_t max((V_t - R_t)^2, (clip(V_t, V_old,t +- c) - R_t)^2) / (2 n)
 
-with R_t = adv_t + V_old,t and T the sampled tokens of the minibatch. V_t is the value of the state
-in which token t is chosen, that is, of what precedes it. The value model starts from the reward
+n: sampled tokens of the minibatch, over all ranks (1707.06347 eq. 7; low and high: --clip, c:
+--value_clip). V_t is the value of the state before token t. The value model starts from the reward
 model (--reward model:FOLDER), else from the policy; --value_model head is a linear head on the
 policy.
 
-Of the details of RLHF's PPO (2403.17031), each noted at its line: score on the last sampled token,
-penalty for answers without an end, KL in the reward, rewards whitened without shifting their mean,
+Of the details of RLHF's PPO (2403.17031) these are here: score on the last sampled token, penalty
+for answers that do not end, KL in the reward, rewards whitened without shifting their mean,
 advantages whitened over all ranks, temperature in the trainer's log-probs, value clipping, epochs
 of shuffled minibatches, a learning rate that decays to 0. Not done: scores normalised over
 demonstrations (use --score_scale), Adam's eps of 1e-5, sampling past the end (nothing is padded),
@@ -78,7 +78,7 @@ add(
     "--value_clip",
     type=at_least(0.0),
     default=0.2,
-    help="how far a value may move per rollout batch",
+    help="clip range of a value around the old one",
 )
 add("--gamma", type=at_least(0.0), default=1.0, help="discount per token")
 add(
@@ -88,7 +88,12 @@ add(
     help="lambda of GAE; 1: Monte-Carlo returns",
 )
 add("--clip", type=at_least(0.0), nargs=2, default=[0.2, 0.2], metavar=("LOW", "HIGH"))
-add("--eos_penalty", type=at_least(0.0), default=0.0, help="penalty of an answer without an end")
+add(
+    "--eos_penalty",
+    type=at_least(0.0),
+    default=0.0,
+    help="subtracted from the score of an answer that does not end",
+)
 add("--score_scale", action="store_true", help="divide scores by the std of all scores so far")
 add("--whiten_rewards", action="store_true", help="scale token rewards to a std of 1")
 add("--beta", type=at_least(0.0), default=0.0, help="KL coefficient; 0: no reference model")
@@ -121,8 +126,8 @@ value_folder = None
 if args.value_model != "head":
     value_folder = args.value_model
     tokenizer.check_same(value_folder, "--value_model ")
-# transformers scores the last token that is not padding: if answers end with the padding token,
-# no token may count as padding
+# The exported value model is scored at the last token that is not padding: where answers end with
+# the padding token, no token may count as padding.
 pad_id = None if tokenizer.pad_id in tokenizer.stop_ids else tokenizer.pad_id
 model = hf.load_actor_critic(args.model, value_folder, world.device, shard, pad_id)
 reference = None
@@ -164,10 +169,12 @@ def rollout(rows_P, serials, n, sampling):
 
 
 def evaluate():
-    """Mean rewards on held-out prompts, one completion each, sampled and greedy."""
+    """Mean rewards on held-out prompts, one completion each: sampled at temperature 1, and greedy.
+    eval/accuracy and eval/greedy are the first --reward's."""
     metrics = {}
     mine = range(len(eval_rows))[world.rank :: world.size]
-    rows_P, serials = [eval_rows[i] for i in mine], [2**32 + i for i in mine]
+    rows_P = [eval_rows[i] for i in mine]
+    serials = [2**32 + i for i in mine]  # apart from those of training, so that seeds differ
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
         _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
         others = [f"eval/{name}/{f.name}" for f in reward_functions[1:]]
@@ -176,6 +183,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
+# Every rank runs every line, on its share of the data; run alone asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
 engine.sync_weights(dist.full_weights(model, "policy."), state["step"])
 if not run.resumed:
@@ -194,15 +202,17 @@ for step in range(state["step"] + 1, args.steps + 1):
     score_B = rewards.total(reward_FPG, reward_weights).flatten() - args.eos_penalty * unended_B
     rollout_seconds = time.perf_counter() - began
 
-    # ---- log-probs and values, of the sampled tokens alone
+    # ---- log-probs and values of the sampled tokens
     examples = [r.example() for r in rollouts]
-    for e in examples:
-        e.columns["old_logp"] = e.columns["engine_logp"]
     if args.old_logp == "trainer":
         add_logprobs(examples, "old_logp", model, args.tokens, args.temperature, world.device)
+    else:
+        for e in examples:
+            e.columns["old_logp"] = e.columns["engine_logp"]
     if reference is not None:
         add_logprobs(examples, "ref_logp", reference, args.tokens, args.temperature, world.device)
     add_values(examples, model, args.tokens, world.device)
+    # float64, zeros after a row's last sampled token: what follows needs no mask but for statistics
     old_BT, value_BT = padded(examples, "old_logp"), padded(examples, "value")
     ref_BT = old_BT if reference is None else padded(examples, "ref_logp")
     length_B = torch.tensor([r.length for r in rollouts])
@@ -223,6 +233,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     _, monte_carlo_BT = advantages.gae(reward_BT, value_BT, args.gamma, lam=1.0)
 
     # ---- update: one optimizer step per minibatch of shuffled prompts
+    # During value warm-up only the value model learns, or only the head on the policy.
     model.policy.requires_grad_(step > args.value_warmup)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
@@ -232,7 +243,8 @@ for step in range(state["step"] + 1, args.steps + 1):
         examples, args.group, args.minibatches, args.ppo_epochs, seed, world
     )
     for k, minibatch in enumerate(minibatches):
-        trained = dist.all_sum(sum(e.num_targets for e in minibatch))
+        targets = dist.all_sum(sum(e.num_targets for e in minibatch))
+        # As many micro-batches on every rank, padded with dummies: each pass is a collective.
         for batch in batches(minibatch, args.tokens, world.device):
             logp_N, entropy_N, value_N = model(batch, args.temperature)
             log_ratio_N = losses.log_ratio(logp_N, batch["old_logp"], batch.sequences, "token")
@@ -245,7 +257,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             )
             loss = policy_loss + args.value_coef * value_loss
             # FSDP averages gradients over ranks: world.size undoes it.
-            (loss * world.size / max(1, trained)).backward()
+            (loss * world.size / max(1, targets)).backward()
             metrics = {
                 "loss/policy_avg": policy_loss,
                 "loss/value_avg": value_loss,
@@ -273,7 +285,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         "objective/rlhf_reward": (kl_reward_B + score_B).sum(),
     }
     if reference is not None:
-        objective["objective/kl"] = (old_BT - ref_BT).sum()
+        objective["objective/kl"] = (old_BT - ref_BT).sum()  # k1, whatever --kl
     meter.add(len(rollouts), **objective)
     sampled, ended = dist.all_sums(length_B.sum(), (~unended_B).sum())
     state["num_tokens"] += sampled
@@ -309,6 +321,6 @@ for step in range(state["step"] + 1, args.steps + 1):
 # --------------------------------------------------------------------------------------------- save
 files = tokenizer_files(args.model, tokenizer)
 run.export(dist.full_weights(model, "policy."), model.config, files)
-if value_folder:
+if value_folder:  # a head on the policy is of no use without it, and not exported
     run.export(dist.full_weights(model, "value."), model.value.config, files, part="value")
 run.finish()

@@ -37,8 +37,8 @@ args = parser.parse_args()
 # -------------------------------------------------------------------------------------------- setup
 world = dist.init(args.device, args.dtype, args.seed)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-# transformers scores the last token that is not padding: if answers end with the padding token,
-# no token may count as padding
+# transformers scores the last token that is not padding: where answers end with the padding token,
+# no token may count as padding.
 pad_id = None if tokenizer.pad_id in tokenizer.stop_ids else tokenizer.pad_id
 model = hf.load_scalar_model(
     args.model, world.device, shard=cli.shard(args, world), new_head=True, pad_id=pad_id
@@ -69,10 +69,12 @@ run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
-run.say(f"{len(train_pairs):,} pairs, {len(eval_pairs):,} held out; the first, answers in » and «:")
+run.say(
+    f"{len(train_pairs):,} pairs, {len(eval_pairs):,} held out; the first, answers between » and «:"
+)
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
-run.say(f"a step is {args.rows} of the {per_epoch:,} pairs of an epoch")
+run.say(f"each step takes {args.rows} of the {per_epoch:,} pairs of an epoch")
 
 
 def forward(batch):
@@ -107,6 +109,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
+# Every rank runs every line, on its share of the data; run alone asks which rank it is.
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):

@@ -86,7 +86,7 @@ run.say(f"{args.data}, before anything is cut: {report(encoded, tokenizer, train
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
 filled = packing.fill_rate(lengths, packing.pack(lengths, args.tokens), args.tokens)
 run.say(
-    f"a step is {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, "
+    f"each step takes {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, "
     f"{args.tokens}-token bins would be filled to {filled:.1%}"
 )
 
@@ -104,6 +104,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
+# Every rank runs every line, on its share of the data; run alone asks which rank it is.
 loss_of = {"nll": losses.sft_nll, "dft": losses.sft_dft}[args.loss]
 if not run.resumed:
     run.log(0, evaluate())
@@ -112,15 +113,15 @@ for step in range(state["step"] + 1, args.steps + 1):
     began = time.perf_counter()
     parts = parts_of_step(state["consumed"], per_step, world.rank, world.size)
     state["consumed"] += per_step
-    step_batches = [batch_of([train_examples[i] for i in part], world.device) for part in parts]
     examples = [train_examples[i] for part in parts for i in part]
-    trained, tokens = dist.all_sums(sum(e.num_targets for e in examples), sum(map(len, examples)))
+    targets, tokens = dist.all_sums(sum(e.num_targets for e in examples), sum(map(len, examples)))
     meter = dist.Meter()
-    for batch in step_batches:
+    for part in parts:
+        batch = batch_of([train_examples[i] for i in part], world.device)
         logp_N, entropy_N = model(batch)
         loss = loss_of(logp_N, batch.mask_N)
         # FSDP averages gradients over ranks: world.size undoes it.
-        (loss * world.size / trained).backward()
+        (loss * world.size / targets).backward()
         meter.add(batch.num_targets, loss=loss, entropy=entropy_N.sum())
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
     check_finite(grad_norm, step, model, examples, tokenizer.decode)

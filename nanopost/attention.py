@@ -1,12 +1,14 @@
 """Attention over packed documents, and over a KV cache.
 
-Shapes: N packed tokens, S documents, B rows of a cache, T positions of a cache, H query heads, G key/value heads,
-K width of a head.
+Shapes: N packed tokens, S documents, B rows of a cache, T positions of a cache, H query heads,
+G key/value heads, K width of a head; documents stacked for attention: L length, M tokens with
+padding.
 
-Packed tokens of several documents lie in one stream, cut by `cu_seqlens` [S+1]; no query sees a key of another
-document. On CUDA in bf16 or fp16 this is one `varlen_attn` kernel. Elsewhere documents of like length are stacked and
-padded on the right: under a causal mask no real query sees the padding, so the result is exact, and a batch of five
-hundred short documents costs a few calls instead of five hundred.
+Packed tokens of several documents lie in one stream, cut by `cu_seqlens` [S+1]; no query sees a key
+of another document. On CUDA in bf16 or fp16 this is one `varlen_attn` kernel. Elsewhere documents
+of similar length are stacked and padded on the right: under a causal mask no real query sees the
+padding, so the result is exact, and a batch of five hundred short documents costs a few calls
+instead of five hundred.
 """
 
 import inspect
@@ -17,7 +19,7 @@ from einops import rearrange
 
 
 class Packing:
-    """Where the documents of a packed stream lie: worked out once for a batch, used by every layer.
+    """Where the documents of a packed stream lie: computed once per batch, used by every layer.
 
     cu_seqlens: int32 [S+1], starts at 0 and ends at N. max_seqlen: longest document.
     """
@@ -27,42 +29,43 @@ class Packing:
         self.stacked = None
 
     def stacks(self):
-        """Documents grouped by like length -> shapes [(rows, L)], index_M of what lies in them, and inverse_N back.
+        """Documents grouped by similar length -> (shapes [(rows, L)], index_M, inverse_N).
 
-        The indices are None where the stacks lie as the packed stream does: one document, or documents of one length.
+        x_N[index_M] is the stacks end to end, and stacked_M[inverse_N] the stream again. Both are
+        None where the stacks lie as the stream does: one document, or documents of one length.
         """
         if self.stacked is None:
-            start = self.cu_seqlens.cpu().long()
-            length, order = start.diff().sort(descending=True, stable=True)
-            lengths, shapes, index, first = length.tolist(), [], [], 0
-            for i in range(1, len(lengths) + 1):
-                # A document joins a stack if padding adds less than a sixteenth to its length.
-                if i == len(lengths) or lengths[i] * 17 < lengths[first] * 16:
-                    offset_L = torch.arange(lengths[first])
-                    index_BL = start[order[first:i], None] + offset_L
-                    shapes.append(index_BL.shape)
-                    index.append(index_BL.where(offset_L < length[first:i, None], -1).flatten())
-                    first = i
-            index_M = torch.cat(index)
-            real_R = (index_M >= 0).nonzero()[:, 0]
-            inverse_N = torch.empty_like(real_R).index_copy_(0, index_M[real_R], real_R)
-            moved = not index_M.equal(torch.arange(len(index_M)))
-            device = self.cu_seqlens.device
-            self.stacked = (
-                shapes,
-                *(
-                    (index_M.clamp(min=0).to(device), inverse_N.to(device))
-                    if moved
-                    else (None, None)
-                ),
-            )
+            self.stacked = self._stacks()
         return self.stacked
+
+    def _stacks(self):
+        start_S = self.cu_seqlens.cpu().long()
+        length_S, order_S = start_S.diff().sort(descending=True, stable=True)
+        lengths = length_S.tolist()
+        shapes, index, first = [], [], 0
+        for i in range(1, len(lengths) + 1):
+            # A document joins a stack if padding adds less than a sixteenth to its length.
+            if i < len(lengths) and lengths[i] * 17 >= lengths[first] * 16:
+                continue
+            offset_L = torch.arange(lengths[first])
+            index_BL = start_S[order_S[first:i], None] + offset_L
+            real_BL = offset_L < length_S[first:i, None]
+            shapes.append(index_BL.shape)
+            index.append(index_BL.where(real_BL, -1).flatten())
+            first = i
+        index_M = torch.cat(index)
+        if index_M.equal(torch.arange(len(index_M))):
+            return shapes, None, None
+        real_N = (index_M >= 0).nonzero()[:, 0]
+        inverse_N = torch.empty_like(real_N).index_copy_(0, index_M[real_N], real_N)
+        device = self.cu_seqlens.device
+        return shapes, index_M.clamp(min=0).to(device), inverse_N.to(device)
 
 
 def packed_attention(q_NHK, k_NGK, v_NGK, packing: Packing, window: int | None = None):
     """Causal attention inside each document -> [N, H, K], in the input's dtype.
 
-    window: a query sees this many keys, itself included (Mistral's sliding window); None: all before it.
+    window: a query sees this many keys, its own included (Mistral's sliding window); None: all.
     """
     if q_NHK.is_cuda and q_NHK.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q_NHK, k_NGK, v_NGK, packing, window)
@@ -87,76 +90,85 @@ def _varlen(q_NHK, k_NGK, v_NGK, packing, window):
 @torch.compiler.disable
 def _stacked(q_NHK, k_NGK, v_NGK, packing, window):
     shapes, index_M, inverse_N = packing.stacks()
-    q_MHK, k_MGK, v_MGK = (
-        x if index_M is None else x.index_select(0, index_M) for x in (q_NHK, k_NGK, v_NGK)
-    )
-    sizes, out = [rows * longest for rows, longest in shapes], []
-    for shape, *qkv in zip(shapes, q_MHK.split(sizes), k_MGK.split(sizes), v_MGK.split(sizes)):
-        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in qkv)
-        band = None if window is None or shape[1] <= window else _band(shape[1], window, q.device)
+    qkv = q_NHK, k_NGK, v_NGK
+    if index_M is not None:
+        qkv = [x.index_select(0, index_M) for x in qkv]
+    sizes = [rows * longest for rows, longest in shapes]
+    stacks = zip(*(x.split(sizes) for x in qkv))
+    out = []
+    for shape, stack in zip(shapes, stacks):
+        q, k, v = (x.unflatten(0, shape).transpose(1, 2) for x in stack)
+        band = _band(shape[1], window, q.device)
         o = F.scaled_dot_product_attention(
             q, k, v, attn_mask=band, is_causal=band is None, enable_gqa=True
         )
         out.append(o.transpose(1, 2).flatten(0, 1))
     out_MHK = torch.cat(out)
-    return out_MHK if inverse_N is None else out_MHK.index_select(0, inverse_N)
+    if inverse_N is None:
+        return out_MHK
+    return out_MHK.index_select(0, inverse_N)
 
 
 def _band(length, window, device):
-    at = torch.arange(length, device=device)
-    return (at[:, None] >= at) & (at[:, None] - at < window)
+    """The mask of a causal window, or None where the window cuts nothing."""
+    if window is None or length <= window:
+        return None
+    at_L = torch.arange(length, device=device)
+    back_LL = at_L[:, None] - at_L
+    return (back_LL >= 0) & (back_LL < window)
 
 
 def cached_attention(q_BHK, k_BGTK, v_BGTK, length_B, window: int | None = None):
-    """One query a row over that row's cache -> [B, H, K]. length_B: keys in use, the query's own included."""
+    """One query per row over that row's cache -> [B, H, K].
+
+    length_B: keys in use, that of the query included.
+    """
     rows, groups, longest, width = k_BGTK.shape
     at_T = torch.arange(longest, device=q_BHK.device)
     seen_BT = at_T < length_B[:, None]
     if window is not None:
         seen_BT &= at_T >= length_B[:, None] - window
-    # The query heads that share a key head stand where query positions would: nothing is repeated.
+    # The R query heads of a key head take the place of query positions: no key is repeated.
     q_BGRK = q_BHK.view(rows, groups, -1, width)
-    return F.scaled_dot_product_attention(
+    out_BGRK = F.scaled_dot_product_attention(
         q_BGRK, k_BGTK, v_BGTK, attn_mask=seen_BT[:, None, None]
-    ).view_as(q_BHK)
+    )
+    return out_BGRK.view_as(q_BHK)
 
 
 class Cache:
-    """Keys and values of B rows in every layer, `copies` rows to a prompt, room for `capacity` tokens a row.
+    """Keys and values of B rows in every layer: `copies` rows per prompt, `capacity` tokens each.
 
-    length_B: tokens in use in each row. longest: the most that any row uses.
+    length_B: tokens in use in each row. longest: their maximum.
     """
 
     def __init__(self, layers, rows, copies, groups, capacity, width, dtype, device):
-        self.k, self.v = (
-            [
-                torch.zeros(rows, groups, capacity, width, dtype=dtype, device=device)
-                for _ in range(layers)
-            ]
-            for _ in "kv"
-        )
+        shape = (rows, groups, capacity, width)
+        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.copies, self.longest = copies, 0
         self.length_B = torch.zeros(rows, dtype=torch.long, device=device)
 
     def write_prompts(self, layer, k_NGK, v_NGK, cu_seqlens, max_seqlen):
-        start, end = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-        index_PT = torch.minimum(
-            start[:, None] + torch.arange(max_seqlen, device=start.device), end[:, None] - 1
-        )
+        """Write packed prompts from the first position on, each to its `copies` rows."""
+        start_P, end_P = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+        at_T = torch.arange(max_seqlen, device=start_P.device)
+        index_PT = torch.minimum(start_P[:, None] + at_T, end_P[:, None] - 1)
         for new_NGK, cache_BGTK in ((k_NGK, self.k[layer]), (v_NGK, self.v[layer])):
             new_PGTK = rearrange(new_NGK[index_PT], "p t g k -> p g t k")
             cache_BGTK[:, :, :max_seqlen] = new_PGTK.repeat_interleave(self.copies, 0)
-        self.length_B, self.longest = (end - start).repeat_interleave(self.copies), max_seqlen
+        self.length_B = (end_P - start_P).repeat_interleave(self.copies)
+        self.longest = max_seqlen
 
     def append(self, layer, k_BGK, v_BGK):
-        """Write one token a row behind those in use -> the part of the cache that any row uses."""
+        """Write one token per row after those in use -> the part of the cache that any row uses."""
         row_B = torch.arange(len(k_BGK), device=k_BGK.device)
         self.k[layer][row_B, :, self.length_B] = k_BGK
         self.v[layer][row_B, :, self.length_B] = v_BGK
         return self.k[layer][:, :, : self.longest], self.v[layer][:, :, : self.longest]
 
     def keep(self, row_A):
-        """Only these rows stay: what the others held is free."""
+        """Keep these rows only; the memory of the others is freed."""
         self.k = [k.index_select(0, row_A) for k in self.k]
         self.v = [v.index_select(0, row_A) for v in self.v]
         self.length_B = self.length_B[row_A]

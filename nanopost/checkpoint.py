@@ -1,103 +1,62 @@
-"""Saving a run so that it can be killed at any instant, and taking it up again.
+"""Checkpoints of a run: it can be killed at any instant, and resumes from the newest one.
 
-OUT/checkpoints/step-000120/ holds the shards of weights and optimizer (torch.distributed.checkpoint: another number of
-processes may load them), each rank's random state, and state.json (step, rows or prompts consumed, arguments). It is
-written beside its name and renamed when whole: what bears the name is complete.
+OUT/checkpoints/step-000120/ holds weights and optimizer state (torch.distributed.checkpoint: any
+number of processes can load them), the random state of each rank, and state.json. The folder is
+written under another name and renamed when it is complete.
 """
 
 import json
-import os
 import random
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 from nanopost import InputError
-from nanopost.cli import refuse
-from nanopost.run import starts_of
+from nanopost.hf import read_json, to_disk
 
 
-def save(out, step: int, model, optimizer, state: dict, reference=None):
+def save(out, step: int, model, optimizer, state: dict, **others):
     """Write the checkpoint of `step`, then delete the others. A collective: every rank calls it.
 
-    reference: a second model whose weights change over the run.
+    state: what else the run needs to continue, as JSON. others: further models whose weights change
+    over the run, each stored under its name.
     """
     folder = Path(out) / "checkpoints"
-    final, beside = folder / f"step-{step:06d}", folder / f"step-{step:06d}.tmp"
+    final = folder / f"step-{step:06d}"
+    unfinished = folder / f"step-{step:06d}.tmp"
     first = dist.get_rank() == 0
     if first:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
     dist.barrier()
-    for p in (
-        p for group in optimizer.param_groups for p in group["params"] if p not in optimizer.state
-    ):
-        optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),
-            "exp_avg": torch.zeros_like(p),
-            "exp_avg_sq": torch.zeros_like(p),
-        }  # of what has not learnt yet: AdamW's beginning
-    weights, moments = get_state_dict(model, optimizer)
+    tensors = _weights(model=model, **others) | _optimizer_state(model, optimizer)
     try:
-        dcp.save(
-            {"model": weights, "optimizer": moments, **_weights_of(reference)}, checkpoint_id=beside
-        )
+        dcp.save(tensors, checkpoint_id=unfinished)
     except dcp.api.CheckpointException as error:
         raise InputError(
-            f"{beside} cannot be written ({_cause(error)}); the checkpoint before it stays: make room, "
-            "then --resume."
+            f"{unfinished} cannot be written ({_cause(error)}); the previous checkpoint is intact: "
+            "make room, then --resume."
         ) from error
-    torch.save(_random_state(), beside / f"random-{dist.get_rank()}.pt")
+    torch.save(_random_state(), unfinished / f"random-{dist.get_rank()}.pt")
     dist.barrier()
     if first:
-        (beside / "state.json").write_text(
-            json.dumps({**state, "step": step, "ranks": dist.get_world_size()})
-        )
-        for path in beside.iterdir():
-            _to_disk(path)
+        record = {**state, "step": step, "ranks": dist.get_world_size()}
+        (unfinished / "state.json").write_text(json.dumps(record))
+        for path in unfinished.iterdir():
+            to_disk(path)
         shutil.rmtree(final, ignore_errors=True)
-        beside.rename(final)
-        _to_disk(folder)
+        unfinished.rename(final)
+        to_disk(folder)
         for old in _complete(folder):
             if old != final:
                 shutil.rmtree(old)
     dist.barrier()
-
-
-def to_resume(args) -> Path | None:
-    """The newest complete checkpoint under --out; None if the run was killed before its first. InputError if it ended,
-    went past --steps, or is another script's."""
-    out, found = args.out, latest(args.out)
-    started = {"step": 0, **(starts_of(out) or [{}])[-1]}
-    saved = json.loads((found / "state.json").read_text()) if found else started
-    foreign = sorted(saved.get("args", {}).keys() - vars(args).keys())
-    refuse(
-        (args.overwrite, "--resume goes on and --overwrite begins anew: give one of them."),
-        (
-            foreign,
-            f"--resume: {found or out} is of another script (with --{', --'.join(foreign)}): choose another "
-            "--out.",
-        ),
-        (
-            saved["step"] > args.steps,
-            f"--resume: {found} is past --steps {args.steps}: give {saved['step']} or more.",
-        ),
-        (
-            found is None and Path(out, "config.json").exists(),
-            f"--resume: {out} holds a run that ended and left no checkpoint (--save_every): go on with --model {out} "
-            "and another --out, or --overwrite it.",
-        ),
-    )
-    return found
 
 
 def latest(out) -> Path | None:
@@ -105,87 +64,136 @@ def latest(out) -> Path | None:
     return next(reversed(_complete(Path(out) / "checkpoints")), None)
 
 
-def load(path: Path, model, optimizer, reference=None) -> dict:
-    """Fill model and optimizer from a checkpoint and restore the random state -> its state.json.
+def load(path: Path, model, optimizer, **others) -> dict:
+    """Fill the models and the optimizer, restore the random state -> the content of state.json.
 
-    Of the optimizer the moments: weight decay, betas and rates are those of the flags of now.
+    A collective. The optimizer keeps its hyperparameters; a parameter that had no state when saved
+    has none after loading. The random state is restored only on as many ranks as saved it.
     """
-    state = json.loads((path / "state.json").read_text())
-    settings = [
-        {name: value for name, value in group.items() if name != "params"}
-        for group in optimizer.param_groups
-    ]
-    weights, moments = get_state_dict(model, optimizer)
-    stored = {"model": weights, "optimizer": moments, **_weights_of(reference)}  # filled in place
+    state = read_json(path / "state.json")
+    tensors = _weights(model=model, **others)
     try:
-        names = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        here, there = (
-            {f"model.{name}" for name in weights},
-            {name for name in names if name.startswith("model.")},
-        )
-        if here != there:
-            raise InputError(
-                f"{path} is of another model ({len(there)} tensors there, {len(here)} here): resume with "
-                "the --model (and --value_model) that the run began with."
-            )
-        dcp.load(stored, checkpoint_id=path)
+        stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        for name in ("model", *others):
+            _check_names(path, name, tensors, stored)
+        tensors |= _empty_optimizer_state(path, model, optimizer, stored)
+        dcp.load(tensors, checkpoint_id=path)  # in place: the models' own tensors
     except dcp.api.CheckpointException as error:
         raise InputError(
-            f"{path} does not fit this model or is damaged; remove it to start from the one before it, "
-            f"or anew ({_cause(error)})."
+            f"{path} does not fit this model or is damaged ({_cause(error)}): resume with the "
+            "model that the run began with, or remove this checkpoint."
         ) from error
-    set_state_dict(
-        model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"]
-    )
-    for group, own in zip(optimizer.param_groups, settings):
-        group.update(own)
+    _set_optimizer_state(model, optimizer, tensors)
     if state["ranks"] == dist.get_world_size():
         _set_random_state(torch.load(path / f"random-{dist.get_rank()}.pt", weights_only=False))
     return state
 
 
-def changed_arguments(saved: dict, now: dict) -> list[str]:
-    """What a resumed run was told differently: ["lr: 0.001 -> 0.002", ...]."""
-    names = [k for k in {**saved, **now} if k not in ("resume", "overwrite", "verbose")]
-    return [f"{k}: {saved.get(k)} -> {now.get(k)}" for k in names if saved.get(k) != now.get(k)]
+# ------------------------------------------------------------------------------------------- models
+def _weights(**models):
+    """{"model.lm_head.weight": the model's own tensor or its shard, a DTensor, ...}."""
+    weights = {}
+    for name, model in models.items():
+        for key, tensor in model.state_dict().items():
+            weights[f"{name}.{key}"] = tensor
+    return weights
+
+
+def _check_names(path, name, here, stored):
+    here = {key for key in here if key.startswith(f"{name}.")}
+    there = {key for key in stored if key.startswith(f"{name}.")}
+    if here != there:
+        raise InputError(
+            f"{path} is of another {name} ({len(there)} tensors there, {len(here)} here): resume "
+            "with the --model (and --value_model) that the run began with."
+        )
+
+
+# ---------------------------------------------------------------------------------------- optimizer
+def _optimizer_state(model, optimizer):
+    """{"optimizer.lm_head.weight.exp_avg": tensor, ...} of the parameters that have a state."""
+    name_of = {p: name for name, p in model.named_parameters()}
+    state = {}
+    for p, entries in optimizer.state.items():
+        for entry, value in entries.items():
+            state[f"optimizer.{name_of[p]}.{entry}"] = value
+    return state
+
+
+def _empty_optimizer_state(path, model, optimizer, stored):
+    """What _optimizer_state returned when it was stored, with room for the values.
+
+    An entry with the shape of its parameter is sharded like it; any other is whole on every rank.
+    """
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    parameter_of = {name: p for name, p in model.named_parameters() if p in trained}
+    state = {}
+    for key, metadata in stored.items():
+        if not key.startswith("optimizer."):
+            continue
+        name, _ = _split(key)
+        if name not in parameter_of:
+            raise InputError(
+                f"{path} has optimizer state of {name}, which this run does not train: resume with "
+                "the flags that the run began with."
+            )
+        p = parameter_of[name]
+        if isinstance(metadata, BytesStorageMetadata):  # a number, pickled
+            state[key] = None
+        elif metadata.size == p.shape:
+            state[key] = torch.empty_like(p, dtype=metadata.properties.dtype)
+        else:
+            state[key] = torch.empty(metadata.size, dtype=metadata.properties.dtype)
+    return state
+
+
+def _set_optimizer_state(model, optimizer, tensors):
+    state_of = defaultdict(dict)
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            name, entry = _split(key)
+            state_of[name][entry] = value
+    name_of = {p: name for name, p in model.named_parameters()}
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {}
+    for i, p in enumerate(parameters):  # torch's state_dict numbers them like this
+        if name_of[p] in state_of:
+            state[i] = state_of[name_of[p]]
+    # The optimizer itself knows on which device it wants an entry.
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+
+
+def _split(key):
+    """optimizer.NAME.ENTRY -> (NAME, ENTRY)."""
+    name, _, entry = key.removeprefix("optimizer.").rpartition(".")
+    return name, entry
+
+
+# -------------------------------------------------------------------------------------------- files
+def _complete(folder):
+    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
 
 
 def _cause(error):
+    """Of the failures on several ranks the first one."""
     return next(iter(error.failures.values()))[0]
 
 
-def _weights_of(reference):
-    return {"reference": get_model_state_dict(reference)} if reference is not None else {}
-
-
-def _complete(folder):
-    return sorted(p for p in folder.glob("step-*") if p.suffix != ".tmp")
-
-
 def _random_state():
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {
+    state = {
         "python": random.getstate(),
         "numpy": np.random.get_state(),
         "torch": torch.get_rng_state(),
-        "cuda": cuda,
+        "cuda": None,
     }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
 def _set_random_state(state):
-    (
-        random.setstate(state["python"]),
-        np.random.set_state(state["numpy"]),
-        torch.set_rng_state(state["torch"]),
-    )
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-def _to_disk(path):
-    """Files and folder entries reach the disk before the name that vouches for them does."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -99,7 +99,12 @@ def parser(
     add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton on CUDA in bf16")
     add("--tokens", type=at_least(2), default=8192, help="maximum tokens per micro-batch")
     add("--lr", type=at_least(0.0), default=lr, help="peak learning rate")
-    add("--warmup", type=at_least(0), default=warmup, help="warm-up steps, at most half of the run")
+    add(
+        "--warmup",
+        type=at_least(0),
+        default=warmup,
+        help="optimizer steps (PPO: rollout batches), at most half",
+    )
     add("--weight_decay", type=at_least(0.0), default=weight_decay)
     add("--grad_clip", type=at_least(0.0), default=1.0, help="maximum gradient norm; 0: no limit")
     add(
@@ -150,7 +155,11 @@ def add_pair_flags(parser: Parser):
     add("--epochs", type=above(0.0), default=1.0, help="passes over the data")
     add("--steps", type=at_least(1), help="optimizer steps; overrides --epochs")
     add("--rows", type=at_least(1), default=64, help="pairs per optimizer step, over all ranks")
-    add("--max_length", type=at_least(2), help="maximum tokens per answer; default: half --tokens")
+    add(
+        "--max_length",
+        type=at_least(2),
+        help="maximum tokens of prompt and answer; default: half --tokens",
+    )
     add(
         "--overlong",
         default="truncate",

@@ -1,46 +1,51 @@
 """python -m nanopost.eval: what a checkpoint can do, each number with its 95 % interval.
 
-    --model DIR --data FILE --reward gsm8k                       greedy accuracy
-    --model DIR --data FILE --reward gsm8k --samples 16 --k 1 4 16      accuracy, pass@k and majority vote, sampled
-    --model DIR --against DIR --reward_model DIR --data FILE     win rate: whose answer the reward model scores higher
-    --model DIR --data FILE --perplexity                         of what train_sft.py would train on
-    --reward_model DIR --data FILE                               scores; of pairs how often the chosen one wins
+    --model DIR --data FILE --reward gsm8k                  accuracy of greedy answers
+    --model DIR --data FILE --reward gsm8k --samples 16 --k 1 4 16
+                                                            accuracy, pass@k and majority vote
+    --model DIR --data FILE --against DIR --reward_model DIR
+                                                            win rate: whose answer scores higher
+    --model DIR --data FILE --perplexity                    of what train_sft.py would train on
+    --model DIR --data FILE --kl DIR                        KL(model || DIR) per completion, nats
+    --reward_model DIR --data FILE                          scores; of pairs, how often chosen wins
 
-A row is one draw, however many samples are taken for it. Where a number is a share of yes and no the interval is
-Wilson's (a bit too wide where a row is a share itself: nothing in [0, 1] varies as much as yes and no), else Student's.
+A row is one draw, however many samples are taken for it. The interval of a share of yes and no is
+Wilson's (a little too wide where each row is a share itself: nothing in [0, 1] varies as much as
+yes and no), any other is Student's.
 """
 
-import argparse
 import json
 import math
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from nanopost import InputError, dist, forward, hf, packing, toy
-from nanopost.cli import Help, check_numbers, refuse
+from nanopost import InputError, dist, forward, hf, packing, rewards
+from nanopost.cli import Parser, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
-from nanopost.forward import logprobs
-from nanopost.rewards import ModelReward, load_rewards, score_groups
-from nanopost.rows import check_sft_row, read_rows
+from nanopost.rewards import ModelReward
+from nanopost.rows import pair, prompt, read_rows, sft
 from nanopost.tokenizer import Tokenizer, check_stage
 from nanopost.verify import answer_of
 
-Z = 1.959964  # of the normal distribution, 95 % lie within
+Z = 1.959964  # 95 % of the normal distribution lie within
 
 
-# ------------------------------------------------------------------------------------------------------------ numbers
+# ------------------------------------------------------------------------------------------ numbers
 def wilson(mean: float, n: int) -> tuple[float, float]:
-    """The score interval of a mean of n values in [0, 1] (Wilson 1927), as if each were 0 or 1."""
-    centre, spread = mean + Z**2 / (2 * n), Z * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
+    """Score interval of a mean of n values in [0, 1] (Wilson 1927), as if each were 0 or 1."""
+    centre = mean + Z**2 / (2 * n)
+    spread = Z * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
     return (centre - spread) / (1 + Z**2 / n), (centre + spread) / (1 + Z**2 / n)
 
 
 def student(n: int) -> float:
-    """Within so many standard errors 95 % of the means of n values lie: Student's t, by its expansion in 1 / (n - 1)
-    (Abramowitz and Stegun 26.7.5; 3 % short at n = 3, less beyond). Infinite for one value, which tells no spread."""
+    """The number of standard errors within which 95 % of the means of n values lie.
+
+    Student's t by its expansion in 1 / (n - 1) (Abramowitz and Stegun 26.7.5; 3 % too small at
+    n = 3, less beyond). Infinite for one value, which has no spread.
+    """
     if n < 2:
         return math.inf
     terms = (
@@ -54,215 +59,251 @@ def student(n: int) -> float:
 
 def normal(values) -> tuple[float, float, float]:
     """(mean, low, high) of values of any size."""
-    half = (
-        student(len(values)) * np.std(values, ddof=1) / math.sqrt(len(values))
-        if len(values) > 1
-        else math.inf
-    )
-    return float(np.mean(values)), float(np.mean(values) - half), float(np.mean(values) + half)
+    mean, half = float(np.mean(values)), math.inf
+    if len(values) > 1:
+        half = student(len(values)) * np.std(values, ddof=1) / math.sqrt(len(values))
+    return mean, float(mean - half), float(mean + half)
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that one of k of the n samples is right, `right` of them being so: 1 - C(n - right, k) / C(n, k), as in
-    2107.03374."""
+    """Chance that one of k of the n samples is right, `right` of which are (2107.03374):
+    1 - C(n - right, k) / C(n, k)."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority(answers: list, rewards: list[float]) -> float:
-    """Reward of the answer that most samples give; of several such the mean. None has no vote; nobody's vote is 0."""
-    votes = Counter(a for a in answers if a is not None)
-    reward_of = {a: r for a, r in zip(answers, rewards)}
-    best = [a for a, n in votes.items() if n == max(votes.values())]
-    return sum(reward_of[a] for a in best) / len(best) if best else 0.0
+    """Reward of the most frequent answer; the mean of several such; 0 without. None is no vote."""
+    votes = Counter(answer for answer in answers if answer is not None)
+    if not votes:
+        return 0.0
+    most = max(votes.values())
+    reward_of = dict(zip(answers, rewards))
+    best = [reward_of[answer] for answer, count in votes.items() if count == most]
+    return sum(best) / len(best)
 
 
 def perplexity(nll: list[float], tokens: list[int]) -> tuple[float, float, float]:
-    """exp of the mean loss of a token, with the interval of that ratio over sequences (delta method)."""
+    """exp of the mean loss per token, with its interval over sequences (delta method).
+
+    nll, tokens: loss of each sequence in nats, and its number of trained tokens.
+    """
     nll, tokens = np.asarray(nll), np.asarray(tokens)
     mean, n = nll.sum() / tokens.sum(), len(nll)
-    error = math.sqrt(((nll - mean * tokens) ** 2).sum() * n / max(1, n - 1)) / tokens.sum()
-    half = student(n) * error if n > 1 else math.inf
+    half = math.inf
+    if n > 1:
+        residual = ((nll - mean * tokens) ** 2).sum()
+        half = student(n) * (math.sqrt(residual * n / (n - 1)) / tokens.sum())
     return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
 
 
-# ---------------------------------------------------------------------------------------------------------- what to do
+# ------------------------------------------------------------------------------------------ answers
 class Sampler:
     """A checkpoint that answers prompts."""
 
-    def __init__(self, folder, args, device):
-        self.tokenizer, self.args, self.device = (
-            Tokenizer.load(folder, args.chat_template),
-            args,
-            device,
-        )
+    def __init__(self, folder, args, world):
+        self.args = args
+        self.tokenizer = Tokenizer.load(folder, args.chat_template)
         if warning := check_stage(folder, self.tokenizer):
             print(warning)
-        self.model = hf.load_model(folder, device, torch.bfloat16 if args.bf16 else torch.float32)
-        self.engine = Engine(
-            self.model, self.tokenizer.stop_ids, self.tokenizer.decode, args.engine_rows
-        )
+        self.model = hf.load_model(folder, world.device, world.dtype)
+        stop_ids, decode = self.tokenizer.stop_ids, self.tokenizer.decode
+        self.engine = Engine(self.model, stop_ids, decode, args.engine_rows)
 
     def answers(self, rows):
-        """-> (rows with prompt_ids, their groups of Rollouts)."""
-        a = self.args
-        (rows,), report = self.tokenizer.with_prompts(
-            (rows,), None, a.max_new_tokens, a.tokens, self.model.config.max_positions
+        """-> (the rows with prompt_ids, --samples Rollouts of each)."""
+        args, positions = self.args, self.model.config.max_positions
+        (rows,), _ = self.tokenizer.with_prompts(
+            ([prompt(row) for row in rows],), None, args.max_new_tokens, args.tokens, positions
         )
         sampling = Sampling(
-            a.max_new_tokens, a.temperature, a.top_k, a.top_p, a.min_p, tuple(a.stop)
+            args.max_new_tokens,
+            args.temperature,
+            args.top_k,
+            args.top_p,
+            args.min_p,
+            tuple(args.stop),
         )
-        seeds = [prompt_seed(a.seed, serial) for serial in range(len(rows))]
-        return rows, self.engine.generate(
-            [row["prompt_ids"] for row in rows], a.samples, sampling, seeds
-        )
+        prompts = [row["prompt_ids"] for row in rows]
+        seeds = [prompt_seed(args.seed, serial) for serial in range(len(rows))]
+        return rows, self.engine.generate(prompts, args.samples, sampling, seeds)
+
+    def texts(self, groups):
+        return [
+            [self.tokenizer.decode(r.ids, skip_special=True) for r in group] for group in groups
+        ]
 
 
-def accuracy(args, rows, device):
-    sampler = Sampler(args.model, args, device)
-    rewards, weights = load_rewards(args.reward, None, sampler.tokenizer, device)
+# --------------------------------------------------------------- evaluations: -> (numbers, records)
+def accuracy(args, rows, world):
+    sampler = Sampler(args.model, args, world)
+    functions, _ = rewards.load(args.reward, None, sampler.tokenizer, world.device)
     rows, groups = sampler.answers(rows)
+    texts_PG = sampler.texts(groups)
     decode = sampler.tokenizer.decode
-    reward_FPG = score_groups(rewards, decode, rows, groups, args.samples)
-    texts = [[decode(r.ids, skip_special=True) for r in group] for group in groups]
-    for reward, reward_PG in zip(rewards, reward_FPG.tolist()):
-        applies = [p for p, reward_G in enumerate(reward_PG) if not any(map(math.isnan, reward_G))]
+    reward_FPG = rewards.score(functions, decode, rows, groups).numpy()
+    numbers = []
+    for reward, reward_PG in zip(functions, reward_FPG):
+        applies = [p for p, reward_G in enumerate(reward_PG) if not np.isnan(reward_G).any()]
         if not applies:
             raise InputError(f"--reward {reward.name} applies to no row.")
-        values = [reward_PG[p] for p in applies]
-        kind = reward.name.partition("-")[0]  # gsm8k-2 is the second of that name
-        if kind in ("length", "model") or any(
-            v not in (0, 1) for reward_G in values for v in reward_G
-        ):
-            yield f"mean {reward.name}", *normal([np.mean(v) for v in values]), len(values)
-            continue
-        yield from bounded(f"accuracy {reward.name}", [np.mean(v) for v in values])
-        if args.samples == 1:
-            continue
-        for k in args.k:
-            passed = [pass_at_k(len(v), int(sum(v)), k) for v in values]
-            yield from bounded(f"pass@{k} {reward.name}", passed)
-        votes = [[answer_of(kind, text) for text in texts[p]] for p in applies]
-        yield from bounded(
-            f"majority of {args.samples} {reward.name}",
-            [majority(a, v) for a, v in zip(votes, values)],
-        )
-    yield (
-        "completion length",
-        *normal([np.mean([len(r.ids) for r in group]) for group in groups]),
-        len(groups),
-    )
-    keep(
-        args,
-        [
-            {"prompt": row["prompt"], "completions": group, "rewards": reward_FPG[:, p].tolist()}
-            for p, (row, group) in enumerate(zip(rows, texts))
-        ],
-    )
+        texts = [texts_PG[p] for p in applies]
+        numbers += of_reward(args, reward.name, reward_PG[applies], texts)
+    numbers.append(completion_length(groups))
+    records = [
+        {"prompt": row["prompt"], "completions": texts, "rewards": reward_FG.tolist()}
+        for row, texts, reward_FG in zip(rows, texts_PG, reward_FPG.swapaxes(0, 1))
+    ]
+    return numbers, records
 
 
-def win_rate(args, rows, device):
-    """Ties count half."""
+def of_reward(args, name, reward_PG, texts_PG):
+    """The mean of a reward; where it says right and wrong, also pass@k and the majority vote."""
+    kind = name.partition("-")[0]  # gsm8k-2 is the second gsm8k
+    if kind in ("length", "model") or not np.isin(reward_PG, (0, 1)).all():
+        return [(f"mean {name}", *normal(reward_PG.mean(1)), len(reward_PG))]
+    numbers = [share(f"accuracy {name}", reward_PG.mean(1))]
+    if args.samples == 1:
+        return numbers
+    for k in args.k:
+        passed = [pass_at_k(args.samples, int(right), k) for right in reward_PG.sum(1)]
+        numbers.append(share(f"pass@{k} {name}", passed))
+    votes = []
+    for texts, reward_G in zip(texts_PG, reward_PG.tolist()):
+        votes.append(majority([answer_of(kind, text) for text in texts], reward_G))
+    numbers.append(share(f"majority of {args.samples} {name}", votes))
+    return numbers
+
+
+def win_rate(args, rows, world):
+    """The share of samples that score higher than the other model's; ties count half."""
     scores, texts = [], []
     for folder in (args.model, args.against):
-        sampler = Sampler(folder, args, device)
-        rewards, _ = load_rewards([f"model:{args.reward_model}"], None, sampler.tokenizer, device)
+        sampler = Sampler(folder, args, world)
+        tokenizer = sampler.tokenizer
+        functions, _ = rewards.load([f"model:{args.reward_model}"], None, tokenizer, world.device)
         answered, groups = sampler.answers(rows)
-        scores.append(
-            score_groups(rewards, sampler.tokenizer.decode, answered, groups, args.samples)[0]
-        )
-        texts.append(
-            [
-                [sampler.tokenizer.decode(r.ids, skip_special=True) for r in group]
-                for group in groups
-            ]
-        )
-    wins_PG = (scores[0] > scores[1]).double() + (scores[0] == scores[1]).double() / 2
-    yield from bounded("win rate", wins_PG.mean(1).tolist())
-    yield "score difference", *normal((scores[0] - scores[1]).mean(1).tolist()), len(rows)
-    keep(
-        args,
-        [
-            {"prompt": row["prompt"], "completions": a, "against": b, "wins": w}
-            for row, a, b, w in zip(rows, *texts, wins_PG.tolist())
-        ],
-    )
+        score_FPG = rewards.score(functions, tokenizer.decode, answered, groups)
+        scores.append(score_FPG[0])
+        texts.append(sampler.texts(groups))
+    ours_PG, theirs_PG = scores
+    wins_PG = (ours_PG > theirs_PG).double() + (ours_PG == theirs_PG).double() / 2
+    difference_P = (ours_PG - theirs_PG).mean(1).tolist()
+    numbers = [
+        share("win rate", wins_PG.mean(1).tolist()),
+        ("score difference", *normal(difference_P), len(rows)),
+    ]
+    records = [
+        {"prompt": row["prompt"], "completions": ours, "against": theirs, "wins": wins}
+        for row, ours, theirs, wins in zip(rows, *texts, wins_PG.tolist())
+    ]
+    return numbers, records
 
 
-def of_text(args, rows, device):
-    """Perplexity of the tokens that train_sft.py would train."""
+def divergence(args, rows, world):
+    """KL(model || other) over the first --max_new_tokens tokens of a completion, in nats.
+
+    The mean over the model's samples y of log p(y) - log q(y): unbiased, and a single one can be
+    negative.
+    """
+    sampler = Sampler(args.model, args, world)
+    sampler.tokenizer.check_same(args.kl, "--kl ")
+    rows, groups = sampler.answers(rows)
+    other = hf.load_model(args.kl, world.device, world.dtype)
+    rollouts = [r for group in groups for r in group]
+    examples = [r.example() for r in rollouts]
+    other_logps = forward.logprobs(other, examples, args.tokens, 1.0, world.device)
+    log_ratios = [
+        float(r.logp.sum(dtype=float) - other_logp.sum(dtype=float))
+        for r, other_logp in zip(rollouts, other_logps)
+    ]
+    kl_PG = np.reshape(log_ratios, (len(rows), args.samples))
+    numbers = [("kl", *normal(kl_PG.mean(1)), len(rows)), completion_length(groups)]
+    records = [
+        {"prompt": row["prompt"], "completions": texts, "log_ratios": kl_G}
+        for row, texts, kl_G in zip(rows, sampler.texts(groups), kl_PG.tolist())
+    ]
+    return numbers, records
+
+
+def of_text(args, rows, world):
+    """Perplexity of the tokens that train_sft.py would train on."""
     tokenizer = Tokenizer.load(args.model, args.chat_template)
-    model = hf.load_model(args.model, device, torch.bfloat16 if args.bf16 else torch.float32)
-    for row in rows:
-        check_sft_row(row)
+    model = hf.load_model(args.model, world.device, world.dtype)
     longest = min(args.tokens, model.config.max_positions)
-    examples, cut = packing.overlong([tokenizer.example(row) for row in rows], longest, "truncate")
-    print(f"cut or left out: {packing.counted(cut)}")
-    logps = logprobs(model, examples, args.tokens, 1.0, device)
+    examples, cut = packing.fit_to(
+        [tokenizer.example(sft(row)) for row in rows], longest, "truncate"
+    )
+    print(f"truncated or dropped: {packing.counted(cut)}")
+    logps = forward.logprobs(model, examples, args.tokens, 1.0, world.device)
+    nll = [-float(logp.sum()) for logp in logps]
     tokens = [e.num_targets for e in examples]
-    yield "perplexity", *perplexity([-float(logp.sum()) for logp in logps], tokens), len(examples)
-    keep(args, [{"nll": -float(logp.sum()), "tokens": n} for logp, n in zip(logps, tokens)])
+    numbers = [("perplexity", *perplexity(nll, tokens), len(examples))]
+    return numbers, [{"nll": a, "tokens": n} for a, n in zip(nll, tokens)]
 
 
-def scored(args, rows, device):
+def scored(args, rows, world):
     """A reward model on pairs, or on rows with one answer each."""
     tokenizer = Tokenizer.load(args.reward_model, args.chat_template)
-    reward = ModelReward(args.reward_model, tokenizer, device, args.tokens)
+    model = ModelReward(args.reward_model, tokenizer, world.device, args.tokens).model
     if "chosen" not in rows[0]:
-        for row in rows:
-            check_sft_row(row)
-        score_B = forward.scores(
-            reward.model, [tokenizer.example(row).ended() for row in rows], args.tokens, device
-        )
-        yield "score", *normal(score_B), len(rows)
-        return keep(args, [{"score": s} for s in score_B])
-    pairs = [tokenizer.pair(row) for row in rows]
-    score_P2 = np.reshape(
-        forward.scores(reward.model, [e for pair in pairs for e in pair], args.tokens, device),
-        (-1, 2),
-    )
+        examples = [tokenizer.example(sft(row)).ended() for row in rows]
+        score_B = forward.scores(model, examples, args.tokens, world.device)
+        return [("score", *normal(score_B), len(rows))], [{"score": score} for score in score_B]
+    examples = [e for row in rows for e in tokenizer.pair(pair(row))]
+    score_P2 = np.reshape(forward.scores(model, examples, args.tokens, world.device), (-1, 2))
     margin_P = score_P2[:, 0] - score_P2[:, 1]
-    yield from bounded("accuracy", ((margin_P > 0) + (margin_P == 0) / 2).tolist())
-    yield "margin", *normal(margin_P), len(rows)
-    yield "score", *normal(score_P2.mean(1)), len(rows)
-    keep(args, [{"chosen": a, "rejected": b} for a, b in score_P2.tolist()])
+    numbers = [
+        share("accuracy", ((margin_P > 0) + (margin_P == 0) / 2).tolist()),
+        ("margin", *normal(margin_P), len(rows)),
+        ("score", *normal(score_P2.mean(1)), len(rows)),
+    ]
+    records = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in score_P2.tolist()]
+    return numbers, records
 
 
-def bounded(name, values):
-    yield name, float(np.mean(values)), *wilson(float(np.mean(values)), len(values)), len(values)
+def share(name, values):
+    mean = float(np.mean(values))
+    return name, mean, *wilson(mean, len(values)), len(values)
 
 
-def keep(args, records):
-    if args.out:
-        Path(args.out).write_text("".join(json.dumps(record) + "\n" for record in records))
+def completion_length(groups):
+    lengths = [np.mean([r.length for r in group]) for group in groups]
+    return "completion length", *normal(lengths), len(groups)
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
+# ------------------------------------------------------------------------------------- command line
+def parsed(arguments=None):
+    parser = Parser(__doc__)
     add = parser.add_argument
-    add("--model", help="folder of the checkpoint that answers")
-    add("--against", metavar="DIR", help="another, to be compared with")
-    add("--reward_model", metavar="DIR", help="what train_rm.py wrote")
-    add("--data", required=True, help="rows, as the training script reads them, or toy")
+    add("--model", metavar="DIR", help="folder of the model that answers")
+    add("--data", required=True, help="file of rows, as the training scripts read them")
+    add("--reward", nargs="+", help="what scores the answers, as in train_grpo.py")
+    add("--against", metavar="DIR", help="another model, for the win rate over it")
+    add("--reward_model", metavar="DIR", help="folder written by train_rm.py")
+    add("--perplexity", action="store_true", help="of the rows' own answers")
+    add("--kl", metavar="DIR", help="another model: how far the first one has moved from it")
     add(
         "--rename",
         nargs="*",
         default=[],
         metavar="THEIRS=OURS",
-        help="columns, such as question=prompt",
+        help="rename columns, such as question=prompt",
     )
-    add("--limit", type=int, help="only the first rows")
-    add("--chat_template", help="a Jinja file used instead of the model's own template")
-    add("--reward", nargs="+", help="as in train_grpo.py")
-    add("--perplexity", action="store_true")
-    add("--samples", type=int, default=1, help="of each prompt")
-    add("--k", type=int, nargs="+", help="of pass@k; default: 1 and --samples")
-    add("--temperature", type=float, help="default: 0 (greedy) for one sample, 1 for several")
-    add("--top_k", type=int, default=0)
-    add("--top_p", type=float, default=1.0)
-    add("--min_p", type=float, default=0.0)
+    add("--limit", type=at_least(1), help="use only the first rows")
+    add("--chat_template", help="Jinja file that replaces the model's chat template")
+    add("--samples", type=at_least(1), default=1, help="samples per prompt")
+    add("--k", type=at_least(1), nargs="+", help="k of pass@k; default: 1 and --samples")
+    add(
+        "--temperature",
+        type=at_least(0.0),
+        help="default: 0 (greedy) for one sample, 1 for several and for --kl",
+    )
+    add("--top_k", type=at_least(0), default=0, help="sample from the k likeliest; 0: all")
+    add("--top_p", type=at_least(0.0, 1.0), default=1.0, help="sample from this share of the mass")
+    add("--min_p", type=at_least(0.0, 1.0), default=0.0, help="least share of the likeliest's mass")
     add("--stop", nargs="*", default=[], help="strings that end a completion")
-    add("--max_new_tokens", type=int, help="longest completion; default 512, for the toy 8")
-    add("--seed", type=int, default=0)
+    add("--max_new_tokens", type=at_least(1), default=512, help="maximum completion length")
+    add("--seed", type=at_least(0), default=0)
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add(
         "--dtype",
@@ -270,55 +311,63 @@ def main(arguments=None):
         choices=["auto", "fp32", "bf16"],
         help="auto: bf16 on CUDA, else fp32",
     )
-    add("--tokens", type=int, default=8192, help="tokens of a batch, at most")
-    add("--engine_rows", type=int, default=512, help="completions sampled at once")
-    add("--out", help="JSONL with what each row gave")
+    add("--tokens", type=at_least(2), default=8192, help="maximum tokens per batch")
+    add("--engine_rows", type=at_least(1), default=512, help="completions sampled at once")
+    add("--out", metavar="FILE", help="JSONL with the result of each row")
     args = parser.parse_args(arguments)
-    world = dist.init(args.device)
-    check_numbers(vars(args))
-    args.bf16 = args.dtype == "bf16" or (args.dtype == "auto" and world.device.type == "cuda")
-    args.temperature = (
-        (0.0 if args.samples == 1 else 1.0) if args.temperature is None else args.temperature
-    )
-    args.max_new_tokens = (
-        args.max_new_tokens if args.max_new_tokens is not None else 8 if args.data == "toy" else 512
-    )
-    args.reward = args.reward or ["exact"] * (args.data == "toy")
+    if args.temperature is None:
+        args.temperature = 0.0 if args.samples == 1 and not args.kl else 1.0
     args.k = args.k or sorted({1, args.samples})
-    refuse(
-        (
-            not args.model and not args.reward_model,
-            "give --model, or --reward_model, or both: see --help.",
-        ),
-        (
-            bool(args.against) != bool(args.model and args.reward_model),
-            "a win rate needs all of --model, --against and --reward_model.",
-        ),
-        (max(args.k) > args.samples, f"pass@{max(args.k)} needs --samples {max(args.k)}."),
-        (
-            args.samples > 1 and not args.temperature,
-            "--samples above 1 would all be alike at --temperature 0.",
-        ),
-        (
-            not (folder := Path(args.out or ".").absolute().parent).is_dir(),
-            f"--out {args.out}: there is no folder {folder}: make it first.",
-        ),
-    )
-    rows = (
-        toy.prompt_rows(held_out=True) if args.data == "toy" else read_rows(args.data, args.rename)
-    )
-    rows = rows[: args.limit]
-    what = (
-        scored
-        if not args.model
-        else win_rate
-        if args.against
-        else of_text
-        if args.perplexity
-        else accuracy
-    )
-    for name, value, low, high, n in what(args, rows, world.device):
+    return args
+
+
+def evaluation(args):
+    """The function that the flags ask for. InputError if they do not go together."""
+    if not args.model and not args.reward_model:
+        raise InputError("give --model, or --reward_model, or both: see --help.")
+    if bool(args.against) != bool(args.model and args.reward_model):
+        raise InputError("a win rate needs all of --model, --against and --reward_model.")
+    if max(args.k) > args.samples:
+        raise InputError(f"pass@{max(args.k)} needs --samples {max(args.k)}.")
+    if args.samples > 1 and not args.temperature:
+        raise InputError("--samples above 1 would all be equal at --temperature 0.")
+    cut = args.top_k or args.top_p < 1 or args.min_p
+    if args.kl and (cut or args.temperature != 1):
+        raise InputError(
+            "--kl needs samples from the whole distribution: leave out --temperature, --top_k, "
+            "--top_p and --min_p."
+        )
+    folder = Path(args.out or ".").absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"--out {args.out}: there is no folder {folder}: create it first.")
+    if not args.model:
+        return scored
+    functions = {
+        "reward": accuracy,
+        "against": win_rate,
+        "perplexity": of_text,
+        "kl": divergence,
+    }
+    asked = [name for name in functions if getattr(args, name)]
+    if len(asked) != 1:
+        given = ", ".join(f"--{name}" for name in asked) or "none of them"
+        raise InputError(
+            f"{given} was given: a model is evaluated by one of --reward, --against, --perplexity "
+            "and --kl."
+        )
+    return functions[asked[0]]
+
+
+def main(arguments=None):
+    args = parsed(arguments)
+    world = dist.init(args.device, args.dtype)
+    evaluate = evaluation(args)
+    rows = read_rows(args.data, args.rename)[: args.limit]
+    numbers, records = evaluate(args, rows, world)
+    for name, value, low, high, n in numbers:
         print(f"{name:32s} {value:8.4f}   95 % interval {low:8.4f} to {high:8.4f}   {n:,} rows")
+    if args.out:
+        Path(args.out).write_text("".join(json.dumps(record) + "\n" for record in records))
     dist.finish()
 
 

@@ -1,10 +1,11 @@
 """Hugging Face folders: config.json and sharded safetensors, in and out.
 
-Reading streams tensor by tensor, and of each only this rank's slice. Writing streams too, and is atomic: whatever takes
-long or can fail (a full disk) happens in FOLDER/.saving, and only renames follow. A save that changes the weights alone
-(each of a run after its first) is one rename: killed at any instant, the folder holds the old model or the new one,
-whole. Where config.json or a tokenizer file changes as well, config.json leaves first and comes back last: killed
-between these renames, the folder says that it is not complete, and is never a mixture. Other files in it stay.
+Reading streams tensor by tensor, and of each only this rank's slice. Writing streams too, and is
+atomic: whatever takes long or can fail (a full disk) happens in FOLDER/.saving, and only renames
+follow. A save that changes nothing but the weights (each of a run after its first) is one rename:
+killed at any instant, the folder holds the old model or the new one, whole. Where config.json or a
+tokenizer file changes too, config.json is removed first and comes back last: killed in between, the
+folder says that it is incomplete, and is never a mixture. Other files in it stay.
 """
 
 import errno
@@ -26,19 +27,20 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from nanopost import InputError
 from nanopost.model import FAMILIES, ActorCritic, CausalLM, Config, ScalarModel
 
-SINGLE, INDEX, SHARDS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "model-*-of-*.safetensors",
-)
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARDS = "model-*-of-*.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+SCORE = "score.weight"
 
 
+# ------------------------------------------------------------------------------------------ reading
 def read_config(folder) -> Config:
-    """The Config of a checkpoint folder. InputError for a hub name, another kind of folder, or an unknown model."""
+    """The Config of a model folder. InputError for a hub name, another folder, an unknown model."""
     folder = Path(folder)
     if (folder / "config.json").is_file():
-        return Config.of(_read_json(folder / "config.json"), str(folder / "config.json"))
+        return Config.of(read_json(folder / "config.json"), str(folder / "config.json"))
     if (folder / "adapter_config.json").is_file():
         raise InputError(
             f"{folder} holds a LoRA adapter, not a model: merge it into its base model first."
@@ -48,27 +50,32 @@ def read_config(folder) -> Config:
             f"{folder} has no config.json: a save was cut off here; --resume the run that wrote it."
         )
     if folder.is_dir():
-        raise InputError(f"{folder} has no config.json: it is not a Hugging Face checkpoint.")
-    sentence = f"{folder} is no folder: mend the path, or make it first (python train_sft.py writes out/sft)"
+        raise InputError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
+    hint = ""
     if str(folder).count("/") == 1 and not str(folder).startswith((".", "/", "out/")):
-        sentence += (
+        hint = (
             f"; if it is a hub name, run 'hf download {folder} --local-dir {folder.name}' and pass "
             f"{folder.name}"
         )
-    raise InputError(sentence + ".")
+    raise InputError(
+        f"{folder} is no folder: correct the path, or create it first (python train_sft.py writes "
+        f"out/sft){hint}."
+    )
 
 
 def load_model(
     folder, device="cpu", dtype: torch.dtype = torch.float32, shard=lambda model: model
 ) -> CausalLM:
-    """The model of a checkpoint folder. shard: applied to it while it holds no memory yet (dist.shard)."""
+    """The language model in a folder. shard: applied while it holds no memory yet (dist.shard)."""
     config = read_config(folder)
     if config.scalar:
         raise InputError(
             f"{folder} is a reward model and writes no text: pass it as --reward model:{folder} "
             f"(nanopost.eval: --reward_model {folder})."
         )
-    return _loaded(CausalLM, config, folder, device, dtype, shard)
+    model = _empty(lambda: CausalLM(config), device, dtype, shard)
+    load_weights(model, folder)
+    return model
 
 
 def load_scalar_model(
@@ -79,29 +86,37 @@ def load_scalar_model(
     new_head: bool = False,
     pad_id: int | None = None,
 ) -> ScalarModel:
-    """A reward model. new_head: the folder may be that of a language model, whose head gives way to a new one."""
+    """A reward model. new_head: a language model will do, whose head a new one replaces."""
     config = read_config(folder)
     if not config.scalar and not new_head:
         raise InputError(
-            f"{folder} is a language model and scores nothing: train_rm.py makes a reward model of it."
+            f"{folder} is a language model and scores nothing: train_rm.py makes a reward model "
+            "of it."
         )
-    return _loaded(ScalarModel, config.with_scalar_head(pad_id), folder, device, dtype, shard)
+    config = config.with_scalar_head(pad_id)
+    model = _empty(lambda: ScalarModel(config), device, dtype, shard)
+    load_weights(model, folder)
+    return model
 
 
 def load_actor_critic(
     folder, value_folder=None, device="cpu", shard=lambda model: model, pad_id: int | None = None
 ) -> ActorCritic:
-    """A policy with a value model begun from a reward model or a language model (with a new head), or, for None, with a
-    head on its own hidden states that is 0 everywhere."""
+    """A policy and its value function, in fp32.
+
+    value_folder: a reward model, or a language model that gets a new head; None: the value function
+    is a head on the policy's hidden states, 0 everywhere at first.
+    """
     config = read_config(folder)
     if config.scalar:
         raise InputError(
-            f"{folder} is a reward model and writes no text: pass it as --value_model or model:{folder}."
+            f"{folder} is a reward model and writes no text: pass it as --value_model or "
+            f"model:{folder}."
         )
-    value_config = read_config(value_folder).with_scalar_head(pad_id) if value_folder else None
-    with torch.device("meta"):
-        model = ActorCritic(config, value_config).to(torch.float32)
-    model = shard(model).to_empty(device=device)
+    value_config = None
+    if value_folder:
+        value_config = read_config(value_folder).with_scalar_head(pad_id)
+    model = _empty(lambda: ActorCritic(config, value_config), device, torch.float32, shard)
     load_weights(model.policy, folder)
     if value_folder:
         load_weights(model.value, value_folder)
@@ -110,74 +125,86 @@ def load_actor_critic(
     return model
 
 
-def _loaded(kind, config, folder, device, dtype, shard):
+def _empty(make, device, dtype, shard):
     with torch.device("meta"):
-        model = kind(config).to(dtype)
-    model = shard(model).to_empty(device=device)
-    load_weights(model, folder)
-    return model
+        model = make().to(dtype)
+    return shard(model).to_empty(device=device)
 
 
 @torch.no_grad()
 def load_weights(model: CausalLM | ScalarModel, folder):
-    """Fill the model's parameters, plain tensors or FSDP2 shards, from a folder, cast to the parameters' dtype.
+    """Fill the parameters, plain tensors or FSDP2 shards, from a folder, cast to their dtype.
 
-    Names and shapes must be those of the model. A tied head's copy and rotary buffers are passed over, and so is a
-    language model's head by a scalar model, whose new head is normal with variance 1 / (width + 1), as in 2403.17031.
+    Names and shapes must be those of the model. A tied head's copy and rotary buffers are skipped,
+    and so is a language model's head where a scalar model needs a new one: normal with variance
+    1 / (width + 1), as in 2403.17031.
     """
-    folder, wanted = Path(folder), dict(model.named_parameters())
+    folder = Path(folder)
+    wanted = dict(model.named_parameters())
     file_of = _weight_files(folder)
-    redundant = {"lm_head.weight"} if model.config.tied else set()
-    if model.config.scalar and "score.weight" not in file_of:
-        p = wanted.pop("score.weight")
-        head = (
-            torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
-            / (p.shape[1] + 1) ** 0.5
-        )
-        _copy(p, head)
-        file_of.pop("lm_head.weight", None)
-    extra = {
-        n
-        for n in file_of
-        if n not in wanted and n not in redundant and not n.endswith("rotary_emb.inv_freq")
-    }
-    missing = set(wanted) - set(file_of)
-    if missing or extra:
-        tie = (
-            " (config.json says the head is not tied to the embedding)"
-            if "lm_head.weight" in missing
-            else ""
-        )
-        raise InputError(
-            f"{folder}: the weights do not match config.json{tie}; missing: {_some(missing)}; "
-            f"unexpected: {_some(extra)}."
-        )
-    for path in sorted({file_of[n] for n in wanted}):
+    if model.config.scalar and SCORE not in file_of:
+        _new_head(wanted.pop(SCORE))
+        file_of.pop(HEAD, None)
+    _check_names(folder, wanted, file_of, model.config.tied)
+    for path in sorted({file_of[name] for name in wanted}):
         with _opened(path) as file:
-            for name in (n for n in wanted if file_of[n] == path):
-                _fill(wanted[name], file.get_slice(name), name, path)
-    if redundant & set(file_of) and not torch.equal(
-        _whole(file_of, "lm_head.weight"), _whole(file_of, EMBEDDING)
-    ):
-        raise InputError(
-            f"{folder}: config.json ties the head to the embedding and the weights hold a lm_head.weight "
-            "that differs from it: set tie_word_embeddings to false in config.json to use it."
-        )
+            for name, p in wanted.items():
+                if file_of[name] == path:
+                    _fill(p, file.get_slice(name), name, path)
+    if model.config.tied and HEAD in file_of:
+        if not torch.equal(_whole(file_of, HEAD), _whole(file_of, EMBEDDING)):
+            raise InputError(
+                f"{folder}: config.json ties the head to the embedding, and the weights hold a "
+                f"{HEAD} that differs from it: set tie_word_embeddings to false in config.json to "
+                "use it."
+            )
 
 
 def content_hash(folder) -> str:
-    """Of a checkpoint's config.json and weights, whatever their files are called."""
+    """Of a folder's config.json and weights, whatever the names of the weight files."""
     digest = hashlib.sha256(Path(folder, "config.json").read_bytes())
-    for path in sorted({*_weight_files(Path(folder)).values()}):
+    for path in sorted(set(_weight_files(Path(folder)).values())):
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
+def read_json(path: Path):
+    """The content of a JSON file; InputError where it is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}); copy it again.") from error
+
+
+def _new_head(p):
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(p.shape, generator=generator) / (p.shape[1] + 1) ** 0.5
+    _copy(p, head)
+
+
+def _check_names(folder, wanted, file_of, tied):
+    extra = {
+        name
+        for name in set(file_of) - set(wanted)
+        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == HEAD)
+    }
+    missing = set(wanted) - set(file_of)
+    if not missing and not extra:
+        return
+    untied = ""
+    if HEAD in missing:
+        untied = " (config.json says the head is not tied to the embedding)"
+    raise InputError(
+        f"{folder}: the weights do not match config.json{untied}; missing: {_some(missing)}; "
+        f"unexpected: {_some(extra)}."
+    )
+
+
 def _fill(p, source, name, path):
     if list(p.shape) != source.get_shape():
         raise InputError(
-            f"{path}: {name} has shape {source.get_shape()} and config.json wants {list(p.shape)}."
+            f"{path}: {name} has shape {source.get_shape()}, and config.json wants {list(p.shape)}."
         )
     _copy(p, source)
 
@@ -185,7 +212,8 @@ def _fill(p, source, name, path):
 def _copy(p, source):
     if isinstance(p, DTensor):
         shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-        p.to_local().copy_(source[tuple(slice(o, o + s) for o, s in zip(offset, shape))])
+        mine = tuple(slice(start, start + size) for start, size in zip(offset, shape))
+        p.to_local().copy_(source[mine])
     else:
         p.copy_(source[:])
 
@@ -201,16 +229,17 @@ def _weight_files(folder) -> dict[str, Path]:
         with _opened(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)
     if not (folder / INDEX).is_file():
-        other = sorted(
-            p.name for p in folder.iterdir() if p.suffix in (".bin", ".gguf", ".pth", ".pt")
-        )
-        there = f"only {_some(other)}; convert it to safetensors" if other else "no weights at all"
+        there = "no weights at all"
+        formats = (".bin", ".gguf", ".pth", ".pt")
+        if other := [path.name for path in folder.iterdir() if path.suffix in formats]:
+            there = f"only {_some(other)}; convert it to safetensors"
         raise InputError(f"{folder}: neither {SINGLE} nor {INDEX}, {there}.")
-    file_of = {n: folder / f for n, f in _read_json(folder / INDEX)["weight_map"].items()}
-    gone = {p.name for p in file_of.values() if not p.is_file()}
-    if gone:
+    weight_map = read_json(folder / INDEX)["weight_map"]
+    file_of = {name: folder / file for name, file in weight_map.items()}
+    missing = {path.name for path in file_of.values() if not path.is_file()}
+    if missing:
         raise InputError(
-            f"{folder}: {INDEX} names {_some(gone)}, which is not there; copy the folder again."
+            f"{folder}: {INDEX} names {_some(missing)}, which is not there; copy the folder again."
         )
     return file_of
 
@@ -224,20 +253,17 @@ def _opened(path):
         raise InputError(f"{path}: damaged or incomplete ({error}); copy it again.") from error
 
 
-def _read_json(path):
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}); copy it again.") from error
-
-
 def _some(names):
+    if not names:
+        return "none"
     names = sorted(names)
-    return (
-        ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    ) or "none"
+    shown = ", ".join(names[:4])
+    if len(names) > 4:
+        shown += f" and {len(names) - 4} more"
+    return shown
 
 
+# ------------------------------------------------------------------------------------------ writing
 def save_model(
     folder,
     named_tensors: Iterable[tuple[str, torch.Tensor]],
@@ -247,47 +273,47 @@ def save_model(
     max_shard_bytes: int = 5 * 2**30,
     write: bool = True,
 ):
-    """Write a folder that transformers and vLLM load: weights, config.json, and `files` beside them: name -> content,
-    or None for one that is to go, because another model left it here.
+    """Write a folder that transformers and vLLM load: weights, config.json, and `files`.
 
-    named_tensors is consumed one by one and held up to max_shard_bytes; dtype casts. Every rank must call this when the
-    tensors come out of shards; only the one with write=True writes. What a kill or a full disk leaves: see above.
+    named_tensors is consumed one by one and held up to max_shard_bytes; dtype casts. files: name ->
+    content, or None to delete what another model left there. Where the tensors are gathered from
+    shards every rank must call this; only the one with write=True writes. After a kill or on a full
+    disk the folder is as the head of this file says.
     """
     if not write:
         for _ in named_tensors:  # each is a collective
             pass
         return
-    beside = Path(folder) / ".saving"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    folder = Path(folder)
+    saving = folder / ".saving"
+    shutil.rmtree(saving, ignore_errors=True)
+    saving.mkdir(parents=True)
     try:
-        shards, kind = [], None
+        paths, sizes_of, saved_as = [], [], None
         for tensors in _shards(named_tensors, dtype, max_shard_bytes):
-            path = beside / f"{len(shards)}.safetensors"
-            save_file(tensors, path, metadata={"format": "pt"})
-            shards.append((path, {n: t.nbytes for n, t in tensors.items()}))
-            kind = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-        # torch_dtype is what transformers 4 reads, dtype what 5 does.
-        hf = {
-            "architectures": [FAMILIES[config.hf["model_type"]]],
-            **config.hf,
-            "dtype": kind,
-            "torch_dtype": kind,
-        }
-        _install(
-            Path(folder),
-            beside,
-            shards,
-            {**(files or {}), "config.json": json.dumps(hf, indent=2) + "\n"},
-        )
+            paths.append(saving / f"{len(paths)}.safetensors")
+            save_file(tensors, paths[-1], metadata={"format": "pt"})
+            sizes_of.append({name: tensor.nbytes for name, tensor in tensors.items()})
+            saved_as = next(iter(tensors.values())).dtype
+        files = {**(files or {}), "config.json": _config_text(config, saved_as)}
+        _install(folder, saving, paths, sizes_of, files)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(saving, ignore_errors=True)
         if _full_disk(error):
             raise InputError(
-                f"{folder}: the disk is full; the model that was there is untouched: make room, then "
-                "--resume from the last checkpoint."
+                f"{folder}: the disk is full; the model that was there is untouched: make room, "
+                "then --resume from the last checkpoint."
             ) from error
         raise
+
+
+def to_disk(path):
+    """Flush a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _shards(named_tensors, dtype, max_bytes) -> Iterator[dict[str, torch.Tensor]]:
@@ -302,52 +328,73 @@ def _shards(named_tensors, dtype, max_bytes) -> Iterator[dict[str, torch.Tensor]
     yield shard
 
 
-def _install(folder, beside, shards, files):
-    """Make the shards the folder's model: everything reaches the disk in `beside`, then it is moved."""
-    names, index = _names(folder, shards)
-    if index:
-        files = {**files, INDEX: index}
-    stale = [
-        name for name, content in files.items() if content is None and (folder / name).exists()
-    ]
+def _config_text(config, dtype):
+    """config.json. transformers 4 reads torch_dtype, transformers 5 dtype."""
+    kind = str(dtype).removeprefix("torch.")
+    architectures = [FAMILIES[config.hf["model_type"]]]
+    hf = {"architectures": architectures, **config.hf, "dtype": kind, "torch_dtype": kind}
+    return json.dumps(hf, indent=2) + "\n"
+
+
+def _install(folder, saving, paths, sizes_of, files):
+    """Make the shards in `saving` the folder's model: all of it reaches the disk, then it moves."""
+    names = _shard_names(folder, len(paths))
+    several = len(names) > 1
+    if several:
+        files = {**files, INDEX: _index_text(names, sizes_of)}
+    stale = [name for name, content in files.items() if content is None]
+    stale = [name for name in stale if (folder / name).exists()]
     files = {name: content for name, content in files.items() if content is not None}
     for name, content in files.items():
-        (beside / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    for path in beside.iterdir():
-        _to_disk(path)
-    changed = [n for n in files if n != INDEX and not _same(folder / n, beside / n)]
-    if changed or stale:
+        if isinstance(content, str):
+            content = content.encode()
+        (saving / name).write_bytes(content)
+    for path in saving.iterdir():
+        to_disk(path)
+
+    changed = [name for name in files if not _same(folder / name, saving / name)]
+    changed = [name for name in changed if name not in (INDEX, "config.json")]
+    replace_config = changed or stale or not _same(folder / "config.json", saving / "config.json")
+    if replace_config:
         (folder / "config.json").unlink(missing_ok=True)
-        changed = list(dict.fromkeys([*changed, "config.json"]))
     for name in stale:
         (folder / name).unlink()
-    for (path, _), name in zip(shards, names):
-        os.replace(path, folder / name)  # a single shard: this is the instant of change
-    if index:
-        os.replace(beside / INDEX, folder / INDEX)  # ... several: this is; or, where there was one,
-    _to_disk(folder)
-    for name in (SINGLE, INDEX, *(p.name for p in folder.glob(SHARDS))):
-        if name not in names and not (index and name == INDEX):
-            (folder / name).unlink(missing_ok=True)  # ... the unlinking of this file
-    for name in sorted(changed, key="config.json".__eq__):
-        os.replace(beside / name, folder / name)
-    shutil.rmtree(beside)
-    _to_disk(folder)
+    for path, name in zip(paths, names):
+        os.replace(path, folder / name)  # one shard: the model changes here
+    if several:
+        os.replace(saving / INDEX, folder / INDEX)  # several replace several: it changes here
+    to_disk(folder)
+    for name in (SINGLE, INDEX, *(path.name for path in folder.glob(SHARDS))):
+        if name not in names and not (several and name == INDEX):
+            (folder / name).unlink(
+                missing_ok=True
+            )  # several replace one, which readers prefer: here
+    for name in changed:
+        os.replace(saving / name, folder / name)
+    if replace_config:
+        os.replace(saving / "config.json", folder / "config.json")
+    shutil.rmtree(saving)
+    to_disk(folder)
 
 
-def _names(folder, shards):
-    """File names for the shards, and the index's text if there are several. Never those of the model that is there."""
-    if len(shards) == 1:
-        return [SINGLE], None
-    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    if any((folder / n).exists() for n in names):
+def _shard_names(folder, count):
+    """File names for the shards: never those of the model that is there, unless it is single."""
+    if count == 1:
+        return [SINGLE]
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if any((folder / name).exists() for name in names):
         tag = os.urandom(4).hex()
-        names = [n.replace("model-", f"model-{tag}-") for n in names]
-    weight_map = {tensor: name for (_, sizes), name in zip(shards, names) for tensor in sizes}
-    total = sum(sum(sizes.values()) for _, sizes in shards)
-    return names, json.dumps(
-        {"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2
-    ) + "\n"
+        names = [name.replace("model-", f"model-{tag}-") for name in names]
+    return names
+
+
+def _index_text(names, sizes_of):
+    weight_map, total = {}, 0
+    for name, sizes in zip(names, sizes_of):
+        weight_map |= dict.fromkeys(sizes, name)
+        total += sum(sizes.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    return json.dumps(index, indent=2) + "\n"
 
 
 def _same(path, other):
@@ -356,14 +403,7 @@ def _same(path, other):
 
 def _full_disk(error):
     """safetensors reports the operating system's errors as text."""
-    found = re.search(r"os error (\d+)", str(error))
-    number = int(found[1]) if found else getattr(error, "errno", None)
+    number = getattr(error, "errno", None)
+    if found := re.search(r"os error (\d+)", str(error)):
+        number = int(found[1])
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def _to_disk(path):
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -42,6 +42,10 @@ def token_weights(sequences, how: str):
     constant      1        sequences x max_new_tokens                Dr. GRPO 2503.20783
     sequence_sum  1        sequences                                 LUSPO 2602.05261
     """
+    if how not in ("sequence", "token", "constant", "sequence_sum"):
+        raise InputError(
+            f"aggregation {how!r} is none of token, sequence, sequence_sum and constant."
+        )
     weight_N = sequences.mask_N.to(torch.get_default_dtype())
     if how == "sequence":
         return weight_N / sequences.spread(sequences.length_S())

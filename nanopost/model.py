@@ -1,14 +1,14 @@
 """One decoder for Llama (2, 3, 3.1, 3.2), Mistral, Qwen2, Qwen2.5 and Qwen3, on packed tokens.
 
-Shapes: N packed tokens, S documents, B rows of a cache, P prompts, D model width, H query heads, G key/value heads,
-K width of a head, V vocabulary.
+Shapes: N packed tokens, S documents, B rows of a cache, P prompts, D model width, H query heads,
+G key/value heads, K width of a head, V vocabulary.
 
-Parameter names are the checkpoint's. The head and the log-probability lie inside the root module's forward,
-`model(batch) -> logp_N, entropy_N`: outside it, under FSDP2, the head's weight is a shard before the first forward
-and stale after a backward. Sharding, compilation and checkpointing are applied from outside (dist.py).
+Parameter names are the checkpoint's. The head and the log-probability lie inside the root module's
+forward, `model(batch) -> logp_N, entropy_N`: outside it, under FSDP2, the head's weight is a shard
+before the first forward and stale after a backward. Sharding, compilation and checkpointing are
+applied from outside (dist.py).
 """
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from nanopost import InputError
 from nanopost.attention import Cache, Packing, cached_attention, packed_attention
 from nanopost.logprob import logprob, matmul_fp32
+from nanopost.rope import read_rope, rope_frequencies, rotate
 
 FAMILIES = {
     "llama": "LlamaForCausalLM",
@@ -28,17 +29,19 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-ROPE_NEEDS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-}
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
 
 
+# ------------------------------------------------------------------------------------------- config
 @dataclass(frozen=True)
 class Config:
-    """What the decoder needs to know, read from a checkpoint's config.json; `hf` is that file, kept for writing."""
+    """What the decoder needs to know of a config.json; `hf` is that file, kept for writing."""
 
     hf: dict
     vocab_size: int
@@ -60,49 +63,13 @@ class Config:
 
     @classmethod
     def of(cls, hf: dict, source: str = "config.json") -> "Config":
-        """Read the dictionary of a config.json. InputError for whatever this decoder does not compute."""
-        family = hf.get("model_type")
-        architecture = (hf.get("architectures") or [FAMILIES.get(family)])[0]
-        if family not in FAMILIES or architecture not in (
-            FAMILIES[family],
-            scalar_architecture(family),
-        ):
-            raise InputError(
-                f"{source}: architecture {architecture} (model_type {family}) is not one of those that "
-                f"nanopost computes: {', '.join(FAMILIES.values())}, and ...ForSequenceClassification of "
-                "the same families."
-            )
-        scalar = architecture == scalar_architecture(family)
-        labels = hf.get("num_labels") or len(hf.get("id2label") or "01")
-        if scalar and labels != 1:
-            raise InputError(
-                f"{source}: a classifier of {labels} labels; a reward model has one (num_labels 1)."
-            )
-        if hf.get("quantization_config"):
-            raise InputError(
-                f"{source}: the weights are quantised ({hf['quantization_config'].get('quant_method')}); "
-                "take the unquantised checkpoint of this model."
-            )
-        if hf.get("hidden_act", "silu") != "silu":
-            raise InputError(
-                f"{source}: activation {hf['hidden_act']!r} is not computed here, only 'silu'."
-            )
-        missing = [
-            k
-            for k in (
-                "vocab_size",
-                "hidden_size",
-                "intermediate_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-            )
-            if hf.get(k) is None
-        ]
-        if missing:
-            raise InputError(
-                f"{source}: {', '.join(missing)} missing; this is not a complete config.json."
-            )
+        """Read the content of a config.json. InputError for what this decoder does not compute."""
+        _check(hf, source)
+        family = hf["model_type"]
         heads = hf["num_attention_heads"]
+        head_dim = hf.get("head_dim")
+        if not head_dim:
+            head_dim = 128 if family == "qwen3" else hf["hidden_size"] // heads
         bias = bool(hf.get("attention_bias", False))
         return cls(
             hf=hf,
@@ -112,17 +79,16 @@ class Config:
             layers=hf["num_hidden_layers"],
             heads=heads,
             kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim")
-            or (128 if family == "qwen3" else hf["hidden_size"] // heads),
+            head_dim=head_dim,
             norm_eps=hf.get("rms_norm_eps", 1e-6),
             tied=bool(hf.get("tie_word_embeddings", False)),
-            rope=_rope(hf, source),
+            rope=read_rope(hf, source),
             windows=_windows(hf, family),
             qkv_bias=family == "qwen2" or bias,
             out_bias=bias and family in ("llama", "qwen3"),
             mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
             qk_norm=family == "qwen3",
-            scalar=scalar,
+            scalar=_architecture(hf) == scalar_architecture(family),
         )
 
     @property
@@ -130,7 +96,10 @@ class Config:
         return self.hf.get("max_position_embeddings") or 2**31
 
     def with_scalar_head(self, pad_id: int | None) -> "Config":
-        """The same decoder as a reward model. pad_id: transformers scores the last token that is not this one."""
+        """The same decoder as a reward model.
+
+        pad_id: transformers scores the last token that is not this one.
+        """
         names = {
             "architectures": [scalar_architecture(self.hf["model_type"])],
             "pad_token_id": pad_id,
@@ -145,98 +114,68 @@ def scalar_architecture(family: str) -> str:
     return FAMILIES[family].replace("CausalLM", "SequenceClassification")
 
 
-def _rope(hf, source):
-    """rope_theta and rope_scaling (or transformers 5's rope_parameters) as one dictionary with a `rope_type`."""
-    given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
-    rope = {
-        "rope_theta": hf.get("rope_theta", 10000.0),
-        "max": hf.get("max_position_embeddings", 2048),
-        **given,
-    }
-    kind = rope["rope_type"] = given.get("rope_type", given.get("type", "default"))
-    if kind not in ROPE_NEEDS or any(isinstance(v, dict) for v in given.values()):
-        kind = "one for each kind of layer" if kind in ROPE_NEEDS else repr(kind)
-        raise InputError(f"{source}: rope type {kind} is not one of {', '.join(ROPE_NEEDS)}.")
-    missing = [k for k in ROPE_NEEDS[kind] if rope.get(k) is None]
+def _architecture(hf):
+    if hf.get("architectures"):
+        return hf["architectures"][0]
+    return FAMILIES.get(hf.get("model_type"))
+
+
+def _check(hf, source):
+    """InputError for a config.json of another model, or of one that is incomplete or quantized."""
+    family, architecture = hf.get("model_type"), _architecture(hf)
+    computed = ()
+    if family in FAMILIES:
+        computed = FAMILIES[family], scalar_architecture(family)
+    if architecture not in computed:
+        raise InputError(
+            f"{source}: architecture {architecture} (model_type {family}) is not one of those that "
+            f"nanopost computes: {', '.join(FAMILIES.values())}, and ...ForSequenceClassification "
+            "of the same families."
+        )
+    labels = hf.get("num_labels") or len(hf.get("id2label") or "01")
+    if architecture == scalar_architecture(family) and labels != 1:
+        raise InputError(
+            f"{source}: a classifier with {labels} labels; a reward model has one (num_labels 1)."
+        )
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method")
+        raise InputError(
+            f"{source}: the weights are quantized ({method}); take the unquantized checkpoint of "
+            "this model."
+        )
+    if hf.get("hidden_act", "silu") != "silu":
+        raise InputError(
+            f"{source}: activation {hf['hidden_act']!r} is not computed here, only 'silu'."
+        )
+    missing = [key for key in REQUIRED if hf.get(key) is None]
     if missing:
         raise InputError(
-            f"{source}: rope type {kind!r} needs {', '.join(missing)} too, and config.json has none."
+            f"{source}: {', '.join(missing)} missing; this is not a complete config.json."
         )
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise InputError(f"{source}: a partial_rotary_factor other than 1 is not computed here.")
-    return rope
 
 
 def _windows(hf, family):
     """The sliding window of each layer, or None."""
     layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
-    if (
-        family == "llama"
-        or window is None
-        or (family != "mistral" and not hf.get("use_sliding_window", False))
-    ):
+    if family == "llama" or (family != "mistral" and not hf.get("use_sliding_window", False)):
         return (None,) * layers
-    kinds = hf.get("layer_types")
-    first = 0 if family == "mistral" else hf.get("max_window_layers", 28)
-    sliding = (
-        [k == "sliding_attention" for k in kinds] if kinds else [i >= first for i in range(layers)]
-    )
-    return tuple(window if s else None for s in sliding)
+    if kinds := hf.get("layer_types"):
+        slides = [kind == "sliding_attention" for kind in kinds]
+    elif family == "mistral":
+        slides = [True] * layers
+    else:
+        slides = [layer >= hf.get("max_window_layers", 28) for layer in range(layers)]
+    return tuple(window if slide else None for slide in slides)
 
 
-def rope_frequencies(rope: dict, head_dim: int, device=None):
-    """Rotary frequencies -> (inv_freq fp32 [K/2], factor of cos and sin). RoFormer 2104.09864, YaRN 2309.00071."""
-    base, kind = rope["rope_theta"], rope["rope_type"]
-    freq = 1.0 / base ** (
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-    )
-    if kind == "default":
-        return freq, 1.0
-    factor = rope["factor"]
-    original = rope.get("original_max_position_embeddings") or rope["max"]
-    if kind == "linear":
-        return freq / factor, 1.0
-    if kind == "llama3":
-        turns = original * freq / (2 * math.pi)
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        return smooth * freq + (1 - smooth) * freq / factor, 1.0
-    magnitude = rope.get("attention_factor")
-    if magnitude is None:
-
-        def scale(m):
-            return 0.1 * m * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-        m, m_all = rope.get("mscale"), rope.get("mscale_all_dim")
-        magnitude = scale(m) / scale(m_all) if m and m_all else scale(1)
-
-    def dimension(rotations):
-        return head_dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(base))
-
-    low, high = dimension(rope.get("beta_fast") or 32), dimension(rope.get("beta_slow") or 1)
-    if rope.get("truncate", True):
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
-    ramp = (torch.arange(head_dim // 2, dtype=torch.float32, device=device) - low) / max(
-        high - low, 0.001
-    )
-    ramp = ramp.clamp(0, 1)
-    return freq / factor * ramp + freq * (1 - ramp), magnitude
-
-
-def rotate(x_NHK, cos_NK, sin_NK):
-    """Rotary embedding in the two-halves layout of Hugging Face checkpoints, computed in fp32."""
-    a, b = x_NHK.float().chunk(2, -1) if x_NHK.dtype != torch.float64 else x_NHK.chunk(2, -1)
-    cos, sin = cos_NK[:, None], sin_NK[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_NHK.dtype)
-
-
+# ------------------------------------------------------------------------------------------ decoder
 class RMSNorm(nn.Module):
     """x / rms(x) * weight, the quotient in fp32 (1910.07467)."""
 
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
     def forward(self, x):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
@@ -254,12 +193,12 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
 
     def forward(self, x_ND, cos_NK, sin_NK, attend):
-        q, k, v = (
-            rearrange(project(x_ND), "n (h k) -> n h k", k=self.head_dim)
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(self.q_norm(q), cos_NK, sin_NK), rotate(self.k_norm(k), cos_NK, sin_NK)
-        return self.o_proj(attend(q, k, v, self.window).flatten(1))
+        q_NHK = rearrange(self.q_proj(x_ND), "n (h k) -> n h k", k=self.head_dim)
+        k_NGK = rearrange(self.k_proj(x_ND), "n (g k) -> n g k", k=self.head_dim)
+        v_NGK = rearrange(self.v_proj(x_ND), "n (g k) -> n g k", k=self.head_dim)
+        q_NHK = rotate(self.q_norm(q_NHK), cos_NK, sin_NK)
+        k_NGK = rotate(self.k_norm(k_NGK), cos_NK, sin_NK)
+        return self.o_proj(attend(q_NHK, k_NGK, v_NGK, self.window).flatten(1))
 
 
 class MLP(nn.Module):
@@ -276,7 +215,8 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.self_attn, self.mlp = Attention(c, layer), MLP(c)
+        self.self_attn = Attention(c, layer)
+        self.mlp = MLP(c)
         self.input_layernorm = RMSNorm(c.width, c.norm_eps)
         self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
 
@@ -296,7 +236,10 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(c.width, c.norm_eps)
 
     def forward(self, token_N, position_N, attend):
-        """-> hidden_ND. attend(layer, q_NHK, k_NGK, v_NGK, window) -> out_NHK is who sees whom."""
+        """-> hidden_ND after the final norm.
+
+        attend(layer, q_NHK, k_NGK, v_NGK, window) -> out_NHK says which token sees which.
+        """
         x_ND = self.embed_tokens(token_N)
         freq, magnitude = rope_frequencies(self.config.rope, self.config.head_dim, token_N.device)
         angle_NK = position_N[:, None].float() * freq
@@ -310,7 +253,7 @@ class Decoder(nn.Module):
         return self.norm(x_ND)
 
     def packed(self, token_N, position_N, cu_seqlens, max_seqlen):
-        """Packed documents -> hidden_ND after the final norm."""
+        """Packed documents -> hidden_ND."""
         packing = Packing(cu_seqlens, max_seqlen)
 
         def attend(layer, q, k, v, window):
@@ -319,23 +262,27 @@ class Decoder(nn.Module):
         return self(token_N, position_N, attend)
 
 
+# ------------------------------------------------------------------------------------------- models
 class CausalLM(nn.Module):
+    """A language model. kernels: which ones its log-probs may use (see logprob)."""
+
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.model, self.kernels = config, Decoder(config), "auto"
-        self.lm_head = (
-            None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
-        )
+        self.lm_head = None
+        if not config.tied:
+            self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     @property
     def head_weight(self):
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if self.lm_head is None:
+            return self.model.embed_tokens.weight
+        return self.lm_head.weight
 
     def forward(self, batch, temperature: float = 1.0):
-        """A Batch (data.py) -> fp32 log-prob of each target and entropy of its distribution, 0 where no target is."""
-        hidden_ND = self.model.packed(
-            batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen
-        )
+        """A Batch -> (logp_N, entropy_N), fp32: log-prob of each target and entropy of the
+        distribution it is from, 0 where there is no target."""
+        hidden_ND = _hidden(self.model, batch)
         return logprob(
             hidden_ND, self.head_weight, batch.target_N, temperature, kernels=self.kernels
         )
@@ -345,7 +292,7 @@ class CausalLM(nn.Module):
         return matmul_fp32(hidden_ND, self.head_weight.T)
 
     def prefill(self, token_N, position_N, cu_seqlens, max_seqlen, cache: Cache):
-        """Packed prompts [P], each written to the rows of `cache` that it has -> hidden_PD of their last tokens."""
+        """Packed prompts -> hidden_PD of their last tokens; keys and values go to the cache."""
         packing = Packing(cu_seqlens, max_seqlen)
 
         def attend(layer, q, k, v, window):
@@ -355,7 +302,7 @@ class CausalLM(nn.Module):
         return self.model(token_N, position_N, attend)[cu_seqlens[1:].long() - 1]
 
     def decode(self, token_B, cache: Cache):
-        """One further token a row -> hidden_BD; its keys and values join the cache."""
+        """One more token for each row -> hidden_BD; keys and values are appended to the cache."""
 
         def attend(layer, q, k, v, window):
             return cached_attention(q, *cache.append(layer, k, v), cache.length_B + 1, window)
@@ -367,25 +314,20 @@ class CausalLM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int):
-        """Fill every parameter afresh: normal with the config's initializer_range, norms 1, biases 0."""
+        """Matrices normal with the config's initializer_range, norms 1, biases 0; returns self."""
         generator = torch.Generator(device=self.head_weight.device).manual_seed(seed)
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 p.normal_(0.0, self.config.hf.get("initializer_range", 0.02), generator=generator)
+            elif name.endswith("bias"):
+                p.fill_(0.0)
             else:
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+                p.fill_(1.0)
         return self
 
 
-def scalar_head(hidden_ND, weight_1D):
-    """hidden weight^T, one fp32 (or fp64) number for each token, differentiable: matmul_fp32's product has no
-    derivative on CUDA in bf16."""
-    precision = torch.promote_types(hidden_ND.dtype, torch.float32)
-    return (hidden_ND.to(precision) @ weight_1D.to(precision).T)[:, 0]
-
-
 class ScalarModel(nn.Module):
-    """A decoder with one number for each token: a reward model reads it at the last token of a sequence."""
+    """A decoder with one number per token: a reward model's score is that at the last token."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -393,35 +335,36 @@ class ScalarModel(nn.Module):
         self.score = nn.Linear(config.width, 1, bias=False)
 
     def forward(self, batch):
-        """A Batch (data.py) -> fp32 value_N."""
-        hidden_ND = self.model.packed(
-            batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen
-        )
-        return scalar_head(hidden_ND, self.score.weight)
+        """A Batch -> fp32 value_N."""
+        return scalar_head(_hidden(self.model, batch), self.score.weight)
 
 
 class ActorCritic(nn.Module):
-    """A policy and its value function under one root, so that under FSDP2, too, one forward gives both.
+    """A policy and its value function under one root: one forward gives both, under FSDP2 too.
 
-    value_config: that of a value model with a backbone of its own; None: a linear head on the policy's hidden states.
+    value_config: the value function is a model of its own; None: a linear head on the policy's
+    hidden states.
     """
 
     def __init__(self, config: Config, value_config: Config | None):
         super().__init__()
         self.config, self.policy = config, CausalLM(config)
-        self.value = (
-            ScalarModel(value_config) if value_config else nn.Linear(config.width, 1, bias=False)
-        )
+        if value_config:
+            self.value = ScalarModel(value_config)
+        else:
+            self.value = nn.Linear(config.width, 1, bias=False)
 
     def forward(self, batch, temperature: float = 1.0, value_alone: bool = False):
-        """A Batch -> logp_N and entropy_N of the policy, and fp32 value_N: of the state in which each target was
-        chosen, 0 where there is none. value_alone: None for the first two, and no gradient for the policy."""
-        head, logp_N, entropy_N = isinstance(self.value, nn.Linear), None, None
-        if head or not value_alone:
+        """A Batch -> logp_N and entropy_N of the policy, and fp32 value_N of the state in which
+        each target was chosen, 0 where there is no target.
+
+        value_alone: None for the first two, and no gradient for the policy.
+        """
+        shared = isinstance(self.value, nn.Linear)
+        hidden_ND = logp_N = entropy_N = None
+        if shared or not value_alone:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not value_alone):
-                hidden_ND = self.policy.model.packed(
-                    batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen
-                )
+                hidden_ND = _hidden(self.policy.model, batch)
         if not value_alone:
             logp_N, entropy_N = logprob(
                 hidden_ND,
@@ -430,5 +373,21 @@ class ActorCritic(nn.Module):
                 temperature,
                 kernels=self.policy.kernels,
             )
-        value_N = scalar_head(hidden_ND, self.value.weight) if head else self.value(batch)
+        if shared:
+            value_N = scalar_head(hidden_ND, self.value.weight)
+        else:
+            value_N = self.value(batch)
         return logp_N, entropy_N, value_N.where(batch.mask_N, 0.0)
+
+
+def scalar_head(hidden_ND, weight_1D):
+    """hidden weight^T, one fp32 (or fp64) number for each token.
+
+    Differentiable: matmul_fp32, whose product has no derivative on CUDA in bf16, is not.
+    """
+    precision = torch.promote_types(hidden_ND.dtype, torch.float32)
+    return (hidden_ND.to(precision) @ weight_1D.to(precision).T)[:, 0]
+
+
+def _hidden(decoder, batch):
+    return decoder.packed(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)

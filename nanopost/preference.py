@@ -197,6 +197,7 @@ def kto(chosen_ratio_P, rejected_ratio_P, label_P, beta, label_weights):
     )
 
 
+# A new loss: a function above, and its name here.
 PAIRED = (sigmoid, sigmoid_norm, ipo, hinge, robust, exo, discopop, nca, sppo, apo_zero, apo_down)
 WITHOUT_REFERENCE = (simpo, sft, cpo, orpo)
 LOSSES = {loss.__name__: loss for loss in PAIRED + WITHOUT_REFERENCE}
@@ -208,14 +209,13 @@ def parameters(loss: Callable) -> list[str]:
     return list(inspect.signature(loss).parameters)
 
 
-def all_read(losses: list[Callable], ending: str) -> bool:
-    """Whether every loss has a parameter with this ending, such as "_score_P"."""
-    return all(any(name.endswith(ending) for name in parameters(loss)) for loss in losses)
+def any_reads(losses: list[Callable], ending: str) -> bool:
+    """Whether a loss has a parameter with this ending, such as "_score_P"."""
+    return any(name.endswith(ending) for loss in losses for name in parameters(loss))
 
 
 def needs_reference(losses: list[Callable]) -> bool:
-    names = {name for loss in losses for name in parameters(loss)}
-    return any(name.endswith(("_ratio_P", "_score_P", "_ref_logp_P")) for name in names)
+    return any(any_reads(losses, end) for end in ("_ratio_P", "_score_P", "_ref_logp_P"))
 
 
 def weighted(losses: list[Callable], weights: list[float], pairs: dict, **scalars):
@@ -245,6 +245,11 @@ def read_pairs(sequences: dict, f_score: Callable = lambda log_ratio: log_ratio)
     for name, x_S in columns.items():
         pairs[f"chosen_{name}_P"], pairs[f"rejected_{name}_P"] = x_S.view(-1, 2).T
     return pairs
+
+
+def no_pairs() -> dict:
+    """Zero pairs, on which a loss can be tried: it refuses flags before it computes."""
+    return read_pairs({name: torch.zeros(0) for name in ("logp", "ref_logp", "length", "nll")})
 
 
 # f'(t) of an f-divergence at log t, up to a constant, in place of the KL's log t: 2309.16240.

@@ -235,7 +235,8 @@ def _paths_read(arguments, out: Path) -> list[str]:
     values = []
     for value in arguments.values():
         values += value if isinstance(value, (list, tuple)) else [value]
-    texts = [value.removeprefix("model:") for value in values if isinstance(value, str) and value]
+    named = [str(value) for value in values if isinstance(value, (str, Path))]
+    texts = [text.removeprefix("model:") for text in named if text]
     itself = next((text for text in texts if Path(text) == out), None)
     if itself is not None:
         texts.remove(itself)  # the flag that names the folder, once: a second one is something read

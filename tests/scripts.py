@@ -2,11 +2,15 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
+from nanopost import cli
+
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.name for path in ROOT.glob("train_*.py"))
 ENVIRONMENT = {
     **os.environ,
     "OMP_NUM_THREADS": "1",
@@ -40,3 +44,22 @@ def metrics(out) -> list[dict]:
 
 def weights(out) -> bytes:
     return (Path(out) / "model.safetensors").read_bytes()
+
+
+def parser_of(script) -> cli.Parser:
+    """The parser that a script builds. Nothing after its arguments runs."""
+    found = []
+
+    def stop(parser, *_):
+        found.append(parser)
+        raise SystemExit
+
+    parse_args, cli.Parser.parse_args = cli.Parser.parse_args, stop
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit:
+        pass
+    finally:
+        cli.Parser.parse_args = parse_args
+    (parser,) = found
+    return parser

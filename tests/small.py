@@ -1,4 +1,5 @@
-"""A small random model for tests, with weights large enough that its distributions are far from uniform."""
+"""A small random model for tests, with weights large enough that its distributions are far from
+uniform."""
 
 import torch
 

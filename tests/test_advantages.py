@@ -1,4 +1,5 @@
-"""Advantages against the installed TRL's own lines, closed forms, and the enumeration of every group."""
+"""Advantages against the installed TRL's own lines, closed forms, and the enumeration of every
+group. Statistics over ranks: test_dist.py."""
 
 import inspect
 import textwrap
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from nanopost import InputError, losses
-from nanopost.advantages import group_advantage, normalised_sum
+from nanopost import InputError, advantages, losses
 from nanopost.rewards import total
 from nanopost.verify import length_penalty
 
 close = torch.testing.assert_close
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
+BASELINES = {
+    f.__name__: f
+    for f in (advantages.group, advantages.mean, advantages.leave_one_out, advantages.batch)
+}
 NAN = float("nan")
 
 
@@ -34,7 +38,7 @@ def rewards(seed=0, prompts=5, group=4):
 
 
 def trl_lines(method, first, last, **names):
-    """Run the lines of an installed TRL method from one text to another; returns its local variables."""
+    """Run the lines of an installed TRL method from one text to another -> its local variables."""
     source = inspect.getsource(method)
     start = source.rindex("\n", 0, source.index(first)) + 1
     exec(textwrap.dedent(source[start : source.index(last)]), names)
@@ -62,10 +66,10 @@ def trl_grpo(reward_BF, weights, group, scale):
 
 
 @pytest.mark.parametrize("how, scale", [("group", "group"), ("mean", "none"), ("batch", "batch")])
-def test_advantages_equal_trl(how, scale):
+def test_advantages_equal_trl(how, scale, alone):
     reward_PG = rewards()
     theirs = trl_grpo(reward_PG.reshape(-1, 1), [1.0], 4, scale)["advantages"]
-    close(group_advantage(reward_PG, how).flatten(), theirs, **TIGHT)
+    close(BASELINES[how](reward_PG).flatten(), theirs, **TIGHT)
 
 
 def test_leave_one_out_equals_trl_and_its_definition():
@@ -80,7 +84,7 @@ def test_leave_one_out_equals_trl_and_its_definition():
         rewards=reward_PG.flatten(),
         grouped_rewards=reward_PG,
     )["advantages"]
-    ours = group_advantage(reward_PG, "loo")
+    ours = advantages.leave_one_out(reward_PG)
     close(ours.flatten(), theirs, **TIGHT)
     for p, i in product(range(5), range(4)):
         others = [float(reward_PG[p, j]) for j in range(4) if j != i]
@@ -102,68 +106,69 @@ def test_several_rewards_with_weights_and_none_equal_trl():
     assert by_prompt.tolist() == [[1.0, 0.125], [1.5, 0.5]]
 
 
-def test_each_reward_normalised_then_summed_equals_trl():
-    """With a reward that does not apply to some, one of no variance, and one a thousand times as large."""
-    first_PG, second_PG, third_PG = rewards(2), rewards(3), 1000 * rewards(4)
-    second_PG[0, 1] = third_PG[2, :2] = NAN
-    weights = [1.0, 0.5, 2.0]
-    reward_FPG = torch.stack([first_PG, second_PG, third_PG])
-    grpo = pytest.importorskip("trl.trainer.grpo_trainer")
-    self = SimpleNamespace(
-        multi_objective_aggregation="normalize_then_sum",
-        scale_rewards="group",
-        reward_weights=torch.tensor(weights),
-        reward_funcs=weights,
-    )
-    theirs = trl_lines(
-        grpo.GRPOTrainer._generate_and_score_completions,
-        "unscorable_mask =",
-        "# Slice to keep only the local part",
-        torch=torch,
-        nanstd=grpo.nanstd,
-        self=self,
-        device="cpu",
-        num_generations=4,
-        rewards_per_func=reward_FPG.flatten(1).T,
-    )["advantages"]
-    total_PG = normalised_sum(reward_FPG, weights)
-    assert float(total_PG.mean()) == pytest.approx(0, abs=1e-14)
-    close((total_PG / (total_PG.std() + 1e-4)).flatten(), theirs, **TIGHT)
-
-
-def test_a_group_with_equal_rewards_moves_nothing():
-    for how in ("group", "mean", "loo", "batch"):
-        assert group_advantage(rewards(), how)[1].abs().max() < 1e-12
-        assert group_advantage(torch.full((2, 8), 0.1, dtype=torch.float32), how).abs().max() < 1e-3
+@pytest.mark.parametrize("how", BASELINES)
+def test_a_group_with_equal_rewards_moves_nothing(how, alone):
+    assert BASELINES[how](rewards())[1].abs().max() < 1e-12
+    assert BASELINES[how](torch.full((2, 8), 0.1, dtype=torch.float32)).abs().max() < 1e-3
 
 
 def test_the_z_score_uses_bessel_and_groups_stand_alone():
-    adv_PG = group_advantage(torch.tensor([[0.0, 1.0], [5.0, 5.5]]), "group")
+    adv_PG = advantages.group(torch.tensor([[0.0, 1.0], [5.0, 5.5]]))
     std_0, std_1 = 0.5**0.5, 0.125**0.5
     low, high = 0.5 / (std_0 + 1e-4), 0.25 / (std_1 + 1e-4)
     close(adv_PG, torch.tensor([[-low, low], [-high, high]]), **TIGHT)
 
 
-def test_batch_std_of_all_ranks_gives_each_rank_its_part_of_the_whole():
+def test_the_batch_has_one_scale_and_each_group_its_own_mean(alone):
     reward_PG = rewards(2, prompts=6)
-    parts = [
-        group_advantage(part, "batch", batch_std=reward_PG.std().item())
-        for part in reward_PG.split([1, 2, 3])
-    ]
-    close(torch.cat(parts), group_advantage(reward_PG, "batch"), **TIGHT)
+    centred_PG = reward_PG - reward_PG.mean(1, keepdim=True)
+    expected_PG = centred_PG / (reward_PG.flatten().std() + 1e-4)
+    close(advantages.batch(reward_PG), expected_PG, **TIGHT)
 
 
-def expected_gradient(how, group):
-    """Over every group of answers that a policy over three can draw: E[grad of the loss], and -grad E[reward]."""
+def test_whitened_numbers_have_mean_0_or_their_own_and_deviation_1(alone):
+    x_BT = torch.tensor([[1.0, 2.0, 900.0], [4.0, 900.0, 900.0]])
+    mask_BT = torch.tensor([[True, True, False], [True, False, False]])
+    for shift_mean, mean in ((True, 0.0), (False, 7 / 3)):
+        white = advantages.whiten(x_BT, mask_BT, shift_mean)[mask_BT]
+        assert float(white.mean()) == pytest.approx(mean)
+        assert float(white.std()) == pytest.approx(1.0)
+        close(white[2] - white[0], torch.tensor(3 / (7 / 3) ** 0.5))  # by n - 1
+
+
+def test_the_running_deviation_is_that_of_all_scores_so_far(alone):
+    scores, sums = torch.tensor([3.0, 3.0, 1.0, -2.0, 0.5, 7.0]), (0, 0.0, 0.0)
+    stds = []
+    for part in scores.split(2):
+        sums, std = advantages.running_std(sums, part)
+        stds.append(std)
+    expected = [scores[:n].std(correction=0).item() for n in (4, 6)]
+    assert stds == pytest.approx([1.0, *expected])  # the first two are equal: they have no scale
+    assert sums == (6, float(scores.sum()), float(scores.square().sum()))
+
+
+def test_explained_variance_is_1_of_a_perfect_guess_0_of_a_constant_and_may_be_negative(alone):
+    ret_BT = torch.tensor([[1.0, 3.0, 99.0], [-2.0, 99.0, 99.0]])
+    mask_BT = torch.tensor([[True, True, False], [True, False, False]])
+    explained = advantages.explained_variance
+    assert explained(ret_BT, ret_BT.clone(), mask_BT) == 1
+    assert explained(ret_BT, torch.full_like(ret_BT, 7.0), mask_BT) == pytest.approx(0)
+    assert explained(ret_BT, -ret_BT, mask_BT) == pytest.approx(1 - 4)
+    assert explained(torch.ones(2, 3), ret_BT, mask_BT) == 0
+
+
+def expected_gradient(baseline, group):
+    """Over every group of answers that a policy over three can draw: E[grad of the loss], and
+    - grad E[reward]."""
     logits_V = torch.tensor([0.3, -0.8, 1.1], dtype=torch.float64, requires_grad=True)
     reward_V = torch.tensor([1.0, 0.2, -0.5])
     logp_V = logits_V.log_softmax(0)
     loss = torch.zeros(())
     for draws in product(range(3), repeat=group):
         logp_G = logp_V[list(draws)]
-        adv_G = group_advantage(reward_V[list(draws)][None], how)[0]
+        adv_G = baseline(reward_V[list(draws)][None])[0]
         total, _ = losses.policy_loss_clip(
-            logp_G - logp_G.detach(), adv_G, torch.ones(group), 0.2, 0.2
+            logp_G - logp_G.detach(), logp_G, adv_G, torch.ones(group), 0.2, 0.2
         )
         loss = loss + logp_G.sum().exp().detach() * total / group
     expected_reward = (logp_V.exp() * reward_V).sum()
@@ -174,18 +179,18 @@ def expected_gradient(how, group):
 
 @pytest.mark.parametrize("group", [2, 3, 4])
 def test_leave_one_out_is_an_unbiased_policy_gradient(group):
-    ours, exact = expected_gradient("loo", group)
+    ours, exact = expected_gradient(advantages.leave_one_out, group)
     close(ours, exact, **TIGHT)
 
 
 @pytest.mark.parametrize("group", [2, 3, 4])
 def test_the_mean_of_the_group_shrinks_the_gradient_by_the_sample_it_shares(group):
-    ours, exact = expected_gradient("mean", group)
+    ours, exact = expected_gradient(advantages.mean, group)
     close(ours, exact * (group - 1) / group, **TIGHT)
 
 
 def test_the_z_score_is_biased():
-    ours, exact = expected_gradient("group", 3)
+    ours, exact = expected_gradient(advantages.group, 3)
     assert not torch.allclose(ours / ours.norm(), exact / exact.norm(), atol=1e-3)
 
 
@@ -207,8 +212,7 @@ def test_a_completion_that_no_reward_scores_is_named():
         total([[[1.0, 1.0], [NAN, 0.0]]], [1.0])
 
 
-def test_a_group_of_one_and_an_unknown_choice_are_refused():
+@pytest.mark.parametrize("how", BASELINES)
+def test_a_group_of_one_is_refused(how, alone):
     with pytest.raises(InputError, match="--group 1 .* 2 or more"):
-        group_advantage(torch.zeros(3, 1), "group")
-    with pytest.raises(InputError, match="'median' is none of group, mean, loo and batch"):
-        group_advantage(torch.zeros(3, 2), "median")
+        BASELINES[how](torch.zeros(3, 1))

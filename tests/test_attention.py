@@ -16,7 +16,7 @@ PACKINGS = {
 
 
 def dense(q_NHK, k_NGK, v_NGK, lengths, window):
-    """The definition: every query against every key, those of other documents, later ones and too early ones masked."""
+    """The definition: every query on every key, with a mask of document, causality and window."""
     repeat = q_NHK.shape[1] // k_NGK.shape[1]
     k_NHK, v_NHK = k_NGK.repeat_interleave(repeat, 1), v_NGK.repeat_interleave(repeat, 1)
     document_N = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
@@ -112,7 +112,7 @@ def test_cached_equals_the_last_row_of_packed(window, heads, groups):
     assert (got - packed_attention(q, k, v, packing(lengths), window)[last]).abs().max() <= 1e-12
 
 
-def test_a_cache_holds_each_prompt_once_a_copy_and_what_is_appended_behind_it():
+def test_a_cache_holds_each_prompt_once_a_copy_and_what_is_appended_after_it():
     lengths, copies = [2, 5], 3
     k_NGK, v_NGK = torch.randn(2, sum(lengths), 2, 4)
     cache = Cache(1, 6, copies, 2, 8, 4, torch.float32, "cpu")

@@ -1,4 +1,5 @@
-"""Ranks and micro-batches: any split of uneven data gives the gradient of one batch on one process."""
+"""Ranks and micro-batches: any split of uneven data gives the gradient of one batch on one process,
+and the statistics of it."""
 
 import os
 import subprocess
@@ -10,23 +11,18 @@ import pytest
 import torch
 from small import small_model
 
-from nanopost import dist
+from nanopost import dist, packing
 
 WORKER = Path(__file__).parent / "dist_worker.py"
 
 
-def run(ranks, out, tokens, mode="step", timeout=120):
+def run(ranks, out, mode, *tokens, timeout=180):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-    ]
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     return subprocess.run(
-        [*start, str(WORKER), str(out), str(tokens), mode],
+        [*start, str(WORKER), str(out), mode, *map(str, tokens)],
         env=environment,
         capture_output=True,
         text=True,
@@ -36,13 +32,14 @@ def run(ranks, out, tokens, mode="step", timeout=120):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """(ranks, tokens of a micro-batch) -> what the worker saved."""
+    """(ranks, maximum tokens per micro-batch or "statistics") -> what the worker saved."""
     folder, found = tmp_path_factory.mktemp("dist"), {}
-    for ranks, tokens in ((1, 1000), (1, 40), (2, 1000), (2, 40), (4, 45)):
-        out = folder / f"{ranks}-{tokens}.pt"
-        done = run(ranks, out, tokens)
+    for ranks, tokens in ((1, [1000, 40]), (2, [1000, 40]), (4, [45])):
+        out = folder / f"{ranks}.pt"
+        done = run(ranks, out, "step", *tokens)
         assert done.returncode == 0, done.stderr
-        found[ranks, tokens] = torch.load(out)
+        for name, saved in torch.load(out).items():
+            found[ranks, name] = saved
     return found
 
 
@@ -50,12 +47,14 @@ def largest_difference(a, b):
     return max(float((a[n] - b[n]).abs().max()) for n in a)
 
 
+@pytest.mark.slow
 def test_micro_batches_do_not_change_the_gradient(results):
     one, split = results[1, 1000], results[1, 40]
     assert largest_difference(one["gradient"], split["gradient"]) <= 1e-6
     assert one["loss"] == pytest.approx(split["loss"], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks, tokens", [(2, 1000), (2, 40), (4, 45)])
 def test_ranks_do_not_change_the_gradient(results, ranks, tokens):
     one, many = results[1, 1000], results[ranks, tokens]
@@ -64,17 +63,19 @@ def test_ranks_do_not_change_the_gradient(results, ranks, tokens):
     assert one["norm"] == pytest.approx(many["norm"], abs=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks, tokens", [(2, 1000), (4, 45)])
 def test_weights_out_of_the_shards_are_those_of_one_process(results, ranks, tokens):
     one, many = results[1, 1000]["weights"], results[ranks, tokens]["weights"]
     assert one.keys() == many.keys() == dict(small_model().named_parameters()).keys()
-    # Adam's first step is the sign of the gradient: where that is nothing but rounding, so is the sign.
+    # Adam's first step is the sign of the gradient: where that is only rounding, so is the sign.
     gradient = results[1, 1000]["gradient"]
     for n in one:
         clear = gradient[n].abs() > 1e-5
         assert float(((one[n] - many[n]).abs() * clear).max()) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_head_is_neither_a_shard_nor_stale(results, ranks):
     """No-grad forwards before the first step and after an update see whole, current weights."""
@@ -86,17 +87,105 @@ def test_the_head_is_neither_a_shard_nor_stale(results, ranks):
     assert change > 0.05
 
 
+@pytest.mark.slow
 def test_an_error_on_one_rank_ends_all_of_them_promptly(tmp_path):
     start = time.monotonic()
-    done = run(2, tmp_path / "x.pt", 1000, "fail", timeout=60)
+    done = run(2, tmp_path / "x.pt", "fail", timeout=60)
     assert done.returncode != 0 and "error: the last rank has had enough." in done.stderr
     assert "Traceback" not in done.stderr.split("error: the last rank")[0]
     assert time.monotonic() - start < 45
 
 
-def test_a_mean_of_nothing_is_no_metric(monkeypatch):
-    monkeypatch.setattr(dist, "all_sum", lambda *values: list(map(float, values)))  # of one rank
-    assert dist.means({"a": (1, 2), "of nothing": (0, 0), "zero": (0, 4)}) == {
-        "a": 0.5,
-        "zero": 0.0,
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_statistics_are_of_all_ranks(results, ranks):
+    """Advantages, whitening, running deviations, means and maxima; a fourth rank has nothing."""
+    one, many = results[1, "statistics"], results[ranks, "statistics"]
+    assert one.keys() == many.keys()
+    for name, expected in one.items():
+        if name in ("batch", "whitened", "whitened, mean kept"):
+            torch.testing.assert_close(torch.tensor(many[name]), torch.tensor(expected))
+        else:
+            assert many[name] == pytest.approx(expected), name
+    assert one["means"].keys() == {"mean", "of one rank"} and one["means"]["of one rank"] == 1.5
+    assert one["meter"].keys() == {"reward", "masked", "share"} and one["running std"][0] == 40
+
+
+# ------------------------------------------------------------------------------- one process's part
+def test_a_mean_of_nothing_is_no_metric(alone):
+    found = dist.means({"a": (1, 2), "of nothing": (0, 0), "zero": (0, 4)})
+    assert found == {"a": 0.5, "zero": 0.0}
+
+
+def test_a_meter_divides_each_metric_by_what_it_counts(alone):
+    """Tokens, pairs and steps in one meter, from tensors and numbers, in any number of calls."""
+    meter, leaf = dist.Meter(), torch.tensor(2.0, requires_grad=True)
+    meter.add(10, entropy=torch.tensor(5.0))
+    meter.add(30, entropy=torch.tensor(7.0), loss=leaf * 3)
+    meter.add(2, **{"rewards/accuracies": torch.tensor(1), "ties": 1})
+    meter.add(2, ties=2.0)
+    meter.add(0, **{"of nothing": torch.tensor(0.0)})
+    assert not any(x.requires_grad for x in meter.sums.values() if isinstance(x, torch.Tensor))
+    assert meter.means() == {
+        "entropy": 12 / 40,
+        "loss": 6 / 30,
+        "rewards/accuracies": 0.5,
+        "ties": 0.75,
     }
+    assert dist.Meter().means() == {}
+
+
+def test_a_meter_adds_up_in_float64(alone):
+    meter = dist.Meter()
+    meter.add(1, x=torch.tensor(2.0**24))
+    for _ in range(5):
+        meter.add(1, x=torch.tensor(1.0))  # in fp32 2^24 + 1 is 2^24
+    assert meter.means()["x"] * 6 == 2**24 + 5
+
+
+# ------------------------------------------------------------------------- which rank works on what
+def worlds(size):
+    return [dist.World(rank, size, torch.device("cpu"), torch.float32) for rank in range(size)]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ranks_share_out_the_rows_of_a_step_with_their_serials(size):
+    """From the middle of an epoch into the next one; the serials seed what is sampled."""
+    parts = [packing.share(10, 0, 7, 6, world) for world in worlds(size)]
+    (whole,) = [packing.share(10, 0, 7, 6, world) for world in worlds(1)]
+    assert whole == (packing.take(10, 0, 7, 6), [7, 8, 9, 10, 11, 12])
+    dealt = [pair for indices, serials in parts for pair in zip(indices, serials)]
+    assert sorted(dealt, key=lambda pair: pair[1]) == list(zip(*whole))
+    assert max(len(i) for i, _ in parts) - min(len(i) for i, _ in parts) <= 1
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+def test_minibatches_are_whole_groups_in_order_and_nearly_equal(parts):
+    items = [(group, i) for group in range(5) for i in range(3)]
+    cut = packing.minibatches(items, parts, 3)
+    assert len(cut) == parts and [item for part in cut for item in part] == items
+    assert all(len(part) % 3 == 0 for part in cut)
+    assert max(map(len, cut)) - min(map(len, cut)) <= 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_shuffled_minibatches_are_the_same_on_any_number_of_ranks(size):
+    prompts, group, parts, epochs = 8, 3, 2, 3
+
+    def drawn(size):
+        """For each rank its minibatches, of items named (prompt, sample)."""
+        for world in worlds(size):
+            mine = range(prompts)[world.rank :: size]
+            items = [(prompt, i) for prompt in mine for i in range(group)]
+            yield list(packing.shuffled_minibatches(items, group, parts, epochs, (7, 1), world))
+
+    (one,) = drawn(1)
+    assert len(one) == parts * epochs
+    for minibatch, *shares in zip(one, *drawn(size), strict=True):
+        assert sorted(item for share in shares for item in share) == sorted(minibatch)
+        for share in shares:  # the samples of a prompt stay together and in order
+            assert [i for _, i in share] == list(range(group)) * (len(share) // group)
+    for first in range(0, parts * epochs, parts):
+        epoch = [item for minibatch in one[first : first + parts] for item in minibatch]
+        assert sorted(epoch) == [(prompt, i) for prompt in range(prompts) for i in range(group)]
+    assert one[:parts] != one[parts : 2 * parts]  # a new order in each epoch

@@ -1,9 +1,10 @@
-"""nanopost.eval: estimators against closed forms and enumeration, and each kind of evaluation by its command line."""
+"""nanopost.eval: estimators against closed forms and enumeration; evaluations as commands."""
 
 import itertools
 import json
 import math
 import random
+import shutil
 import subprocess
 import sys
 from statistics import NormalDist
@@ -13,15 +14,25 @@ import pytest
 import torch
 from scripts import ENVIRONMENT, ROOT, run
 
-from nanopost import hf
-from nanopost.batch import batch_of
-from nanopost.eval import majority, normal, pass_at_k, perplexity, student, wilson
+from nanopost import InputError, hf
+from nanopost.batch import Example, batch_of
+from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.eval import (
+    evaluation,
+    majority,
+    normal,
+    parsed,
+    pass_at_k,
+    perplexity,
+    student,
+    wilson,
+)
 from nanopost.tokenizer import Tokenizer
 from nanopost.verify import answer_of
 from runs import toy
 
 
-# -------------------------------------------------------------------------------------------------------- estimators
+# --------------------------------------------------------------------------------------- estimators
 @pytest.mark.parametrize(
     "n, right, k", [(5, 2, 1), (6, 3, 2), (7, 1, 4), (6, 0, 3), (6, 4, 3), (4, 4, 4)]
 )
@@ -33,7 +44,7 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n, right, k):
 
 
 def test_pass_at_k_is_unbiased():
-    """E over the draws of n samples, each right with chance p, is 1 - (1 - p)^k: binomial, summed."""
+    """Over draws of n samples, each right with chance p, its mean is 1 - (1 - p)^k."""
     n, p = 9, 0.3
     for k in (1, 3, 9):
         mean = sum(
@@ -59,7 +70,8 @@ def test_majority_is_the_reward_of_the_most_frequent_answer_and_ties_share(
 
 
 def test_majority_votes_of_planted_answers_have_their_multinomial_mean():
-    """Three samples of answers a (right, 0.5), b (0.3), c (0.2), all 27 draws: P(a twice or thrice) + P(abc) / 3."""
+    """Answers a (right, 0.5), b (0.3), c (0.2), all 27 draws of three: P(a twice or thrice), and a
+    third of P(abc)."""
     p = {"a": 0.5, "b": 0.3, "c": 0.2}
     mean = sum(
         math.prod(p[x] for x in draw) * majority(draw, [float(x == "a") for x in draw])
@@ -83,14 +95,13 @@ def test_a_vote_is_about_the_answer_and_not_its_words():
 
 
 def test_wilson_solves_the_equation_it_comes_from():
-    """Its ends are the p at which the mean seen lies 1.96 standard errors away; never outside 0 and 1."""
+    """Its ends are the p from which the mean is 1.96 standard errors away; all within 0 and 1."""
     z = NormalDist().inv_cdf(0.975)
     for mean, n in ((0.3, 50), (0.5, 4), (0.98, 200)):
         for end in wilson(mean, n):
             assert abs(mean - end) / math.sqrt(end * (1 - end) / n) == pytest.approx(z, rel=1e-5)
-    assert wilson(0.0, 20)[0] == pytest.approx(0, abs=1e-12) and wilson(1.0, 20)[
-        1
-    ] == pytest.approx(1, abs=1e-12)
+    assert wilson(0.0, 20)[0] == pytest.approx(0, abs=1e-12)
+    assert wilson(1.0, 20)[1] == pytest.approx(1, abs=1e-12)
 
 
 def test_intervals_cover_what_they_should():
@@ -116,86 +127,61 @@ def test_few_rows_have_the_wide_intervals_of_student():
     assert sum(low < 0 < high for low, high in found) / 4000 == pytest.approx(0.95, abs=0.012)
 
 
-# ---------------------------------------------------------------------------------------------------- command lines
+# -------------------------------------------------------------------------------------- evaluations
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
+    """A model that adds two-digit numbers, more or less; prompts, chats, pairs; a reward model."""
     folder = tmp_path_factory.mktemp("eval")
-    run(
-        "train_sft.py",
-        "--out",
-        folder / "sft",
-        "--steps",
-        40,
-        "--rows",
-        32,
-        "--save_every",
-        0,
-        "--eval_every",
-        0,
-    )
-    draw = random.Random(0)
+    toy.write_model(folder / "start")
+    write(folder / "sft.jsonl", toy.sft_rows())
+    short = ("--save_every", 0, "--eval_every", 0)
+    data = ("--model", folder / "start", "--data", folder / "sft.jsonl")
+    steps = ("--steps", 40, "--rows", 32, "--lr", 3e-3)
+    run("train_sft.py", *data, "--out", folder / "sft", *steps, *short)
     rows = toy.prompt_rows(held_out=True)[:30]
+    draw = random.Random(0)
+    chats, pairs = [], []
+    for row in rows:
+        answer, wrong = answered(row["answer"]), answered("9" * draw.randint(1, 4))
+        chats.append({"prompt": row["prompt"], "completion": answer})
+        pairs.append({"prompt": row["prompt"], "chosen": answer, "rejected": wrong})
     write(folder / "prompts.jsonl", rows)
-    write(
-        folder / "chats.jsonl",
-        [
-            {
-                "prompt": row["prompt"],
-                "completion": [{"role": "assistant", "content": row["answer"]}],
-            }
-            for row in rows
-        ],
-    )
-    write(
-        folder / "pairs.jsonl",
-        [
-            {
-                "prompt": row["prompt"],
-                "chosen": [{"role": "assistant", "content": row["answer"]}],
-                "rejected": [{"role": "assistant", "content": "9" * draw.randint(1, 4)}],
-            }
-            for row in rows
-        ],
-    )
-    run(
-        "train_rm.py",
-        "--model",
-        folder / "sft",
-        "--data",
-        folder / "pairs.jsonl",
-        "--out",
-        folder / "rm",
-        "--steps",
-        15,
-        "--rows",
-        8,
-        "--lr",
-        3e-3,
-        "--holdout",
-        5,
-        "--save_every",
-        0,
-    )
+    write(folder / "chats.jsonl", chats)
+    write(folder / "pairs.jsonl", pairs)
+    data = ("--model", folder / "sft", "--data", folder / "pairs.jsonl", "--holdout", 5)
+    steps = ("--steps", 15, "--rows", 8, "--lr", 3e-3)
+    run("train_rm.py", *data, "--out", folder / "rm", *steps, *short)
+    noisy(folder / "sft", folder / "noisy")
     return folder
 
 
+def answered(text):
+    return [{"role": "assistant", "content": text}]
+
+
+def noisy(source, folder):
+    """The model in `source` with noise on its weights, and the same tokenizer."""
+    shutil.copytree(source, folder)
+    model = hf.load_model(source)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    hf.save_model(folder, model.state_dict().items(), model.config)
+
+
 def write(path, rows):
-    path.write_text(
-        "".join(
-            json.dumps({k: v for k, v in row.items() if k != "__line__"}) + "\n" for row in rows
-        )
-    )
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def evaluated(*arguments, ok=True):
     """-> {name: (value, low, high, rows)}, or the error."""
+    command = [sys.executable, "-m", "nanopost.eval", *map(str, arguments)]
     done = subprocess.run(
-        [sys.executable, "-m", "nanopost.eval", *map(str, arguments)],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
     if not ok:
         assert done.returncode == 1
@@ -205,103 +191,60 @@ def evaluated(*arguments, ok=True):
     for line in done.stdout.splitlines():
         if " interval " in line:
             numbers = [part.replace(",", "") for part in line[32:].split()]
-            found[line[:32].strip()] = (
-                float(numbers[0]),
-                float(numbers[4]),
-                float(numbers[6]),
-                int(numbers[7]),
-            )
+            value, low, high = float(numbers[0]), float(numbers[4]), float(numbers[6])
+            found[line[:32].strip()] = value, low, high, int(numbers[7])
     return found
 
 
 def test_samples_are_scored_counted_and_kept(place):
-    found = evaluated(
-        "--model",
-        place / "sft",
-        "--data",
-        place / "prompts.jsonl",
-        "--samples",
-        6,
-        "--k",
-        1,
-        3,
-        6,
-        "--max_new_tokens",
-        8,
-        "--out",
-        place / "out.jsonl",
-        "--reward",
-        "exact",
-        "length:8:4",
-        "gsm8k",
-        "gsm8k",
+    (place / "reward.py").write_text(
+        "def even(completions, **columns):\n"
+        "    return [float(len(c[-1]['content']) % 2 == 0) for c in completions]\n"
     )
-    kept = [json.loads(line) for line in (place / "out.jsonl").read_text().splitlines()]
-    right = [sum(row["rewards"][0]) for row in kept]
-    prompts = toy.prompt_rows(held_out=True)[:30]
-    assert right == [
-        sum(text == row["answer"] for text in k["completions"]) for row, k in zip(prompts, kept)
-    ]
-    assert 0 < sum(right) < 180
+    found = evaluated(
+        *("--model", place / "sft", "--data", place / "prompts.jsonl"),
+        *("--samples", 6, "--k", 1, 3, 6, "--max_new_tokens", 8, "--out", place / "out.jsonl"),
+        *("--reward", f"{place}/reward.py:even", "exact", "length:8:4", "gsm8k", "gsm8k"),
+    )
+    right = []
+    for row, record in zip(read(place / "prompts.jsonl"), read(place / "out.jsonl")):
+        texts = record["completions"]
+        assert record["rewards"][0] == [len(text) % 2 == 0 for text in texts]
+        assert record["rewards"][1] == [text == row["answer"] for text in texts]
+        right.append(sum(record["rewards"][0]))
+    assert 0 < sum(right) < 180 and len(right) == 30
     for k in (1, 3, 6):
         expected = np.mean([1 - math.comb(6 - int(c), k) / math.comb(6, k) for c in right])
-        value, low, high, rows = found[f"pass@{k} exact"]
+        value, low, high, rows = found[f"pass@{k} even"]
         assert (value, rows) == (pytest.approx(expected, abs=1e-4), 30) and low < value < high
-    assert found["accuracy exact"][0] == found["pass@1 exact"][0] and "mean length" in found
+    assert found["accuracy even"][0] == found["pass@1 even"][0] and "mean length" in found
     assert found["majority of 6 gsm8k"] == found["majority of 6 gsm8k-2"]  # both vote on numbers
 
 
 def test_win_rate_of_planted_checkpoints(place):
-    """Of a checkpoint with itself at the same seeds all are ties; against one that writes other text the reward model
-    decides, and the other way round it is the rest."""
+    """A checkpoint against itself at the same seeds has nothing but ties. Against one that writes
+    other text the reward model decides, and with the two swapped the rest is won."""
+    sft, noisy = place / "sft", place / "noisy"
     again = (
-        "--data",
-        place / "prompts.jsonl",
-        "--reward_model",
-        place / "rm",
-        "--max_new_tokens",
-        8,
-        "--samples",
-        2,
+        *("--data", place / "prompts.jsonl", "--reward_model", place / "rm"),
+        *("--max_new_tokens", 8, "--samples", 2, "--out", place / "wins.jsonl"),
     )
-    found = evaluated("--model", place / "sft", "--against", place / "sft", *again)
+    found = evaluated("--model", sft, "--against", sft, *again)
     assert found["win rate"][0] == 0.5 and found["score difference"][0] == 0.0
-    model = hf.load_model(place / "sft")
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    files = {
-        p.name: p.read_bytes()
-        for p in (place / "sft").iterdir()
-        if p.name.startswith(("tokenizer", "chat_"))
-    }
-    hf.save_model(place / "noisy", model.state_dict().items(), model.config, files)
-    one = evaluated("--model", place / "sft", "--against", place / "noisy", *again)
-    other = evaluated(
-        "--model",
-        place / "noisy",
-        "--against",
-        place / "sft",
-        *again,
-        "--out",
-        place / "wins.jsonl",
-    )
-    assert (
-        one["win rate"][0] + other["win rate"][0] == pytest.approx(1, abs=2e-4)
-        and one["win rate"][0] != 0.5
-    )
-    wins = [json.loads(line)["wins"] for line in (place / "wins.jsonl").read_text().splitlines()]
-    assert np.mean(wins) == pytest.approx(other["win rate"][0], abs=1e-4) and len(wins) == 30
+    one = evaluated("--model", sft, "--against", noisy, *again)["win rate"][0]
+    other = evaluated("--model", noisy, "--against", sft, *again)["win rate"][0]
+    assert one + other == pytest.approx(1, abs=2e-4) and one != 0.5
+    wins = [record["wins"] for record in read(place / "wins.jsonl")]
+    assert np.mean(wins) == pytest.approx(other, abs=1e-4) and len(wins) == 30
 
 
 def test_perplexity_is_that_of_transformers(place):
     transformers = pytest.importorskip("transformers")
-    value, low, high, rows = evaluated(
-        "--model", place / "sft", "--data", place / "chats.jsonl", "--perplexity", "--tokens", 100
-    )["perplexity"]
+    data = ("--model", place / "sft", "--data", place / "chats.jsonl")
+    value, low, high, rows = evaluated(*data, "--perplexity", "--tokens", 100)["perplexity"]
     model = transformers.AutoModelForCausalLM.from_pretrained(place / "sft", dtype=torch.float32)
     tokenizer, total, count = Tokenizer.load(place / "sft"), 0.0, 0
-    for row in map(json.loads, (place / "chats.jsonl").read_text().splitlines()):
+    for row in read(place / "chats.jsonl"):
         e = tokenizer.example(row)
         ids = torch.tensor(e.ids, dtype=torch.long)
         with torch.no_grad():
@@ -309,62 +252,137 @@ def test_perplexity_is_that_of_transformers(place):
         mask = torch.from_numpy(e.mask[1:])
         total -= float(logp[range(len(ids) - 1), ids[1:]][mask].sum())
         count += int(mask.sum())
-    assert (
-        value == pytest.approx(math.exp(total / count), rel=1e-4)
-        and low < value < high
-        and rows == 30
-    )
+    assert value == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert low < value < high and rows == 30
 
 
-def test_a_reward_model_scores_pairs_and_answers(place):
+# --------------------------------------------------------------------------------------- divergence
+@torch.no_grad()
+def log_probs(model, ids_BT):
+    """Of every token of the vocabulary after each position -> fp64 [B, T, V]."""
+    batch = batch_of([Example(ids, [False] * len(ids)) for ids in ids_BT.tolist()])
+    hidden = model.model.packed(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)
+    return model.logits(hidden).double().log_softmax(-1).unflatten(0, ids_BT.shape)
+
+
+def exact_kl(model, other, prompt, stop_ids):
+    """KL of completions of one or two tokens, summed over all of them -> (nats, mean length)."""
+    vocabulary, last = model.config.vocab_size, len(prompt) - 1
+    ids_BT = torch.tensor([[*prompt, first] for first in range(vocabulary)])
+    p_VTV, q_VTV = log_probs(model, ids_BT), log_probs(other, ids_BT)
+    p_V, q_V = p_VTV[0, last], q_VTV[0, last]
+    p_VV, q_VV = p_VTV[:, last + 1], q_VTV[:, last + 1]
+    unended_V = torch.ones(vocabulary, dtype=torch.float64)
+    unended_V[list(stop_ids)] = 0
+    second_V = unended_V * (p_VV.exp() * (p_VV - q_VV)).sum(1)
+    kl = (p_V.exp() * (p_V - q_V + second_V)).sum()
+    return float(kl), float(1 + (p_V.exp() * unended_V).sum())
+
+
+def test_kl_is_that_of_all_completions(place):
+    """Of at most two tokens, so that all can be summed; of untrained models, so that many count."""
+    models = {}
+    for name, seed in (("start", 0), ("other", 1)):
+        toy.write_model(place / name, seed)
+        models[name] = hf.load_model(place / name)
+    write(place / "two.jsonl", read(place / "prompts.jsonl")[:2])
     found = evaluated(
-        "--reward_model",
-        place / "rm",
-        "--data",
-        place / "pairs.jsonl",
-        "--out",
-        place / "scores.jsonl",
+        *("--model", place / "start", "--kl", place / "other", "--data", place / "two.jsonl"),
+        *("--samples", 2000, "--max_new_tokens", 2, "--out", place / "kl.jsonl"),
     )
-    kept = [json.loads(line) for line in (place / "scores.jsonl").read_text().splitlines()]
-    assert found["accuracy"][0] == pytest.approx(
-        np.mean([k["chosen"] > k["rejected"] for k in kept]), abs=1e-4
-    )
+    tokenizer, kept = Tokenizer.load(place / "start"), read(place / "kl.jsonl")
+    exact = []
+    for row, record in zip(read(place / "two.jsonl"), kept):
+        prompt = tokenizer.prompt_ids(row["prompt"])
+        kl, length = exact_kl(models["start"], models["other"], prompt, tokenizer.stop_ids)
+        exact.append((kl, length))
+        ratios = np.array(record["log_ratios"])
+        assert len(ratios) == 2000 and abs(ratios.mean() - kl) < 4 * ratios.std() / 2000**0.5
+        assert ratios.std() / 2000**0.5 < kl / 20  # else agreement would mean little
+    value, low, high, rows = found["kl"]
+    means = [np.mean(record["log_ratios"]) for record in kept]
+    assert (value, low, high) == pytest.approx(normal(means), abs=1e-4) and rows == 2
+    assert value == pytest.approx(np.mean([kl for kl, _ in exact]), rel=0.1)
+    expected = np.mean([length for _, length in exact])
+    assert found["completion length"][0] == pytest.approx(expected, rel=0.02)
+
+
+def test_kl_of_a_sample_is_its_log_ratio_and_of_a_model_with_itself_zero(place):
+    sft, noisy = place / "sft", place / "noisy"
+    flags = ("--data", place / "prompts.jsonl", "--max_new_tokens", 8, "--out", place / "kl.jsonl")
+    nothing = evaluated("--model", sft, "--kl", sft, *flags)["kl"]
+    assert nothing[:3] == pytest.approx((0, 0, 0), abs=1e-4)
+    value, low, high, count = evaluated("--model", sft, "--kl", noisy, *flags)["kl"]
+    assert 0.1 < low < value < high and count == 30
+    tokenizer, models = Tokenizer.load(sft), [hf.load_model(folder) for folder in (sft, noisy)]
+    rows, records = read(place / "prompts.jsonl"), read(place / "kl.jsonl")
+    prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
+    seeds = [prompt_seed(0, serial) for serial in range(len(rows))]
+    groups = Engine(models[0], tokenizer.stop_ids).generate(prompts, 1, Sampling(8), seeds)
+    for (rollout,), record in zip(groups, records):
+        ids = torch.tensor(rollout.prompt + rollout.ids)
+        ours, theirs = (log_probs(m, ids[None])[0] for m in models)
+        at = torch.arange(len(rollout.prompt) - 1, len(ids) - 1)
+        ratio = (ours - theirs)[at, ids[at + 1]].sum()
+        assert record["log_ratios"] == pytest.approx([float(ratio)], abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------------- scores
+def test_a_reward_model_scores_pairs_and_answers(place):
+    flags = ("--reward_model", place / "rm", "--out", place / "scores.jsonl")
+    found = evaluated(*flags, "--data", place / "pairs.jsonl")
+    kept = read(place / "scores.jsonl")
+    right = np.mean([record["chosen"] > record["rejected"] for record in kept])
+    assert found["accuracy"][0] == pytest.approx(right, abs=1e-4)
     assert found["accuracy"][0] > 0.8 and found["margin"][1] > 0
     tokenizer, model = Tokenizer.load(place / "rm"), hf.load_scalar_model(place / "rm")
-    for row, k in zip(map(json.loads, (place / "pairs.jsonl").read_text().splitlines()), kept):
+    for row, record in zip(read(place / "pairs.jsonl"), kept):
         with torch.no_grad():
-            assert k["chosen"] == pytest.approx(
-                float(model(batch_of([tokenizer.pair(row)[0]]))[-1]), abs=1e-5
-            )
-    evaluated(
-        "--reward_model",
-        place / "rm",
-        "--data",
-        place / "chats.jsonl",
-        "--out",
-        place / "scores.jsonl",
-    )
-    alone = [
-        json.loads(line)["score"] for line in (place / "scores.jsonl").read_text().splitlines()
-    ]
-    assert alone == pytest.approx([k["chosen"] for k in kept], abs=1e-5)
+            score = model(batch_of([tokenizer.pair(row)[0]]))[-1]
+        assert record["chosen"] == pytest.approx(float(score), abs=1e-5)
+    evaluated(*flags, "--data", place / "chats.jsonl")
+    alone = [record["score"] for record in read(place / "scores.jsonl")]
+    assert alone == pytest.approx([record["chosen"] for record in kept], abs=1e-5)
 
 
 @pytest.mark.parametrize(
     "flags, sentence",
     [
-        ((), "give --model, or --reward_model, or both"),
-        (
-            ("--model", "x", "--against", "y"),
-            "a win rate needs all of --model, --against and --reward_model",
-        ),
-        (("--model", "x", "--samples", 4, "--k", 8), "pass@8 needs --samples 8"),
-        (
-            ("--model", "x", "--samples", 4, "--temperature", 0),
-            "would all be alike at --temperature 0",
-        ),
-        (("--model", "nowhere"), "nowhere is no folder"),
+        ("", "give --model, or --reward_model, or both"),
+        ("--model x --against y", "needs all of --model, --against and --reward_model"),
+        ("--model x --reward exact --samples 4 --k 8", "pass@8 needs --samples 8"),
+        ("--model x --reward exact --samples 4 --temperature 0", "all be equal at --temperature 0"),
+        ("--model x", "none of them was given: a model is evaluated by one of --reward,"),
+        ("--model x --reward exact --kl y", "--reward, --kl was given: .* by one of --reward,"),
+        ("--model x --kl y --temperature 0.5", "--kl needs samples from the whole distribution"),
+        ("--model x --kl y --top_p 0.9", "--kl needs samples from the whole distribution"),
+        ("--model x --kl y --out no/where", "there is no folder"),
     ],
 )
-def test_what_cannot_be_evaluated_says_so(flags, sentence):
-    assert sentence in evaluated("--data", "toy", *flags, ok=False)
+def test_flags_that_do_not_go_together_say_so(flags, sentence):
+    with pytest.raises(InputError, match=sentence):
+        evaluation(parsed(["--data", "x", *flags.split()]))
+
+
+@pytest.mark.parametrize(
+    "flags", ["--samples 0", "--tokens 1", "--top_p 1.5", "--temperature -1", "--k 2 0"]
+)
+def test_numbers_out_of_bounds_are_refused_by_their_flag(capsys, flags):
+    with pytest.raises(SystemExit):
+        parsed(["--data", "x", *flags.split()])
+    assert f"error: {flags.split()[0]}: " in capsys.readouterr().err
+
+
+def test_a_mistake_is_answered_with_one_sentence(place):
+    flags = ("--data", place / "prompts.jsonl", "--model", "nowhere", "--reward", "exact")
+    error = evaluated(*flags, ok=False)
+    assert "nowhere is no folder" in error and "Traceback" not in error
+
+
+def test_kl_to_a_model_with_another_tokenizer_is_refused(place):
+    shutil.copytree(place / "sft", place / "foreign")
+    path = place / "foreign" / "tokenizer.json"
+    path.write_text(path.read_text().replace("</answer>", "</result>"))
+    flags = ("--model", place / "sft", "--data", place / "prompts.jsonl")
+    error = evaluated(*flags, "--kl", place / "foreign", ok=False)
+    assert "--kl" in error and "its tokenizer is not" in error and "Traceback" not in error

@@ -1,4 +1,4 @@
-"""Checkpoint folders: there and back through transformers, sharded, onto ranks, killed or out of room while saving."""
+"""Model folders: transformers and back, shards, ranks, saves that are killed or out of room."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def save(folder, model, **given):
     hf.save_model(folder, model.state_dict().items(), model.config, **given)
 
 
-# ------------------------------------------------------------------------------------------------ there and back
+# ----------------------------------------------------------------------------------- there and back
 @pytest.mark.parametrize("shard_size", ["5GB", "50KB"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_transformers_writes_is_read_and_it_reads_what_we_write_with_no_key_amiss(
@@ -147,7 +147,7 @@ def test_the_index_counts_bytes_and_no_shard_is_larger_than_asked(tmp_path):
 
 
 def test_tensors_are_taken_one_by_one(tmp_path):
-    """No more than a shard is alive at a time: what was written is let go before the next tensor is made."""
+    """No more than a shard is alive at a time: it is freed before the next tensor is made."""
     model, made = small_model(), []
 
     def stream():
@@ -168,7 +168,7 @@ def test_a_rank_that_does_not_write_still_takes_every_tensor(tmp_path):
     assert taken == list(tensors(model)) and not list(tmp_path.iterdir())
 
 
-# --------------------------------------------------------------------------------------------------------- ranks
+# -------------------------------------------------------------------------------------------- ranks
 def _rank(rank, folder, store, size):
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=size
@@ -198,7 +198,7 @@ def test_ranks_read_their_uneven_slices_and_write_the_whole_again(tmp_path, shar
     assert equal(hf.load_model(tmp_path / "again"), model)
 
 
-# ------------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 @pytest.fixture
 def folder(tmp_path):
     save(tmp_path, small_model(), max_shard_bytes=10_000)
@@ -303,7 +303,7 @@ def test_damaged_files_are_named(folder):
     refused(folder, hf.INDEX, "not valid JSON")
 
 
-# ------------------------------------------------------------------------------------------------- kills, full disk
+# --------------------------------------------------------------------------------- kills, full disk
 def in_child(function):
     """Run in a forked process -> its exit code."""
     pid = os.fork()
@@ -331,7 +331,7 @@ def kill_at(event):
 
 
 def killed_saves(tmp_path, old, new, old_bytes, new_bytes, old_files, new_files):
-    """A folder for each instant at which the save of `new` over `old` can be killed, and the finished one last."""
+    """A folder for each instant at which a save can be killed, and the finished one last."""
     save(tmp_path / "old", old, max_shard_bytes=old_bytes, files=old_files)
     (tmp_path / "old" / "metrics.jsonl").write_text("kept\n")
     (tmp_path / "old" / "checkpoints").mkdir()
@@ -406,7 +406,7 @@ def test_transformers_and_we_read_the_same_of_two_models_in_one_folder(tmp_path)
 
 @pytest.mark.parametrize("room", [5_000, 500])
 def test_a_full_disk_leaves_the_old_model_and_one_sentence(tmp_path, room):
-    """A limit on the size of a file stands in for a full disk: it stops the weights, or already config.json."""
+    """A limit on file sizes acts as a full disk: it stops the weights, or already config.json."""
     old = small_model(0)
     save(tmp_path, old)
     before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}

@@ -1,6 +1,7 @@
 """The Triton kernels under the interpreter against float64, and compiled offline for Hopper.
 
-What only a GPU can show (speed, bf16) is bench/kernels.py's. The interpreter's bf16 products are wrong, so none here.
+What only a GPU can show (speed, bf16) is in bench/kernels.py: the interpreter's bf16 products are
+wrong.
 """
 
 import json
@@ -33,7 +34,7 @@ def inputs(tokens, vocabulary, width, seed=0, scale=1.0, ignored=0.3):
 
 
 def results(function, hidden, weight, target, g, h, temperature=1.0, parts="both"):
-    """logp, entropy and the gradients of sum g logp + h entropy, of one of these alone if parts says so."""
+    """logp, entropy, and the gradients of sum g logp + h entropy, or of one part alone."""
     hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
     logp, entropy = function(hidden, weight, target, temperature)
     sums = {"logp": (g * logp).sum(), "entropy": (h * entropy).sum()}
@@ -48,7 +49,8 @@ def assert_close(ours, expected, tolerance):
         assert float((a.double() - b.double()).abs().max()) < tolerance * scale, name
 
 
-# Odd sizes; one token; a vocabulary within a tile, of whole tiles, and of one entry more; a width of no multiple of 4.
+# Odd sizes; one token; a vocabulary within a tile, of whole tiles, and of one entry more; a width
+# that is no multiple of 4.
 @pytest.mark.parametrize(
     "tokens, vocabulary, width",
     [(17, 97, 24), (1, 33, 16), (16, 32, 16), (40, 65, 21), (5, 7, 3), (33, 64, 40)],
@@ -139,9 +141,9 @@ def test_fp16_inputs_keep_their_statistics_in_fp32():
     ).abs().max() < 4e-3
 
 
-def test_stored_exponentials_are_as_good_as_logits_made_again():
-    """fp16 inputs, so that bf16 is stored. Also for tokens that are nearly certain: there 1 - p is smaller by far than
-    what bf16 leaves of p."""
+def test_stored_exponentials_are_as_good_as_logits_computed_again():
+    """fp16 inputs, so that bf16 is stored. Also for tokens that are nearly certain, where 1 - p is
+    far below the precision of bf16."""
     hidden, weight, target, g, h = inputs(24, 100, 32, seed=5, ignored=0.0)
     hidden[:12] = 14 * weight[target[:12]] / weight[target[:12]].norm(dim=1, keepdim=True) ** 2
     given = hidden.half(), weight.half(), target, g, 0 * h
@@ -175,7 +177,7 @@ def test_exponentials_are_stored_only_for_a_backward_pass_and_where_they_fit(mon
         assert asked[-1] is False
 
 
-# --------------------------------------------------------------------------------------------------- Hopper, offline
+# ---------------------------------------------------------------------------------- Hopper, offline
 COMPILE = """
 import json, sys
 import triton
@@ -186,7 +188,9 @@ from kernels import logprob as f
 def compiled(kernel, blocks, pointers, stored=None):
     m, v, d, warps, stages = blocks
     names = kernel.arg_names
-    constants = {"BLOCK_M": m, "BLOCK_V": v, "BLOCK_D": d, "IEEE": False} | ({} if stored else {"stored": None})
+    constants = {"BLOCK_M": m, "BLOCK_V": v, "BLOCK_D": d, "IEEE": False}
+    if not stored:
+        constants["stored"] = None
     constants = {name: value for name, value in constants.items() if name in names}
     signature = {}
     for name in names:
@@ -201,10 +205,14 @@ def compiled(kernel, blocks, pointers, stored=None):
         else:
             signature[name] = "fp32" if name == "inverse_temperature" else "i32"
     sixteens = "V", "D", "width", "first"
-    attributes = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n.endswith("_ptr") or n in sixteens}
-    source = ASTSource(fn=kernel, signature=signature, constexprs={(names.index(n),): c for n, c in constants.items()},
-                       attrs=attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=warps, num_stages=stages))
+    attributes = {}
+    for i, name in enumerate(names):
+        if name.endswith("_ptr") or name in sixteens:
+            attributes[i,] = [["tt.divisibility", 16]]
+    values = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 shared = {}
 halves = {"dz_ptr": "*bf16", "stored_ptr": "*bf16", "target_ptr": "*i64"}

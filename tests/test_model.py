@@ -1,4 +1,4 @@
-"""The decoder against transformers, on random weights large enough that attention looks at something."""
+"""The decoder against transformers, on random weights so large that attention is not uniform."""
 
 import copy
 import shutil
@@ -200,9 +200,8 @@ def test_cached_logits_equal_those_of_transformers_while_rows_leave(pair, case):
         assert (first[p] - expected[p * copies][len(prompt) - 1]).abs().max() <= 1e-4
     row_A = torch.arange(len(whole))
     for t in range(steps):
-        if (
-            t in (4, 8)
-        ):  # first one row of each of two prompts leaves, then all but the two of the shortest prompt
+        if t in (4, 8):
+            # First one row each of two prompts leaves, then all but the two of another prompt.
             stay = torch.tensor([0, 2, 4, 5]) if t == 4 else torch.tensor([2, 3])
             cache.keep(stay)
             row_A = row_A[stay]
@@ -250,7 +249,7 @@ def test_a_config_in_the_manner_of_transformers_4_is_read_alike(pair, case):
 
 
 def tiny(case="qwen3", **given):
-    """The oracle's config with changes, and a random model of it, made here without transformers."""
+    """Our model of the oracle's config with changes, and with its weights."""
     oracle = make_oracle(case)
     model = CausalLM(Config.of({**oracle.config.to_dict(), **given}))
     with torch.no_grad():
@@ -279,7 +278,7 @@ def tiny(case="qwen3", **given):
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"hidden_act": "gelu"}, "'gelu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised .awq."),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized .awq."),
         ({"hidden_size": None}, "hidden_size missing"),
     ],
 )
@@ -400,7 +399,7 @@ def test_compiled_blocks_give_the_same_loss_and_gradients():
 
 
 def test_all_blocks_share_the_compiled_code():
-    """Code made for one layer must serve all: torch gives up compiling after eight variants, without an error."""
+    """One layer's code must serve all: after eight variants torch silently stops compiling."""
     torch._dynamo.reset()
     model = CausalLM(Config.of({**tiny("qwen3").config.hf, "num_hidden_layers": 10})).init_weights(
         0
@@ -415,8 +414,8 @@ def test_all_blocks_share_the_compiled_code():
 
 
 def test_no_loss_goes_through_the_product_without_a_derivative(monkeypatch):
-    """torch.mm(out_dtype=...), which matmul_fp32 takes on CUDA in bf16, has none: train_rm.py and train_ppo.py would
-    die in their first backward pass."""
+    """torch.mm(out_dtype=...), which matmul_fp32 uses on CUDA in bf16, has none: train_rm.py and
+    train_ppo.py would fail in their first backward pass."""
     product = model_module.matmul_fp32
 
     def refuse(a, b):

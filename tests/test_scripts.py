@@ -1,4 +1,5 @@
-"""Each script run for real, by its command line: what it writes, what it refuses, and kill -9 at any instant."""
+"""The scripts run for real, by their command lines: what they write, what they refuse, and kill -9
+at any instant."""
 
 import json
 import random
@@ -12,21 +13,12 @@ import torch
 from scripts import ENVIRONMENT, command, metrics, run, weights
 
 from nanopost import hf
+from runs import toy
 
-SFT = ("--steps", 8, "--rows", 16, "--save_every", 2, "--eval_every", 4)
-GRPO = (
-    "--steps",
-    6,
-    "--prompts",
-    4,
-    "--group",
-    4,
-    "--save_every",
-    2,
-    "--eval_every",
-    3,
-    "--eval_data",
-)
+pytestmark = pytest.mark.slow
+
+SFT = ("--steps", 8, "--rows", 16, "--lr", 3e-3, "--save_every", 2, "--eval_every", 4)
+GRPO = ("--steps", 6, "--prompts", 4, "--group", 4, "--save_every", 2, "--eval_every", 3)
 REWARD = """
 class Digits:
     def __call__(self, completions, answer, **columns):
@@ -37,40 +29,36 @@ class Digits:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a short SFT run of the toy (sft), a reward file and a few held-out prompts."""
+    """A folder with the toy's model, a short SFT run of it (sft), a reward file, a few prompts."""
     folder = tmp_path_factory.mktemp("scripts")
+    toy.write_model(folder / "model")
+    toy.write_rows(folder / "rows.jsonl", toy.sft_rows()[:1000])
+    held_out = toy.sft_rows(held_out=True, noise=0.0, copies=1)
+    toy.write_rows(folder / "rows_heldout.jsonl", held_out[:100])
     (folder / "reward.py").write_text(REWARD)
-    rows = [
+    prompts = [
         {"prompt": [{"role": "user", "content": f"{a}+11=?"}], "answer": str(a + 11)}
         for a in range(20, 30)
     ]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    chats = [[*row["prompt"], {"role": "assistant", "content": row["answer"]}] for row in rows]
-    (folder / "sft.jsonl").write_text(
-        "".join(json.dumps({"messages": chat}) + "\n" for chat in chats)
-    )
-    run("train_sft.py", "--out", folder / "sft", *SFT)
+    toy.write_rows(folder / "prompts.jsonl", prompts)
+    chats = [
+        {"messages": [*row["prompt"], {"role": "assistant", "content": row["answer"]}]}
+        for row in prompts
+    ]
+    toy.write_rows(folder / "chats.jsonl", chats)
+    run("train_sft.py", *sft(folder, folder / "sft"))
     return folder
 
 
+def sft(place, out, *more):
+    data = ("--data", place / "rows.jsonl", "--eval_data", place / "rows_heldout.jsonl")
+    return "--model", place / "model", *data, "--out", out, *SFT, *more
+
+
 def grpo(place, out, *more):
-    return (
-        "--model",
-        place / "sft",
-        "--out",
-        out,
-        "--data",
-        place / "prompts.jsonl",
-        *GRPO,
-        place / "prompts.jsonl",
-        "--reward",
-        f"{place}/reward.py:Digits",
-        "--max_new_tokens",
-        8,
-        "--lr",
-        1e-3,
-        *more,
-    )
+    data = ("--data", place / "prompts.jsonl", "--eval_data", place / "prompts.jsonl")
+    reward = ("--reward", f"{place}/reward.py:Digits", "--max_new_tokens", 8, "--lr", 1e-3)
+    return "--model", place / "sft", *data, "--out", out, *GRPO, *reward, *more
 
 
 def test_sft_writes_a_model_its_metrics_and_what_the_run_was(place):
@@ -79,12 +67,9 @@ def test_sft_writes_a_model_its_metrics_and_what_the_run_was(place):
     assert all({"loss", "entropy", "grad_norm", "lr", "num_tokens"} <= m.keys() for m in lines[1:])
     assert [m["step"] for m in lines if "eval/loss" in m] == [0, 4, 8]
     assert lines[-1]["eval/loss"] < lines[0]["eval/loss"] - 0.5
-    (manifest,) = json.loads((place / "sft" / "run.json").read_text())
-    assert (
-        manifest["args"]["rows"] == 16
-        and manifest["template_hash"]
-        and manifest["torch"] == torch.__version__
-    )
+    (start,) = json.loads((place / "sft" / "run.json").read_text())
+    assert start["args"]["rows"] == 16 and start["template_hash"]
+    assert start["torch"] == torch.__version__
     assert hf.load_model(place / "sft").config.tied
 
 
@@ -134,7 +119,8 @@ def test_grpo_writes_metrics_samples_and_evaluations(grpo_run):
 
 
 def test_grpo_on_two_ranks_is_grpo_on_one(place, grpo_run):
-    """The same prompts, rollouts and minibatches, until rounding flips the draw of a token some steps later."""
+    """The same prompts, rollouts and minibatches, until rounding flips the draw of a token some
+    steps later."""
     run("train_grpo.py", *grpo(place, place / "grpo2"), ranks=2)
     one, two = metrics(grpo_run), metrics(place / "grpo2")
     for a, b in zip(one[:3], two):
@@ -151,174 +137,205 @@ def test_grpo_on_two_ranks_is_grpo_on_one(place, grpo_run):
     assert one[1]["grad_norm"] == pytest.approx(two[1]["grad_norm"], rel=1e-4)
 
 
+# Every choice of every flag of the family, with defaults and the tests above.
 VARIANTS = [
-    ("--adv", "loo", "--ratio", "sequence_sum", "--beta", 0.1, "--kl", "k1", "--kl_in", "reward"),
-    ("--adv", "mean", "--agg", "constant", "--old_logp", "trainer", "--correct", "token-truncate"),
-    ("--ratio", "sequence", "--agg", "sequence", "--beta", 0.05, "--mask_overlong"),
-    ("--loss", "cispo", "--adv", "batch", "--resample", 3, "--stop", "999", "--temperature", 0.7),
-    (
-        "--delta",
-        1.5,
-        "--correct",
-        "sequence-mask",
-        "--old_logp",
-        "trainer",
-        "--minibatches",
-        4,
-        "--tokens",
-        64,
-    ),
+    "--adv loo --ratio sequence_sum --beta 0.1 --kl k1",
+    "--adv mean --agg constant --old_logp trainer --correct token-truncate",
+    "--ratio sequence --agg sequence --beta 0.05 --tokens 64",
+    "--loss cispo --adv batch --resample 3 --stop 999 --temperature 0.7",
+    "--clip 0.2 0.28 --old_logp trainer --correct sequence-mask --minibatches 4 --group 8",
+    "--loss sapo --agg sequence_sum --old_logp trainer --correct token-mask --beta 0.1 --kl k2",
+    "--correct sequence-truncate --old_logp trainer --correct_cap 1.5",
 ]
 
 
-@pytest.mark.parametrize("flags", VARIANTS, ids=lambda flags: " ".join(map(str, flags)))
+@pytest.mark.parametrize("flags", VARIANTS)
 def test_every_member_of_the_family_runs(place, tmp_path, flags):
-    run("train_grpo.py", *grpo(place, tmp_path / "x"), *flags, "--steps", 2)
+    run("train_grpo.py", *grpo(place, tmp_path / "x"), *flags.split(), "--steps", 2)
     last = metrics(tmp_path / "x")[-1]
     assert last["step"] == 2 and last["grad_norm"] > 0 and abs(last["loss"]) < 10
     assert ("kl" in last) == ("--beta" in flags)
 
 
-def test_batches_that_do_not_divide_say_which_would(place, tmp_path):
-    done = run(
-        "train_grpo.py", *grpo(place, tmp_path / "x"), "--prompts", 7, "--minibatches", 3, ok=False
-    )
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert (
-        "error: --prompts 7 does not divide into 1 ranks x 3 minibatches: 6 or 9 would."
-        in done.stderr
-    )
-
-
-def test_groups_without_variance_end_in_a_sentence(place, tmp_path):
-    done = run(
-        "train_grpo.py",
-        *grpo(place, tmp_path / "x"),
-        "--reward",
-        "regex:never",
-        "--resample",
-        2,
-        ok=False,
-    )
+def test_groups_without_variance_end_in_a_sentence_and_a_checkpoint(place, tmp_path):
+    flags = ("--reward", "regex:never", "--resample", 2)
+    done = run("train_grpo.py", *grpo(place, tmp_path / "x"), *flags, ok=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert "in 3 rounds of 4 prompts every group of 4 had equal rewards" in done.stderr
+    assert [p.name for p in (tmp_path / "x" / "checkpoints").iterdir()] == ["step-000000"]
 
 
-def test_groups_without_variance_are_kept_and_a_step_without_any_other_goes_on(place, tmp_path):
-    """The default, --resample 0: nothing to learn is no gradient and no error, as is a batch of unended answers."""
-    for flags in (("--reward", "regex:never"), ("--mask_overlong", "--max_new_tokens", 1)):
-        run("train_grpo.py", *grpo(place, tmp_path / "x"), "--steps", 2, "--overwrite", *flags)
-        assert all(m["grad_norm"] == 0 == m["loss"] for m in metrics(tmp_path / "x")[1:])
+def test_groups_without_variance_are_kept_and_a_step_of_them_moves_nothing(place, tmp_path):
+    """The default, --resample 0: nothing to learn is no gradient and no error."""
+    flags = ("--steps", 2, "--reward", "regex:never")
+    run("train_grpo.py", *grpo(place, tmp_path / "x"), *flags)
+    assert all(m["grad_norm"] == 0 == m["loss"] for m in metrics(tmp_path / "x")[1:])
+    assert weights(tmp_path / "x") == weights(place / "sft")
 
 
 def test_without_held_out_rows_nothing_is_evaluated(place, tmp_path):
-    run(
-        "train_sft.py",
-        "--model",
-        place / "sft",
-        "--data",
-        place / "sft.jsonl",
-        "--holdout",
-        0,
-        "--out",
-        tmp_path,
-        "--steps",
-        2,
-        "--eval_every",
-        0,
-    )
-    assert len(metrics(tmp_path)) == 3 and not any(
-        name.startswith("eval") for m in metrics(tmp_path) for name in m
-    )
+    data = ("--model", place / "sft", "--data", place / "chats.jsonl", "--holdout", 0)
+    run("train_sft.py", *data, "--out", tmp_path, "--steps", 2, "--eval_every", 0)
+    lines = metrics(tmp_path)
+    assert [m["step"] for m in lines] == [0, 1, 2]
+    assert not any(name.startswith("eval") for m in lines for name in m)
 
 
-def test_a_fresh_toy_on_two_ranks_is_written_once(tmp_path):
-    run("train_sft.py", "--out", tmp_path, "--steps", 1, ranks=2)
-    assert metrics(tmp_path)[-1]["step"] == 1
+def test_two_ranks_write_a_run_once(place, tmp_path):
+    done = run("train_sft.py", *sft(place, tmp_path), "--steps", 1, ranks=2)
+    assert [m["step"] for m in metrics(tmp_path)] == [0, 1]
+    assert len(json.loads((tmp_path / "run.json").read_text())) == 1
+    assert done.stdout.count("step 1/1") == done.stdout.count("the model is in") == 1
 
 
 def test_a_run_is_not_overwritten_unless_told(place):
-    done = run("train_sft.py", "--out", place / "sft", *SFT, ok=False)
+    done = run("train_sft.py", *sft(place, place / "sft"), ok=False)
     assert done.returncode == 1 and "already holds a run: add --resume" in done.stderr
     assert len(metrics(place / "sft")) == 9
 
 
 def test_another_template_than_the_one_trained_with_is_said_loudly(place, tmp_path):
-    (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    done = run(
-        "train_grpo.py",
-        *grpo(place, tmp_path / "x"),
-        "--chat_template",
-        tmp_path / "other.jinja",
-        "--steps",
-        1,
-    )
+    other = tmp_path / "other.jinja"
+    other.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    flags = ("--chat_template", other, "--steps", 1)
+    done = run("train_grpo.py", *grpo(place, tmp_path / "x"), *flags)
     assert "WARNING" in done.stdout and "was trained with another template" in done.stdout
 
 
-# ----------------------------------------------------------------------------------------------------------- kill -9
-def killed_and_resumed(script, arguments, out, instants, seed):
-    """Start again with --resume until a run lives; kill -9 the k-th in the phase that instants[k] names, a random
-    moment after it begins. -> the log of each killed run."""
-    draw, logs = random.Random(seed), []
-    for phase in instants:
-        log = Path(f"{out}-{len(logs)}.log")
-        with open(log, "w") as file:
-            process = subprocess.Popen(
-                command(script, *arguments, "--out", out, "--verbose", "--resume"),
-                env=ENVIRONMENT,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                text=True,
+# ----------------------------------------------------------------------------------------- refusals
+DIVIDE = "--prompts 7 does not divide into 1 ranks x 3 minibatches: 6 or 9 would."
+
+
+@pytest.mark.parametrize(
+    "script, flags, sentence",
+    [
+        ("train_grpo.py", "--reward exact --prompts 7 --minibatches 3", DIVIDE),
+        ("train_ppo.py", "--reward exact --prompts 7 --minibatches 3", DIVIDE),
+        ("train_sft.py", "", "nowhere"),
+        ("train_rm.py", "", "nowhere"),
+        ("train_dpo.py", "--loss_weights 1 2", "2 values for 1 --loss"),
+        ("train_kto.py", "", "nowhere"),
+        ("train_online_dpo.py", "", "give --reward or --judge"),
+    ],
+)
+def test_what_a_person_gets_wrong_is_answered_with_one_sentence(tmp_path, script, flags, sentence):
+    given = ("--model", tmp_path / "nowhere", "--data", tmp_path / "none", "--out", tmp_path / "x")
+    done = run(script, *given, *flags.split(), ok=False)
+    assert done.returncode == 1 and not (tmp_path / "x").exists()
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert sentence in done.stderr
+
+
+# ------------------------------------------------------------------------------------------ kill -9
+class Killed:
+    """A run that is started with --resume again and again, and killed each time.
+
+    Where it stands is read from its folder alone: step k has begun when step k - 1 is in
+    metrics.jsonl and saved, if it is to be saved; a save has begun when its .tmp folder is there.
+    """
+
+    def __init__(self, script, arguments, out, save_every):
+        self.command = command(script, *arguments, "--out", out, "--resume")
+        self.out, self.save_every = Path(out), save_every
+
+    def start(self):
+        """Start, and wait until the folder is this start's: what an earlier one logged is gone."""
+        before = self.manifest()
+        with open(f"{self.out}.log", "w") as log:
+            self.process = subprocess.Popen(
+                self.command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT
             )
-            deadline = time.monotonic() + 200
-            while (
-                phase not in log.read_text()
-                and process.poll() is None
-                and time.monotonic() < deadline
-            ):
-                time.sleep(0.002)
-            time.sleep(draw.random() * 0.05)
-            process.kill()
-            assert process.wait() == -signal.SIGKILL, log.read_text()[-3000:]
-        logs.append(log.read_text())
-    run(script, *arguments, "--out", out, "--verbose", "--resume")
-    return logs
+        self.wait(lambda: self.manifest() != before)
+
+    def manifest(self):
+        try:
+            return (self.out / "run.json").stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def wait(self, reached, *step):
+        deadline = time.monotonic() + 200
+        while not reached(*step):
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log()
+            time.sleep(0.001)
+
+    def kill(self) -> str:
+        """-> where the run was: "save 4" or "step 5"."""
+        self.process.kill()
+        assert self.process.wait() == -signal.SIGKILL, self.log()
+        unfinished = [*(self.out / "checkpoints").glob("*.tmp")]
+        if unfinished:
+            return f"save {int(unfinished[0].stem.removeprefix('step-'))}"
+        last = self.last_step()
+        if self.is_saved(last):
+            return f"step {last + 1}"
+        return f"save {last}"  # about to begin it
+
+    def last_step(self):
+        """The last step logged; -1 before the first line."""
+        lines = (self.out / "metrics.jsonl").read_text().split("\n")[:-1]
+        return json.loads(lines[-1])["step"] if lines else -1
+
+    def is_saved(self, step):
+        return step < 1 or step % self.save_every > 0 or self.folder(step).exists()
+
+    def folder(self, step, suffix=""):
+        return self.out / "checkpoints" / f"step-{step:06d}{suffix}"
+
+    def begins_step(self, step):
+        return self.last_step() >= step - 1 and self.is_saved(step - 1)
+
+    def begins_save(self, step):
+        return self.folder(step, ".tmp").exists() or self.folder(step).exists()
+
+    def log(self):
+        return Path(f"{self.out}.log").read_text()[-3000:]
 
 
-def last_phase(log):
-    return [line for line in log.splitlines() if line.startswith("# step")][-1]
+def killed_and_resumed(run, instants, seed, longest) -> list[str]:
+    """Kill a run at each instant, a random moment after it begins (at most longest[kind] seconds),
+    then let it end -> where it was each time."""
+    draw, found = random.Random(seed), []
+    for kind, step in instants:
+        run.start()
+        run.wait({"step": run.begins_step, "save": run.begins_save}[kind], step)
+        time.sleep(draw.random() * longest[kind])
+        found.append(run.kill())
+    done = subprocess.run(run.command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    kinds = {where.split()[0] for where in found}
+    assert kinds == {"step", "save"}, found
+    return found
+
+
+def same_lines(out, other):
+    """Of two runs, but for what a clock measures."""
+    clocks = ("time/rollout", "time/step", "tokens_per_second")
+    parts = []
+    for folder in (out, other):
+        lines = metrics(folder)
+        for line in lines:
+            for name in clocks:
+                line.pop(name, None)
+        parts.append(lines)
+    assert parts[0] == parts[1]
 
 
 def test_sft_killed_five_times_ends_with_the_weights_of_one_never_killed(place):
-    instants = [
-        "# step 1 update",
-        "# step 2 save",
-        "# step 4 save",
-        "# step 6 save",
-        "# step 7 update",
-    ]
-    logs = killed_and_resumed("train_sft.py", SFT, place / "sft_killed", instants, seed=0)
-    assert any(last_phase(log).endswith("save") for log in logs)
+    killed = Killed("train_sft.py", sft(place, ""), place / "sft_killed", save_every=2)
+    instants = [("step", 1), ("save", 2), ("save", 4), ("save", 6), ("step", 7)]
+    killed_and_resumed(killed, instants, seed=0, longest={"step": 0.05, "save": 0.05})
     assert weights(place / "sft_killed") == weights(place / "sft")
-    assert [m["step"] for m in metrics(place / "sft_killed")] == list(range(9))
-    assert [m.get("loss") for m in metrics(place / "sft_killed")] == [
-        m.get("loss") for m in metrics(place / "sft")
-    ]
+    same_lines(place / "sft_killed", place / "sft")
 
 
 def test_grpo_killed_five_times_ends_with_the_weights_of_one_never_killed(place, grpo_run):
-    instants = [
-        "# step 1 rollout",
-        "# step 2 save",
-        "# step 3 rollout",
-        "# step 4 save",
-        "# step 5 update",
-    ]
-    logs = killed_and_resumed(
-        "train_grpo.py", grpo(place, ""), place / "grpo_killed", instants, seed=1
-    )
-    assert any(last_phase(log).endswith("save") for log in logs)
-    assert any(last_phase(log).endswith("rollout") for log in logs)
+    """Kills within a step are spread over its rollout and update by the times of the whole run."""
+    killed = Killed("train_grpo.py", grpo(place, ""), place / "grpo_killed", save_every=2)
+    instants = [("step", 1), ("save", 2), ("step", 3), ("save", 4), ("step", 5)]
+    longest = {"step": metrics(grpo_run)[2]["time/step"], "save": 0.05}
+    killed_and_resumed(killed, instants, seed=1, longest=longest)
     assert weights(place / "grpo_killed") == weights(grpo_run)
-    assert [m["step"] for m in metrics(place / "grpo_killed")] == list(range(7))
+    same_lines(place / "grpo_killed", grpo_run)
+    lines = [(p / "samples.jsonl").read_text() for p in (place / "grpo_killed", grpo_run)]
+    assert lines[0] == lines[1]

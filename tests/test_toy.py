@@ -137,6 +137,7 @@ def exact_match(model) -> float:
     return float(score(functions, tokenizer.decode, rows, groups).mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script, flags",
     [
@@ -157,6 +158,7 @@ def test_a_preference_loss_tells_pairs_apart_and_raises_held_out_exact_match(
     assert exact_match(tmp_path) > exact_match(sft) + 0.05
 
 
+@pytest.mark.slow
 def test_ppo_learns_from_the_exact_reward(folder, sft, tmp_path):
     flags = ("--steps", 15, "--prompts", 256, "--lr", 5e-4, "--warmup", 3, "--max_new_tokens", 8)
     flags += ("--reward", "exact", *data(folder, "prompts"), *QUIET)

@@ -1,0 +1,132 @@
+"""Many examples through a model, in micro-batches: each gets what it would get alone."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from small import random_ids, small_config, small_model
+
+from nanopost.batch import Example, batch_of
+from nanopost.forward import add_logprobs, batches, check_finite, logprobs, scores
+from nanopost.model import ScalarModel
+
+
+def examples(*lengths, prompt=1):
+    return [Example(random_ids(n, seed), np.arange(n) >= prompt) for seed, n in enumerate(lengths)]
+
+
+# ------------------------------------------------------------------------------------ micro-batches
+@pytest.mark.parametrize("tokens", [12, 20, 1000])
+def test_batches_hold_every_unit_once_within_the_budget(alone, tokens):
+    pairs = [tuple(examples(a, b)) for a, b in ((3, 9), (2, 2), (5, 1), (4, 4), (1, 6))]
+    made = list(batches(pairs, tokens, "cpu"))
+    assert max(len(batch.token_N) for batch in made) <= tokens and not made[0].dummy
+    seen = []
+    for batch in made:
+        parts = batch.token_N.split(batch.cu_seqlens.diff().tolist())
+        sides = [tuple(part.tolist()) for part in parts]
+        seen += zip(sides[0::2], sides[1::2])
+        assert batch.num_examples == len(sides) and len(sides) % 2 == 0
+    whole = [tuple(tuple(e.ids.tolist()) for e in pair) for pair in pairs]
+    assert sorted(seen) == sorted(whole)
+
+
+def test_single_examples_are_units_too_and_nothing_gives_a_dummy(alone):
+    made = list(batches(examples(3, 4, 5), 8, "cpu"))
+    assert sorted(batch.num_examples for batch in made) == [1, 2]
+    (dummy,) = batches([], 8, "cpu")
+    assert dummy.dummy and dummy.num_examples == 0
+
+
+# -------------------------------------------------------------------------------- numbers of tokens
+@pytest.mark.parametrize("tokens", [15, 1000])
+def test_log_probs_are_those_of_each_example_alone_and_aligned_with_its_ids(alone, tokens):
+    model, made = small_model(), examples(9, 15, 2, 1, 7)
+    found = logprobs(model, made, tokens, 0.7, "cpu")
+    for e, logp in zip(made, found, strict=True):
+        expected = np.zeros(len(e), np.float32)
+        if len(e) > 1:
+            logp_N, _ = model(batch_of([e]), 0.7)
+            expected[1:] = logp_N[:-1].detach()
+        assert logp.dtype == np.float32
+        np.testing.assert_allclose(logp, expected, atol=1e-5)
+        assert (logp[e.mask & (np.arange(len(e)) > 0)] < 0).all()
+    add_logprobs(made, "ref_logp", model, tokens, 0.7, "cpu")
+    for e, logp in zip(made, found):
+        assert np.array_equal(e.columns["ref_logp"], logp)
+
+
+def test_log_probs_of_no_examples_are_none(alone):
+    assert logprobs(small_model(), [], 10, 1.0, "cpu") == []
+
+
+def test_a_score_is_the_number_at_the_last_token_whatever_the_budget():
+    model = ScalarModel(small_config())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.2, generator=torch.Generator().manual_seed(p.numel()))
+    made = examples(9, 15, 2, 1, 7)
+    expected = [float(model(batch_of([e]))[-1].detach()) for e in made]
+    assert max(expected) - min(expected) > 0.1
+    for tokens in (4, 16, 1000):  # 4: fewer than the longest example has
+        assert scores(model, made, tokens, "cpu") == pytest.approx(expected, abs=1e-5)
+
+
+# --------------------------------------------------------------------------------------- not finite
+def decode(ids):
+    return "ids " + " ".join(map(str, ids))
+
+
+def with_adv(*values):
+    made = examples(*[4] * len(values))
+    for e, value in zip(made, values):
+        e.columns["adv"] = value
+        e.columns["old_logp"] = np.zeros(4, np.float32)
+    return made
+
+
+@pytest.mark.parametrize("norm", [0.0, 1e30])
+def test_a_finite_gradient_norm_costs_nothing(norm):
+    check_finite(norm, 1, None, None, None)  # not even a forward pass
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_column_that_is_not_finite_is_named_with_step_and_example(alone, value):
+    made = with_adv(1.0, value, 2.0, value)
+    said = rf"step 7: .* norm is nan; not finite: adv of '{decode(made[1].ids)}' .*the first of 2 "
+    with pytest.raises(FloatingPointError, match=said):
+        check_finite(math.nan, 7, small_model(), made, decode)
+
+
+def test_a_value_of_one_token_is_found_too(alone):
+    made = with_adv(1.0, 2.0)
+    made[1].columns["old_logp"][2] = -math.inf
+    with pytest.raises(FloatingPointError, match=f"old_logp of '{decode(made[1].ids)}'"):
+        check_finite(math.inf, 7, small_model(), made, decode)
+
+
+def test_a_weight_that_is_not_finite_shows_in_the_models_output(alone):
+    model, made = small_model(), with_adv(1.0, math.nan)
+    with torch.no_grad():
+        model.model.norm.weight[3] = math.inf
+    said = rf"step 2: .*: the model's output of '{decode(made[0].ids)}' .*the first of 2 such"
+    with pytest.raises(FloatingPointError, match=said):
+        check_finite(math.inf, 2, model, made, decode)
+
+
+def test_where_every_example_is_finite_the_loss_is_blamed(alone):
+    said = "step 3: .* inf; no single example gives one: the loss overflows.* still finite"
+    with pytest.raises(FloatingPointError, match=said):
+        check_finite(math.inf, 3, small_model(), with_adv(1.0, 2.0), decode)
+    with pytest.raises(FloatingPointError, match="no single example"):
+        check_finite(math.inf, 3, small_model(), [], decode)
+
+
+def test_a_reward_models_scores_are_checked_as_well(alone):
+    model = ScalarModel(small_config())
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="the model's output of .*the first of 2"):
+        check_finite(math.nan, 1, model, examples(3, 4), decode)

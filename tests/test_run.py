@@ -1,0 +1,419 @@
+"""The run's folder: what it says of a run, what it never replaces, and what --resume continues."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small import small_model
+
+from nanopost import InputError, checkpoint, hf, optim
+from nanopost.dist import World
+from nanopost.run import Run, changed_arguments, starts_of
+from nanopost.tokenizer import Tokenizer, tokenizer_files
+from runs import toy
+
+pytestmark = pytest.mark.usefixtures("alone")
+
+ABOUT = {"template_hash": "abc"}
+DATA = {"model": "elsewhere", "data": "rows.jsonl", "steps": 9}
+
+
+def new_run(out, rank=0, steps=9, show=(), **flags):
+    """A run that has not begun. flags: what its script was told, besides DATA and --out."""
+    arguments = {**DATA, "out": str(out), **flags}
+    world = World(rank, 1, torch.device("cpu"), torch.float32)
+    return Run(out, world, steps, arguments, list(show))
+
+
+def model_and_optimizer(seed=0):
+    model = small_model(seed)
+    return model, optim.adamw(model, 0.01)
+
+
+def begun(out, resume=False, overwrite=False, **flags):
+    """-> (a run that has begun, the state it begins from, its model and optimizer)."""
+    run = new_run(out, resume=resume, overwrite=overwrite, **flags)
+    trained = model_and_optimizer()
+    state = run.start(*trained, {"step": 0, "consumed": 0}, resume, overwrite, ABOUT)
+    return run, state, trained
+
+
+def saved(out, step, **flags):
+    """A run that was killed after its checkpoint of `step`, which has logged two more steps."""
+    run, state, trained = begun(out, **flags)
+    for s in range(step + 3):
+        run.log(s, {"loss": float(s)})
+        run.samples(s, [{"completion": f"text {s}"}])
+        if s == step:
+            run.save(s, *trained, {**state, "step": s, "consumed": 10 * s})
+    return run
+
+
+def lines(path):
+    return [json.loads(line) for line in Path(path).read_text().split("\n")[:-1]]
+
+
+def steps_of(path):
+    return [line["step"] for line in lines(path)]
+
+
+# ---------------------------------------------------------------------------------------- manifest
+def test_the_manifest_says_what_the_run_was(tmp_path):
+    run, state, _ = begun(tmp_path / "run", lr=1e-3, betas=(0.9, 0.95), reward=["exact"])
+    assert state == {"step": 0, "consumed": 0} and not run.resumed
+    (start,) = lines_of_manifest = starts_of(tmp_path / "run")
+    assert lines_of_manifest == json.loads((tmp_path / "run" / "run.json").read_text())
+    assert start["args"]["lr"] == 1e-3 and start["args"]["reward"] == ["exact"]
+    assert start["resumed_at"] is None and start["template_hash"] == "abc"
+    assert start["torch"] == torch.__version__ and start["python"].startswith("3.")
+    assert {"command", "git", "cuda", "started"} <= start.keys()
+    assert not [*(tmp_path / "run").glob("*.tmp")]
+
+
+def test_the_manifest_has_each_start_of_a_resumed_run_and_none_of_a_replaced_one(tmp_path):
+    saved(tmp_path, 4)
+    begun(tmp_path, resume=True)
+    begun(tmp_path, resume=True)
+    assert [start["resumed_at"] for start in starts_of(tmp_path)] == [None, 4, 4]
+    begun(tmp_path, overwrite=True)
+    assert [start["resumed_at"] for start in starts_of(tmp_path)] == [None]
+
+
+@pytest.mark.parametrize("content", [None, "{}", "[1]", "no JSON", '[{"no": "args"}]'])
+def test_a_manifest_that_no_script_wrote_has_no_starts(tmp_path, content):
+    if content:
+        (tmp_path / "run.json").write_text(content)
+    assert starts_of(tmp_path) == []
+
+
+# ------------------------------------------------------------------------------------ replacing it
+def test_a_new_run_keeps_nothing_of_the_one_it_replaces(tmp_path):
+    saved(tmp_path, 4)
+    for folder in ("value", "checkpoints/step-000009.tmp"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    logged = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(InputError, match="already holds a run: add --resume to continue it"):
+        begun(tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == logged and checkpoint.latest(tmp_path)
+    begun(tmp_path, overwrite=True)
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found.keys() == {"run.json", "metrics.jsonl", "samples.jsonl"}
+    assert found["metrics.jsonl"] == found["samples.jsonl"] == ""
+
+
+def test_a_folder_that_cannot_be_made_says_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot make the folder"):
+        begun(tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        {"model": "run"},
+        {"reference_model": "run"},
+        {"value_model": "run/value"},
+        {"model": "run/value/kept"},
+        {"data": "run/samples.jsonl"},
+        {"eval_data": "run/checkpoints/x"},
+        {"reward": ["exact", "model:run"]},
+        {"reward": ["model:run/value"]},
+        {"chat_template": "run/run.json"},
+        {"a_flag_of_a_fork": "run"},
+        {"several_of_a_fork": ("elsewhere", "run/metrics.jsonl")},
+        {"model": "link"},
+    ],
+    ids=str,
+)
+def test_what_a_run_reads_is_never_replaced(tmp_path, monkeypatch, reads):
+    """Whatever the flag, a fork's own too, and by whatever path."""
+    monkeypatch.chdir(tmp_path)
+    out = Path("run")
+    begun(out)
+    for folder in ("value/kept", "checkpoints/x"):
+        (out / folder).mkdir(parents=True)
+    Path("link").symlink_to("run")
+    before = sorted(path for path in out.glob("**/*"))
+    for flags in (reads, {name: _absolute(value, tmp_path) for name, value in reads.items()}):
+        for given in (out, tmp_path / "run", Path("run/../run")):
+            with pytest.raises(InputError, match="this run reads .*, which would be overwritten"):
+                begun(given, overwrite=True, **flags)
+    assert sorted(path for path in out.glob("**/*")) == before
+
+
+def _absolute(value, folder):
+    if isinstance(value, str):
+        prefix = "model:" if value.startswith("model:") else ""
+        return f"{prefix}{folder / value.removeprefix('model:')}"
+    return [_absolute(text, folder) if "run" in text else text for text in value]
+
+
+def test_what_stays_in_the_folder_may_be_read_from_it(tmp_path):
+    out = tmp_path / "run"
+    begun(out)
+    (out / "rows.jsonl").write_text("{}\n")
+    (tmp_path / "other").mkdir()
+    flags = {"data": str(out / "rows.jsonl"), "model": str(out / ".." / "other")}
+    begun(out, overwrite=True, **flags)
+    assert (out / "rows.jsonl").read_text() == "{}\n"
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", "[1]", "no JSON"])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "config.json",
+        "checkpoints/mine",
+        "value/mine",
+        "model-00001.safetensors",
+        "tokenizer.json",
+    ],
+)
+def test_what_no_run_wrote_is_never_replaced(tmp_path, kept, manifest):
+    (tmp_path / kept).parent.mkdir(exist_ok=True)
+    (tmp_path / kept).write_text("mine")
+    if manifest:
+        (tmp_path / "run.json").write_text(manifest)
+    with pytest.raises(InputError, match="holds files that no run of these scripts wrote"):
+        begun(tmp_path, overwrite=True)
+    assert (tmp_path / kept).read_text() == "mine"
+
+
+def test_a_folder_that_another_model_used_holds_the_new_one_alone(tmp_path):
+    toy.write_model(tmp_path / "a")
+    (tmp_path / "a" / "generation_config.json").write_text('{"eos_token_id": 7}')
+    toy.write_model(tmp_path / "b")
+    tokenizer, model = Tokenizer.load(tmp_path / "b"), hf.load_model(tmp_path / "b")
+    base = Tokenizer(tokenizer.raw, {"eos_token": "<|end|>"}, None)
+    run, _, _ = begun(tmp_path / "out")
+    for source, t in (
+        ("a", Tokenizer.load(tmp_path / "a")),
+        ("b", tokenizer),
+        ("b", base),
+        ("b", base),
+    ):
+        files = tokenizer_files(tmp_path / source, t)
+        run.export(model.state_dict().items(), model.config, files)
+        assert (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / "out" / "generation_config.json").exists()
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
+    assert 7 not in Tokenizer.load(tmp_path / "out").stop_ids
+
+
+# ---------------------------------------------------------------------------------------- resuming
+def test_a_resumed_run_begins_from_its_checkpoint(tmp_path, capsys):
+    _, state, (model, optimizer) = begun(tmp_path, lr=1e-3)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    run = new_run(tmp_path, lr=1e-3)
+    run.save(4, model, optimizer, {**state, "step": 4, "consumed": 40, "sums": [1, 2.5]})
+    resumed = new_run(tmp_path, lr=1e-3, resume=True)
+    again = model_and_optimizer(1)
+    fresh = {"step": 0, "consumed": 0, "sums": [0, 0.0], "newer": 3}
+    state = resumed.start(*again, fresh, resume=True, overwrite=False, about=ABOUT)
+    assert resumed.resumed and "resumed at step 4" in capsys.readouterr().out
+    assert "args" not in state
+    assert {name: state[name] for name in fresh} == {
+        "step": 4,
+        "consumed": 40,
+        "sums": [1, 2.5],
+        "newer": 3,
+    }
+    assert all(map(torch.equal, again[0].parameters(), model.parameters()))
+
+
+def test_a_resumed_log_has_every_step_once_whatever_was_sampled(tmp_path):
+    saved(tmp_path, 2)
+    run = new_run(tmp_path)
+    run.samples(2, [{"completion": "line\u2028separator\x85 and int f(){}"}])
+    for name in ("samples.jsonl", "metrics.jsonl"):
+        with open(tmp_path / name, "a") as file:
+            file.write('{"step": 2, "completion": "cut off in int f(){}')
+    assert steps_of(tmp_path / "metrics.jsonl") == [0, 1, 2, 3, 4]
+    begun(tmp_path, resume=True)
+    assert steps_of(tmp_path / "metrics.jsonl") == [0, 1, 2]
+    assert steps_of(tmp_path / "samples.jsonl") == [0, 1, 2, 2]
+    assert lines(tmp_path / "samples.jsonl")[-1]["completion"].startswith("line\u2028separator\x85")
+
+
+@pytest.mark.parametrize("what_is_there", ["nothing", "a young run"])
+def test_without_a_checkpoint_the_run_starts_from_the_beginning_and_says_so(
+    tmp_path, capsys, what_is_there
+):
+    """A run killed before its first checkpoint needs no --overwrite."""
+    if what_is_there == "a young run":
+        run, _, _ = begun(tmp_path)
+        run.log(1, {"loss": 1.0})
+        with pytest.raises(InputError, match="already holds a run"):
+            begun(tmp_path)
+    run, state, _ = begun(tmp_path, resume=True)
+    assert not run.resumed and state["step"] == 0
+    assert f"no checkpoint in {tmp_path}, so the run starts" in capsys.readouterr().out
+    assert steps_of(tmp_path / "metrics.jsonl") == []
+
+
+def test_what_cannot_be_resumed_says_so(tmp_path):
+    saved(tmp_path / "run", 4, bins=0)
+    for flags, sentence in (
+        ({"steps": 3, "bins": 0}, "step-000004 is past --steps 3: give 4 or more"),
+        (
+            {"bins": 0, "overwrite": True},
+            "--resume continues and --overwrite starts over: give one",
+        ),
+        ({}, "step-000004 is another script's .with --bins.: choose another --out"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            begun(tmp_path / "run", resume=True, **flags)
+    assert steps_of(tmp_path / "run" / "metrics.jsonl") == [0, 1, 2, 3, 4, 5, 6]
+    _, state, _ = begun(tmp_path / "run", resume=True, bins=0, newer=1)
+    assert state["step"] == 4
+
+    begun(tmp_path / "young", bins=0)
+    with pytest.raises(InputError, match="young is another script's .with --bins."):
+        begun(tmp_path / "young", resume=True)
+    begun(tmp_path / "young", resume=True, bins=0)
+
+    begun(tmp_path / "ended")
+    (tmp_path / "ended" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="a run that ended and left no checkpoint"):
+        begun(tmp_path / "ended", resume=True)
+
+
+def test_arguments_that_changed_are_named_and_no_others():
+    before = json.loads(json.dumps({"lr": 1e-3, "clip": [0.1, 0.2], "resume": False, "old": 1}))
+    now = {"lr": 1e-4, "clip": [0.1, 0.2], "resume": True, "overwrite": False, "new": 2}
+    expected = ["lr: 0.001 -> 0.0001", "old: 1 -> None", "new: None -> 2"]
+    assert changed_arguments(before, now) == expected
+
+
+def test_a_run_that_is_resumed_with_other_flags_says_which(tmp_path, capsys):
+    saved(tmp_path, 4, lr=1e-3, clip=[0.1, 0.2], rows=8)
+    capsys.readouterr()
+    begun(tmp_path, resume=True, lr=1e-4, clip=[0.1, 0.3], rows=8)
+    said = [x for x in capsys.readouterr().out.splitlines() if "different" in x]
+    assert said == [
+        "resumed with a different lr: 0.001 -> 0.0001",
+        "resumed with a different clip: [0.1, 0.2] -> [0.1, 0.3]",
+    ]
+    begun(tmp_path, resume=True, lr=1e-3, clip=[0.1, 0.2], rows=8)
+    assert "different" not in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------- in the loop
+@pytest.mark.parametrize(
+    "every, steps", [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [3, 6, 7]), (0, [7]), (10, [7])]
+)
+def test_due_every_so_many_steps_and_at_the_last(tmp_path, every, steps):
+    run = new_run(tmp_path, steps=7)
+    assert [step for step in range(1, 8) if run.due(step, every)] == steps
+
+
+def test_a_step_is_a_line_in_the_file_and_one_for_the_reader(tmp_path, capsys):
+    run = new_run(tmp_path, steps=4, show=["loss", "missing"])
+    run.start(*model_and_optimizer(), {"step": 0}, False, False, ABOUT)
+    run.log(0, {"eval/loss": 2.5})
+    run.log(1, {"loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0})
+    assert lines(tmp_path / "metrics.jsonl") == [
+        {"step": 0, "eval/loss": 2.5},
+        {"step": 1, "loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0},
+    ]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "step 0/4  eval/loss 2.500"
+    assert second == "step 1/4  loss 1,234  eval/loss 0.00123  left 0m00s"
+
+
+def test_samples_are_a_line_each_and_keep_their_letters(tmp_path):
+    run, _, _ = begun(tmp_path)
+    run.samples(3, [{"completion": "é\n→", "reward": 0.5}, {"completion": "b", "reward": 1.0}])
+    raw = (tmp_path / "samples.jsonl").read_text()
+    assert "é\\n→" in raw
+    assert [(x["step"], x["reward"]) for x in lines(tmp_path / "samples.jsonl")] == [
+        (3, 0.5),
+        (3, 1.0),
+    ]
+
+
+def test_a_checkpoint_has_the_flags_and_the_last_step_has_none(tmp_path):
+    run, state, trained = begun(tmp_path, lr=1e-3)
+    run.save(9, *trained, state)
+    assert checkpoint.latest(tmp_path) is None
+    run.save(8, *trained, state)
+    stored = json.loads((checkpoint.latest(tmp_path) / "state.json").read_text())
+    assert stored["step"] == 8 and stored["args"]["lr"] == 1e-3
+    assert "args" not in state
+
+
+# -------------------------------------------------------------------------------------------- end
+def finish(run, monkeypatch):
+    ended = []
+    monkeypatch.setattr("nanopost.dist.finish", lambda: ended.append(True))
+    run.finish()
+    assert ended == [True]
+
+
+def test_the_last_line_is_what_became_of_held_out_metrics(tmp_path, monkeypatch, capsys):
+    run, _, _ = begun(tmp_path)
+    run.log(0, {"eval/loss": 2.0, "eval/only_first": 1.0})
+    run.log(1, {"loss": 9.0})
+    run.log(2, {"eval/loss": 1.5})
+    run.log(3, {"loss": 8.0, "eval/loss": 1.25})
+    capsys.readouterr()
+    finish(run, monkeypatch)
+    said = capsys.readouterr().out
+    assert said == "held out, before and after: eval/loss 2.000 -> 1.250\n"
+
+
+@pytest.mark.parametrize("evaluated", [[], [0]])
+def test_without_two_evaluations_there_is_no_change_to_tell(
+    tmp_path, monkeypatch, capsys, evaluated
+):
+    run, _, _ = begun(tmp_path)
+    for step in range(3):
+        run.log(step, {"eval/loss": 2.0} if step in evaluated else {"loss": 1.0})
+    capsys.readouterr()
+    finish(run, monkeypatch)
+    assert capsys.readouterr().out == ""
+
+
+def test_the_model_is_written_where_it_belongs(tmp_path, capsys):
+    run, _, (model, _) = begun(tmp_path)
+    for part in ("", "value"):
+        run.export(model.state_dict().items(), model.config, {"a.txt": "text"}, part)
+        assert (tmp_path / part / "a.txt").read_text() == "text"
+        assert f"the model is in {tmp_path / part}\n" in capsys.readouterr().out
+        found = dict(hf.load_model(tmp_path / part).named_parameters())
+        assert all(torch.equal(p, found[name]) for name, p in model.named_parameters())
+
+
+# ------------------------------------------------------------------------------------------- ranks
+def test_rank_0_alone_writes_and_speaks(tmp_path, monkeypatch, capsys):
+    run = new_run(tmp_path / "out", rank=1)
+    model, optimizer = model_and_optimizer()
+    state = run.start(model, optimizer, {"step": 0}, False, False, ABOUT)
+    assert state == {"step": 0}
+    run.log(1, {"eval/loss": 1.0})
+    run.samples(1, [{"completion": "a"}])
+    run.say("text")
+    run.export(model.state_dict().items(), model.config, {"a.txt": "text"})
+    finish(run, monkeypatch)
+    assert not (tmp_path / "out").exists()
+    assert capsys.readouterr().out == ""
+
+
+def test_a_rank_that_does_not_write_resumes_and_refuses_like_the_others(tmp_path, capsys):
+    saved(tmp_path, 4)
+    written = {path: path.read_bytes() for path in tmp_path.glob("*.json*")}
+    capsys.readouterr()
+    for steps in (9, 3):
+        run = new_run(tmp_path, rank=1, steps=steps, resume=True, overwrite=False)
+        if steps == 3:
+            with pytest.raises(InputError, match="past --steps 3"):
+                run.start(*model_and_optimizer(), {"step": 0}, True, False, ABOUT)
+        else:
+            state = run.start(*model_and_optimizer(1), {"step": 0}, True, False, ABOUT)
+            assert state["step"] == 4 and state["consumed"] == 40 and run.resumed
+    assert {path: path.read_bytes() for path in tmp_path.glob("*.json*")} == written
+    assert capsys.readouterr().out == ""
