@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preference, reference, rows
-from nanopost.cli import at_least
+from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
 from nanopost.run import Run
@@ -36,7 +36,7 @@ cli.add_reference_flags(parser)
 add = parser.add_argument
 add("--loss", nargs="+", default=["sigmoid"], choices=preference.LOSSES, metavar="LOSS")
 add("--loss_weights", type=float, nargs="+", help="one per --loss; default: all 1")
-add("--beta", type=at_least(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
+add("--beta", type=above(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
 add("--smoothing", type=at_least(0.0), default=0.0, help="assumed share of swapped pairs")
 add("--gamma", type=float, default=0.5, help="target margin of simpo")
 add("--divergence", default="reverse_kl", choices=["reverse_kl", "forward_kl", "js", "alpha"])
@@ -87,9 +87,11 @@ if preference.needs_reference(loss_functions):
     tokenizer.check_same(reference_folder, "--reference_model ")
     reference_model = hf.load_model(reference_folder, world.device, shard=shard)
     reference_model.requires_grad_(False)
+elif args.reference_model or args.reference == "precomputed":
+    raise InputError(f"--loss {' '.join(args.loss)} uses no reference.")
 
 train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.pair)
-max_length = args.max_length or args.tokens // 2
+max_length = min(args.max_length or args.tokens // 2, model.config.max_positions)
 
 
 def encode(given):
@@ -105,6 +107,8 @@ def encode(given):
 
 train_pairs, cut = encode(train_rows)
 eval_pairs, eval_cut = encode(eval_rows)
+# InputError now, and not in the middle of a run, if a pair does not fit into a micro-batch.
+packing.pack([len(chosen) + len(rejected) for chosen, rejected in train_pairs], args.tokens)
 if args.reference == "precomputed" and reference_model is not None:
     for pairs_P in (train_pairs, eval_pairs):
         reference.add_cached_reference(

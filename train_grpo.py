@@ -61,7 +61,7 @@ from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_fi
 # Shapes: N packed tokens of a micro-batch, P prompts, G samples per prompt, F reward functions.
 
 # ---------------------------------------------------------------------------------------- arguments
-parser = cli.parser(__doc__, out="out/grpo", lr=1e-6, warmup=10, eval_every=50)
+parser = cli.parser(__doc__, out="out/grpo", lr=1e-6, warmup=10, eval_every=50, save_every=20)
 cli.add_rollout_flags(parser)
 add = parser.add_argument
 add("--steps", type=at_least(1), default=100, help="rollout batches")

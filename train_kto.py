@@ -27,7 +27,7 @@ import torch
 
 from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preference, reference, rows
 from nanopost.batch import Example
-from nanopost.cli import at_least
+from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
 from nanopost.run import Run
@@ -43,7 +43,7 @@ cli.add_pair_flags(parser)
 cli.add_reference_flags(parser)
 add = parser.add_argument
 add("--loss", default="kto", choices=preference.COUPLED)
-add("--beta", type=at_least(0.0), default=0.1, help="scale of a log-ratio")
+add("--beta", type=above(0.0), default=0.1, help="scale of a log-ratio")
 add("--smoothing", type=at_least(0.0), default=0.0, help="aot: assumed share of swapped pairs")
 add(
     "--label_weights",
@@ -77,11 +77,13 @@ if args.sft_weight:
 is_kto = args.loss == "kto"
 if args.smoothing and not preference.any_reads(loss_functions, "smoothing"):
     raise InputError(f"--loss {args.loss} does not use --smoothing.")
+if args.sft_weight and is_kto:
+    raise InputError("--loss kto does not use --sft_weight: its rows may be bad answers.")
 if args.label_weights != [1.0, 1.0] and not is_kto:
     raise InputError(f"--loss {args.loss} does not use --label_weights.")
 form = rows.unpaired if is_kto else rows.pair
 train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, form)
-max_length = args.max_length or args.tokens // 2
+max_length = min(args.max_length or args.tokens // 2, args.tokens, model.config.max_positions)
 
 
 def encode(given):

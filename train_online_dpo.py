@@ -32,7 +32,7 @@ from nanopost import (
     rewards,
     rows,
 )
-from nanopost.cli import at_least
+from nanopost.cli import above, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.forward import batches, check_finite
 from nanopost.rollout import length_metrics, sample_records
@@ -43,7 +43,7 @@ from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_fi
 # or pairs, G samples per prompt, F reward functions.
 
 # ---------------------------------------------------------------------------------------- arguments
-parser = cli.parser(__doc__, out="out/online_dpo", lr=1e-6)
+parser = cli.parser(__doc__, out="out/online_dpo", lr=1e-6, save_every=20)
 cli.add_rollout_flags(parser, reward_required=False)
 add = parser.add_argument
 add("--steps", type=at_least(1), default=120, help="optimizer steps")
@@ -53,7 +53,7 @@ add("--judge", metavar="file.py:f", help="f(prompts, pairs of texts) -> 0, 1 or 
 add("--eos_penalty", type=at_least(0.0), default=1.0, help="penalty of an answer without an end")
 add("--loss", nargs="+", default=["sigmoid"], choices=preference.LOSSES, metavar="LOSS")
 add("--loss_weights", type=float, nargs="+", help="one per --loss; default: all 1")
-add("--beta", type=at_least(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
+add("--beta", type=above(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
 add("--smoothing", type=at_least(0.0), default=0.0, help="assumed share of swapped pairs")
 add("--gamma", type=float, default=0.5, help="target margin of simpo")
 add("--reference_model", help="folder of the reference; default: --model")
@@ -66,6 +66,12 @@ loss_weights = args.loss_weights or [1.0] * len(args.loss)
 cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
 if args.smoothing and not preference.any_reads(loss_functions, "smoothing"):
     raise InputError(f"--loss {' '.join(args.loss)} does not use --smoothing.")
+if args.reference_model and not preference.needs_reference(loss_functions):
+    raise InputError(f"--loss {' '.join(args.loss)} does not use --reference_model.")
+if args.reward_weights and not args.reward:
+    raise InputError("--reward_weights needs --reward.")
+if args.judge and ".py:" not in args.judge:
+    raise InputError(f"--judge {args.judge}: give a function of your own as file.py:function.")
 if not args.reward and not args.judge:
     raise InputError("give --reward or --judge to rank the answers.")
 
@@ -111,6 +117,8 @@ run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
 
 def rollout(rows_P, serials, n, sampling):
     """n completions of each prompt and their rewards -> (rollouts [P][n], float64 reward_PG)."""
+    if not rows_P:  # a rank may have fewer prompts than others
+        return [], torch.zeros(0, n, dtype=torch.float64)
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
     reward_PG = torch.zeros(len(rows_P), n, dtype=torch.float64)

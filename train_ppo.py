@@ -53,7 +53,7 @@ from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_fi
 # tokens, F reward functions.
 
 # ---------------------------------------------------------------------------------------- arguments
-parser = cli.parser(__doc__, out="out/ppo", lr=1e-6, warmup=10, eval_every=50)
+parser = cli.parser(__doc__, out="out/ppo", lr=1e-6, warmup=10, eval_every=50, save_every=20)
 cli.add_rollout_flags(parser)
 add = parser.add_argument
 add("--steps", type=at_least(1), default=80, help="rollout batches")
@@ -320,7 +320,7 @@ for step in range(state["step"] + 1, args.steps + 1):
 
 # --------------------------------------------------------------------------------------------- save
 files = tokenizer_files(args.model, tokenizer)
-run.export(dist.full_weights(model, "policy."), model.config, files)
 if value_folder:  # a head on the policy is of no use without it, and not exported
     run.export(dist.full_weights(model, "value."), model.value.config, files, part="value")
+run.export(dist.full_weights(model, "policy."), model.config, files)
 run.finish()

@@ -45,7 +45,7 @@ model = hf.load_scalar_model(
 )
 
 train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.pair)
-max_length = args.max_length or args.tokens // 2
+max_length = min(args.max_length or args.tokens // 2, model.config.max_positions)
 
 
 def encode(rows_P):
@@ -60,6 +60,7 @@ def encode(rows_P):
 train_pairs, cut = encode(train_rows)
 eval_pairs, eval_cut = encode(eval_rows)
 lengths = [len(chosen) + len(rejected) for chosen, rejected in train_pairs]
+packing.pack(lengths, args.tokens)  # InputError now if a pair does not fit into a micro-batch
 per_epoch, parts_of_step = packing.by_rows(lengths, args.tokens, args.seed)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 

@@ -60,7 +60,7 @@ tokenizer = Tokenizer.load(args.model, args.chat_template)
 model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 
 train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.sft)
-max_length = args.max_length or min(args.tokens, model.config.max_positions)
+max_length = min(args.max_length or args.tokens, args.tokens, model.config.max_positions)
 encoded = [tokenizer.example(row, args.train_on) for row in train_rows]
 train_examples, cut = packing.fit_to(encoded, max_length, args.overlong)
 eval_encoded = [tokenizer.example(row, args.train_on) for row in eval_rows]

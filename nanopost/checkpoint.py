@@ -29,6 +29,8 @@ def save(out, step: int, model, optimizer, state: dict, **others):
     """
     folder = Path(out) / "checkpoints"
     final = folder / f"step-{step:06d}"
+    if final.exists():  # a step is saved once: nothing has changed since
+        return
     unfinished = folder / f"step-{step:06d}.tmp"
     first = dist.get_rank() == 0
     if first:
@@ -50,7 +52,6 @@ def save(out, step: int, model, optimizer, state: dict, **others):
         (unfinished / "state.json").write_text(json.dumps(record))
         for path in unfinished.iterdir():
             to_disk(path)
-        shutil.rmtree(final, ignore_errors=True)
         unfinished.rename(final)
         to_disk(folder)
         for old in _complete(folder):
@@ -171,7 +172,8 @@ def _split(key):
 
 # -------------------------------------------------------------------------------------------- files
 def _complete(folder):
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+    whole = [path.parent for path in folder.glob("step-*/state.json")]  # a kill may cut a deletion
+    return sorted(path for path in whole if path.suffix != ".tmp")
 
 
 def _cause(error):

@@ -67,6 +67,7 @@ def parser(
     lr: float,
     warmup: int = 20,
     eval_every: int = 100,
+    save_every: int = 100,
     weight_decay: float = 0.0,
     model: str | None = "out/sft",
 ) -> Parser:
@@ -113,7 +114,12 @@ def parser(
         default=eval_every,
         help="steps; 0: before and after training",
     )
-    add("--save_every", type=at_least(0), default=100, help="steps between checkpoints; 0: none")
+    add(
+        "--save_every",
+        type=at_least(0),
+        default=save_every,
+        help="steps between checkpoints; 0: none",
+    )
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add("--overwrite", action="store_true", help="replace the run that is in --out")
     return parser

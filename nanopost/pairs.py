@@ -53,7 +53,10 @@ def mismatched(examples: list[Example], max_length: int) -> list[Pair]:
     numbers stay.
     """
     if len(examples) == 1:
-        raise InputError("kto compares a completion with that of another row: give 2 rows or more.")
+        raise InputError(
+            "kto compares a completion with that of another row: give 2 rows or more, to train on "
+            "and held out (--holdout, --eval_data)."
+        )
     drawn = order(len(examples), 0, 0)
     pairs = [None] * len(examples)
     for i, j in zip(drawn, np.roll(drawn, -1)):

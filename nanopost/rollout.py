@@ -101,7 +101,7 @@ class LogpGap:
     def check(self, step: int, metrics: dict[str, float]):
         """RuntimeError if the mean is above the limit."""
         gap = metrics.get(f"{GAP}/mean", 0.0)
-        if gap > self.limit:
+        if not gap <= self.limit:  # nan too
             raise RuntimeError(
                 f"step {step}: before the first update engine and trainer are one policy, but "
                 f"their log-probs differ by {gap:.2g} on average (--max_logp_gap "

@@ -157,7 +157,8 @@ def unpaired(row: dict) -> dict:
         )
     if row["label"] not in (0, 1):
         raise InputError(f"{place(row)}: label is {row['label']!r}: make it true or false.")
-    return sft(row)
+    # A column messages would be trained in place of the completion that the label is about.
+    return sft({name: row[name] for name in row if name != "messages"})
 
 
 def take_pairs_apart(rows: list[dict]) -> list[dict]:
@@ -167,7 +168,8 @@ def take_pairs_apart(rows: list[dict]) -> list[dict]:
         if "chosen" not in row:
             flat.append(row)
             continue
-        shared = {name: row[name] for name in row if name not in ("chosen", "rejected")}
+        own = ("chosen", "rejected", "messages")
+        shared = {name: row[name] for name in row if name not in own}
         flat.append({**shared, "completion": row["chosen"], "label": True})
         flat.append({**shared, "completion": row["rejected"], "label": False})
     return flat

@@ -5,6 +5,7 @@ asks for the rank.
 """
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nanopost import InputError, checkpoint, dist, hf
+from nanopost.tokenizer import FILES
 
 WRITTEN = ("value", "checkpoints", "metrics.jsonl", "samples.jsonl", "run.json")
 NOT_COMPARED = ("resume", "overwrite")
@@ -51,7 +53,8 @@ class Run:
             state = state | checkpoint.load(found, model, optimizer, **others)
             self.resumed = True
         if self.writes:
-            killed_early = resume and not (self.out / "config.json").exists()
+            ended = (self.out / "config.json").exists()
+            killed_early = resume and not ended and bool(starts_of(self.out))
             self._open(state["step"] if found else None, overwrite or killed_early, about)
         if resume and not found:
             self.say(f"--resume: no checkpoint in {self.out}, so the run starts from the beginning")
@@ -96,22 +99,18 @@ class Run:
             raise InputError(
                 f"--out {self.out}: cannot make the folder ({error.strerror}); choose another."
             ) from error
-        for name in ("metrics.jsonl", "samples.jsonl"):
-            path = self.out / name
-            if resumed_at is None and path.exists() and not replace:
+        logs = [self.out / "metrics.jsonl", self.out / "samples.jsonl"]
+        if resumed_at is None:
+            if any(path.exists() for path in logs) and not replace:
                 raise InputError(
                     f"{self.out} already holds a run: add --resume to continue it, --overwrite to "
                     "replace it, or choose another --out."
                 )
-            lines = []
-            if resumed_at is not None and path.exists():
-                lines = path.read_text().split("\n")
-            kept = [line + "\n" for line in lines if _step_of(line) <= resumed_at]
-            path.write_text("".join(kept))
-        if resumed_at is None:  # leftovers of the run that this one replaces would pass for its own
+            # What is left of the run that this one replaces would pass for its own.
             for folder in ("checkpoints", "value"):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
-            (self.out / "config.json").unlink(missing_ok=True)
+            for path in (*logs, self.out / "config.json"):
+                path.unlink(missing_ok=True)
         earlier = starts_of(self.out) if resumed_at is not None else []
         start = {
             "command": " ".join(sys.argv),
@@ -129,18 +128,24 @@ class Run:
         )  # renamed when whole: a folder without run.json is not ours
         temporary.write_text(json.dumps([*earlier, start], indent=1, default=str) + "\n")
         temporary.replace(self.out / "run.json")
+        for path in logs:
+            lines = path.read_text().split("\n") if path.exists() else []
+            kept = [line + "\n" for line in lines if _step_of(line) <= resumed_at]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            temporary.replace(path)
 
     def _check_free(self):
         """InputError if the folder holds what this run reads, or what no script wrote."""
         out = self.out.resolve()
-        for path in _paths_read(self.arguments, self.out):
+        for path in _paths_read(self.arguments, self.out, starts_of(self.out)):
             read = Path(path).resolve()
             if read == out or any(read.is_relative_to(out / name) for name in WRITTEN):
                 raise InputError(
                     f"--out {self.out}: this run reads {path}, which would be overwritten: choose "
                     "another --out."
                 )
-        signs = ("checkpoints", "value", "config.json", "tokenizer.json", "*.safetensors")
+        signs = (*WRITTEN, *FILES, "config.json", "chat_template.jinja", "*.safetensors")
         if not starts_of(self.out) and any(any(self.out.glob(sign)) for sign in signs):
             raise InputError(
                 f"--out {self.out} holds files that no run of these scripts wrote: choose another "
@@ -230,17 +235,29 @@ def changed_arguments(saved: dict, now: dict) -> list[str]:
     return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]
 
 
-def _paths_read(arguments, out: Path) -> list[str]:
-    """The values of flags that name something on disk, whatever the flag: a fork's flags too."""
-    values = []
-    for value in arguments.values():
-        values += value if isinstance(value, (list, tuple)) else [value]
-    named = [str(value) for value in values if isinstance(value, (str, Path))]
-    texts = [text.removeprefix("model:") for text in named if text]
-    itself = next((text for text in texts if Path(text) == out), None)
-    if itself is not None:
-        texts.remove(itself)  # the flag that names the folder, once: a second one is something read
-    return [text for text in texts if Path(text).exists()]
+def _paths_read(arguments, out: Path, starts: list[dict]) -> list[str]:
+    """The values of flags that name something on disk, whatever the flag: a fork's flags too.
+
+    A flag that the run in `out` was started with names nothing in there, even if it reads like it
+    (--loss ipo --out ipo).
+    """
+    known = starts[-1]["args"] if starts else {}
+    old = _texts(value for name, value in arguments.items() if value == known.get(name))
+    new = _texts(value for name, value in arguments.items() if value != known.get(name))
+    if not any(Path(text) == out for text in old):
+        itself = next((text for text in new if Path(text) == out), None)
+        if itself is not None:
+            new.remove(itself)  # the flag that names the folder; a second one is something read
+    return [text for text in new if os.path.exists(text)]
+
+
+def _texts(values) -> list[str]:
+    """Strings and paths among the values of flags, those in lists too, without "model:"."""
+    flat = []
+    for value in values:
+        flat += value if isinstance(value, (list, tuple)) else [value]
+    named = [str(value) for value in flat if isinstance(value, (str, Path))]
+    return [text.removeprefix("model:") for text in named if text]
 
 
 def _step_of(line):

@@ -189,3 +189,11 @@ def test_shuffled_minibatches_are_the_same_on_any_number_of_ranks(size):
         epoch = [item for minibatch in one[first : first + parts] for item in minibatch]
         assert sorted(epoch) == [(prompt, i) for prompt in range(prompts) for i in range(group)]
     assert one[:parts] != one[parts : 2 * parts]  # a new order in each epoch
+
+
+def test_a_meter_holds_no_tensor_of_the_cpu_beside_those_of_a_gpu():
+    """Numbers of the host (rewards) and of the device (losses) are added to one meter: they cannot
+    be stacked, so those of the host are numbers at once."""
+    meter = dist.Meter()
+    meter.add(2, reward=torch.tensor(3.0), equal=1)
+    assert not any(isinstance(x, torch.Tensor) for x in meter.sums.values())

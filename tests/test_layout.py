@@ -143,6 +143,7 @@ def meaning(action):
 # Flags of one name that mean different things in different scripts, each with its reason.
 DIFFERENT = {
     "loss": "one, or several that are added up",
+    "beta": "a KL coefficient, which may be 0, or the scale of a log-ratio, which may not",
     "gamma": "of simpo a margin, of PPO a discount",
     "group": "where samples of a prompt are compared, at least two",
 }

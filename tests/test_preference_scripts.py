@@ -168,7 +168,9 @@ def test_a_step_of_dpo_is_one_pass_over_its_pairs(
     loss_weights = [0.7, 0.2] if len(losses) == 2 else [1.0]
     scalars = {"smoothing": 0.0, **options}
     model, loss = one_pass(place, step_pairs, losses, loss_weights, **scalars)
-    more += ("--loss", *losses, "--beta", BETA, "--reference_model", place / "toy")
+    more += ("--loss", *losses, "--beta", BETA)
+    if preference.needs_reference([ALL[name] for name in losses]):
+        more += ("--reference_model", place / "toy")
     more += ("--tokens", 80, "--steps", 1)
     run_here("train_dpo.py", *stored(place, tmp_path, *more, model="moved", data="few"))
     same(gradients[0], model)

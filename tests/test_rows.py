@@ -313,7 +313,9 @@ def test_a_bad_pair_is_refused(row, said, form):
 def test_unpaired_rows_have_a_label_or_are_pairs():
     for label in (True, False, 1, 0):
         row = {"prompt": "q", "completion": "a", "label": label}
-        assert unpaired(row) is row
+        assert unpaired(row) == row
+    # what the label is about is trained, and not the messages of another column
+    assert "messages" not in unpaired({**row, "messages": [USER, BOT]})
     whole = {"chosen": [USER, BOT], "rejected": [USER, CALL]}
     assert unpaired(whole) == pair(whole)
 

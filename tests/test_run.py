@@ -417,3 +417,21 @@ def test_a_rank_that_does_not_write_resumes_and_refuses_like_the_others(tmp_path
             assert state["step"] == 4 and state["consumed"] == 40 and run.resumed
     assert {path: path.read_bytes() for path in tmp_path.glob("*.json*")} == written
     assert capsys.readouterr().out == ""
+
+
+def test_a_flag_that_reads_like_the_folder_names_nothing_in_it(tmp_path, monkeypatch):
+    """--loss ipo --out ipo, resumed or overwritten; and a value too long for a file name."""
+    monkeypatch.chdir(tmp_path)
+    begun(Path("ipo"), loss=["ipo"], reward=["regex:" + "a" * 5000])
+    begun(Path("ipo"), overwrite=True, loss=["ipo"], reward=["regex:" + "a" * 5000])
+    with pytest.raises(InputError, match="this run reads ipo"):
+        begun(Path("ipo"), overwrite=True, loss=["ipo"], model="ipo")
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "metrics.jsonl", "run.json"])
+@pytest.mark.parametrize("how", [{}, {"overwrite": True}, {"resume": True}])
+def test_a_file_that_no_script_wrote_is_never_replaced(tmp_path, name, how):
+    (tmp_path / name).write_text("theirs")
+    with pytest.raises(InputError, match="holds files that no run"):
+        begun(tmp_path, **how)
+    assert (tmp_path / name).read_text() == "theirs"
