@@ -1,13 +1,13 @@
 """DPO and its family: make the chosen answer likelier than the rejected one, relative to a
 reference.
 
-    c = log pi(y_chosen | x) - log ref(y_chosen | x), over its tokens; r likewise for the rejected
+    c = log pi(y_chosen | x) - log ref(y_chosen | x), over its tokens; r: the same of y_rejected
     loss = - sum_p log sigmoid(beta (c_p - r_p)) / P     P: pairs of the step (2305.18290 eq. 7)
 
---loss takes one of the family, or several to add up; nanopost/preference.py has the formulas:
-sigmoid, sigmoid_norm, ipo, hinge, robust, exo, discopop, nca, sppo, apo_zero, apo_down, and without
-a reference simpo, cpo, orpo, sft. train_kto.py has the losses that couple the pairs of a step,
-train_online_dpo.py samples its pairs from the policy.
+--loss takes one loss of the family, or several to sum; nanopost/preference.py has the formulas:
+sigmoid, sigmoid_norm, ipo, hinge, robust, exo, discopop, nca, sppo, apo_zero, apo_down, and the
+reference-free simpo, cpo, orpo and sft. train_kto.py has the losses that couple the pairs of a
+step; train_online_dpo.py samples its pairs from the policy.
 
     python train_dpo.py --model out/sft --data pairs.jsonl
     torchrun --nproc_per_node 8 train_dpo.py --model out/sft --data pairs.jsonl --beta 0.05
@@ -63,8 +63,8 @@ if args.divergence != "reverse_kl":
 
 
 def loss_of(pairs_P, nll_tokens):
-    """The loss of each pair, the weighted sum of --loss -> loss_P. A loss is a function in
-    preference.py; the names of its parameters say which columns of the pairs it gets."""
+    """The weighted sum of the --loss terms of each pair -> loss_P. A loss is a function in
+    preference.py; its parameter names say which columns of the pairs it gets."""
     return preference.weighted(
         loss_functions,
         loss_weights,
@@ -76,7 +76,7 @@ def loss_of(pairs_P, nll_tokens):
     )
 
 
-loss_of(preference.no_pairs(), nll_tokens=1.0)  # a flag that a loss refuses is refused at once
+loss_of(preference.no_pairs(), nll_tokens=1.0)  # fail now if a loss rejects a flag
 
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
@@ -99,7 +99,7 @@ def encode(given):
     dropped)."""
     encoded = [tokenizer.pair(row) for row in given]
     pairs_P, counts = pairs.fit_to(encoded, max_length, args.overlong)
-    # ORPO's nll is of the prompt too: its tokens become targets, of weight 0 in the answer's logp
+    # ORPO's nll covers the prompt too: its tokens become targets, of weight 0 in the answer's logp
     pairs.add_columns(pairs_P, train_prompt="orpo" in args.loss)
     reference.add_no_reference(pairs_P)
     return pairs_P, counts
@@ -150,7 +150,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
-# Every rank runs every line, on its share of the data; run alone asks which rank it is.
+# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -162,11 +162,11 @@ for step in range(state["step"] + 1, args.steps + 1):
     if reference_model is not None:
         reference.add_reference(step_pairs, reference_model, args.tokens, world.device)
     chosen_targets = sum(chosen.num_targets for chosen, _ in step_pairs)
-    nll_tokens = dist.all_sum(chosen_targets) / args.rows  # makes an nll one per token of the step
+    nll_tokens = dist.all_sum(chosen_targets) / args.rows  # scales nll to per token of the step
 
     # ---- update
     meter = dist.Meter()
-    # As many micro-batches on every rank, padded with dummies: each pass is a collective.
+    # Ranks run equally many micro-batches, padded with dummies: each pass is a collective.
     for batch in batches(step_pairs, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
         sequences = {

@@ -1,12 +1,12 @@
-"""GRPO: sample a group of answers to each prompt, reward them, make the better ones likelier.
+"""GRPO: sample a group of answers per prompt, reward them, and make the better ones likelier.
 
     A_i  = (R_i - mean(R)) / (std(R) + 1e-4)                over the group, 2402.03300 eq. 3
     r_t  = pi(y_t | x, y_<t) / pi_old(y_t | x, y_<t)
     loss = - sum_i sum_t w_it min(r_t A_i, clip(r_t, 1 - low, 1 + high) A_i) / D
            + beta sum_i sum_t w_it KL_it / D
 
---adv: group as above; mean without the std; loo against the mean of the others; batch with the std
-of the batch. --agg sets the weight w and the divisor D, which counts the whole optimizer step, over
+--adv: group as above; mean without the std; loo minus the mean of the others; batch with the std of
+the batch. --agg sets the weight w and the divisor D, which counts the whole optimizer step, over
 all ranks:
 
     token         w = 1        D = trained tokens
@@ -26,7 +26,7 @@ Related methods, as flags:
     SAPO      2511.20347    --loss sapo --agg sequence
 
 Unlike the GRPO paper: no KL by default, token-level averaging, old log-probs from the engine. More
-of the family is in forks/: two-sided clip, overlong masking, top-entropy tokens, GDPO, KL in the
+variants are in forks/: two-sided clip, overlong masking, top-entropy tokens, GDPO, KL in the
 reward.
 
     bash runs/toy.sh                                      # on a laptop, four minutes
@@ -79,7 +79,7 @@ add(
     "--ratio",
     default="token",
     choices=["token", "sequence", "sequence_sum"],
-    help="level of pi / pi_old",
+    help="level of the ratio pi / pi_old",
 )
 add("--loss", default="clip", choices=["clip", "cispo", "sapo"])
 add("--clip", type=at_least(0.0), nargs=2, default=[0.2, 0.2], metavar=("LOW", "HIGH"))
@@ -106,7 +106,7 @@ add("--correct_cap", type=at_least(0.0), default=3.0, help="maximum importance w
 add(
     "--max_logp_gap",
     type=at_least(0.0),
-    help="stop at a larger mean gap engine / trainer; default 1e-3, bf16 0.1",
+    help="stop if engine and trainer log-probs differ more on average; default 1e-3, bf16 0.1",
 )
 args = parser.parse_args()
 
@@ -164,7 +164,7 @@ if args.correct != "none":
 
 
 def rollout(rows_P, serials, n, sampling):
-    """n completions of each prompt -> (rollouts [P][n], float64 reward_FPG, NaN: not rewarded)."""
+    """n completions per prompt -> (rollouts [P][n], float64 reward_FPG, NaN where not rewarded)."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
     return groups, rewards.score(reward_functions, tokenizer.decode, rows_P, groups)
@@ -173,9 +173,9 @@ def rollout(rows_P, serials, n, sampling):
 def rollout_batch(consumed):
     """One group per prompt, of --prompts prompts after the first `consumed`, over all ranks.
 
-    With --resample, groups whose rewards are all equal are dropped, and others drawn for them, for
-    so many rounds (dynamic sampling, 2503.14476). There may be a few groups more, since each rank
-    draws as many, or fewer when the rounds run out; a rank may end with none.
+    With --resample, groups whose rewards are all equal are dropped and new ones drawn in their
+    place, for up to that many rounds (dynamic sampling, 2503.14476). Every rank draws the same
+    number, so there may be a few extra groups; or too few, if rounds run out. A rank may end empty.
     -> (groups, reward_FPG, prompts drawn over all ranks, this rank's groups of equal rewards)
     """
     groups, rewards_FPG, drawn, equal, missing = [], [], 0, 0, args.prompts
@@ -198,11 +198,11 @@ def rollout_batch(consumed):
 
 def evaluate():
     """Mean rewards on held-out prompts, one completion each: sampled at temperature 1, and greedy.
-    eval/accuracy and eval/greedy are the first --reward's."""
+    eval/accuracy and eval/greedy are those of the first --reward."""
     metrics = {}
     mine = range(len(eval_rows))[world.rank :: world.size]
     rows_P = [eval_rows[i] for i in mine]
-    serials = [2**32 + i for i in mine]  # apart from those of training, so that seeds differ
+    serials = [2**32 + i for i in mine]  # disjoint from training's, so that seeds differ
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
         _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
         others = [f"eval/{name}/{f.name}" for f in reward_functions[1:]]
@@ -211,7 +211,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
-# Every rank runs every line, on its share of the data; run alone asks which rank it is.
+# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not run.resumed:
@@ -224,7 +224,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         run.save(step - 1, model, optimizer, state)
         raise InputError(
             f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group of "
-            f"{args.group} had equal rewards: warm up with train_sft.py, change prompts or "
+            f"{args.group} had equal rewards: warm up with train_sft.py, change --data or "
             "--reward, or raise --group. The weights are saved: --resume continues from them."
         )
     state["consumed"] += drawn
@@ -252,12 +252,12 @@ for step in range(state["step"] + 1, args.steps + 1):
     for k, minibatch in enumerate(packing.minibatches(examples, args.minibatches, args.group)):
         targets, sequences = dist.all_sums(sum(e.num_targets for e in minibatch), len(minibatch))
         divisor = losses.divisor(args.agg, targets, sequences, args.max_new_tokens)
-        # If the policy loss is the only term, a sequence of advantage 0 has no gradient: it counts
-        # in the divisor but needs no forward pass (the entropy metric then leaves it out). The KL
-        # has a gradient there, as may a term of your own: then keep all sequences.
+        # If the policy loss is the only term, a sequence with advantage 0 has no gradient: it
+        # counts in the divisor but needs no forward pass (so the entropy metric skips it). The KL
+        # has a gradient there, and a term of your own may too: then keep all sequences.
         if reference is None:
             minibatch = [e for e in minibatch if e.columns["adv"].any()]
-        # As many micro-batches on every rank, padded with dummies: each pass is a collective.
+        # Ranks run equally many micro-batches, padded with dummies: each pass is a collective.
         for batch in batches(minibatch, args.tokens, world.device):
             logp_N, entropy_N = model(batch, args.temperature)
             log_ratio_N = losses.log_ratio(logp_N, batch["old_logp"], batch.sequences, args.ratio)

@@ -1,4 +1,4 @@
-"""KTO, BCO and AOT: preference losses in which each example depends on all others of the step.
+"""KTO, BCO and AOT: preference losses that couple each example to all others of the step.
 
     kto           rows with a label, good or bad, measured against the KL of the step   2402.01306
     bco           pairs, on either side of the running mean of all rewards              2404.04656
@@ -6,15 +6,14 @@
     aot_unpaired  pairs: sorted log-ratios of chosen answers above those of rejected ones
 
 Such a loss L is not a sum over micro-batches: it is a function of the log-probs l_s of all
-sequences s of the step, on all ranks, which may not fit into memory at once. Two passes compute its
+sequences s of the step, on all ranks, which may not fit in memory at once. Two passes compute its
 exact gradient:
 
-    1  all l_s without gradient, then L, and its slopes g_s = dL / dl_s
-    2  in micro-batches of any size, the gradient of sum_s g_s l_s, with each g_s a constant
+    1  all l_s without gradients, then L and its slopes g_s = dL / dl_s
+    2  in micro-batches of any size, the gradient of sum_s g_s l_s, with each g_s held constant
 
-because dL/dw = sum_s (dL/dl_s) (dl_s/dw). With --sft_weight the nll of each sequence has a slope
-too. Nothing is approximated, and nothing depends on --tokens
-or on the number of ranks.
+because dL/dw = sum_s (dL/dl_s) (dl_s/dw). With --sft_weight, the nll of each sequence has a slope
+too. Nothing is approximated, and nothing depends on --tokens or on the number of ranks.
 
     python train_kto.py --model out/sft --data labelled.jsonl   # {"prompt", "completion", "label"}
     torchrun --nproc_per_node 8 train_kto.py --model out/sft --data pairs.jsonl --loss aot
@@ -34,8 +33,8 @@ from nanopost.run import Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens, P pairs, S sequences: number 2p is the chosen one of pair p, 2p + 1 the
-# rejected one. In KTO, chosen is a row's own completion, rejected the completion of another row
-# after its prompt.
+# rejected one. In KTO, chosen is a row's own completion, and rejected is another row's completion
+# after the same prompt.
 
 # ---------------------------------------------------------------------------------------- arguments
 parser = cli.parser(__doc__, out="out/kto", lr=1e-6)
@@ -56,7 +55,7 @@ add(
     "--sft_weight",
     type=at_least(0.0),
     default=0.0,
-    help="weight of an added SFT loss on chosen answers",
+    help="weight of an extra SFT loss on chosen answers",
 )
 args = parser.parse_args()
 
@@ -172,7 +171,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
-# Every rank runs every line, on its share of the data; run alone asks which rank it is.
+# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -184,7 +183,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if reference_model is not None:
         reference.add_reference(step_pairs, reference_model, args.tokens, world.device)
 
-    # ---- first pass: the loss of the whole step, and its slope in each log-prob
+    # ---- first pass: the loss of the whole step, and its slope with respect to each log-prob
     sequences, mine_S = gather_pairs(model, step_pairs, args.tokens, world.device)
     ratio_S = sequences["logp"] - sequences["ref_logp"]
     state["reward_sum"] += float(args.beta * ratio_S.sum())
@@ -194,7 +193,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     slope_S, nll_slope_S = torch.autograd.grad(loss_P.sum(), leaves, materialize_grads=True)
     slopes = zip(slope_S[mine_S].tolist(), nll_slope_S[mine_S].tolist())
 
-    # ---- second pass: sum_s slope_s logp_s, in micro-batches; sequences without slope are skipped
+    # ---- second pass: sum_s slope_s logp_s, in micro-batches; sequences with slope 0 are skipped
     examples = []
     for e, (slope, nll_slope) in zip((e for pair in step_pairs for e in pair), slopes):
         if slope or nll_slope:

@@ -1,11 +1,11 @@
-"""Online DPO (2402.04792): sample answers, make the best of each group likelier than the worst.
+"""Online DPO (2402.04792): sample answers, and make the best of each group likelier than the worst.
 
     y_best, y_worst = the answers of highest and lowest reward among G samples of a prompt x
     c = log pi(y_best | x) - log ref(y_best | x); r likewise for the worst
     loss = - sum_p log sigmoid(beta (c_p - r_p)) / P     P: pairs of the step
 
---reward scores answers, --judge compares them in pairs (an answer's wins are added to its
-reward). Groups in which all rewards are equal give no pair. --loss names another loss of
+--reward scores answers; --judge compares them in pairs, and an answer's wins are added to its
+reward. Groups in which all rewards are equal give no pair. --loss selects another loss of
 train_dpo.py.
 
     python train_online_dpo.py --model out/sft --data prompts.jsonl --reward model:out/rm
@@ -50,7 +50,7 @@ add("--steps", type=at_least(1), default=120, help="optimizer steps")
 add("--prompts", type=at_least(1), default=64, help="prompts per step, over all ranks")
 add("--group", type=at_least(2), default=4, help="samples per prompt")
 add("--judge", metavar="file.py:f", help="f(prompts, pairs of texts) -> 0, 1 or None for each pair")
-add("--eos_penalty", type=at_least(0.0), default=1.0, help="penalty of an answer without an end")
+add("--eos_penalty", type=at_least(0.0), default=1.0, help="penalty for an unfinished answer")
 add("--loss", nargs="+", default=["sigmoid"], choices=preference.LOSSES, metavar="LOSS")
 add("--loss_weights", type=float, nargs="+", help="one per --loss; default: all 1")
 add("--beta", type=above(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
@@ -151,7 +151,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
-# Every rank runs every line, on its share of the data; run alone asks which rank it is.
+# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not run.resumed:
     run.log(0, evaluate())

@@ -1,4 +1,4 @@
-"""PPO with a learned value function: each token is credited with how it changed the value.
+"""PPO with a learned value function: each token is credited with the change in value it causes.
 
     r_t     = - beta KL_t, plus the score of the answer at its last sampled token
     delta_t = r_t + gamma V_t+1 - V_t
@@ -9,15 +9,15 @@
 
 n: sampled tokens of the minibatch, over all ranks (1707.06347 eq. 7; low and high: --clip, c:
 --value_clip). V_t is the value of the state before token t. The value model starts from the reward
-model (--reward model:FOLDER), else from the policy; --value_model head is a linear head on the
-policy.
+model (--reward model:FOLDER), else from the policy; with --value_model head it is a linear head on
+the policy.
 
-Of the details of RLHF's PPO (2403.17031) these are here: score on the last sampled token, penalty
-for answers that do not end, KL in the reward, rewards whitened without shifting their mean,
+Of the details of RLHF's PPO (2403.17031), it has: score on the last sampled token, penalty for
+answers that do not end, KL in the reward, rewards whitened without shifting their mean,
 advantages whitened over all ranks, temperature in the trainer's log-probs, value clipping, epochs
-of shuffled minibatches, a learning rate that decays to 0. Not done: scores normalised over
+of shuffled minibatches, a learning rate that decays to 0. It lacks: scores normalised over
 demonstrations (use --score_scale), Adam's eps of 1e-5, sampling past the end (nothing is padded),
-dropout (there is none). In forks/: adaptive KL, early stop by KL, KL in the loss.
+dropout (there is none). In forks/: adaptive KL, early stopping on KL, KL in the loss.
 
     python train_ppo.py --model out/sft --data prompts.jsonl --reward gsm8k
     torchrun --nproc_per_node 8 train_ppo.py --model out/sft --data prompts.jsonl \\
@@ -64,7 +64,7 @@ add("--minibatches", type=at_least(1), default=2, help="optimizer steps per pass
 add(
     "--value_model",
     metavar="FOLDER",
-    help="where the value model starts, or head; default: the reward model, else --model",
+    help="initial value model, or head; default: the reward model, else --model",
 )
 add("--value_lr", type=at_least(0.0), help="peak learning rate of the value model; default: --lr")
 add(
@@ -104,7 +104,7 @@ add(
 add(
     "--max_logp_gap",
     type=at_least(0.0),
-    help="stop at a larger mean gap engine / trainer; default 1e-3, bf16 0.1",
+    help="stop if engine and trainer log-probs differ more on average; default 1e-3, bf16 0.1",
 )
 args = parser.parse_args()
 
@@ -126,8 +126,8 @@ value_folder = None
 if args.value_model != "head":
     value_folder = args.value_model
     tokenizer.check_same(value_folder, "--value_model ")
-# The exported value model is scored at the last token that is not padding: where answers end with
-# the padding token, no token may count as padding.
+# transformers reads the exported value model at the last non-padding token: if answers end with the
+# padding token, no token may count as padding.
 pad_id = None if tokenizer.pad_id in tokenizer.stop_ids else tokenizer.pad_id
 model = hf.load_actor_critic(args.model, value_folder, world.device, shard, pad_id)
 reference = None
@@ -162,7 +162,7 @@ kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.
 
 
 def rollout(rows_P, serials, n, sampling):
-    """n completions of each prompt -> (rollouts [P][n], float64 reward_FPG, NaN: not rewarded)."""
+    """n completions per prompt -> (rollouts [P][n], float64 reward_FPG, NaN where not rewarded)."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
     return groups, rewards.score(reward_functions, tokenizer.decode, rows_P, groups)
@@ -170,11 +170,11 @@ def rollout(rows_P, serials, n, sampling):
 
 def evaluate():
     """Mean rewards on held-out prompts, one completion each: sampled at temperature 1, and greedy.
-    eval/accuracy and eval/greedy are the first --reward's."""
+    eval/accuracy and eval/greedy are those of the first --reward."""
     metrics = {}
     mine = range(len(eval_rows))[world.rank :: world.size]
     rows_P = [eval_rows[i] for i in mine]
-    serials = [2**32 + i for i in mine]  # apart from those of training, so that seeds differ
+    serials = [2**32 + i for i in mine]  # disjoint from training's, so that seeds differ
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
         _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
         others = [f"eval/{name}/{f.name}" for f in reward_functions[1:]]
@@ -183,7 +183,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
-# Every rank runs every line, on its share of the data; run alone asks which rank it is.
+# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
 engine.sync_weights(dist.full_weights(model, "policy."), state["step"])
 if not run.resumed:
@@ -212,7 +212,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if reference is not None:
         add_logprobs(examples, "ref_logp", reference, args.tokens, args.temperature, world.device)
     add_values(examples, model, args.tokens, world.device)
-    # float64, zeros after a row's last sampled token: what follows needs no mask but for statistics
+    # float64, zero after a row's last sampled token: below, only statistics need a mask
     old_BT, value_BT = padded(examples, "old_logp"), padded(examples, "value")
     ref_BT = old_BT if reference is None else padded(examples, "ref_logp")
     length_B = torch.tensor([r.length for r in rollouts])
@@ -233,7 +233,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     _, monte_carlo_BT = advantages.gae(reward_BT, value_BT, args.gamma, lam=1.0)
 
     # ---- update: one optimizer step per minibatch of shuffled prompts
-    # During value warm-up only the value model learns, or only the head on the policy.
+    # During value warm-up, only the value model (or the value head on the policy) learns.
     model.policy.requires_grad_(step > args.value_warmup)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
@@ -244,7 +244,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     )
     for k, minibatch in enumerate(minibatches):
         targets = dist.all_sum(sum(e.num_targets for e in minibatch))
-        # As many micro-batches on every rank, padded with dummies: each pass is a collective.
+        # Ranks run equally many micro-batches, padded with dummies: each pass is a collective.
         for batch in batches(minibatch, args.tokens, world.device):
             logp_N, entropy_N, value_N = model(batch, args.temperature)
             log_ratio_N = losses.log_ratio(logp_N, batch["old_logp"], batch.sequences, "token")
@@ -285,7 +285,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         "objective/rlhf_reward": (kl_reward_B + score_B).sum(),
     }
     if reference is not None:
-        objective["objective/kl"] = (old_BT - ref_BT).sum()  # k1, whatever --kl
+        objective["objective/kl"] = (old_BT - ref_BT).sum()  # k1, whatever --kl is
     meter.add(len(rollouts), **objective)
     sampled, ended = dist.all_sums(length_B.sum(), (~unended_B).sum())
     state["num_tokens"] += sampled
@@ -320,7 +320,7 @@ for step in range(state["step"] + 1, args.steps + 1):
 
 # --------------------------------------------------------------------------------------------- save
 files = tokenizer_files(args.model, tokenizer)
-if value_folder:  # a head on the policy is of no use without it, and not exported
+if value_folder:  # a head is useless without its policy, so it is not exported
     run.export(dist.full_weights(model, "value."), model.value.config, files, part="value")
 run.export(dist.full_weights(model, "policy."), model.config, files)
 run.finish()

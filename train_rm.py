@@ -1,11 +1,11 @@
-"""Reward modelling: score an answer, higher if people prefer it (Bradley-Terry).
+"""Reward modelling: learn a score that is higher for the preferred answer (Bradley-Terry).
 
     loss = - sum_p log sigmoid(r(x, y_chosen) - r(x, y_rejected) - margin_p) / P
            + centre sum_p (r(x, y_chosen) + r(x, y_rejected))^2 / P            P: pairs of the step
 
-r is a linear head on the last token of a packed sequence. --centre keeps scores around 0
-(2312.09244); a column "margin" says how much better the chosen answer is (2307.09288). The folder
-written is a transformers ...ForSequenceClassification with one label.
+r is a linear head on the last token of a packed sequence. --centre keeps scores near 0
+(2312.09244); a column "margin" says how much better the chosen answer is (2307.09288). The output
+folder is a transformers ...ForSequenceClassification with one label.
 
     python train_rm.py --model out/sft --data pairs.jsonl
     torchrun --nproc_per_node 8 train_rm.py --model out/sft --data pairs.jsonl --epochs 1
@@ -31,14 +31,14 @@ from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_fi
 parser = cli.parser(__doc__, out="out/rm", lr=1e-5, weight_decay=0.01)
 cli.add_pair_flags(parser)
 add = parser.add_argument
-add("--centre", type=at_least(0.0), default=0.0, help="weight of a pair's squared sum of scores")
+add("--centre", type=at_least(0.0), default=0.0, help="weight of a pair's squared score sum")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
 world = dist.init(args.device, args.dtype, args.seed)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-# transformers scores the last token that is not padding: where answers end with the padding token,
-# no token may count as padding.
+# transformers scores the last non-padding token: if answers end with the padding token, no token
+# may count as padding.
 pad_id = None if tokenizer.pad_id in tokenizer.stop_ids else tokenizer.pad_id
 model = hf.load_scalar_model(
     args.model, world.device, shard=cli.shard(args, world), new_head=True, pad_id=pad_id
@@ -79,7 +79,7 @@ run.say(f"each step takes {args.rows} of the {per_epoch:,} pairs of an epoch")
 
 
 def forward(batch):
-    """Scores and losses of a micro-batch of pairs -> (score_S, loss_P); no pairs: losses are 0."""
+    """Scores and losses of a micro-batch of pairs -> (score_S, loss_P); a dummy has losses of 0."""
     score_S = model(batch)[batch.last_S]
     loss_P = preference.reward_model_loss(score_S, batch["margin"][0::2], args.centre)
     return score_S, loss_P * (not batch.dummy)
@@ -110,7 +110,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
-# Every rank runs every line, on its share of the data; run alone asks which rank it is.
+# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):

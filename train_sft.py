@@ -3,8 +3,8 @@
     loss = - sum_t log p(y_t | x, y_<t) / T     T: trained tokens of the step, over all ranks
 
 --loss dft weighs each token by its own probability, held constant (2508.05629). Rows are rendered
-and encoded once and packed without padding; no document sees another. --train_on says which of
-their tokens are targets.
+and encoded once and packed without padding; no document attends to another. --train_on selects
+which of their tokens are targets.
 
     python train_sft.py --model Qwen2.5-0.5B --data chats.jsonl --chat_template chatml.jinja
     torchrun --nproc_per_node 8 train_sft.py --model Qwen2.5-1.5B --data chats.jsonl --epochs 2
@@ -44,7 +44,7 @@ add(
 add(
     "--max_length",
     type=at_least(2),
-    help="maximum tokens per row; default: --tokens or the model's",
+    help="maximum tokens per row; default: --tokens or the model's limit, if lower",
 )
 add(
     "--overlong",
@@ -87,13 +87,13 @@ run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eva
 filled = packing.fill_rate(lengths, packing.pack(lengths, args.tokens), args.tokens)
 run.say(
     f"each step takes {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, "
-    f"{args.tokens}-token bins would be filled to {filled:.1%}"
+    f"{args.tokens}-token bins are {filled:.1%} full"
 )
 
 
 @torch.no_grad()
 def evaluate():
-    """Mean loss and entropy of the trained tokens of held-out rows."""
+    """Mean loss and entropy over the trained tokens of held-out rows."""
     meter = dist.Meter()
     for batch in batches(eval_examples[world.rank :: world.size], args.tokens, world.device):
         logp_N, entropy_N = model(batch)
@@ -104,7 +104,7 @@ def evaluate():
 
 
 # --------------------------------------------------------------------------------------------- loop
-# Every rank runs every line, on its share of the data; run alone asks which rank it is.
+# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 loss_of = {"nll": losses.sft_nll, "dft": losses.sft_dft}[args.loss]
 if not run.resumed:
     run.log(0, evaluate())

@@ -219,7 +219,7 @@ def held_out(runs: Path, model: Path, sft: Path, seed: int) -> dict[str, float]:
     for name, question in asked.items():
         log = Path(f"{model}.eval.log")
         run(["-m", "nanopost.eval", *shared, *question], log)
-        # accuracy exact         0.3130   95 % interval   0.2822 to   0.3456   821 rows
+        # accuracy exact         0.3130   95% interval   0.2822 to   0.3456   821 rows
         found[name] = float(
             re.search(r"^(?:accuracy|kl) .*?(-?\d+\.\d+)", log.read_text(), re.M)[1]
         )

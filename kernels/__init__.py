@@ -1,1 +1,1 @@
-"""Triton kernels, each beside its autograd function and a torch reference."""
+"""Triton kernels, each with its autograd function and a torch reference."""

@@ -19,15 +19,15 @@ M = max_j m_j and w_j = e^(m_j - M),
 No locks and no atomics: the order of every sum is fixed. Because s is centred on its own maximum, a
 peaked distribution keeps its entropy.
 
-Backward, with upstream gradients g of logp and h of entropy, chunk by chunk of the vocabulary: the
-logits again, then
+Backward, with upstream gradients g of logp and h of entropy, by chunks of the vocabulary: recompute
+the logits, then
 
     dz_v = (g (1[v = y] - p_v) - h p_v (z_v - lse + entropy)) / temperature
     dX  += dz W_c
     dW_c = dz^T X
 
-Chunks of the vocabulary and not of tokens: each row of dW is then written once. A frozen head needs
-no dW.
+Chunks are of the vocabulary, not of tokens: each row of dW is then written once. A frozen head
+needs no dW.
 
 Where memory allows, the forward pass stores e^(z-m) in bf16, and the backward pass takes
 p = e^(z-m) e^(m-lse) from there: three matmuls instead of four, for 2 M V bytes. bf16 rounds p by
@@ -63,7 +63,7 @@ def _logits(
     BLOCK_D: tl.constexpr,
     IEEE: tl.constexpr,
 ):
-    """The fp32 tile of z from token m0 and vocabulary entry v0 on; what lies outside reads as 0."""
+    """The fp32 tile of z from token m0 and vocabulary entry v0 on; anything outside reads as 0."""
     z = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     for d in range(0, D, BLOCK_D):
         h, w = hidden.load([m0, d]), weight.load([v0, d])
@@ -156,7 +156,7 @@ def _gradient_kernel(
     BLOCK_D: tl.constexpr,
     IEEE: tl.constexpr,
 ):
-    """dz from the logits, computed again, for the V vocabulary entries that `weight` holds."""
+    """dz from recomputed logits, for the V vocabulary entries that `weight` holds."""
     m0, j = _tile(M, V, BLOCK_M, BLOCK_V)
     z = _logits(
         hidden, weight, m0, j * BLOCK_V, D, inverse_temperature, BLOCK_M, BLOCK_V, BLOCK_D, IEEE
@@ -211,7 +211,7 @@ def _restore_kernel(
     m = tl.load(m_ptr + (first // BLOCK_V + j).to(tl.int64) * M + row, mask=real, other=0.0)
     lse = tl.load(lse_ptr + row, mask=real, other=0.0)
     target = tl.load(target_ptr + row, mask=real, other=-1)
-    # Finite; 1e-38 is no normal fp32 number and would make all of it fp64.
+    # Finite; 1e-38 is not a normal fp32 number and would make all of it fp64.
     log_p = tl.log(tl.maximum(e, 2e-38)) + (m - lse)[:, None]
     _store_dz(
         log_p,
@@ -249,7 +249,7 @@ def logprob_triton(
 
 
 def _spread(x_M, keep_M, num_tokens):
-    """The values of the rows with a target, at their places among zeros -> [N, ...]."""
+    """Put the rows with a target back in their places among zeros -> [N, ...]."""
     return x_M.new_zeros(num_tokens, *x_M.shape[1:]).index_copy_(0, keep_M, x_M)
 
 
@@ -416,7 +416,7 @@ def _gradient(
 
 
 def _descriptor(x, rows, columns):
-    """What TMA reads tiles with. Rows must be multiples of 16 bytes: zeros fill them up."""
+    """A TMA descriptor of tiles. Rows must be multiples of 16 bytes: they are padded with zeros."""
     missing = -x.shape[1] % (16 // x.element_size())
     if missing:
         x = F.pad(x, (0, missing))
@@ -424,7 +424,7 @@ def _descriptor(x, rows, columns):
 
 
 def logprob_reference(hidden_ND, weight_VD, target_N, temperature: float = 1.0):
-    """The same from all logits in float64, for tests."""
+    """The same from the full logits in float64, for tests."""
     log_p_NV = (hidden_ND.double() @ weight_VD.double().T / temperature).log_softmax(-1)
     keep_N = target_N >= 0
     logp_N = log_p_NV.gather(1, target_N.clamp(min=0)[:, None])[:, 0]

@@ -2,5 +2,4 @@
 
 
 class InputError(ValueError):
-    """Something a person gave is wrong. The message is one sentence: what, the numbers, the way
-    out."""
+    """A user's mistake. The message is one sentence: what is wrong, the numbers, the fix."""

@@ -9,9 +9,9 @@ from nanopost import InputError, dist
 
 
 # ---------------------------------------------------------------------------------- group baselines
-# How much better a sample is than the others of its prompt: reward_PG -> adv_PG.
+# How much better a sample is than the others of its group: reward_PG -> adv_PG.
 def group(reward_PG):
-    """(R - mean) / (std + 1e-4), both of the group, std with n - 1: GRPO 2402.03300."""
+    """(R - mean) / (std + 1e-4), both over the group, std with n - 1: GRPO 2402.03300."""
     return centred(reward_PG) / (reward_PG.std(1, keepdim=True) + 1e-4)
 
 
@@ -48,7 +48,7 @@ def gae(reward_BT, value_BT, gamma: float, lam: float):
 
         delta_t = r_t + gamma V_t+1 - V_t         adv_t = delta_t + gamma lam adv_t+1
 
-    A row holds sampled tokens alone, then zeros: the state after the last token is worth 0, as is
+    A row holds only sampled tokens, then zeros: the state after the last token is worth 0, as is
     every padded one, so padding changes nothing. lam 1 gives Monte-Carlo returns, lam 0 one-step
     targets.
     """
@@ -64,7 +64,7 @@ def gae(reward_BT, value_BT, gamma: float, lam: float):
 
 def whiten(x_BT, mask_BT, shift_mean: bool = True):
     """(x - mean) / std, both over the masked tokens of all ranks; without shift_mean the mean is
-    added again -> x_BT, not masked. A collective."""
+    added back -> x_BT, not masked. A collective."""
     mean, std = dist.mean_and_std(x_BT[mask_BT])
     whitened_BT = (x_BT - mean) / (std + 1e-8)
     if shift_mean:
@@ -73,8 +73,8 @@ def whiten(x_BT, mask_BT, shift_mean: bool = True):
 
 
 def running_std(sums: tuple, score_B) -> tuple[tuple, float]:
-    """Add the scores of all ranks to (count, sum, sum of squares) -> (the new sums, their standard
-    deviation with n; 1 where scores so far are all equal, which have no scale). A collective."""
+    """Add the scores of all ranks to (count, sum, sum of squares) -> (the new sums, the std with n
+    of all scores so far; 1 if these are all equal, since they have no scale). A collective."""
     new = dist.all_sums(len(score_B), score_B.sum(), score_B.square().sum())
     count, total, squares = sums = tuple(a + b for a, b in zip(sums, new))
     mean = total / count
@@ -85,8 +85,8 @@ def running_std(sums: tuple, score_B) -> tuple[tuple, float]:
 
 
 def explained_variance(ret_BT, value_BT, mask_BT) -> float:
-    """1 - Var(return - value) / Var(return) over the tokens of all ranks; 0 where returns are
-    equal. A collective."""
+    """1 - Var(return - value) / Var(return) over the tokens of all ranks; 0 if all returns
+    are equal. A collective."""
     _, spread = dist.mean_and_std(ret_BT[mask_BT])
     _, left = dist.mean_and_std((ret_BT - value_BT)[mask_BT])
     if spread <= 1e-6:

@@ -4,8 +4,8 @@ Shapes: N packed tokens, S documents, B rows of a cache, T positions of a cache,
 G key/value heads, K width of a head; documents stacked for attention: L length, M tokens with
 padding.
 
-Packed tokens of several documents lie in one stream, cut by `cu_seqlens` [S+1]; no query sees a key
-of another document. On CUDA in bf16 or fp16 this is one `varlen_attn` kernel. Elsewhere documents
+Packed tokens of several documents lie in one stream, cut by `cu_seqlens` [S+1]; no query attends to
+another document. On CUDA in bf16 or fp16 this is one `varlen_attn` kernel. Elsewhere documents
 of similar length are stacked and padded on the right: under a causal mask no real query sees the
 padding, so the result is exact, and a batch of five hundred short documents costs a few calls
 instead of five hundred.
@@ -31,8 +31,8 @@ class Packing:
     def stacks(self):
         """Documents grouped by similar length -> (shapes [(rows, L)], index_M, inverse_N).
 
-        x_N[index_M] is the stacks end to end, and stacked_M[inverse_N] the stream again. Both are
-        None where the stacks lie as the stream does: one document, or documents of one length.
+        x_N[index_M] lays the stacks end to end, and stacked_M[inverse_N] restores the stream. Both
+        are None if the stacks already are the stream: one document, or documents of equal length.
         """
         if self.stacked is None:
             self.stacked = self._stacks()
@@ -44,7 +44,7 @@ class Packing:
         lengths = length_S.tolist()
         shapes, index, first = [], [], 0
         for i in range(1, len(lengths) + 1):
-            # A document joins a stack if padding adds less than a sixteenth to its length.
+            # A document joins a stack if padding adds at most a sixteenth to its length.
             if i < len(lengths) and lengths[i] * 17 >= lengths[first] * 16:
                 continue
             offset_L = torch.arange(lengths[first])
@@ -110,7 +110,7 @@ def _stacked(q_NHK, k_NGK, v_NGK, packing, window):
 
 
 def _band(length, window, device):
-    """The mask of a causal window, or None where the window cuts nothing."""
+    """The mask of a causal window, or None if the window cuts nothing."""
     if window is None or length <= window:
         return None
     at_L = torch.arange(length, device=device)
@@ -121,14 +121,14 @@ def _band(length, window, device):
 def cached_attention(q_BHK, k_BGTK, v_BGTK, length_B, window: int | None = None):
     """One query per row over that row's cache -> [B, H, K].
 
-    length_B: keys in use, that of the query included.
+    length_B: keys in use, including the query's.
     """
     rows, groups, longest, width = k_BGTK.shape
     at_T = torch.arange(longest, device=q_BHK.device)
     seen_BT = at_T < length_B[:, None]
     if window is not None:
         seen_BT &= at_T >= length_B[:, None] - window
-    # The R query heads of a key head take the place of query positions: no key is repeated.
+    # The R query heads of a key head stand in for query positions, so no key is repeated.
     q_BGRK = q_BHK.view(rows, groups, -1, width)
     out_BGRK = F.scaled_dot_product_attention(
         q_BGRK, k_BGTK, v_BGTK, attn_mask=seen_BT[:, None, None]
@@ -161,14 +161,14 @@ class Cache:
         self.longest = max_seqlen
 
     def append(self, layer, k_BGK, v_BGK):
-        """Write one token per row after those in use -> the part of the cache that any row uses."""
+        """Write one token per row after those in use -> the part of the cache that is in use."""
         row_B = torch.arange(len(k_BGK), device=k_BGK.device)
         self.k[layer][row_B, :, self.length_B] = k_BGK
         self.v[layer][row_B, :, self.length_B] = v_BGK
         return self.k[layer][:, :, : self.longest], self.v[layer][:, :, : self.longest]
 
     def keep(self, row_A):
-        """Keep these rows only; the memory of the others is freed."""
+        """Keep only these rows; the memory of the others is freed."""
         self.k = [k.index_select(0, row_A) for k in self.k]
         self.v = [v.index_select(0, row_A) for v in self.v]
         self.length_B = self.length_B[row_A]

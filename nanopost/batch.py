@@ -32,7 +32,7 @@ class Example:
         if not len(self.ids) == len(self.mask) > 0:
             raise InputError(
                 f"an example has {len(self.ids)} tokens and a mask of {len(self.mask)}: give it at "
-                "least one token, and a mask as long."
+                "least one token, and a mask of the same length."
             )
 
     def __len__(self):
@@ -44,11 +44,11 @@ class Example:
 
     @property
     def num_targets(self) -> int:
-        """Trained tokens that something predicts: the first token of a sequence is no target."""
+        """Trained tokens that something predicts: the first token of a sequence is not a target."""
         return int(self.mask[1:].sum())
 
     def ended(self) -> "Example":
-        """Without what follows the last trained token (a template's newline), as rollouts end."""
+        """Cut after the last trained token (dropping a template's newline), where rollouts end."""
         return self[: len(self) - self.mask[::-1].argmax()]
 
 
@@ -84,7 +84,7 @@ class Batch:
     max_seqlen: int
     columns: dict[str, torch.Tensor]  # float32 [N] (shifted like the targets) or [S]
     num_targets: int = 0
-    dummy: bool = False  # stands in for no sequences: every column is 0
+    dummy: bool = False  # stands in for an empty batch: every column is 0
 
     @property
     def num_sequences(self) -> int:
@@ -92,7 +92,7 @@ class Batch:
 
     @property
     def num_examples(self) -> int:
-        """Sequences that are examples: 0 in a dummy."""
+        """Sequences that are examples: 0 for a dummy."""
         return 0 if self.dummy else self.num_sequences
 
     @cached_property
@@ -104,7 +104,7 @@ class Batch:
 
     @property
     def last_S(self) -> torch.Tensor:
-        """int64: where the last token of each sequence stands."""
+        """int64: the index of each sequence's last token."""
         return self.cu_seqlens[1:].long() - 1
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -113,14 +113,13 @@ class Batch:
         return self.columns[name]
 
     def split(self, x_N: torch.Tensor) -> list[np.ndarray]:
-        """A number for each target, given back to the token itself -> an array for each sequence,
-        aligned with its ids; the first token, which is no target, gets 0 if masked targets have
-        0."""
+        """Move each target's number back to the token itself -> an array for each sequence, aligned
+        with its ids. The first token is not a target: it gets 0 if masked targets have 0."""
         shifted_back_N = x_N.roll(1).cpu().numpy()
         return np.split(shifted_back_N, self.cu_seqlens[1:-1].tolist())
 
     def to(self, device) -> "Batch":
-        """The same batch there; copies overlap with computation where memory is pinned."""
+        """The same batch on a device; copies overlap with computation if memory is pinned."""
         names = ("token_N", "position_N", "target_N", "mask_N", "cu_seqlens")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         columns = {k: v.to(device, non_blocking=True) for k, v in self.columns.items()}
@@ -130,10 +129,10 @@ class Batch:
 def batch_of(examples: list[Example], device="cpu") -> Batch:
     """Lay examples end to end and shift targets, mask and per-token columns.
 
-    No examples give a dummy without a target: a rank that has run out of data runs it through the
-    same forward and backward passes, and the collectives in them, as the others. It is two
-    sequences of one token: N equals S, so a column of zeros fits either way. InputError if columns
-    differ between examples, or in length from their tokens.
+    Without examples it is a dummy, which has no targets: a rank that has run out of data runs it
+    through the same forward and backward passes, and so the same collectives, as the other ranks.
+    The dummy is two sequences of one token, so N equals S and a column of zeros fits either way.
+    InputError if columns differ between examples, or in length from their tokens.
     """
     dummy = not examples
     examples = examples or [Example([0], [False])] * 2
@@ -169,7 +168,7 @@ def _columns(examples, length_S, end_S):
     names, columns = examples[0].columns.keys(), {}
     if other := next((e for e in examples if e.columns.keys() != names), None):
         raise InputError(
-            f"examples of one batch have the columns {', '.join(names) or 'none'} and "
+            f"examples in one batch have the columns {', '.join(names) or 'none'} and "
             f"{', '.join(other.columns) or 'none'}: give all of them the same."
         )
     for name in names:
@@ -186,7 +185,7 @@ def _columns(examples, length_S, end_S):
 
 
 def _shift(value_N, end_S):
-    """At each token what belongs to the next one; 0 or False at the last of each sequence."""
+    """Give each token the value of the next one; 0 or False at the end of each sequence."""
     shifted_N = np.roll(value_N, -1)
     shifted_N[end_S - 1] = 0
     return shifted_N

@@ -1,8 +1,8 @@
-"""Checkpoints of a run: it can be killed at any instant, and resumes from the newest one.
+"""Checkpoints of a run, which can be killed at any moment and resumes from the newest one.
 
 OUT/checkpoints/step-000120/ holds weights and optimizer state (torch.distributed.checkpoint: any
 number of processes can load them), the random state of each rank, and state.json. The folder is
-written under another name and renamed when it is complete.
+written under a temporary name and renamed once it is complete.
 """
 
 import json
@@ -43,7 +43,7 @@ def save(out, step: int, model, optimizer, state: dict, **others):
     except dcp.api.CheckpointException as error:
         raise InputError(
             f"{unfinished} cannot be written ({_cause(error)}); the previous checkpoint is intact: "
-            "make room, then --resume."
+            "free some disk space, then --resume."
         ) from error
     torch.save(_random_state(), unfinished / f"random-{dist.get_rank()}.pt")
     dist.barrier()
@@ -69,7 +69,7 @@ def load(path: Path, model, optimizer, **others) -> dict:
     """Fill the models and the optimizer, restore the random state -> the content of state.json.
 
     A collective. The optimizer keeps its hyperparameters; a parameter that had no state when saved
-    has none after loading. The random state is restored only on as many ranks as saved it.
+    has none after loading. The random state is restored only if the number of ranks is the same.
     """
     state = read_json(path / "state.json")
     tensors = _weights(model=model, **others)
@@ -82,7 +82,7 @@ def load(path: Path, model, optimizer, **others) -> dict:
     except dcp.api.CheckpointException as error:
         raise InputError(
             f"{path} does not fit this model or is damaged ({_cause(error)}): resume with the "
-            "model that the run began with, or remove this checkpoint."
+            "model that the run started with, or remove this checkpoint."
         ) from error
     _set_optimizer_state(model, optimizer, tensors)
     if state["ranks"] == dist.get_world_size():
@@ -105,14 +105,14 @@ def _check_names(path, name, here, stored):
     there = {key for key in stored if key.startswith(f"{name}.")}
     if here != there:
         raise InputError(
-            f"{path} is of another {name} ({len(there)} tensors there, {len(here)} here): resume "
-            "with the --model (and --value_model) that the run began with."
+            f"{path} belongs to another {name} ({len(there)} tensors there, {len(here)} here): "
+            "resume with the --model (and --value_model) that the run started with."
         )
 
 
 # ---------------------------------------------------------------------------------------- optimizer
 def _optimizer_state(model, optimizer):
-    """{"optimizer.lm_head.weight.exp_avg": tensor, ...} of the parameters that have a state."""
+    """{"optimizer.lm_head.weight.exp_avg": tensor, ...} of the parameters that have state."""
     name_of = {p: name for name, p in model.named_parameters()}
     state = {}
     for p, entries in optimizer.state.items():
@@ -135,8 +135,8 @@ def _empty_optimizer_state(path, model, optimizer, stored):
         name, _ = _split(key)
         if name not in parameter_of:
             raise InputError(
-                f"{path} has optimizer state of {name}, which this run does not train: resume with "
-                "the flags that the run began with."
+                f"{path} has optimizer state for {name}, which this run does not train: resume "
+                "with the flags that the run started with."
             )
         p = parameter_of[name]
         if isinstance(metadata, BytesStorageMetadata):  # a number, pickled
@@ -157,10 +157,10 @@ def _set_optimizer_state(model, optimizer, tensors):
     name_of = {p: name for name, p in model.named_parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
-    for i, p in enumerate(parameters):  # torch's state_dict numbers them like this
+    for i, p in enumerate(parameters):  # as torch's state_dict numbers them
         if name_of[p] in state_of:
             state[i] = state_of[name_of[p]]
-    # The optimizer itself knows on which device it wants an entry.
+    # The optimizer moves each entry to the device where it wants it.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
@@ -177,7 +177,7 @@ def _complete(folder):
 
 
 def _cause(error):
-    """Of the failures on several ranks the first one."""
+    """The first of the failures on several ranks."""
     return next(iter(error.failures.values()))[0]
 
 

@@ -1,5 +1,4 @@
-"""The flags that scripts share. Bounds are declared with the flag; the library
-reads no flags.
+"""The flags that scripts share. Bounds are declared with the flag; the library reads no flags.
 
 parser = cli.parser(__doc__, out="out/grpo", lr=1e-6, warmup=10)
 cli.add_rollout_flags(parser)
@@ -42,7 +41,7 @@ def above(bound: float):
 
 
 class Parser(argparse.ArgumentParser):
-    """--help shows each flag's default unless its text does; a wrong flag gets one sentence."""
+    """--help shows each flag's default unless its text does; a bad flag gets a one-line error."""
 
     def __init__(self, doc: str):
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -81,7 +80,7 @@ def parser(
         "--holdout",
         type=at_least(0),
         default=100,
-        help="rows of --data held out without --eval_data",
+        help="rows of --data to hold out if --eval_data is not given",
     )
     add(
         "--rename",
@@ -104,7 +103,7 @@ def parser(
         "--warmup",
         type=at_least(0),
         default=warmup,
-        help="optimizer steps (PPO: rollout batches), at most half",
+        help="optimizer steps (PPO: rollout batches), at most half the run",
     )
     add("--weight_decay", type=at_least(0.0), default=weight_decay)
     add("--grad_clip", type=at_least(0.0), default=1.0, help="maximum gradient norm; 0: no limit")
@@ -112,7 +111,7 @@ def parser(
         "--eval_every",
         type=at_least(0),
         default=eval_every,
-        help="steps; 0: before and after training",
+        help="steps between evaluations; 0: only before and after training",
     )
     add(
         "--save_every",
@@ -121,12 +120,12 @@ def parser(
         help="steps between checkpoints; 0: none",
     )
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
-    add("--overwrite", action="store_true", help="replace the run that is in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
     return parser
 
 
 def shard(args, world):
-    """dist.shard with the values of the flags, for hf.load_model."""
+    """dist.shard with the values of its flags, for hf.load_model."""
     return partial(
         dist.shard,
         world=world,
@@ -140,7 +139,7 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
     """The flags of every script that samples completions and rewards them."""
     add = parser.add_argument
     add("--max_new_tokens", type=at_least(1), default=512, help="maximum completion length")
-    add("--max_prompt", type=at_least(1), help="drop longer prompts (tokens); default: refuse them")
+    add("--max_prompt", type=at_least(1), help="drop longer prompts (tokens); default: an error")
     add("--temperature", type=above(0.0), default=1.0, help="sampling temperature in training")
     add("--stop", nargs="*", default=[], help="strings that end a completion")
     add(

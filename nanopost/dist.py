@@ -1,6 +1,6 @@
-"""torchrun, FSDP2, reductions over ranks, and full weights out of shards.
+"""torchrun, FSDP2, reductions over ranks, and full weights from shards.
 
-A run always has a process group, if only of one process, so no call site asks whether there is one.
+A run always has a process group, even with a single process, so no call site checks for one.
 """
 
 import os
@@ -19,7 +19,7 @@ from nanopost import InputError
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, as one of them sees it."""
+    """The processes of a run, as one of them sees them."""
 
     rank: int
     size: int
@@ -30,7 +30,7 @@ class World:
 def init(
     device: str = "auto", dtype: str = "auto", seed: int = 0, timeout_minutes: float = 30
 ) -> World:
-    """Join the processes that torchrun started, or be one alone, and seed torch.
+    """Join the processes that torchrun started, or run as a single one, and seed torch.
 
     device: auto, cpu or cuda. dtype: fp32, bf16, or auto, which is bf16 on CUDA and fp32 on a CPU.
     """
@@ -43,7 +43,7 @@ def init(
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"rank {rank} wants GPU {local_rank} and this machine has "
+                f"rank {rank} wants GPU {local_rank}, but this machine has "
                 f"{torch.cuda.device_count()}: lower --nproc_per_node or add --device cpu."
             )
         torch.cuda.set_device(local_rank)
@@ -56,7 +56,7 @@ def init(
         timeout=timedelta(minutes=timeout_minutes),
         store=None if "RANK" in os.environ else dist.HashStore(),
     )
-    sys.excepthook = _one_sentence  # init_process_group has put its own in place
+    sys.excepthook = _one_sentence  # init_process_group has replaced it
     torch.manual_seed(seed)
     if dtype == "auto":
         dtype = "bf16" if device == "cuda" else "fp32"
@@ -65,7 +65,7 @@ def init(
 
 
 def _one_sentence(kind, error, trace):
-    """A person's mistake is answered with its sentence alone; a bug keeps its traceback."""
+    """A user's mistake prints only its sentence; a bug keeps its traceback."""
     if issubclass(kind, InputError):
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
@@ -79,8 +79,8 @@ def _one_sentence(kind, error, trace):
 
 
 def finish():
-    """The last line of a script. Several processes wait for each other, then leave at once: on a
-    busy machine, taking gloo's threads down has aborted a rank whose work was done."""
+    """The last line of a script. Several processes wait for each other, then exit at once: on a
+    busy machine, tearing down gloo's threads has aborted a rank whose work was done."""
     if dist.get_world_size() == 1:
         dist.destroy_process_group()
         return
@@ -132,7 +132,7 @@ def shard(
 def full_weights(model, part: str = "") -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, whole fp32 tensor), one at a time. A collective: all ranks must iterate.
 
-    A tied head is not among them (the model has none). Both the saved folder and an engine's copy
+    A tied head is not included (the model has none). Both the saved folder and an engine's copy
     are made from this. part: "policy." or "value." of an ActorCritic.
     """
     for name, p in model.state_dict().items():
@@ -170,7 +170,7 @@ def _reduce(values, op):
 
 
 def even(micro_batches: list[list]) -> list[list]:
-    """A rank's micro-batches, followed by empty ones until it has as many as any other rank.
+    """A rank's micro-batches, padded with empty ones to the largest number on any rank.
 
     Each forward and backward pass is a collective: a rank that ran fewer would leave the others
     waiting forever.
@@ -180,7 +180,7 @@ def even(micro_batches: list[list]) -> list[list]:
 
 
 def mean_and_std(x: torch.Tensor) -> tuple[float, float]:
-    """Of all numbers of all ranks; the standard deviation with n - 1."""
+    """Mean and std (with n - 1) of all numbers on all ranks."""
     x = x.double()
     total, squares, count = all_sums(x.sum(), x.square().sum(), x.numel())
     mean = total / max(1, count)
@@ -189,9 +189,9 @@ def mean_and_std(x: torch.Tensor) -> tuple[float, float]:
 
 
 def means(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """{name: (sum, count)} -> {name: sum / count}, both added up over ranks first.
+    """{name: (sum, count)} -> {name: sum / count}, both summed over ranks first.
 
-    A mean of nothing is dropped: as 0 it would look like one. A name may be missing on some ranks.
+    A mean of nothing is dropped: a 0 would look like a mean. A name may be missing on some ranks.
     """
     mine = {name: (float(total), float(count)) for name, (total, count) in metrics.items()}
     totals = {}
@@ -216,7 +216,7 @@ class Meter:
         self.sums, self.counts = {}, {}
 
     def add(self, count: float, **sums: torch.Tensor | float):
-        """count: what these are sums over, such as trained tokens, sequences or pairs."""
+        """count: how many trained tokens, sequences or pairs these are sums over."""
         for name, value in sums.items():
             if isinstance(value, torch.Tensor):
                 value = value.detach().double()

@@ -3,9 +3,9 @@
 Shapes: P prompts, B rows (n per prompt), A rows still alive, T sampled positions, V vocabulary.
 
 An engine has three calls: generate, sync_weights, close. Tokens in, tokens out. The log-prob of
-each sampled token is that of the distribution it was drawn from, in fp32. Each row draws random
-numbers of its own, made from its seed. So a rollout depends on weights, prompt, sampling and seed,
-and not on its neighbours, on the number of ranks, or on the order in which rows finish.
+each sampled token is that of the distribution it was drawn from, in fp32. Each row draws its own
+random numbers, from its own seed. So a rollout depends on weights, prompt, sampling and seed, but
+not on its neighbours, the number of ranks, or the order in which rows finish.
 """
 
 from collections.abc import Callable, Iterable
@@ -63,7 +63,7 @@ class Engine:
         """The engine of a training script. model: its policy, loaded from the checkpoint `folder`.
 
         With one process in fp32 the engine samples with the trainer's own tensors. Otherwise those
-        are shards or fp32 master weights, and the engine has a whole copy in world.dtype.
+        are shards or fp32 master weights, and the engine gets a full copy in world.dtype.
         """
         if world.size > 1 or world.dtype != torch.float32:
             model = hf.load_model(folder, world.device, world.dtype)
@@ -82,7 +82,7 @@ class Engine:
         self.version = version
 
     def close(self):
-        """Nothing to release: a cache lives only as long as its call of generate."""
+        """Nothing to release: a cache lives only as long as its call to generate."""
 
     @torch.no_grad()
     def generate(
@@ -198,7 +198,7 @@ def sample(logits_BV, uniform_B, sampling: Sampling):
 def cut(log_p_BV, top_k: int, top_p: float, min_p: float):
     """Cut the distribution and renormalise it; 0, 1.0 and 0.0 switch the three cuts off.
 
-    Kept are the top_k likeliest tokens; of these the fewest that hold top_p of the mass; of these
+    It keeps the top_k likeliest tokens; of these, the fewest that hold top_p of the mass; of these,
     the ones at least min_p times as likely as the likeliest.
     """
     if top_k and top_k < log_p_BV.shape[1]:

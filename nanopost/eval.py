@@ -1,17 +1,17 @@
-"""python -m nanopost.eval: what a checkpoint can do, each number with its 95 % interval.
+"""python -m nanopost.eval: what a checkpoint can do, each number with its 95% interval.
 
     --model DIR --data FILE --reward gsm8k                  accuracy of greedy answers
     --model DIR --data FILE --reward gsm8k --samples 16 --k 1 4 16
                                                             accuracy, pass@k and majority vote
     --model DIR --data FILE --against DIR --reward_model DIR
                                                             win rate: whose answer scores higher
-    --model DIR --data FILE --perplexity                    of what train_sft.py would train on
+    --model DIR --data FILE --perplexity                    of the tokens train_sft.py would train
     --model DIR --data FILE --kl DIR                        KL(model || DIR) per completion, nats
-    --reward_model DIR --data FILE                          scores; of pairs, how often chosen wins
+    --reward_model DIR --data FILE                          scores; for pairs, how often chosen wins
 
-A row is one draw, however many samples are taken for it. The interval of a share of yes and no is
-Wilson's (a little too wide where each row is a share itself: nothing in [0, 1] varies as much as
-yes and no), any other is Student's.
+Each row is one observation, however many samples it gets. Proportions get Wilson's interval (a
+little too wide if each row is itself a proportion: nothing in [0, 1] varies as much as yes and no),
+everything else Student's.
 """
 
 import json
@@ -29,7 +29,7 @@ from nanopost.rows import pair, prompt, read_rows, sft
 from nanopost.tokenizer import Tokenizer, check_stage
 from nanopost.verify import answer_of
 
-Z = 1.959964  # 95 % of the normal distribution lie within
+Z = 1.959964  # 95% of the normal distribution lies within
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -41,9 +41,9 @@ def wilson(mean: float, n: int) -> tuple[float, float]:
 
 
 def student(n: int) -> float:
-    """The number of standard errors within which 95 % of the means of n values lie.
+    """The number of standard errors within which 95% of the means of n values lie.
 
-    Student's t by its expansion in 1 / (n - 1) (Abramowitz and Stegun 26.7.5; 3 % too small at
+    Student's t by its expansion in 1 / (n - 1) (Abramowitz and Stegun 26.7.5; 3% too small at
     n = 3, less beyond). Infinite for one value, which has no spread.
     """
     if n < 2:
@@ -66,13 +66,13 @@ def normal(values) -> tuple[float, float, float]:
 
 
 def pass_at_k(n: int, right: int, k: int) -> float:
-    """Chance that one of k of the n samples is right, `right` of which are (2107.03374):
+    """Chance that any of k samples drawn from n is right, if `right` of the n are (2107.03374):
     1 - C(n - right, k) / C(n, k)."""
     return 1 - math.comb(n - right, k) / math.comb(n, k)
 
 
 def majority(answers: list, rewards: list[float]) -> float:
-    """Reward of the most frequent answer; the mean of several such; 0 without. None is no vote."""
+    """Reward of the most frequent answer, a mean if tied; 0 without votes. None is not a vote."""
     votes = Counter(answer for answer in answers if answer is not None)
     if not votes:
         return 0.0
@@ -157,7 +157,7 @@ def accuracy(args, rows, world):
 
 
 def of_reward(args, name, reward_PG, texts_PG):
-    """The mean of a reward; where it says right and wrong, also pass@k and the majority vote."""
+    """The mean of a reward; for one that is 0 or 1, also pass@k and the majority vote."""
     kind = name.partition("-")[0]  # gsm8k-2 is the second gsm8k
     if kind in ("length", "model") or not np.isin(reward_PG, (0, 1)).all():
         return [(f"mean {name}", *normal(reward_PG.mean(1)), len(reward_PG))]
@@ -202,8 +202,8 @@ def win_rate(args, rows, world):
 def divergence(args, rows, world):
     """KL(model || other) over the first --max_new_tokens tokens of a completion, in nats.
 
-    The mean over the model's samples y of log p(y) - log q(y): unbiased, and a single one can be
-    negative.
+    The mean over the model's samples y of log p(y) - log q(y): unbiased, though a single one can
+    be negative.
     """
     sampler = Sampler(args.model, args, world)
     sampler.tokenizer.check_same(args.kl, "--kl ")
@@ -278,9 +278,9 @@ def parsed(arguments=None):
     add("--model", metavar="DIR", help="folder of the model that answers")
     add("--data", required=True, help="file of rows, as the training scripts read them")
     add("--reward", nargs="+", help="what scores the answers, as in train_grpo.py")
-    add("--against", metavar="DIR", help="another model, for the win rate over it")
+    add("--against", metavar="DIR", help="another model, to compute the win rate over it")
     add("--reward_model", metavar="DIR", help="folder written by train_rm.py")
-    add("--perplexity", action="store_true", help="of the rows' own answers")
+    add("--perplexity", action="store_true", help="perplexity of the rows' own answers")
     add("--kl", metavar="DIR", help="another model: how far the first one has moved from it")
     add(
         "--rename",
@@ -322,7 +322,7 @@ def parsed(arguments=None):
 
 
 def evaluation(args):
-    """The function that the flags ask for. InputError if they do not go together."""
+    """The function that the flags ask for. InputError if they conflict."""
     if not args.model and not args.reward_model:
         raise InputError("give --model, or --reward_model, or both: see --help.")
     if bool(args.against) != bool(args.model and args.reward_model):
@@ -334,7 +334,7 @@ def evaluation(args):
     cut = args.top_k or args.top_p < 1 or args.min_p
     if args.kl and (cut or args.temperature != 1):
         raise InputError(
-            "--kl needs samples from the whole distribution: leave out --temperature, --top_k, "
+            "--kl needs samples from the whole distribution: drop --temperature, --top_k, "
             "--top_p and --min_p."
         )
     folder = Path(args.out or ".").absolute().parent
@@ -352,8 +352,7 @@ def evaluation(args):
     if len(asked) != 1:
         given = ", ".join(f"--{name}" for name in asked) or "none of them"
         raise InputError(
-            f"{given} was given: a model is evaluated by one of --reward, --against, --perplexity "
-            "and --kl."
+            f"{given} given: choose exactly one of --reward, --against, --perplexity and --kl."
         )
     return functions[asked[0]]
 
@@ -365,7 +364,7 @@ def main(arguments=None):
     rows = read_rows(args.data, args.rename)[: args.limit]
     numbers, records = evaluate(args, rows, world)
     for name, value, low, high, n in numbers:
-        print(f"{name:32s} {value:8.4f}   95 % interval {low:8.4f} to {high:8.4f}   {n:,} rows")
+        print(f"{name:32s} {value:8.4f}   95% interval {low:8.4f} to {high:8.4f}   {n:,} rows")
     if args.out:
         Path(args.out).write_text("".join(json.dumps(record) + "\n" for record in records))
     dist.finish()

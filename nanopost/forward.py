@@ -15,10 +15,10 @@ from nanopost.packing import micro_batches, pack
 
 
 def batches(items: list, tokens: int, device) -> Iterator[Batch]:
-    """Micro-batches of at most `tokens` tokens, on the device, as many on every rank.
+    """Micro-batches of at most `tokens` tokens, on the device, equally many on every rank.
 
-    items: examples, or tuples of examples that stay together (a pair). At least one batch, which is
-    a dummy where a rank has nothing: each forward and backward pass is a collective.
+    items: examples, or tuples of examples that stay together (a pair). At least one batch, a
+    dummy if a rank has nothing: each forward and backward pass is a collective.
     """
     units = [(item,) if isinstance(item, Example) else item for item in items]
     lengths = [sum(len(e) for e in unit) for unit in units]
@@ -27,8 +27,7 @@ def batches(items: list, tokens: int, device) -> Iterator[Batch]:
 
 
 def logprobs(model, examples: list[Example], tokens: int, temperature: float, device):
-    """Log-probs of the trained tokens under a model -> list of fp32 [T], as per_token gives
-    them."""
+    """Log-probs of the trained tokens under a model -> list of fp32 [T], as from per_token."""
     return per_token(lambda batch: model(batch, temperature)[0], examples, tokens, device)
 
 
@@ -50,9 +49,9 @@ def add_values(examples: list[Example], model, tokens: int, device):
 
 @torch.no_grad()
 def per_token(forward: Callable, examples: list[Example], tokens: int, device) -> list[np.ndarray]:
-    """forward(batch) -> x_N, 0 where no target is; returns fp32 [T] for each example.
+    """forward(batch) -> x_N, 0 where there is no target; returns fp32 [T] for each example.
 
-    A collective: every rank calls it, and runs as many micro-batches as the rank with most.
+    A collective: every rank calls it, and runs as many micro-batches as the rank with the most.
     """
     out = [None] * len(examples)
     for part in even(pack([len(e) for e in examples], tokens)):
@@ -66,11 +65,11 @@ def per_token(forward: Callable, examples: list[Example], tokens: int, device) -
 def gather_pairs(
     model, pairs: list[tuple[Example, Example]], tokens: int, device
 ) -> tuple[dict[str, torch.Tensor], slice]:
-    """Numbers of the sequences of all ranks' pairs under the model as it is, none of them with a
-    gradient -> ({name: float64 [S]}, which sequences are this rank's). A collective.
+    """Numbers for the sequences of all ranks' pairs under the current model, without gradients
+    -> ({name: float64 [S]}, which sequences are this rank's). A collective.
 
     logp: log-prob summed with the column weight. nll: - log-prob summed over all targets. ref_logp,
-    length, label (1 where there is none): the columns. targets: their number.
+    length, label (1 if there is none): the columns. targets: the number of targets.
     """
     examples = [e for pair in pairs for e in pair]
     mine = []
@@ -130,6 +129,6 @@ def check_finite(grad_norm: float, step: int, model, examples: list[Example], de
     if found:
         cause = f"not finite: {found[0]} (the first of {len(found)} such examples)"
     raise FloatingPointError(
-        f"step {step}: the gradient norm is {grad_norm}; {cause}. The weights are still finite: "
-        "those of the last optimizer step."
+        f"step {step}: the gradient norm is {grad_norm}; {cause}. The weights are still finite, "
+        "as of the last optimizer step."
     )

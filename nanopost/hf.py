@@ -1,11 +1,11 @@
 """Hugging Face folders: config.json and sharded safetensors, in and out.
 
-Reading streams tensor by tensor, and of each only this rank's slice. Writing streams too, and is
-atomic: whatever takes long or can fail (a full disk) happens in FOLDER/.saving, and only renames
-follow. A save that changes nothing but the weights (each of a run after its first) is one rename:
-killed at any instant, the folder holds the old model or the new one, whole. Where config.json or a
-tokenizer file changes too, config.json is removed first and comes back last: killed in between, the
-folder says that it is incomplete, and is never a mixture. Other files in it stay.
+Reading streams tensor by tensor, and only this rank's slice of each. Writing streams too, and is
+atomic: anything slow or fallible (a full disk) happens in FOLDER/.saving, and only renames follow.
+A save that changes only the weights (every save of a run after its first) is one rename: killed at
+any moment, it leaves the old model or the new one, whole. If config.json or a tokenizer file
+changes too, config.json is removed first and restored last: killed in between, the folder is
+visibly incomplete, never a mixture. Other files in it stay.
 """
 
 import errno
@@ -58,8 +58,8 @@ def read_config(folder) -> Config:
             f"{folder.name}"
         )
     raise InputError(
-        f"{folder} is no folder: correct the path, or create it first (python train_sft.py writes "
-        f"out/sft){hint}."
+        f"{folder} is not a folder: correct the path, or create it first (python train_sft.py "
+        f"writes out/sft){hint}."
     )
 
 
@@ -86,12 +86,12 @@ def load_scalar_model(
     new_head: bool = False,
     pad_id: int | None = None,
 ) -> ScalarModel:
-    """A reward model. new_head: a language model will do, whose head a new one replaces."""
+    """A reward model. new_head: also take a language model, and replace its head with a new one."""
     config = read_config(folder)
     if not config.scalar and not new_head:
         raise InputError(
-            f"{folder} is a language model and scores nothing: train_rm.py makes a reward model "
-            "of it."
+            f"{folder} is a language model and scores nothing: train a reward model from it "
+            "with train_rm.py."
         )
     config = config.with_scalar_head(pad_id)
     model = _empty(lambda: ScalarModel(config), device, dtype, shard)
@@ -105,7 +105,7 @@ def load_actor_critic(
     """A policy and its value function, in fp32.
 
     value_folder: a reward model, or a language model that gets a new head; None: the value function
-    is a head on the policy's hidden states, 0 everywhere at first.
+    is a head on the policy's hidden states, initialised to 0.
     """
     config = read_config(folder)
     if config.scalar:
@@ -135,8 +135,8 @@ def _empty(make, device, dtype, shard):
 def load_weights(model: CausalLM | ScalarModel, folder):
     """Fill the parameters, plain tensors or FSDP2 shards, from a folder, cast to their dtype.
 
-    Names and shapes must be those of the model. A tied head's copy and rotary buffers are skipped,
-    and so is a language model's head where a scalar model needs a new one: normal with variance
+    Names and shapes must match the model. A tied head's copy and rotary buffers are skipped, and so
+    is a language model's head if a scalar model needs a new one, which is normal with variance
     1 / (width + 1), as in 2403.17031.
     """
     folder = Path(folder)
@@ -154,14 +154,14 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     if model.config.tied and HEAD in file_of:
         if not torch.equal(_whole(file_of, HEAD), _whole(file_of, EMBEDDING)):
             raise InputError(
-                f"{folder}: config.json ties the head to the embedding, and the weights hold a "
+                f"{folder}: config.json ties the head to the embedding, but the weights hold a "
                 f"{HEAD} that differs from it: set tie_word_embeddings to false in config.json to "
                 "use it."
             )
 
 
 def content_hash(folder) -> str:
-    """Of a folder's config.json and weights, whatever the names of the weight files."""
+    """Hash of a folder's config.json and weights, whatever the names of the weight files."""
     digest = hashlib.sha256(Path(folder, "config.json").read_bytes())
     for path in sorted(set(_weight_files(Path(folder)).values())):
         with open(path, "rb") as file:
@@ -170,7 +170,7 @@ def content_hash(folder) -> str:
 
 
 def read_json(path: Path):
-    """The content of a JSON file; InputError where it is not JSON."""
+    """The content of a JSON file; InputError if it is not JSON."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -204,7 +204,7 @@ def _check_names(folder, wanted, file_of, tied):
 def _fill(p, source, name, path):
     if list(p.shape) != source.get_shape():
         raise InputError(
-            f"{path}: {name} has shape {source.get_shape()}, and config.json wants {list(p.shape)}."
+            f"{path}: {name} has shape {source.get_shape()}, but config.json wants {list(p.shape)}."
         )
     _copy(p, source)
 
@@ -224,7 +224,7 @@ def _whole(file_of, name):
 
 
 def _weight_files(folder) -> dict[str, Path]:
-    """name -> file. A single model.safetensors goes before an index, as in transformers."""
+    """name -> file. A single model.safetensors takes priority over an index, as in transformers."""
     if (folder / SINGLE).is_file():
         with _opened(folder / SINGLE) as file:
             return dict.fromkeys(file.keys(), folder / SINGLE)
@@ -276,9 +276,9 @@ def save_model(
     """Write a folder that transformers and vLLM load: weights, config.json, and `files`.
 
     named_tensors is consumed one by one and held up to max_shard_bytes; dtype casts. files: name ->
-    content, or None to delete what another model left there. Where the tensors are gathered from
-    shards every rank must call this; only the one with write=True writes. After a kill or on a full
-    disk the folder is as the head of this file says.
+    content, or None to delete what another model left there. If the tensors are gathered from
+    shards, every rank must call this; only the one with write=True writes. After a kill or a full
+    disk, the folder is as the module docstring says.
     """
     if not write:
         for _ in named_tensors:  # each is a collective
@@ -301,8 +301,8 @@ def save_model(
         shutil.rmtree(saving, ignore_errors=True)
         if _full_disk(error):
             raise InputError(
-                f"{folder}: the disk is full; the model that was there is untouched: make room, "
-                "then --resume from the last checkpoint."
+                f"{folder}: the disk is full; the model that was there is untouched: free some "
+                "disk space, then --resume from the last checkpoint."
             ) from error
         raise
 
@@ -337,7 +337,7 @@ def _config_text(config, dtype):
 
 
 def _install(folder, saving, paths, sizes_of, files):
-    """Make the shards in `saving` the folder's model: all of it reaches the disk, then it moves."""
+    """Make the shards in `saving` the folder's model: first all reach the disk, then they move."""
     names = _shard_names(folder, len(paths))
     several = len(names) > 1
     if several:
@@ -360,15 +360,15 @@ def _install(folder, saving, paths, sizes_of, files):
     for name in stale:
         (folder / name).unlink()
     for path, name in zip(paths, names):
-        os.replace(path, folder / name)  # one shard: the model changes here
+        os.replace(path, folder / name)  # one shard: this switches the model
     if several:
-        os.replace(saving / INDEX, folder / INDEX)  # several replace several: it changes here
+        os.replace(saving / INDEX, folder / INDEX)  # several replace several: this does
     to_disk(folder)
     for name in (SINGLE, INDEX, *(path.name for path in folder.glob(SHARDS))):
         if name not in names and not (several and name == INDEX):
             (folder / name).unlink(
                 missing_ok=True
-            )  # several replace one, which readers prefer: here
+            )  # several replace one, which readers prefer: this does
     for name in changed:
         os.replace(saving / name, folder / name)
     if replace_config:
@@ -378,7 +378,7 @@ def _install(folder, saving, paths, sizes_of, files):
 
 
 def _shard_names(folder, count):
-    """File names for the shards: never those of the model that is there, unless it is single."""
+    """File names for the shards: never those of the existing model, unless it is a single file."""
     if count == 1:
         return [SINGLE]
     names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]

@@ -6,26 +6,26 @@ Shapes: N packed tokens, M of them with a target, V vocabulary, C a chunk of it,
     logp    = z_y - logsumexp z
     entropy = -sum_v p_v log p_v,    p = softmax z
 
-The logits of a chunk are computed, used and discarded. With w_j the mass of chunk j and p, H within
-it, by the chain rule
+The logits of a chunk are computed, used and discarded. With w_j the mass of chunk j, and p and H
+taken within it, by the chain rule
 
     log w_j = lse_j - logsumexp_j lse_j
     logp    = log p_y + log w_j(y)
     entropy = sum_j w_j (H_j - log w_j)
 
-The backward pass computes the logits again (one more matmul, [N, V] is never held), unless they are
-few and were kept. With upstream gradients g of logp and h of entropy,
+The backward pass recomputes the logits (one more matmul; [N, V] is never held), unless they are few
+and were kept. With upstream gradients g of logp and h of entropy,
 
     dz_v = g (1[v = y] - p_v) - h p_v (log p_v + entropy),    then divided by the temperature.
 
-Chunks of the vocabulary and not of tokens: each row of dW is then written once, and matmuls keep
+Chunks are of the vocabulary, not of tokens: each row of dW is then written once, and matmuls keep
 all their rows.
 """
 
 import torch
 
 CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**28}  # logits at once: a CPU's cache; 1 GiB of a GPU
-CHUNK_ENTRIES = 256  # at least, or reading the hidden states costs more than the product
+CHUNK_ENTRIES = 256  # at least: with fewer, reading the hidden states costs more than the matmul
 KEPT_ELEMENTS = 2**22  # log-probs kept for the backward pass: 16 MiB in fp32
 HALF = torch.bfloat16, torch.float16
 
@@ -54,7 +54,7 @@ def logprob(
 
 
 def matmul_fp32(a, b):
-    """a @ b, the product in fp32 (or fp64) whatever the inputs: bf16 logits cost 2 % of a ratio.
+    """a @ b, in fp32 (or fp64) whatever the inputs: bf16 logits would make ratios 2% wrong.
 
     For use under no_grad or in an autograd.Function: torch.mm(out_dtype=...) has no derivative.
     """
@@ -75,7 +75,7 @@ def _ready(x):
 
 
 def _chunks(weight_VD, target_M, chunk):
-    """-> weight_CD, its slice of V, which targets are in it, and their index (else any)."""
+    """-> weight_CD, its slice of V, which targets are in it, and their index (any if not in it)."""
     for first in range(0, len(weight_VD), chunk):
         part = slice(first, first + chunk)
         weight_CD = weight_VD[part]
@@ -93,7 +93,7 @@ def _logits(hidden_MD, weight_CD, temperature):
 
 
 def _spread(x_M, keep_M, num_tokens):
-    """The values of the rows with a target, at their places among zeros -> [N, ...]."""
+    """Put the rows with a target back in their places among zeros -> [N, ...]."""
     return x_M.new_zeros(num_tokens, *x_M.shape[1:]).index_copy_(0, keep_M, x_M)
 
 
@@ -110,7 +110,7 @@ class _LogProb(torch.autograd.Function):
             chunk = max(CHUNK_ENTRIES, CHUNK_ELEMENTS[hidden_ND.device.type] // tokens)
         ready_MD = _ready(hidden_MD)
         lse_JM, entropy_JM = [], []
-        # Of each target, within its chunk.
+        # Log-prob of each target within its chunk.
         log_p_M = torch.zeros(tokens, dtype=_accumulator(hidden_ND), device=hidden_ND.device)
         for weight_CD, _, inside_M, at_M1 in _chunks(weight_VD, target_M, chunk):
             z_MC = _logits(ready_MD, weight_CD, temperature)

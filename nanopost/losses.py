@@ -1,5 +1,4 @@
-"""Losses of SFT, of policies and of values: pure functions, tensors and scalars in, (sum, metrics)
-out.
+"""SFT, policy and value losses: pure functions of tensors and scalars -> (sum, metrics).
 
 Shapes: N packed tokens of a micro-batch, S its sequences. `sequences` is a batch.Sequences.
 
@@ -8,7 +7,7 @@ optimizer step: tokens, sequences, or sequences x max_new_tokens (see divisor). 
 over tokens, detached, for Meter.add(trained tokens, ...).
 
 Masked positions hold 0 in logp_N, old_logp_N, ref_logp_N and adv_N, and contribute exactly 0 to
-sums and gradients. A sequence lies whole in one micro-batch.
+sums and gradients. Each sequence lies in a single micro-batch.
 """
 
 import torch
@@ -34,7 +33,7 @@ def sft_dft(logp_N, mask_N):
 
 # -------------------------------------------------------------------------------------- aggregation
 def token_weights(sequences, how: str):
-    """w_it of the sum over tokens -> weight_N (default dtype), 0 where masked.
+    """The weights w_it of the sum over tokens -> weight_N (default dtype), 0 where masked.
 
     how           weight   divisor of the step's sum (see divisor)   objective
     sequence      1/|y_i|  sequences                                 GRPO 2402.03300 eq. 3
@@ -44,7 +43,7 @@ def token_weights(sequences, how: str):
     """
     if how not in ("sequence", "token", "constant", "sequence_sum"):
         raise InputError(
-            f"aggregation {how!r} is none of token, sequence, sequence_sum and constant."
+            f"aggregation {how!r} is not one of token, sequence, sequence_sum and constant."
         )
     weight_N = sequences.mask_N.to(torch.get_default_dtype())
     if how == "sequence":
@@ -53,7 +52,7 @@ def token_weights(sequences, how: str):
 
 
 def divisor(how: str, tokens: float, sequences: float, max_new_tokens: int) -> float:
-    """What a loop divides its summed loss by, at least 1. tokens (trained ones) and sequences: of
+    """What a loop divides its summed loss by, at least 1. tokens (trained ones) and sequences count
     the whole optimizer step, over all ranks and micro-batches."""
     counts = {
         "token": tokens,
@@ -62,7 +61,7 @@ def divisor(how: str, tokens: float, sequences: float, max_new_tokens: int) -> f
         "constant": sequences * max_new_tokens,
     }
     if how not in counts:
-        raise InputError(f"aggregation {how!r} is none of {', '.join(counts)}.")
+        raise InputError(f"aggregation {how!r} is not one of {', '.join(counts)}.")
     return max(1, counts[how])
 
 
@@ -73,22 +72,22 @@ def log_ratio(logp_N, old_logp_N, sequences, level: str):
     token         log pi_t - log pi_old,t
     sequence      their mean over the sequence, the same at all its tokens: GSPO 2507.18071 eq. 7
     sequence_sum  their sum, the true ratio of the whole completion: RLOO 2402.14740
-    The gradient of a sequence level reaches all tokens; under the weights "sequence" a sequence
-    counts once. Capped at 80: e^89 is infinite in fp32, and the gradient that clipping leaves of it
-    would be NaN.
+    The gradient of a sequence-level ratio reaches all tokens; with the weights "sequence", each
+    sequence counts once. Capped at 80: e^89 is infinite in fp32, and its clipped gradient would be
+    NaN.
     """
     log_ratio_N = masked(logp_N - old_logp_N, sequences.mask_N)
     if level == "token":
         return log_ratio_N.clamp(max=80.0)
     if level not in ("sequence", "sequence_sum"):
-        raise InputError(f"ratio {level!r} is none of token, sequence and sequence_sum.")
+        raise InputError(f"ratio {level!r} is not one of token, sequence and sequence_sum.")
     sum_N = masked(sequences.spread(sequences.sum(log_ratio_N)), sequences.mask_N)
     if level == "sequence":
         return sum_N / sequences.spread(sequences.length_S())
     return sum_N.clamp(max=80.0)
 
 
-# The policy losses share one signature, so that a loop picks one before it begins:
+# The policy losses share one signature, so that a loop can pick one before it starts:
 # (log_ratio_N, logp_N, adv_N, weight_N) -> (sum, metrics). Only CISPO reads logp_N.
 def policy_loss_clip(log_ratio_N, logp_N, adv_N, weight_N, low: float, high: float):
     """- sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t), r_t = exp(log_ratio_t).
@@ -128,9 +127,9 @@ def policy_loss_cispo(log_ratio_N, logp_N, adv_N, weight_N, cap: float):
 
 
 def policy_loss_sapo(log_ratio_N, logp_N, adv_N, weight_N, tau: tuple[float, float]):
-    """- sum_t w_t A_t (4 / tau) sigmoid(tau (r_t - 1)), SAPO 2511.20347: a soft gate for a clip.
+    """- sum_t w_t A_t (4 / tau) sigmoid(tau (r_t - 1)), SAPO 2511.20347: a soft gate, not a clip.
 
-    tau: one for A > 0, one for the rest. At r = 1 its slope is that of r; it fades on both sides.
+    tau: one for A > 0, one for the rest. At r = 1 its slope is that of r, and fades on both sides.
     """
     if min(tau) <= 0:
         raise InputError(f"SAPO's tau {tau}: give two numbers above 0.")
@@ -142,10 +141,10 @@ def policy_loss_sapo(log_ratio_N, logp_N, adv_N, weight_N, tau: tuple[float, flo
 def value_loss(value_N, old_value_N, ret_N, mask_N, clip: float):
     """sum_t max((V - R)^2, (clamp(V, V_old - clip, V_old + clip) - R)^2) / 2 -> (sum, metrics)
 
-    As in PPO's code: a value that has moved further than clip gains nothing by moving on. Metric
+    As in PPO's code: a value that has moved by more than clip gains nothing by moving on. Metric
     val/clipfrac_avg: tokens where the clipped term is the larger one.
     """
-    # clamp leaves V as it is, to the bit, where nothing is clipped
+    # clamp leaves V unchanged, to the bit, where nothing is clipped
     clipped_N = value_N.clamp(old_value_N - clip, old_value_N + clip)
     error_N = (value_N - ret_N).square()
     clipped_error_N = (clipped_N - ret_N).square()
@@ -155,7 +154,7 @@ def value_loss(value_N, old_value_N, ret_N, mask_N, clip: float):
 
 # ------------------------------------------------------------------------ KL and importance weights
 # Estimates of KL(pi || ref) from the sampled token alone (joschu.net/blog/kl-approx.html). With
-# q = ref / pi at a token drawn from pi, and KL that of the distributions after its prefix:
+# q = ref / pi at a token drawn from pi, and KL between the distributions after its prefix:
 #
 #                         expected value     expected gradient as a loss
 #     k1  - log q         KL(pi || ref)      0: useless in a loss, right in a reward
@@ -178,7 +177,7 @@ def kl_k3(logp_N, ref_logp_N):
 
 
 def importance_weight(trainer_logp_N, engine_logp_N, sequences, level: str, mode: str, cap: float):
-    """Ratio trainer / engine, which corrects for an engine that is not quite the trainer.
+    """Ratio trainer / engine, which corrects for an engine that does not quite match the trainer.
 
     level  token: exp(trainer - engine); sequence: exp of its SUM over the sequence, at each token
     mode   truncate: min(ratio, cap) (TIS); mask: 0 above the cap (MIS)
@@ -187,7 +186,7 @@ def importance_weight(trainer_logp_N, engine_logp_N, sequences, level: str, mode
     """
     if level not in ("token", "sequence") or mode not in ("truncate", "mask"):
         raise InputError(
-            f"importance correction {level}-{mode}: token or sequence, and truncate or mask."
+            f"importance correction {level}-{mode}: give token or sequence, and truncate or mask."
         )
     gap_N = masked(trainer_logp_N - engine_logp_N, sequences.mask_N).detach()
     level_gap_N = gap_N if level == "token" else sequences.spread(sequences.sum(gap_N))
@@ -203,10 +202,10 @@ def importance_weight(trainer_logp_N, engine_logp_N, sequences, level: str, mode
 
 
 def no_correction(trainer_logp_N, engine_logp_N, sequences):
-    """The engine is taken for the trainer -> (1.0, {})."""
+    """Treat the engine as equal to the trainer -> (1.0, {})."""
     return 1.0, {}
 
 
 def masked(x_N, mask_N):
-    """x where mask, else 0: unlike a product it stops inf and NaN too, in value and in gradient."""
+    """x where mask, else 0. Unlike a product, it stops inf and NaN too, in value and gradient."""
     return torch.where(mask_N, x_N, 0)

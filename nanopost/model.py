@@ -41,7 +41,7 @@ REQUIRED = (
 # ------------------------------------------------------------------------------------------- config
 @dataclass(frozen=True)
 class Config:
-    """What the decoder needs to know of a config.json; `hf` is that file, kept for writing."""
+    """What the decoder needs from a config.json; `hf` is that file, kept for writing."""
 
     hf: dict
     vocab_size: int
@@ -63,7 +63,7 @@ class Config:
 
     @classmethod
     def of(cls, hf: dict, source: str = "config.json") -> "Config":
-        """Read the content of a config.json. InputError for what this decoder does not compute."""
+        """Read the content of a config.json. InputError for what this decoder does not support."""
         _check(hf, source)
         family = hf["model_type"]
         heads = hf["num_attention_heads"]
@@ -128,8 +128,8 @@ def _check(hf, source):
         computed = FAMILIES[family], scalar_architecture(family)
     if architecture not in computed:
         raise InputError(
-            f"{source}: architecture {architecture} (model_type {family}) is not one of those that "
-            f"nanopost computes: {', '.join(FAMILIES.values())}, and ...ForSequenceClassification "
+            f"{source}: architecture {architecture} (model_type {family}) is not supported, "
+            f"only {', '.join(FAMILIES.values())}, and ...ForSequenceClassification "
             "of the same families."
         )
     labels = hf.get("num_labels") or len(hf.get("id2label") or "01")
@@ -145,7 +145,7 @@ def _check(hf, source):
         )
     if hf.get("hidden_act", "silu") != "silu":
         raise InputError(
-            f"{source}: activation {hf['hidden_act']!r} is not computed here, only 'silu'."
+            f"{source}: activation {hf['hidden_act']!r} is not supported, only 'silu'."
         )
     missing = [key for key in REQUIRED if hf.get(key) is None]
     if missing:
@@ -288,7 +288,7 @@ class CausalLM(nn.Module):
         )
 
     def logits(self, hidden_ND):
-        """-> fp32 [N, V], whole: for a few rows."""
+        """-> fp32 [N, V], all of them: for a few rows only."""
         return matmul_fp32(hidden_ND, self.head_weight.T)
 
     def prefill(self, token_N, position_N, cu_seqlens, max_seqlen, cache: Cache):
@@ -327,7 +327,7 @@ class CausalLM(nn.Module):
 
 
 class ScalarModel(nn.Module):
-    """A decoder with one number per token: a reward model's score is that at the last token."""
+    """A decoder with one number per token: a reward model's score is the one at the last token."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -340,9 +340,9 @@ class ScalarModel(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """A policy and its value function under one root: one forward gives both, under FSDP2 too.
+    """A policy and its value function under one root: one forward gives both, also under FSDP2.
 
-    value_config: the value function is a model of its own; None: a linear head on the policy's
+    value_config: that of a separate value model; None: a linear head on the policy's
     hidden states.
     """
 
@@ -358,7 +358,7 @@ class ActorCritic(nn.Module):
         """A Batch -> logp_N and entropy_N of the policy, and fp32 value_N of the state in which
         each target was chosen, 0 where there is no target.
 
-        value_alone: None for the first two, and no gradient for the policy.
+        value_alone: returns None for the first two, and gives the policy no gradient.
         """
         shared = isinstance(self.value, nn.Linear)
         hidden_ND = logp_N = entropy_N = None
@@ -383,7 +383,7 @@ class ActorCritic(nn.Module):
 def scalar_head(hidden_ND, weight_1D):
     """hidden weight^T, one fp32 (or fp64) number for each token.
 
-    Differentiable: matmul_fp32, whose product has no derivative on CUDA in bf16, is not.
+    Differentiable, unlike matmul_fp32, whose product has no derivative on CUDA in bf16.
     """
     precision = torch.promote_types(hidden_ND.dtype, torch.float32)
     return (hidden_ND.to(precision) @ weight_1D.to(precision).T)[:, 0]

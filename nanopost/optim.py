@@ -7,7 +7,7 @@ from torch.optim import AdamW, Optimizer
 def adamw(model: nn.Module, weight_decay: float, **rates: float) -> AdamW:
     """AdamW (1711.05101) that decays matrices and leaves norms and biases alone.
 
-    rates: value=5.0 lets the part of the model with that name learn at five times the rate.
+    rates: value=5.0 trains the part of the model with that name at five times the rate.
     """
     groups = {}
     for name, p in model.named_parameters():
@@ -32,7 +32,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
     """The rate of step 1..steps: linear from 0 to the peak over `warmup` steps, then linear to 0.
 
     A pure function of the step, so a resumed run needs no scheduler state. Warm-up takes at most
-    half of a run, so that a short one reaches its peak too; the last step is one above 0.
+    half a run, so that a short one reaches its peak too; the last step's rate is not yet 0.
     """
     warmup = min(warmup, steps // 2)
     if step <= warmup:
@@ -41,6 +41,6 @@ def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, rate: float):
-    """A group's "rate", where it has one, multiplies it."""
+    """Set the rate of every group, multiplied by the group's "rate" if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate", 1.0)

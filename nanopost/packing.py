@@ -1,11 +1,11 @@
 """The order of rows, and how they fill packed micro-batches.
 
-What an optimizer step holds is a function of the seed and of how much was consumed before it, so
-one number is enough to resume the data. There are two ways to fill a step:
+What an optimizer step holds depends only on the seed and on how much was consumed before it, so one
+number is enough to resume the data. There are two ways to fill a step:
 
-by_rows  a stated number of rows, shuffled in each epoch and packed within the step. The gradient is
-         that of so many examples, whatever --tokens and the number of ranks. The better default.
-by_bins  a stated number of bins from a best-fit packing of the whole epoch. Bins are as full as
+by_rows  a fixed number of rows, shuffled in each epoch and packed within the step. The gradient is
+         that of exactly these rows, whatever --tokens and the number of ranks. The better default.
+by_bins  a fixed number of bins from a best-fit packing of the whole epoch. Bins are as full as
          possible, so a step is a nearly constant number of tokens from a varying number of rows.
 """
 
@@ -60,7 +60,7 @@ def pack(lengths, budget: int) -> list[list[int]]:
             "--tokens, or shorten the sequences (--max_length, --max_new_tokens)."
         )
     bins = []
-    rooms = []  # sorted: the numbers of free slots that some bin has
+    rooms = []  # sorted: the numbers of free slots that bins have
     bins_with = defaultdict(list)  # number of free slots -> bins
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         at = bisect_left(rooms, lengths[i])
@@ -83,8 +83,8 @@ def pack(lengths, budget: int) -> list[list[int]]:
 def packed_epoch(lengths, budget: int, seed: int, epoch: int) -> list[list[int]]:
     """All rows of an epoch in bins, in random order -> the row indices in each.
 
-    Rows of equal length trade places from epoch to epoch, so the number of bins is the same in all
-    of them.
+    Only rows of equal length trade places from epoch to epoch, so all epochs have the same number
+    of bins.
     """
     rng = _random(seed, epoch)
     shuffled = rng.permutation(len(lengths))
@@ -106,8 +106,9 @@ def fill_rate(lengths, bins: list[list[int]], budget: int) -> float:
 def micro_batches(lengths, tokens: int, ranks: int = 1) -> list[list[int]]:
     """Micro-batches of at most `tokens` tokens -> the indices in each, in order; some may be empty.
 
-    As few as best fit finds, and a multiple of ranks; filled evenly if that fits, which lowers peak
-    memory and saves ranks from waiting for each other. InputError if one length is above `tokens`.
+    As few as best fit finds, rounded up to a multiple of ranks; filled evenly if that fits, which
+    lowers peak memory and keeps ranks from waiting for each other. InputError if one length is
+    above `tokens`.
     """
     bins = pack(lengths, tokens)
     bins += [[] for _ in range(-len(bins) % ranks)]
@@ -123,7 +124,7 @@ def micro_batches(lengths, tokens: int, ranks: int = 1) -> list[list[int]]:
 
 def by_rows(lengths, tokens: int, seed: int):
     """-> (rows in an epoch, f(consumed, count, rank, size)), f: a rank's micro-batches of the next
-    `count` rows, lists of row indices, as many on each rank; an empty one is for batch_of([])."""
+    `count` rows, lists of row indices, equally many per rank; an empty one is for batch_of([])."""
 
     def of_step(consumed, count, rank=0, size=1):
         rows = take(len(lengths), seed, consumed, count)
@@ -134,8 +135,7 @@ def by_rows(lengths, tokens: int, seed: int):
 
 
 def by_bins(lengths, tokens: int, seed: int):
-    """-> (bins in an epoch, f as that of by_rows), f: each of the next `count` bins a
-    micro-batch."""
+    """-> (bins in an epoch, f as in by_rows): each of the next `count` bins is a micro-batch."""
     epoch_bins = lru_cache(2)(lambda epoch: packed_epoch(lengths, tokens, seed, epoch))
     num_bins = len(epoch_bins(0))
 
@@ -148,7 +148,7 @@ def by_bins(lengths, tokens: int, seed: int):
 
 
 def minibatches(items: list, parts: int, group: int) -> list[list]:
-    """Cut a list into `parts` of whole groups of neighbours, as equal in size as can be."""
+    """Split a list into `parts` of whole groups of `group` neighbours, as equal as possible."""
     groups = [items[i : i + group] for i in range(0, len(items), group)]
     cut = np.array_split(np.arange(len(groups)), parts)
     return [[item for g in part for item in groups[g]] for part in cut]
@@ -157,7 +157,7 @@ def minibatches(items: list, parts: int, group: int) -> list[list]:
 def shuffled_minibatches(
     items: list, group: int, parts: int, epochs: int, seed: tuple, world
 ) -> Iterator[list]:
-    """This rank's share of `parts` minibatches, `epochs` times over: prompts in a new order each,
+    """This rank's share of `parts` minibatches, `epochs` times over, each in a new prompt order,
     the same on all ranks. items: `group` for each of this rank's prompts; prompt i of all ranks is
     number i // world.size on rank i % world.size."""
     prompts = len(items) // group * world.size
@@ -174,13 +174,13 @@ def fit_to(
     """Bring every example to at most max_length tokens -> (examples, counts for the log).
 
     how: truncate (cut the end off), split (into pieces, each a sequence by itself, whose first
-    token repeats the last one of the piece before it, so that no token loses its target) or drop.
-    Examples without a target are dropped too and counted apart: those that had none before, and
-    pieces that a cut left without. InputError if nothing is left.
+    token repeats the last one of the piece before it, so that no target is lost) or drop. Examples
+    without a target are dropped too and counted separately: those that had none before, and pieces
+    that a cut left without any. InputError if nothing is left.
     """
     if max_length < 2:
         raise InputError(
-            f"--max_length {max_length}: give 2 or more, since the first token is nobody's target."
+            f"--max_length {max_length}: give 2 or more, since the first token is never a target."
         )
     kept = []
     counts = dict.fromkeys(
@@ -229,5 +229,5 @@ def _cut(e, max_length, how):
 
 
 def counted(counts: dict[str, int]) -> str:
-    """Counts above zero in words."""
+    """The counts above zero, in words."""
     return ", ".join(f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if n) or "none"

@@ -1,5 +1,4 @@
-"""Pairs of examples, (chosen, rejected): made to fit, matched, and given the columns losses
-read."""
+"""Pairs of examples, (chosen, rejected): fitted to a length, matched, given columns for losses."""
 
 import numpy as np
 import torch
@@ -14,10 +13,10 @@ Pair = tuple[Example, Example]
 def fit_to(pairs: list[Pair], max_length: int, how: str) -> tuple[list[Pair], dict[str, int]]:
     """Bring both sides of every pair to at most max_length tokens -> (pairs, counts for the log).
 
-    how: truncate (cut the end off) or drop. Also dropped and counted: pairs of which a side has no
-    trained token (emptied: perhaps by the cut), and pairs whose sides are alike. Kept and counted:
-    swapped, where the same two completions occur the other way round too, so one of the pairs is
-    wrong. InputError if nothing is left.
+    how: truncate (cut the end off) or drop. Also dropped and counted: pairs with a side that has
+    no trained token (emptied: perhaps by the cut), and pairs with identical sides (alike). Kept and
+    counted: swapped, where the same two completions also occur the other way round, so one of the
+    pairs is wrong. InputError if nothing is left.
     """
     kept = []
     counts = dict.fromkeys(("overlong", "truncated", "emptied", "alike", "swapped"), 0)
@@ -46,16 +45,16 @@ def fit_to(pairs: list[Pair], max_length: int, how: str) -> tuple[list[Pair], di
 
 
 def mismatched(examples: list[Example], max_length: int) -> list[Pair]:
-    """Each example beside its prompt with another one's completion: KTO's estimate of the KL
-    (2402.01306).
+    """Pair each example with its prompt followed by another example's completion, from which KTO
+    (2402.01306) estimates the KL.
 
-    Which one is drawn once, so that reference log-probs can be computed once. Columns that are
+    Partners are drawn once, so that reference log-probs can be computed once. Columns that are
     numbers stay.
     """
     if len(examples) == 1:
         raise InputError(
-            "kto compares a completion with that of another row: give 2 rows or more, to train on "
-            "and held out (--holdout, --eval_data)."
+            "kto compares a completion with another row's: give 2 rows or more, for training and "
+            "held out (--holdout, --eval_data)."
         )
     drawn = order(len(examples), 0, 0)
     pairs = [None] * len(examples)
@@ -83,7 +82,7 @@ def best_and_worst(groups: list[list], reward_PG: torch.Tensor) -> list[Pair]:
 
 
 def add_columns(pairs: list[Pair], train_prompt: bool = False):
-    """Give both sides of each pair, in place, the columns that turn log-probs into an answer's.
+    """Give both sides of each pair, in place, the columns that sum log-probs over an answer.
 
     weight: 1 on trained tokens, 0 elsewhere. length: number of trained tokens. train_prompt: prompt
     tokens become targets too, of weight 0 (for ORPO's nll).

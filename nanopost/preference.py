@@ -1,17 +1,16 @@
-"""Losses of pairs: a chosen answer above a rejected one. Pure functions of tensors over pairs ->
-loss_P.
+"""Losses over pairs: raise a chosen answer above a rejected one. Pure functions -> loss_P.
 
 Shapes: P pairs, S = 2 P sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one.
 
-What a loss reads, its parameters say; `weighted` passes it just that:
+The parameter names of a loss say what it reads; `weighted` passes it exactly that:
 
     chosen_logp_P     log-prob of the answer, summed over its tokens; likewise rejected_logp_P, ...
     chosen_ratio_P    log-ratio policy / reference: logp - ref_logp
     chosen_score_P    f'(ratio) of the f-divergence in place of the KL: the log-ratio for reverse KL
     chosen_length_P   tokens of the answer
     chosen_nll_P      - log-prob summed over all targets (for orpo the prompt's too)
-    nll_tokens        targets of a chosen sequence, a mean over the pairs of the optimizer step
-    beta, smoothing, gamma, ...    scalars: smoothing is the share of pairs thought to be swapped
+    nll_tokens        targets per chosen sequence, a mean over the optimizer step
+    beta, smoothing, gamma, ...    scalars: smoothing is the assumed share of swapped pairs
 
 A loss that reads no ratio and no score needs no reference. The loop sums loss_P and divides by the
 pairs of the optimizer step.
@@ -92,7 +91,7 @@ def discopop(chosen_score_P, rejected_score_P, beta):
 
 
 def nca(chosen_ratio_P, rejected_ratio_P, beta):
-    """NCA, 2402.05369: raises the chosen in itself, not only above the rejected.
+    """NCA, 2402.05369: raises the chosen answer itself, not only its margin over the rejected one.
 
     - log sigmoid(beta c) - (log sigmoid(- beta c) + log sigmoid(- beta r)) / 2
     """
@@ -129,7 +128,7 @@ def simpo(
 
 
 def sft(chosen_nll_P, nll_tokens):
-    """nll of the chosen answer, per token of the step; beside another loss: RPO 2404.19733."""
+    """nll of the chosen answer, per token of the step; added to another loss: RPO 2404.19733."""
     return chosen_nll_P / nll_tokens
 
 
@@ -197,7 +196,7 @@ def kto(chosen_ratio_P, rejected_ratio_P, label_P, beta, label_weights):
     )
 
 
-# A new loss: a function above, and its name here.
+# To add a loss, write a function above and add it here.
 PAIRED = (sigmoid, sigmoid_norm, ipo, hinge, robust, exo, discopop, nca, sppo, apo_zero, apo_down)
 WITHOUT_REFERENCE = (simpo, sft, cpo, orpo)
 LOSSES = {loss.__name__: loss for loss in PAIRED + WITHOUT_REFERENCE}
@@ -219,8 +218,7 @@ def needs_reference(losses: list[Callable]) -> bool:
 
 
 def weighted(losses: list[Callable], weights: list[float], pairs: dict, **scalars):
-    """sum_k w_k loss_k -> loss_P. A loss gets what it has parameters for, from pairs and
-    scalars."""
+    """sum_k w_k loss_k -> loss_P. A loss gets what its parameters name, from pairs and scalars."""
     given = pairs | scalars
     total_P = 0
     for loss, weight in zip(losses, weights):
@@ -231,7 +229,7 @@ def weighted(losses: list[Callable], weights: list[float], pairs: dict, **scalar
 # --------------------------------------------------------------------------------- what losses read
 def read_pairs(sequences: dict, f_score: Callable = lambda log_ratio: log_ratio) -> dict:
     """{"logp", "ref_logp", "length", "nll": numbers [S] of sequences, chosen and rejected in turn}
-    -> {"chosen_logp_P": ..., ...}, all that losses read of pairs."""
+    -> {"chosen_logp_P": ..., ...}, everything that losses read of pairs."""
     ratio_S = sequences["logp"] - sequences["ref_logp"]
     columns = {
         "logp": sequences["logp"],
@@ -248,7 +246,7 @@ def read_pairs(sequences: dict, f_score: Callable = lambda log_ratio: log_ratio)
 
 
 def no_pairs() -> dict:
-    """Zero pairs, on which a loss can be tried: it refuses flags before it computes."""
+    """Zero pairs, to try a loss on: it rejects bad flags before it computes anything."""
     return read_pairs({name: torch.zeros(0) for name in ("logp", "ref_logp", "length", "nll")})
 
 
@@ -270,8 +268,7 @@ def js(log_ratio):
 
 
 def alpha_divergence(log_ratio, alpha: float):
-    """(t^(alpha - 1) - 1) / (alpha - 1), as in TRL: 2309.16240 calls 1 - alpha what is alpha
-    here."""
+    """(t^(alpha - 1) - 1) / (alpha - 1), as in TRL; alpha here is 1 - alpha of 2309.16240."""
     if alpha == 1:
         return log_ratio
     return torch.expm1(((alpha - 1) * log_ratio).clamp(max=80)) / (alpha - 1)
@@ -279,7 +276,7 @@ def alpha_divergence(log_ratio, alpha: float):
 
 # ---------------------------------------------------------------------------------------- metrics
 def pair_metrics(pairs: dict, beta: float) -> dict[str, torch.Tensor]:
-    """rewards/* and logps/* as TRL has them: sums over pairs, for Meter.add(pairs, ...)."""
+    """rewards/* and logps/* as in TRL: sums over pairs, for Meter.add(pairs, ...)."""
     chosen_P, rejected_P = beta * pairs["chosen_ratio_P"], beta * pairs["rejected_ratio_P"]
     return {
         "rewards/chosen": chosen_P.sum(),
@@ -293,7 +290,7 @@ def pair_metrics(pairs: dict, beta: float) -> dict[str, torch.Tensor]:
 
 def label_metrics(pairs: dict, label_P, beta: float) -> dict[str, tuple]:
     """The same for labelled rows (KTO) -> {name: (sum, count)}: "chosen" are the rows of label 1,
-    "rejected" those of label 0; accuracies compare any of the former with any of the latter."""
+    "rejected" those of label 0; accuracies compare each of the former with each of the latter."""
     good_P = label_P > 0
     reward_P, logp_P = beta * pairs["chosen_ratio_P"].detach(), pairs["chosen_logp_P"].detach()
     right = reward_P[good_P][:, None] > reward_P[~good_P]
@@ -320,7 +317,7 @@ def _smoothed(z, smoothing):
 
 
 def log1mexp(x):
-    """log(1 - e^x) for x < 0, without cancellation; at 0, where it has no bound, its value one
-    rounding below 0."""
+    """log(1 - e^x) for x < 0, without cancellation; at 0, where it is unbounded, its value one
+    rounding step below 0."""
     x = x.clamp(max=-torch.finfo(x.dtype).eps)
     return torch.where(x > -math.log(2), torch.log(-torch.expm1(x)), torch.log1p(-torch.exp(x)))

@@ -1,5 +1,4 @@
-"""Log-probs of pairs under a reference model: computed for each step, or once and cached on
-disk."""
+"""Log-probs of pairs under a reference model: computed each step, or once and cached on disk."""
 
 import hashlib
 from pathlib import Path
@@ -21,15 +20,14 @@ def add_reference(pairs: list[Pair], reference, tokens: int, device):
 
 
 def add_no_reference(pairs: list[Pair]):
-    """ref_logp is 0, for losses that read none: their metrics are then of the log-probs
-    themselves."""
+    """Set ref_logp to 0, for losses that do not read it: their metrics are then plain log-probs."""
     for e in (e for pair in pairs for e in pair):
         e.columns["ref_logp"] = 0.0
 
 
 def add_cached_reference(pairs: list[Pair], reference, reference_folder, tokens: int, world, cache):
-    """The same for all pairs of a run, which every rank holds: shared out among ranks, computed
-    once, and kept in the folder `cache`, under a name made of all that the numbers depend on."""
+    """The same for all pairs of a run, which every rank holds: split over ranks, computed once,
+    and kept in the folder `cache`, under a name made of everything that the numbers depend on."""
     kind = "bf16" if "bfloat16" in str(world.dtype) else "fp32"
     name = f"reference-{hf.content_hash(reference_folder)}-{kind}-{content_hash(pairs)}.npy"
     path = Path(cache, name)

@@ -1,4 +1,4 @@
-"""What is checked and said about examples before training."""
+"""Checks and a summary of the examples before training."""
 
 import numpy as np
 
@@ -13,14 +13,14 @@ def report(
     """A summary of the examples, warnings, and the shortest of them with its trained tokens marked.
 
     rows: where the examples come from, to name them by file and line. shown: maximum characters of
-    the example. InputError for what is certainly wrong.
+    the example. InputError for anything certainly wrong.
     """
     _check_bos(examples, tokenizer, rows)
     trained = [e for e in examples if e.num_targets]
     if not trained:
         raise InputError(
-            f"none of {len(examples):,} rows has a token to train: --train_on and the template "
-            "leave nothing of them."
+            f"none of {len(examples):,} rows has a token to train: check --train_on and the "
+            "chat template."
         )
     lines = [_summary(examples, tokenizer, rows)]
     lines += [f"warning: {sentence}" for sentence in tokenizer.warnings()]
@@ -78,7 +78,7 @@ def _warnings(examples, tokenizer, rows):
         "train no stop token, so their answers never end": _unended(examples, tokenizer),
         "begin without the BOS that this tokenizer adds to text": bare,
     }
-    # A BOS that is also a stop token, or that every row repeats, is meant by the template.
+    # A BOS that is also a stop token, or that every row repeats, is the template's intention.
     if bos is not None and bos not in tokenizer.stop_ids:
         counts = [int((e.ids == bos).sum()) for e in examples]
         if min(counts) < 2:

@@ -1,7 +1,7 @@
-"""Rewards: loading them, calling them, adding them up.
+"""Rewards: loading, calling and summing them.
 
 A reward is f(completions, **columns) -> list[float | None], TRL's signature. completions: strings,
-or lists of messages of which the last is read. columns: those of the rows, and prompts, prompt_ids
+or lists of messages of which the last is read. columns: those of the rows, plus prompts, prompt_ids
 and completion_ids, each a list as long as completions. None: the reward does not apply.
 
 Shapes: F reward functions, P prompts, G completions per prompt.
@@ -37,7 +37,7 @@ class Reward(NamedTuple):
 def load(specs: list[str], weights: list[float] | None, tokenizer=None, device=None):
     """The values of --reward and --reward_weights -> (list[Reward], list[float]).
 
-    Weights are 1 by default. Each reward has a name, and so metrics, of its own.
+    Weights are 1 by default. Each reward gets its own name, and so its own metrics.
     """
     if not specs:
         raise InputError("--reward is missing: say what scores the answers (see --help).")
@@ -54,7 +54,7 @@ def load(specs: list[str], weights: list[float] | None, tokenizer=None, device=N
 
 
 def _unused_name(name, taken):
-    """name, or else the first of name-2, name-3, ... that is not taken."""
+    """name, or else the first of name-2, name-3, ... that is free."""
     unused = name
     number = 2
     while unused in taken:
@@ -67,8 +67,8 @@ def load_one(spec: str, tokenizer=None, device=None) -> Reward:
     """One value of --reward.
 
     That is gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or
-    file.py:function. In place of the function a class may stand, to keep state between calls: one
-    instance is made, without arguments.
+    file.py:function. A class in place of the function can keep state between calls: it is
+    instantiated once, without arguments.
     """
     if spec in BUILT_IN:
         return Reward(spec, BUILT_IN[spec])
@@ -86,7 +86,7 @@ def load_one(spec: str, tokenizer=None, device=None) -> Reward:
         return Reward(name, _from_file(Path(path), name))
     raise InputError(
         f"--reward {spec!r} is unknown: built in are {', '.join(BUILT_IN)}, regex:PATTERN, "
-        f"length:MAX:BUFFER and model:FOLDER; one of your own is file.py:function."
+        f"length:MAX:BUFFER and model:FOLDER; give your own as file.py:function."
     )
 
 
@@ -115,14 +115,14 @@ def _from_file(path, name):
         function = function()
     if not callable(function):
         raise InputError(
-            f"--reward {path}:{name}: an instance of the class {name} cannot be called; give it "
+            f"--reward {path}:{name}: an instance of the class {name} is not callable; give it "
             f"__call__(self, completions, **columns)."
         )
     return function
 
 
 def _check_neighbours(path, name):
-    """A neighbour that the file imports must not share its name with a module found before it."""
+    """A neighbour that the file imports must not be shadowed by another module of its name."""
     source = path.read_text()
     for neighbour in path.parent.resolve().glob("*.py"):
         imported = rf"^\s*(from|import)\s+{neighbour.stem}\b"
@@ -165,7 +165,7 @@ def score(
     """Rewards of the G Rollouts of each row -> float64 reward_FPG, NaN where one does not apply.
 
     Special tokens are not decoded. A row whose prompt is a list of messages has its completions as
-    messages. The columns are the row's own, and prompts, prompt_ids and completion_ids.
+    messages. The columns are the row's own, plus prompts, prompt_ids and completion_ids.
     """
     flat = [(row, rollout) for row, group in zip(rows_P, groups) for rollout in group]
     completions = []
@@ -193,7 +193,7 @@ def score(
 def call(reward: Reward, completions: list, columns: dict[str, list]) -> list[float | None]:
     """One float or None per completion.
 
-    InputError names the completion for which the function raises or returns anything else.
+    InputError names the completion for which the function raises or returns something else.
     """
     if not completions:
         return []
@@ -221,8 +221,8 @@ def call(reward: Reward, completions: list, columns: dict[str, list]) -> list[fl
 def judged(judge: Reward, decode: Callable, rows_P: list[dict], groups: list[list]) -> torch.Tensor:
     """Each completion's wins over the others of its group -> float64 reward_PG.
 
-    judge: f(prompts, pairs) -> for each pair of texts 0 (the first is better), 1 (the second is)
-    or None (a tie). InputError if it raises or returns anything else.
+    judge: f(prompts, pairs) -> for each pair of texts, 0 (the first is better), 1 (the second is)
+    or None (a tie). InputError if it raises or returns something else.
     """
     duels, prompts, pairs = [], [], []
     for p, group in enumerate(groups):
@@ -304,7 +304,7 @@ def _excerpt(completion, length=120):
     return repr(text)
 
 
-# ---------------------------------------------------------------------------------------- adding up
+# ------------------------------------------------------------------------------------------ summing
 def total(reward_FPG, weights: list[float]) -> torch.Tensor:
     """Weighted sum over the F rewards -> float64 reward_PG. NaN (does not apply) adds nothing.
 
@@ -323,7 +323,7 @@ def total(reward_FPG, weights: list[float]) -> torch.Tensor:
 
 
 def sums(names: list[str], reward_FPG: torch.Tensor) -> dict:
-    """One name per reward function -> {name: (sum of its values, number of these)}, for means."""
+    """One name per reward function -> {name: (sum of its values, their number)}, for means."""
     pairs = {}
     for name, reward_PG in zip(names, reward_FPG):
         pairs[name] = reward_PG.nansum(), (~reward_PG.isnan()).sum()

@@ -1,4 +1,4 @@
-"""The Rollout record, and what a step's rollouts say about themselves.
+"""The Rollout record, and metrics of a step's rollouts.
 
 Shapes: T tokens of a completion.
 """
@@ -17,10 +17,10 @@ GAP = "sampling/sampling_logp_difference"
 
 @dataclass
 class Rollout:
-    """One completion. ids includes the stop token if one was sampled: an action like the others.
+    """One completion. ids includes the stop token if one was sampled: an action like any other.
 
-    A turn of the environment (a tool's answer) may stand among ids: it is not sampled, so it is not
-    trained, has no length, no value and no reward.
+    ids may include a turn of the environment (a tool's answer): it is not sampled, so it is not
+    trained and has no length, value or reward.
     """
 
     prompt: list[int]
@@ -59,7 +59,7 @@ def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list
 
 
 def length_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """completions/*: sampled tokens, and the share cut off at the maximum length. A collective."""
+    """completions/*: sampled tokens, and the share cut off at the length limit. A collective."""
     length_B = [r.length for r in rollouts]
     cut_off = sum(r.finish == "length" for r in rollouts)
     longest, shortest = dist.all_max(max(length_B, default=0), -min(length_B, default=2**31))
@@ -105,6 +105,6 @@ class LogpGap:
             raise RuntimeError(
                 f"step {step}: before the first update engine and trainer are one policy, but "
                 f"their log-probs differ by {gap:.2g} on average (--max_logp_gap "
-                f"{self.limit:g}). Either the loop passes other tokens, masks or a temperature "
-                "than were sampled, or the engine has stale weights, or its precision is too low."
+                f"{self.limit:g}). Either the trainer sees different tokens, masks or a "
+                "different temperature, or the engine has stale weights or too low a precision."
             )

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer 2104.09864), with the scalings that make a context longer.
+"""Rotary position embedding (RoFormer 2104.09864), with the scalings that extend the context.
 
 Shapes: N tokens, H heads, K width of a head.
 """
@@ -32,16 +32,16 @@ def read_rope(hf: dict, source: str) -> dict:
         raise InputError(f"{source}: rope type {kind!r} is not one of {kinds}.")
     if any(isinstance(value, dict) for value in given.values()):
         raise InputError(
-            f"{source}: a rope type for each kind of layer is not computed here, only one of "
+            f"{source}: a rope type for each kind of layer is not supported, only one of "
             f"{kinds} for all layers."
         )
     missing = [key for key in ROPE_NEEDS[kind] if rope.get(key) is None]
     if missing:
         raise InputError(
-            f"{source}: rope type {kind!r} needs {', '.join(missing)}, and config.json has none."
+            f"{source}: rope type {kind!r} needs {', '.join(missing)}, but config.json has none."
         )
     if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise InputError(f"{source}: a partial_rotary_factor other than 1 is not computed here.")
+        raise InputError(f"{source}: a partial_rotary_factor other than 1 is not supported.")
     return rope
 
 
@@ -64,7 +64,7 @@ def _original_context(rope):
 
 
 def _llama3_frequencies(rope, freq):
-    """Frequencies that turn often within the original context stay; slow ones are divided."""
+    """Frequencies that turn often within the original context are kept; slow ones are divided."""
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
     turns = _original_context(rope) * freq / (2 * math.pi)
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
@@ -72,7 +72,7 @@ def _llama3_frequencies(rope, freq):
 
 
 def _yarn_frequencies(rope, freq, head_dim):
-    """NTK-by-parts, 2309.00071 section 3.2: a ramp over dimensions between both kinds."""
+    """NTK-by-parts, 2309.00071 section 3.2: a ramp over dimensions between the two."""
     original, base = _original_context(rope), rope["rope_theta"]
 
     def dimension(rotations):

@@ -1,6 +1,6 @@
 """Files -> rows, in TRL's formats.
 
-A row is a dict. Its "__line__" is where it comes from, "file:line", for errors about it. A form
+A row is a dict. Its "__line__" says where it comes from, "file:line", for error messages. A form
 (sft, prompt, pair, unpaired) checks a row and returns it in the shape that the tokenizer reads.
 """
 
@@ -46,14 +46,14 @@ def read_rows(
 ) -> list[dict]:
     """Rows of JSONL, JSON (one list) or Parquet; the first two may be gzipped.
 
-    The content decides which it is, not the name. rename: {theirs: ours}, or ["theirs=ours", ...]
-    as --rename takes them. InputError names file, line and reason.
+    The format is read from the content, not the name. rename: {theirs: ours}, or
+    ["theirs=ours", ...] as --rename takes them. InputError names file, line and reason.
     """
     path = Path(path)
     if path.is_dir():
         raise InputError(f"{path} is a folder: give a file in it.")
     if not path.is_file():
-        raise InputError(f"{path}: no such file (export a data set from a hub to JSONL first).")
+        raise InputError(f"{path}: no such file (export a hub data set to JSONL first).")
     with open(path, "rb") as file:
         start = file.read(4)
     if start == PARQUET:
@@ -70,13 +70,13 @@ def read_rows(
 
 
 def place(row: dict) -> str:
-    """Where a row comes from, for errors about it."""
+    """Where a row comes from, for error messages."""
     return row.get("__line__", "row")
 
 
 @contextmanager
 def errors_at(row: dict):
-    """Begin the sentence of an InputError with the row's place."""
+    """Prefix the sentence of an InputError with the row's place."""
     try:
         yield
     except InputError as error:
@@ -110,7 +110,7 @@ def prompt(row: dict) -> dict:
     _check_messages(row, "prompt", f"non-empty text or {MESSAGES}")
     if row["prompt"][-1]["role"] == "assistant":
         raise InputError(
-            f"{place(row)}: prompt ends with an assistant's message, and a rollout begins another: "
+            f"{place(row)}: prompt ends with an assistant message, but a rollout begins another: "
             "remove it."
         )
     return row
@@ -119,7 +119,7 @@ def prompt(row: dict) -> dict:
 def pair(row: dict) -> dict:
     """{"prompt", "chosen", "rejected"}, all text or all lists of messages.
 
-    Without prompt, chosen and rejected are whole conversations: the messages that both begin with
+    Without prompt, chosen and rejected are whole conversations: the messages with which both begin
     become the prompt.
     """
     if "chosen" not in row or "rejected" not in row:
@@ -230,8 +230,8 @@ def _split_at_shared_prefix(row):
         shared += 1
     if shared in (0, len(chosen), len(rejected)):
         raise InputError(
-            f"{place(row)}: chosen and rejected have no prompt in common, or nothing else: begin "
-            "both with the same messages and end them differently."
+            f"{place(row)}: chosen and rejected share no prompt, or one has no answer after it: "
+            "begin both with the same messages and end them differently."
         )
     parts = {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
     return {**row, **parts}
@@ -294,7 +294,7 @@ def _row(value, where):
         )
     try:
         json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:  # no tokenizer takes it
+    except UnicodeEncodeError as error:  # no tokenizer accepts it
         raise InputError(
             f"{where}: an unpaired surrogate, {error.object[error.start]!a}, such as half of an "
             "emoji: remove it."
@@ -317,7 +317,7 @@ def _renamed(rows, rename):
             )
         if len({ours.get(name, name) for name in row}) < len(row):
             raise InputError(
-                f"{place(row)}: the columns are {_columns(row)}; --rename gives two of them one "
-                "name."
+                f"{place(row)}: the columns are {_columns(row)}; --rename gives two of them the "
+                "same name."
             )
     return [{ours.get(name, name): value for name, value in row.items()} for row in rows]

@@ -1,6 +1,6 @@
 """A run's folder: run.json, metrics.jsonl, samples.jsonl, checkpoints/, and the trained model.
 
-A Run never calls the loop and reads no flag by name. It writes on rank 0 alone, so no call site
+A Run never calls the loop and reads no flag by name. It writes only on rank 0, so no call site
 asks for the rank.
 """
 
@@ -38,15 +38,15 @@ class Run:
         """Begin a run, or resume one -> the state to begin from. A collective.
 
         state: {"step": 0, ...}, what a fresh run begins with. about: more for run.json. others:
-        further models whose weights change over the run. A run that is there is replaced only with
-        overwrite, or if it ended before its first checkpoint. What no script wrote, and what this
-        run reads, is never replaced.
+        further models whose weights change over the run. An existing run is replaced only with
+        overwrite, or if it was killed before its first checkpoint. Files that no script wrote, or
+        that this run reads, are never replaced.
         """
         found = None
         if resume:
             if overwrite:
                 raise InputError(
-                    "--resume continues and --overwrite starts over: give one of them."
+                    "--resume continues and --overwrite starts over: choose one of them."
                 )
             found = self._to_resume()
         if found:
@@ -90,8 +90,8 @@ class Run:
         return found
 
     def _open(self, resumed_at: int | None, replace: bool, about: dict):
-        """Make the folder ready. What was logged after the checkpoint will be logged again, so it
-        is removed."""
+        """Prepare the folder. Lines logged after the checkpoint are removed, since they will be
+        logged again."""
         self._check_free()
         try:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -123,9 +123,8 @@ class Run:
             "args": self.arguments,
             **about,
         }
-        temporary = (
-            self.out / "run.json.tmp"
-        )  # renamed when whole: a folder without run.json is not ours
+        # Renamed once complete: a folder without run.json is not ours.
+        temporary = self.out / "run.json.tmp"
         temporary.write_text(json.dumps([*earlier, start], indent=1, default=str) + "\n")
         temporary.replace(self.out / "run.json")
         for path in logs:
@@ -136,7 +135,7 @@ class Run:
             temporary.replace(path)
 
     def _check_free(self):
-        """InputError if the folder holds what this run reads, or what no script wrote."""
+        """InputError if the folder holds files that this run reads, or that no script wrote."""
         out = self.out.resolve()
         for path in _paths_read(self.arguments, self.out, starts_of(self.out)):
             read = Path(path).resolve()
@@ -154,7 +153,7 @@ class Run:
 
     # ------------------------------------------------------------------------------- in the loop
     def due(self, step: int, every: int) -> bool:
-        """Every so many steps (0: never), and at the last one."""
+        """Whether `step` is a multiple of `every` (0: never) or the last step."""
         return step == self.steps or (every > 0 and step % every == 0)
 
     def say(self, text: str):
@@ -162,7 +161,7 @@ class Run:
             print(text, flush=True)
 
     def log(self, step: int, metrics: dict[str, float]):
-        """One object per step in metrics.jsonl, one line on stdout with the time left."""
+        """Write one object per step to metrics.jsonl, and one line with the time left to stdout."""
         if not self.writes:
             return
         with open(self.out / "metrics.jsonl", "a") as file:
@@ -180,7 +179,7 @@ class Run:
         print(f"step {step}/{self.steps}  {text}{left}", flush=True)
 
     def samples(self, step: int, records: list[dict]):
-        """Decoded text and numbers about it, one object per line in samples.jsonl."""
+        """Write decoded text and numbers about it to samples.jsonl, one object per line."""
         if self.writes:
             with open(self.out / "samples.jsonl", "a") as file:
                 for record in records:
@@ -189,7 +188,7 @@ class Run:
     def save(self, step: int, model, optimizer, state: dict, **others):
         """Write a checkpoint to resume from, and delete the one before it. A collective.
 
-        Nothing to do at the last step: the trained model itself is written then.
+        Does nothing at the last step, when the trained model itself is written.
         """
         if step < self.steps:
             state = {**state, "args": self.arguments}
@@ -197,7 +196,7 @@ class Run:
 
     # --------------------------------------------------------------------------------------- end
     def export(self, named_tensors, config, files: dict, part: str = ""):
-        """Write a model for transformers and vLLM into the folder, or its folder `part`. A
+        """Write a model for transformers and vLLM to the folder, or its subfolder `part`. A
         collective.
 
         named_tensors, config, files: see hf.save_model.
@@ -206,7 +205,7 @@ class Run:
         self.say(f"the model is in {self.out / part}")
 
     def finish(self):
-        """Say what became of the held-out metrics, and leave the process group."""
+        """Print the held-out metrics before and after, and leave the process group."""
         if self.writes:
             lines = [json.loads(x) for x in (self.out / "metrics.jsonl").read_text().splitlines()]
             evaluated = [x for x in lines if any(name.startswith("eval/") for name in x)]
@@ -219,7 +218,7 @@ class Run:
 
 
 def starts_of(out) -> list[dict]:
-    """What run.json in `out` says about each start of its run; [] where no script wrote one."""
+    """What run.json in `out` says about each start of its run; [] if no script wrote one."""
     try:
         starts = json.loads((Path(out) / "run.json").read_text())
     except (OSError, ValueError):
@@ -230,7 +229,7 @@ def starts_of(out) -> list[dict]:
 
 
 def changed_arguments(saved: dict, now: dict) -> list[str]:
-    """What a resumed run was told differently: ["lr: 0.001 -> 0.002", ...]."""
+    """What differs in the flags of a resumed run: ["lr: 0.001 -> 0.002", ...]."""
     names = [name for name in {**saved, **now} if name not in NOT_COMPARED]
     return [f"{n}: {saved.get(n)} -> {now.get(n)}" for n in names if saved.get(n) != now.get(n)]
 
@@ -261,7 +260,7 @@ def _texts(values) -> list[str]:
 
 
 def _step_of(line):
-    """A line's step; infinite for one that a kill has cut off."""
+    """A line's step; infinite for a line that a kill cut short."""
     try:
         return json.loads(line)["step"]
     except ValueError:

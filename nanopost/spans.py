@@ -111,7 +111,7 @@ class _Rendering:
             return None
         if self.text.startswith(prompt, previous_end):
             return previous_end + len(prompt)
-        # The prompt says more than this turn (DeepSeek-R1's ends in <think>). The content may begin
+        # The prompt has more than this turn (DeepSeek-R1's ends in <think>). The content may begin
         # like the rest of the prompt, so the header is what comes before a content of PROBE alone.
         before, _ = self.around_probe(k, PROBE)
         if before is None or not before.startswith(self.text[:previous_end]):
@@ -235,7 +235,7 @@ def _check_tools(template, messages, tools=None, **variables):
         renamed.append(message)
     if template.render(renamed, tools, **variables).count(TOOL) < calls:
         raise InputError(
-            f"the chat template drops some of the {calls} tool calls: it knows none, or one per "
+            f"the chat template drops some of the {calls} tool calls: it supports none, or one per "
             "turn; give a template that shows them (--chat_template FILE)."
         )
 

@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from nanopost import InputError
 
-# Characters for private use, which mark places in renderings; a text that holds one is refused.
+# Private-use characters that mark places in renderings; a text that holds one is refused.
 PROBE, OPEN, CLOSE = "\U000f5a5a", "\U000f5a5b", "\U000f5a5c"
 # What a template may raise while it runs.
 ERRORS = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError)
@@ -102,7 +102,7 @@ class Template:
     # --------------------------------------------------------------------------- found by trial
     @cached_property
     def trial(self) -> Trial:
-        """Every part is empty if the template refuses so plain a conversation."""
+        """Every part is empty if the template refuses even this plain conversation."""
         question = {"role": "user", "content": OPEN}
         answer = {"role": "assistant", "content": PROBE}
         conversation = self.try_render([question, answer])

@@ -65,7 +65,7 @@ class Tokenizer:
             token.content: i for i, token in raw.get_added_tokens_decoder().items() if token.special
         }
         self.prefix = _prefix(raw)
-        # It adds no more than the prefix, and GPT-2's cuts spaces off offsets.
+        # It adds nothing but the prefix, and GPT-2's trims spaces from offsets.
         raw.post_processor = processors.Sequence([])
         stop_ids = {self.eos_id, *extra_stops} - {None}
         self.template = Template(template, named, self.special, map(raw.id_to_token, stop_ids))
@@ -95,7 +95,7 @@ class Tokenizer:
         return self.raw.decode([int(i) for i in ids], skip_special_tokens=skip_special)
 
     def text_ids(self, text: str) -> list[int]:
-        """Plain text, after the BOS that this tokenizer gives a text, unless the text has it."""
+        """Ids of plain text, after the BOS that this tokenizer adds, unless the text has it."""
         ids = self.encode(text)
         if ids[: len(self.prefix)] == self.prefix:
             return ids
@@ -109,7 +109,7 @@ class Tokenizer:
         if self.template.unprompted:
             raise InputError(
                 "the chat template has no generation prompt, so a rollout would have to write "
-                f"{self.template.unprompted!r} itself: use one that has (--chat_template FILE)."
+                f"{self.template.unprompted!r} itself: use one that has one (--chat_template FILE)."
             )
         return self.encode(text)
 
@@ -125,9 +125,9 @@ class Tokenizer:
     ) -> tuple[list[list[dict]], str]:
         """Tokenize the prompts of several lists of rows -> (the lists, a report).
 
-        Each row gains the column prompt_ids, and all get the same columns, None where they had
-        none. Prompts of more than max_prompt tokens are dropped and counted. InputError if no row
-        of a list is left, or for a row that the template refuses, or whose prompt and max_new
+        Each row gains the column prompt_ids, and all get the same columns, filled with None.
+        Prompts of more than max_prompt tokens are dropped and counted. InputError if no row of a
+        list is left, or for a row that the template refuses, or whose prompt and max_new
         tokens exceed the model's positions or tokens / sides (2 sides: both of a pair must fit).
         """
         columns = dict.fromkeys(chain.from_iterable(chain(*parts)))
@@ -147,7 +147,7 @@ class Tokenizer:
                 counts = " and ".join(str(len(rows)) for rows in parts)
                 raise InputError(
                     f"none of {len(rows):,} prompts is left within --max_prompt {max_prompt} "
-                    f"(there are {counts} to train on and held out)."
+                    f"(training and held-out prompts: {counts})."
                 )
         report = f"{dropped:,} dropped by --max_prompt"
         if plain and self.template.source:
@@ -158,8 +158,8 @@ class Tokenizer:
         """A row of the form sft, with optional columns tools and chat_template_kwargs.
 
         train_on: assistant (every assistant turn), last (the last one), completion (those after the
-        last user turn) or all. Only `all` trains a row's prompt. Plain text is trained whole, of a
-        plain prompt and completion the completion; both end with EOS.
+        last user turn) or all. Only `all` trains a row's prompt. Plain text is trained whole; of a
+        plain prompt and completion, only the completion is. Both end with EOS.
         """
         with errors_at(row):
             if "messages" in row or isinstance(row.get("prompt"), list):
@@ -192,9 +192,9 @@ class Tokenizer:
         return tuple(examples)
 
     def _text_example(self, prompt, completion, train_on):
-        # Both in one encoding, as in TRL: encoded apart, SentencePiece would put a space between
-        # them. But apart where a token would cross the boundary, since the prompt's tokens must be
-        # those of a rollout.
+        # Encode both together, as in TRL: separately, SentencePiece would put a space between them.
+        # But encode them separately if a token would cross the boundary, since the prompt's tokens
+        # must be those of a rollout.
         prompt_ids = self.text_ids(prompt)
         ids = self.text_ids(prompt + completion)
         if ids[: len(prompt_ids)] != prompt_ids:
@@ -249,8 +249,8 @@ class Tokenizer:
         """InputError if the checkpoint in `folder`, given by `flag`, has another tokenizer."""
         if Tokenizer.load(folder).hash != self.hash:
             raise InputError(
-                f"{flag}{folder}: its tokenizer is not the policy's, so it reads other text: take "
-                "one that was trained from the policy's model."
+                f"{flag}{folder}: its tokenizer is not the policy's, so it reads different text: "
+                "use one that was trained from the policy's model."
             )
 
 
@@ -277,14 +277,14 @@ def _variables(row):
 
 
 def _check_room(length, max_new, tokens, positions, sides):
-    """InputError if a prompt of this length and max_new tokens after it are too many."""
+    """InputError if a prompt of this length plus max_new tokens is too long."""
     if length + max_new <= min(tokens // sides, positions):
         return
-    given = f"a prompt of {length} tokens and {max_new} new ones are more than"
+    given = f"a prompt of {length} tokens and {max_new} new ones exceed"
     shorter = "drop long prompts (--max_prompt, in training), lower --max_new_tokens"
     if positions <= tokens // sides:
         raise InputError(f"{given} the model's {positions} positions: {shorter}.")
-    half = " / 2, a side of a pair" if sides == 2 else ""
+    half = " / 2 (one side of a pair)" if sides == 2 else ""
     raise InputError(f"{given} --tokens {tokens}{half}: {shorter} or raise --tokens.")
 
 
@@ -307,7 +307,7 @@ def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes | Non
     They are the folder's tokenizer files, the template in use and a fingerprint for check_stage. A
     stop token that the folder does not know (another template's) joins generation_config.json's
     eos_token_id: transformers and vLLM, which know nothing of the template's end of turn, would
-    otherwise write past it.
+    otherwise generate past it.
     """
     folder = Path(folder)
     files = dict.fromkeys(FILES)
@@ -348,5 +348,5 @@ def check_stage(folder, tokenizer: Tokenizer) -> str:
         return ""
     return (
         f"WARNING: {folder} was trained with another {' and '.join(changed)} than this run uses, "
-        "so prompts will look different from those it knows: was --chat_template intended?"
+        "so prompts will not look like those it was trained on: was --chat_template intended?"
     )

@@ -38,7 +38,7 @@ def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict]:
     vocab_size = read_optional_json(folder / "config.json").get("vocab_size")
     if vocab_size and last >= vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer's last id is {last}, for {raw.id_to_token(last)!r}, and "
+            f"{folder}: the tokenizer's last id is {last}, for {raw.id_to_token(last)!r}, but "
             f"config.json has a vocab_size of {vocab_size}: they do not belong together."
         )
     return raw, config
@@ -68,7 +68,7 @@ def named_tokens(config: dict) -> dict[str, str]:
 
 
 def read_optional_json(path: Path) -> dict:
-    """The content of a file, or {} where there is none."""
+    """The content of a file, or {} if there is none."""
     if not path.is_file():
         return {}
     try:
@@ -122,7 +122,7 @@ def _add_declared_tokens(raw, config, folder):
 
 
 def _add_named_tokens(raw, config, folder):
-    """Make the tokens with a role special, so that they are recognised in text."""
+    """Mark the tokens with a role as special, so that they are recognised in text."""
     known = {token.content for token in raw.get_added_tokens_decoder().values()}
     for name, token in named_tokens(config).items():
         if token in known:
@@ -131,6 +131,6 @@ def _add_named_tokens(raw, config, folder):
             raw.add_special_tokens([AddedToken(token, normalized=False)])
         elif name in ("bos_token", "eos_token"):
             raise InputError(
-                f"{folder}: tokenizer_config.json names {token!r} as {name}, and tokenizer.json "
+                f"{folder}: tokenizer_config.json names {token!r} as {name}, but tokenizer.json "
                 "has no such token: correct one of them."
             )

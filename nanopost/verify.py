@@ -1,4 +1,4 @@
-"""Verifiers of answers: exact match, form, length, GSM8K, MATH.
+"""Answer verifiers: exact match, format, length, GSM8K, MATH.
 
 The verifiers are reward functions: f(completions, **columns) -> list[float]; see rewards.py.
 """
@@ -18,9 +18,9 @@ def text_of(completion) -> str:
     return completion[-1]["content"] or ""
 
 
-# ------------------------------------------------------------------------ exact match, form, length
+# ---------------------------------------------------------------------- exact match, format, length
 def exact(completions, answer, **columns):
-    """1 where the completion equals the column answer, up to white space at both ends."""
+    """1 where the completion equals the column answer, up to whitespace at both ends."""
     return [float(text_of(c).strip() == str(a).strip()) for c, a in zip(completions, answer)]
 
 
@@ -41,7 +41,7 @@ LAST_LINE = re.compile(r" -?\$?[0-9][0-9,]*(\.[0-9]+)?\s*")
 
 
 def gsm8k_format(completions, **columns):
-    """1 where a completion has the form of GSM8K.
+    """1 where a completion has the format of GSM8K.
 
     That is some text, then a last line "#### number", which holds the only ####.
     """
@@ -57,7 +57,7 @@ def length_limit(limits: str) -> Callable:
     """length_penalty of the tokens in the column completion_ids. limits: "MAX:BUFFER"."""
     if not re.fullmatch(r"\d+:\d+", limits):
         raise InputError(
-            f"--reward length:{limits}: write length:MAX:BUFFER in tokens, as length:1024:256."
+            f"--reward length:{limits}: write length:MAX:BUFFER in tokens, such as length:1024:256."
         )
     max_length, buffer = map(int, limits.split(":"))
     if buffer > max_length:
@@ -165,9 +165,9 @@ REWRITES = [(re.compile(pattern), new) for pattern, new in REWRITES]
 def boxed(completions, answer, **columns):
     r"""1 where the last \boxed{} equals the column answer, which may be bare or boxed itself.
 
-    Equal are equal numbers, and LaTeX that is the same once plain_latex has rewritten it. That goes
-    a bit further than is_equiv of the MATH data set (2103.03874). It knows no algebra: 2x + 1 is
-    not 1 + 2x.
+    Two answers are equal if they are equal numbers, or the same LaTeX once plain_latex has
+    rewritten it. That goes a bit further than is_equiv of the MATH data set (2103.03874). It does
+    no algebra: 2x + 1 is not 1 + 2x.
     """
     scores = []
     for completion, gold in zip(completions, answer):

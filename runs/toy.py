@@ -1,14 +1,14 @@
-"""The toy: a tiny model and a task that it learns in minutes on a CPU, two-digit addition as chat.
+"""The toy: a tiny model and a task that it learns in minutes on a CPU: two-digit addition as chat.
 
     user: 12+34=?        assistant: <answer>46</answer>
 
     python runs/toy.py out/toy                            # the model, and rows for SFT and for RL
-    python runs/toy.py out/toy --pairs out/toy/sft        # preference pairs from that model's slips
+    python runs/toy.py out/toy --pairs out/toy/sft        # preference pairs from its mistakes
 
 The SFT rows hold each sum six times, and half of their answers are near misses (off by 1, 2, 9, 10
-or 11). SFT on them teaches the skill and the format, and leaves the model as unsure as a base model
-is: it is mostly right when greedy, and about once in four when sampled at temperature 1. That is
-what reinforcement learning can then bring out. A tenth of the sums is held out, chosen by a hash.
+or 11). SFT on them teaches the skill and the format, but leaves the model as unsure as a base
+model: mostly right when greedy, but only about one time in four when sampled at temperature 1.
+Reinforcement learning can then close that gap. A tenth of the sums are held out, chosen by hash.
 """
 
 import argparse
@@ -99,9 +99,9 @@ def tokenizer_files() -> dict[str, str]:
 def sft_rows(
     held_out: bool = False, noise: float = 0.5, copies: int = 6, seed: int = 0
 ) -> list[dict]:
-    """{"messages"}: each sum of one side of the split `copies` times, `noise` of them near misses.
+    """{"messages"}: each sum of one side of the split `copies` times, a share `noise` near misses.
 
-    Copies show that the noise is noise: with one of each, the skill depends on the seed's luck.
+    Copies show that the noise is noise: with one of each, the skill depends on the seed.
     """
     draw = random.Random(seed)
     rows = []
@@ -173,8 +173,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where the files are written")
-    parser.add_argument("--pairs", metavar="MODEL", help="write the pairs of this model instead")
+    parser.add_argument("folder", type=Path, help="where to write the files")
+    parser.add_argument("--pairs", metavar="MODEL", help="write pairs from this model instead")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.pairs:

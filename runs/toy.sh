@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The toy from start to end, in about four minutes on a CPU with two cores: SFT on noisy answers,
-# then GRPO, which brings out what the model knows. The last line is held-out exact match (sampled
+# The toy from start to finish, in about four minutes on two CPU cores: SFT on noisy answers, then
+# GRPO, which brings out what the model knows. The last line is held-out exact match (sampled
 # at temperature 1, and greedy) before and after GRPO.
 #
 #     bash runs/toy.sh [SEED]

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Preferences on the toy, on a CPU: pairs of the right sum and a slip of the SFT model, then a reward
-# model, DPO, KTO and online DPO. Each run ends with its held-out numbers before and after.
+# Preferences on the toy, on a CPU: pairs of the right sum and a mistake of the SFT model, then a
+# reward model, DPO, KTO and online DPO. Each run ends with its held-out numbers before and after.
 #
 #     bash runs/toy_preference.sh [SEED]
 #

@@ -148,7 +148,7 @@ def test_further_models_are_stored_under_their_names(tmp_path):
     for p, q in zip(found.parameters(), reference.parameters()):
         assert torch.equal(p, q)
     with pytest.raises(
-        InputError, match="is of another teacher .0 tensors there, 25 here.: resume"
+        InputError, match="belongs to another teacher .0 tensors there, 25 here.: resume"
     ):
         checkpoint.load(path, *fresh(1), teacher=found)
 
@@ -159,13 +159,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     checkpoint.save(tmp_path, 1, *saved, {})
     path = checkpoint.latest(tmp_path)
     model = small_model(num_hidden_layers=1)
-    with pytest.raises(InputError, match="is of another model"):
+    with pytest.raises(InputError, match="belongs to another model"):
         checkpoint.load(path, model, adamw(model))
     model = small_model(intermediate_size=50)
     with pytest.raises(InputError, match="does not fit this model or is damaged .*resume with the"):
         checkpoint.load(path, model, adamw(model))
     model = small_model()
-    with pytest.raises(InputError, match="state of .*norm.weight, which this run does not train"):
+    with pytest.raises(InputError, match="state for .*norm.weight, which this run does not train"):
         checkpoint.load(path, model, torch.optim.SGD(matrices(model)))
 
 

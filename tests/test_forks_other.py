@@ -376,11 +376,11 @@ def test_a_multiple_choice_question_becomes_a_conversation():
     [
         ({"question": None}, "it needs question (text) and options (a list)"),
         ({"options": "3 4"}, "it needs question (text) and options (a list)"),
-        ({"answer": None}, "answer None is no index of 26 options or less"),
-        ({"answer": "B"}, "answer 'B' is no index"),
-        ({"answer": 3}, "answer 3 is no index"),
-        ({"answer": -1}, "answer -1 is no index"),
-        ({"options": ["x"] * 27}, "answer 1 is no index of 26 options or less"),
+        ({"answer": None}, "answer None is not an index (26 options max)"),
+        ({"answer": "B"}, "answer 'B' is not an index"),
+        ({"answer": 3}, "answer 3 is not an index"),
+        ({"answer": -1}, "answer -1 is not an index"),
+        ({"options": ["x"] * 27}, "answer 1 is not an index (26 options max)"),
     ],
 )
 def test_a_wrong_multiple_choice_row_is_named(change, sentence):

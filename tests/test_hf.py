@@ -221,7 +221,7 @@ def test_a_hub_name_is_answered_with_the_command_that_downloads_it():
         "hf download Qwen/Qwen2.5-0.5B --local-dir Qwen2.5-0.5B",
         "and pass Qwen2.5-0.5B.",
     )
-    assert "hf download" not in refused("/nowhere/at/all", "/nowhere/at/all is no folder")
+    assert "hf download" not in refused("/nowhere/at/all", "/nowhere/at/all is not a folder")
 
 
 def test_folders_that_are_something_else_say_so(tmp_path):

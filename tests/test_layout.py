@@ -234,7 +234,7 @@ def test_ruff_has_nothing_to_say(command):
 
 
 def test_the_tree_in_the_readme_is_the_tree_there_is():
-    """Each name in it is that of a file, and it names all scripts and all rooms of the library."""
+    """Each name in it is that of a file, and it names all scripts and all library modules."""
     blocks = re.findall(r"^```\w*\n(.*?)^```", text("README.md"), re.M | re.S)
     trees = [block for block in blocks if re.search(r"^nanopost/", block, re.M)]
     assert len(trees) == 1, "README.md needs one code block that is the tree, with a line nanopost/"

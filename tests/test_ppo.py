@@ -434,7 +434,7 @@ def test_a_resumed_run_of_ppo_ends_with_the_same_weights(place, tmp_path):
             "--prompts 5 does not divide into 1 ranks x 2 minibatches: 4 or 6 would",
         ),
         (("--temperature", 0), "--temperature: 0: give more than 0"),
-        (("--value_model", "nowhere"), "nowhere is no folder"),
+        (("--value_model", "nowhere"), "nowhere is not a folder"),
         (("--lr", 0, "--value_lr", 1e-3), "--value_lr with --lr 0"),
     ],
 )

@@ -448,7 +448,7 @@ def test_what_does_not_go_together_is_refused(place, tmp_path, script, more, sai
         ((), "give --reward or --judge"),
         (
             ("--reward", "length:6:2", "--max_new_tokens", 16, "--tokens", 30),
-            "16 new ones are more than --tokens 30 / 2, a side of a pair",
+            "16 new ones exceed --tokens 30 / 2 .one side of a pair.",
         ),
         (("--judge", "no_file.py:f"), "no_file.py"),
     ],

@@ -360,7 +360,7 @@ def test_length_punishes_the_tokens_over_its_limit():
         (
             "gsm9k",
             "'gsm9k' is unknown: built in are gsm8k, boxed, exact, format, regex:PATTERN, "
-            "length:MAX:BUFFER and model:FOLDER; one of your own is file.py:function",
+            "length:MAX:BUFFER and model:FOLDER; give your own as file.py:function",
         ),
         ("regex:(", r"regex:\(: not a regular expression"),
         ("length", "write length:MAX:BUFFER in tokens"),
@@ -435,7 +435,7 @@ def test_a_class_is_made_once_and_keeps_its_state(user):
         ("start", "mine.py has no function 'start'; it has Counter, Useless, starts, .*, gives"),
         ("LIMIT", "has no function 'LIMIT'"),
         ("", "has no function ''; it has Counter"),
-        ("Useless", "an instance of the class Useless cannot be called"),
+        ("Useless", "an instance of the class Useless is not callable"),
     ],
 )
 def test_a_name_that_is_not_in_the_file_is_answered_with_those_that_are(user, name, message):

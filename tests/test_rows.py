@@ -131,8 +131,8 @@ def test_rename_maps_their_columns_to_ours(tmp_path):
     "rename, said",
     [
         (["query=prompt"], "qa.jsonl:1: the columns are question, answer; --rename asks for query"),
-        (["question=prompt", "answer=prompt"], "qa.jsonl:1: .* gives two of them one name"),
-        (["question=answer"], "qa.jsonl:1: .* gives two of them one name"),
+        (["question=prompt", "answer=prompt"], "qa.jsonl:1: .* gives two of them the same name"),
+        (["question=answer"], "qa.jsonl:1: .* gives two of them the same name"),
         (["question"], "--rename question: write it as theirs=ours"),
         (["=prompt"], "--rename =prompt: write it as theirs=ours"),
         (["extra=e"], "qa.jsonl:2: the columns are question, answer; --rename asks for extra"),
@@ -260,7 +260,7 @@ def test_a_bad_sft_row_is_named_with_file_and_line(tmp_path, row, said):
         ({"prompt": 3}, "row: prompt is 3"),
         ({"prompt": []}, r"prompt is \[\]"),
         ({"prompt": [{"role": "user"}]}, r"prompt\[0\] has the content None"),
-        ({"prompt": [USER, BOT]}, "ends with an assistant's message"),
+        ({"prompt": [USER, BOT]}, "ends with an assistant message"),
     ],
 )
 def test_a_bad_prompt_row_is_refused(row, said):
@@ -295,9 +295,9 @@ BAD_PAIRS = [
         "prompt, chosen, rejected are partly text",
     ),
     ({"chosen": "b", "rejected": "c"}, "chosen and rejected are text, so it needs prompt"),
-    ({"chosen": [USER, BOT], "rejected": [USER]}, "nothing else"),
-    ({"chosen": [USER, BOT], "rejected": [USER, BOT]}, "nothing else"),
-    ({"chosen": [BOT], "rejected": [USER]}, "no prompt in common"),
+    ({"chosen": [USER, BOT], "rejected": [USER]}, "one has no answer after it"),
+    ({"chosen": [USER, BOT], "rejected": [USER, BOT]}, "one has no answer after it"),
+    ({"chosen": [BOT], "rejected": [USER]}, "share no prompt"),
     ({"prompt": [USER], "chosen": [BOT], "rejected": []}, r"rejected is \[\]: make it a non-empty"),
     ({"prompt": [], "chosen": [BOT], "rejected": [BOT]}, r"prompt is \[\]: make it a non-empty"),
 ]

@@ -261,7 +261,7 @@ def test_what_cannot_be_resumed_says_so(tmp_path):
         ({"steps": 3, "bins": 0}, "step-000004 is past --steps 3: give 4 or more"),
         (
             {"bins": 0, "overwrite": True},
-            "--resume continues and --overwrite starts over: give one",
+            "--resume continues and --overwrite starts over: choose one",
         ),
         ({}, "step-000004 is another script's .with --bins.: choose another --out"),
     ):

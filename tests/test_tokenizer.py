@@ -338,7 +338,7 @@ def test_prompts_of_several_lists_share_their_columns_and_each_must_keep_one():
     (train_rows, eval_rows), _ = tokenizer.with_prompts(parts, **limits)
     assert train_rows[0].keys() == eval_rows[0].keys() >= {"answer", "level", "prompt_ids"}
     assert tokenizer.with_prompts((parts[0], []), **limits)[0][1] == []
-    with pytest.raises(InputError, match="none of 1 prompts is left .* 20 .* 2 and 1 to train on"):
+    with pytest.raises(InputError, match="none of 1 prompts is left .* 20 .*-out prompts: 2 and 1"):
         tokenizer.with_prompts((parts[0] * 2, [prompt_row("x" * 60)]), **limits)
 
 
@@ -347,14 +347,14 @@ def test_prompts_of_several_lists_share_their_columns_and_each_must_keep_one():
     [
         ("positions", 65, 1, "the model's 65 positions"),
         ("tokens", 65, 1, "--tokens 65: .*or raise --tokens"),
-        ("tokens", 131, 2, "--tokens 131 / 2, a side of a pair: .*or raise --tokens"),
+        ("tokens", 131, 2, "--tokens 131 / 2 .one side of a pair.: .*or raise --tokens"),
     ],
 )
 def test_a_prompt_without_room_for_its_completion_is_refused(name, limit, sides, said):
     tokenizer = make(toy.TEMPLATE, SPECIAL, eos="<|end|>")
     asked = [prompt_row("a"), prompt_row("abcd")]
     room = {"max_new": 60, "tokens": 1000, "positions": 1000, "sides": sides}
-    said = f"^p.jsonl:4: a prompt of 6 tokens and 60 new ones are more than {said}"
+    said = f"^p.jsonl:4: a prompt of 6 tokens and 60 new ones exceed {said}"
     with pytest.raises(InputError, match=said):
         with_prompts(tokenizer, asked, **room | {name: limit})
     with_prompts(tokenizer, asked, **room | {name: limit + 1})
