@@ -1,11 +1,12 @@
 """Breaks the code in one place at a time and expects the tests to notice.
 
-    python tests/mutations.py                     # all of them, about ten minutes on one core
+    python tests/mutations.py                     # all of them, about fifteen minutes on one core
     python tests/mutations.py bos clip            # those with bos or clip in their names
 
-The tree is copied to a temporary folder. There the tests named below are first seen green, and then each mutation
-replaces one piece of text (found exactly once, or this script is to be mended: it must follow the code) and has to turn
-its tests red. Tests of real data do not count, as a clone has none. Exits with 1 if a mutation survives.
+The tree is copied to a temporary folder. There the tests named below are first seen green. Then
+each mutation replaces one piece of text, which must occur exactly once, and has to turn its tests
+red. Where the code has changed, this script must follow it. Tests of real data do not count, as a
+clone has none. Exits with 1 if a mutation survives.
 """
 
 import os
@@ -37,66 +38,66 @@ MUTATIONS = [
     # ---- masks and templates
     mutation(
         "mask-not-shifted",
-        "nanopost/data.py",
+        "nanopost/batch.py",
         "_shift(np.concatenate([e.mask for e in examples]), end_S)",
         "np.concatenate([e.mask for e in examples])",
-        "test_data.py::test_batch_of_equals_a_golden_token_by_token",
+        "test_batch.py::test_batch_of_equals_a_golden_token_by_token",
     ),
     mutation(
         "mask-begins-a-token-early",
-        "nanopost/chat.py",
+        "nanopost/tokenizer.py",
         "(start_T < end) & (end_T > start)",
         "(start_T < end) & (end_T >= start)",
-        "test_chat.py::test_a_mask_spelled_out",
-    ),
-    mutation(
-        "first-sampled-token-untrained",
-        "nanopost/rollout.py",
-        "len(self.ids)) >= len(self.prompt)",
-        "len(self.ids)) > len(self.prompt)",
-        "test_trl_parity.py::test_two_optimizer_steps_of_train_grpo_are_those_of_trl",
+        "test_spans.py::test_a_mask_spelled_out",
     ),
     mutation(
         "end-of-turn-dropped",
-        "nanopost/chat.py",
-        "return closed.end() if closed else max(start, content_end)",
-        "return max(start, content_end)",
-        "test_chat.py::test_a_mask_spelled_out",
+        "nanopost/spans.py",
+        "return closed.end() if closed else answer_end",
+        "return answer_end",
+        "test_spans.py::test_a_mask_spelled_out",
     ),
     mutation(
-        "newline-behind-end-of-turn-trained",
-        "nanopost/chat.py",
-        "inside.end(1) if inside",
-        "inside.end() if inside",
-        "test_chat.py::test_masks_are_right_token_by_token_whatever_the_contents",
+        "newline-after-end-of-turn-trained",
+        "nanopost/spans.py",
+        "return start, inside.end(1)",
+        "return start, inside.end()",
+        "test_spans.py::test_masks_are_right_token_by_token_whatever_the_contents",
     ),
     mutation(
         "eos-of-text-dropped",
-        "nanopost/chat.py",
+        "nanopost/tokenizer.py",
         "ids.append(self.eos_id)",
         "pass",
-        "test_chat.py::test_text_is_trained_whole_with_one_bos_and_one_eos",
+        "test_tokenizer.py::test_text_is_trained_whole_with_one_bos_and_one_eos",
     ),
     mutation(
         "bos-of-text-doubled",
-        "nanopost/chat.py",
-        "return ids if ids[:len(self.prefix)] == self.prefix else self.prefix + ids",
-        "return self.prefix + ids",
-        "test_chat.py::test_text_is_trained_whole_with_one_bos_and_one_eos",
+        "nanopost/tokenizer.py",
+        "return ids\n        return self.prefix + ids",
+        "return self.prefix + ids\n        return self.prefix + ids",
+        "test_tokenizer.py::test_text_is_trained_whole_with_one_bos_and_one_eos",
     ),
     mutation(
         "bos-of-prompt-doubled",
-        "nanopost/chat.py",
+        "nanopost/tokenizer.py",
         "        return self.encode(text)\n",
         "        return self.prefix + self.encode(text)\n",
         "test_mutation_gaps.py::test_a_template_that_writes_bos_gets_no_second_from_the_tokenizer",
     ),
     mutation(
         "bos-of-example-doubled",
-        "nanopost/chat.py",
+        "nanopost/tokenizer.py",
         "encoding = self.raw.encode(text, add_special_tokens=False)",
         "encoding = self.raw.encode(''.join(map(self.raw.id_to_token, self.prefix)) + text)",
         "test_mutation_gaps.py::test_a_template_that_writes_bos_gets_no_second_from_the_tokenizer",
+    ),
+    mutation(
+        "prompts-of-pairs-may-differ",
+        "nanopost/tokenizer.py",
+        "if prompts[0] != prompts[1]:",
+        "if False:",
+        "test_tokenizer.py::test_a_prompt_that_depends_on_the_answer_is_refused_by_its_row",
     ),
     # ---- the Triton kernel
     mutation(
@@ -118,14 +119,16 @@ MUTATIONS = [
         "kernels/logprob.py",
         "(column + first)[None, :] == target",
         "column[None, :] == target",
-        "test_kernels.py::test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_read",
+        "test_kernels.py::"
+        "test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_read",
     ),
     mutation(
         "kernel-stored-exponentials-of-another-tile",
         "kernels/logprob.py",
         "(first // BLOCK_V + j).to(tl.int64)",
         "j.to(tl.int64)",
-        "test_kernels.py::test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_read",
+        "test_kernels.py::"
+        "test_chunks_of_the_vocabulary_change_nothing_and_unwritten_memory_is_never_read",
     ),
     mutation(
         "kernel-upstream-gradient-of-the-first-token",
@@ -135,41 +138,70 @@ MUTATIONS = [
         "test_kernels.py::test_values_and_gradients_are_those_of_float64_and_of_the_twin",
     ),
     mutation(
-        "kernel-stores-without-a-backward-pass-to-come",
+        "kernel-stores-with-no-backward-pass-to-come",
         "kernels/logprob.py",
-        "store and torch.is_grad_enabled() and",
-        "store and",
+        "store and wanted and torch.is_grad_enabled()",
+        "store and wanted",
         "test_kernels.py::test_exponentials_are_stored_only_for_a_backward_pass_and_where_they_fit",
     ),
-    # ---- order, packing and attention
+    # ---- rows, order and packing
+    mutation(
+        "held-out-rows-trained",
+        "nanopost/rows.py",
+        "enumerate(rows) if i not in held_out]",
+        "enumerate(rows)]",
+        "test_rows.py::test_load_holds_rows_out_without_losing_one",
+    ),
     mutation(
         "positions-not-reset",
-        "nanopost/data.py",
+        "nanopost/batch.py",
         "position_N = np.arange(len(token_N)) - np.repeat(end_S - length_S, length_S)",
         "position_N = np.arange(len(token_N))",
-        "test_data.py::test_batch_of_equals_a_golden_token_by_token",
+        "test_batch.py::test_batch_of_equals_a_golden_token_by_token",
     ),
     mutation(
         "a-bin-of-the-epoch-dropped",
-        "nanopost/data.py",
+        "nanopost/packing.py",
         "for b in rng.permutation(len(bins))]",
         "for b in rng.permutation(len(bins))[1:]]",
-        "test_data.py::test_an_epoch_of_steps_visits_every_row_once",
+        "test_packing.py::test_an_epoch_of_steps_visits_every_row_once",
     ),
     mutation(
         "only-the-first-micro-batch-of-a-rank",
-        "nanopost/data.py",
+        "nanopost/packing.py",
         "[rows[i] for i in b] for b in bins[rank::size]]",
-        "[rows[i] for i in b] for b in bins[rank:rank + 1]]",
-        "test_data.py::test_a_step_is_the_same_on_any_number_of_ranks_and_at_any_resumption",
+        "[rows[i] for i in b] for b in bins[rank : rank + 1]]",
+        "test_packing.py::test_a_step_is_the_same_on_any_number_of_ranks_and_at_any_resumption",
     ),
     mutation(
         "order-ignores-the-epoch",
-        "nanopost/data.py",
+        "nanopost/packing.py",
         "return _random(seed, epoch).permutation(n)",
         "return _random(seed, 0).permutation(n)",
-        "test_data.py::test_each_epoch_is_a_permutation_of_its_own",
+        "test_packing.py::test_each_epoch_is_a_permutation_of_its_own",
     ),
+    mutation(
+        "rows-of-each-step-alike-in-sft",
+        "train_sft.py",
+        '    state["consumed"] += per_step\n',
+        "",
+        "test_loops.py::test_each_step_takes_the_rows_after_those_of_the_last[train_sft.py]",
+    ),
+    mutation(
+        "rows-of-each-step-alike-in-kto",
+        "train_kto.py",
+        '    state["consumed"] += args.rows\n',
+        "",
+        "test_loops.py::test_each_step_takes_the_rows_after_those_of_the_last[train_kto.py]",
+    ),
+    mutation(
+        "prompts-of-each-step-alike-in-grpo",
+        "train_grpo.py",
+        '    state["consumed"] += drawn\n',
+        "",
+        "test_loops.py::test_each_step_takes_the_rows_after_those_of_the_last[train_grpo.py]",
+    ),
+    # ---- attention
     mutation(
         "no-causal-mask",
         "nanopost/attention.py",
@@ -180,8 +212,8 @@ MUTATIONS = [
     mutation(
         "window-off-by-one",
         "nanopost/attention.py",
-        "at[:, None] - at < window",
-        "at[:, None] - at <= window",
+        "(back_LL < window)",
+        "(back_LL <= window)",
         "test_attention.py::test_packed_equals_the_dense_block_diagonal_softmax_forward_and_backward",
     ),
     mutation(
@@ -196,21 +228,22 @@ MUTATIONS = [
         "nanopost/attention.py",
         "new_PGTK.repeat_interleave(self.copies, 0)",
         "new_PGTK.repeat(self.copies, 1, 1, 1)",
-        "test_attention.py::test_a_cache_holds_each_prompt_once_a_copy_and_what_is_appended_behind_it",
+        "test_attention.py::"
+        "test_a_cache_holds_each_prompt_once_a_copy_and_what_is_appended_after_it",
     ),
     # ---- the model and its log-probs
     mutation(
         "llama3-rope-unscaled",
-        "nanopost/model.py",
+        "nanopost/rope.py",
         "(1 - smooth) * freq / factor",
         "(1 - smooth) * freq",
         "test_model.py::test_logits_equal_those_of_transformers_packed_and_alone[llama3.1]",
     ),
     mutation(
         "yarn-ramp-reversed",
-        "nanopost/model.py",
-        "freq / factor * ramp + freq * (1 - ramp)",
-        "freq / factor * (1 - ramp) + freq * ramp",
+        "nanopost/rope.py",
+        'freq / rope["factor"] * ramp + freq * (1 - ramp)',
+        'freq / rope["factor"] * (1 - ramp) + freq * ramp',
         "test_model.py::test_logits_equal_those_of_transformers_packed_and_alone[llama_yarn]",
     ),
     mutation(
@@ -243,12 +276,33 @@ MUTATIONS = [
     ),
     mutation(
         "log-probs-not-moved-to-their-tokens",
-        "nanopost/logprob.py",
-        "forward(batch).roll(1)",
-        "forward(batch)",
-        "test_mutation_gaps.py::test_old_log_probs_of_the_trainer_are_those_of_the_engine",
+        "nanopost/batch.py",
+        "x_N.roll(1)",
+        "x_N",
+        "test_forward.py::test_log_probs_are_those_of_each_example_alone_and_aligned_with_its_ids",
     ),
-    # ---- advantages and losses
+    mutation(
+        "log-probs-of-another-example",
+        "nanopost/forward.py",
+        "for i, x_T in zip(part, batch.split(x_N)):",
+        "for i, x_T in zip(part[::-1], batch.split(x_N)):",
+        "test_forward.py::test_log_probs_are_those_of_each_example_alone_and_aligned_with_its_ids",
+    ),
+    mutation(
+        "score-of-the-first-token",
+        "nanopost/batch.py",
+        "self.cu_seqlens[1:].long() - 1",
+        "self.cu_seqlens[:-1].long()",
+        "test_forward.py::test_a_score_is_the_number_at_the_last_token_whatever_the_budget",
+    ),
+    mutation(
+        "value-of-the-state-after-the-token",
+        "nanopost/forward.py",
+        "model(batch, value_alone=True)[2]",
+        "model(batch, value_alone=True)[2].roll(-1)",
+        "test_forward.py::test_a_value_is_that_of_the_state_before_the_token",
+    ),
+    # ---- advantages
     mutation(
         "baseline-of-another-group",
         "nanopost/advantages.py",
@@ -265,11 +319,40 @@ MUTATIONS = [
         "test_advantages.py::test_leave_one_out_is_an_unbiased_policy_gradient",
     ),
     mutation(
+        "gae-bootstraps-after-the-end",
+        "nanopost/advantages.py",
+        "next_value_B = next_adv_B = torch.zeros_like(value_BT[:, 0])",
+        "next_value_B, next_adv_B = value_BT[:, -1], torch.zeros_like(value_BT[:, 0])",
+        "test_ppo.py::test_gae_is_the_sum_of_its_definition_whatever_follows_shorter_rows",
+    ),
+    mutation(
+        "gae-of-the-value-of-the-same-state",
+        "nanopost/advantages.py",
+        "gamma * next_value_B - value_BT[:, t]",
+        "gamma * value_BT[:, t] - value_BT[:, t]",
+        "test_ppo.py::test_gae_is_the_sum_of_its_definition_whatever_follows_shorter_rows",
+    ),
+    mutation(
+        "whitened-rewards-lose-their-mean",
+        "nanopost/advantages.py",
+        "return whitened_BT + mean",
+        "return whitened_BT",
+        "test_advantages.py::test_whitened_numbers_have_mean_0_or_their_own_and_deviation_1",
+    ),
+    # ---- losses
+    mutation(
         "clip-bounds-swapped",
         "nanopost/losses.py",
-        "ratio_N.clamp(1 - clip_low, 1 + clip_high)",
-        "ratio_N.clamp(1 - clip_high, 1 + clip_low)",
+        "ratio_N.clamp(1 - low, 1 + high)",
+        "ratio_N.clamp(1 - high, 1 + low)",
         "test_losses.py::test_clip_cases_by_hand",
+    ),
+    mutation(
+        "two-sided-clip-on-no-side",
+        "forks/two_sided_clip.diff",
+        "+            log_ratio_N = log_ratio_N.clamp(max=math.log(args.delta))",
+        "+            log_ratio_N = log_ratio_N.clamp(max=80.0)",
+        "test_forks_grpo.py::test_two_sided_clip_cases_by_hand",
     ),
     mutation(
         "cispo-through-the-ratio",
@@ -279,54 +362,83 @@ MUTATIONS = [
         "test_losses.py::test_cispo_cap_bounds_the_ratio_and_no_token_loses_its_gradient",
     ),
     mutation(
-        "kl-of-the-wrong-sign",
+        "k1-of-the-wrong-sign",
+        "nanopost/losses.py",
+        "return logp_N - ref_logp_N",
+        "return ref_logp_N - logp_N",
+        "test_losses.py::test_k1_is_unbiased_in_value_and_its_expected_gradient_is_zero",
+    ),
+    mutation(
+        "k3-of-the-wrong-sign",
         "nanopost/losses.py",
         "log_q_N = ref_logp_N - logp_N",
         "log_q_N = logp_N - ref_logp_N",
-        "test_losses.py::test_k1_is_unbiased_in_value_and_its_expected_gradient_is_zero",
-        "test_losses.py::test_k3_is_unbiased_in_value_and_its_expected_gradient_is_that_of_the_forward_kl",
+        "test_losses.py::"
+        "test_k3_is_unbiased_in_value_and_its_expected_gradient_is_that_of_the_forward_kl",
     ),
     mutation(
         "importance-weights-inverted",
         "nanopost/losses.py",
-        "masked(trainer_logp_N - engine_logp_N, mask_N)",
-        "masked(engine_logp_N - trainer_logp_N, mask_N)",
-        "test_losses.py::test_importance_weights_equal_trl_and_metrics_describe_the_ratios_before_the_cap",
+        "masked(trainer_logp_N - engine_logp_N, sequences.mask_N)",
+        "masked(engine_logp_N - trainer_logp_N, sequences.mask_N)",
+        "test_losses.py::"
+        "test_importance_weights_equal_trl_and_metrics_describe_the_ratios_before_the_cap",
     ),
     mutation(
         "sequence-ratio-summed",
         "nanopost/losses.py",
-        'return sum_N / sequence_length(mask_N, seq_N, num_sequences) if level == "sequence" else sum_N',
+        "return sum_N / sequences.spread(sequences.length_S())",
         "return sum_N",
         "test_losses.py::test_grpo_family_equals_trl_in_value_gradient_and_clip_ratios",
     ),
-    # ---- the engine
+    mutation(
+        "old-values-forgotten",
+        "nanopost/losses.py",
+        "clipped_N = value_N.clamp(old_value_N - clip, old_value_N + clip)",
+        "clipped_N = value_N",
+        "test_ppo.py::test_value_loss_and_its_gradient_are_those_of_a_loop",
+    ),
+    # ---- the engine and its rollouts
     mutation(
         "temperature-missing-from-the-log-prob",
-        "nanopost/rollout.py",
+        "nanopost/engine.py",
         "return token_B1[:, 0], log_p_BV.gather(1, token_B1)[:, 0]",
         "return token_B1[:, 0], logits_BV.log_softmax(-1).gather(1, token_B1)[:, 0]",
-        "test_rollout.py::test_draws_have_the_frequencies_of_the_distribution",
+        "test_engine.py::test_draws_have_the_frequencies_of_the_distribution",
     ),
     mutation(
         "stop-token-thrown-away",
-        "nanopost/rollout.py",
+        "nanopost/engine.py",
         "length_B[row_A[ended_A]] = t + 1",
         "length_B[row_A[ended_A]] = t",
-        "test_rollout.py::test_stop_tokens_end_a_completion_and_stay_in_it",
+        "test_engine.py::test_stop_tokens_end_a_completion_and_stay_in_it",
     ),
     mutation(
         "samples-of-a-group-alike",
+        "nanopost/engine.py",
+        "_uniforms(seed + i,",
+        "_uniforms(seed,",
+        "test_engine.py::test_a_rollout_depends_on_its_seed_and_not_on_its_neighbours",
+    ),
+    mutation(
+        "first-sampled-token-untrained",
         "nanopost/rollout.py",
-        "_uniforms(s + i,",
-        "_uniforms(s,",
-        "test_rollout.py::test_a_rollout_depends_on_its_seed_and_not_on_its_neighbours",
+        "mask = np.concatenate([np.zeros(prompt, bool), self.sampled])",
+        "mask = np.concatenate([np.zeros(prompt + 1, bool), self.sampled[1:]])",
+        "test_rollout.py::test_an_example_is_prompt_and_completion_with_the_completion_as_its_mask",
+    ),
+    mutation(
+        "answers-of-the-environment-trained",
+        "nanopost/rollout.py",
+        "mask = np.concatenate([np.zeros(prompt, bool), self.sampled])",
+        "mask = np.arange(prompt + len(self.ids)) >= prompt",
+        "test_rollout.py::test_what_the_environment_said_is_context_and_no_action",
     ),
     # ---- the optimizer and checkpoints
     mutation(
         "weight-decay-on-norms",
         "nanopost/optim.py",
-        "0.0 if vector else weight_decay",
+        "0.0 if is_vector else weight_decay",
         "weight_decay",
         "test_mutation_gaps.py::test_weight_decay_leaves_norms_and_biases_alone",
     ),
@@ -340,8 +452,8 @@ MUTATIONS = [
     mutation(
         "moments-not-loaded",
         "nanopost/checkpoint.py",
-        "dcp.load(stored, checkpoint_id=path)",
-        'dcp.load({"model": weights}, checkpoint_id=path)',
+        "    _set_optimizer_state(model, optimizer, tensors)\n",
+        "",
         "test_mutation_gaps.py::test_a_checkpoint_brings_back_weights_moments_and_random_state",
     ),
     mutation(
@@ -352,223 +464,493 @@ MUTATIONS = [
         "test_mutation_gaps.py::test_a_checkpoint_brings_back_weights_moments_and_random_state",
     ),
     mutation(
+        "flags-of-the-optimizer-lost",
+        "nanopost/checkpoint.py",
+        '{**optimizer.state_dict(), "state": state}',
+        '{**type(optimizer)(parameters).state_dict(), "state": state}',
+        "test_checkpoint.py::test_hyperparameters_are_those_of_the_optimizer_given",
+    ),
+    mutation(
+        "a-part-that-has-not-learnt-gets-a-state",
+        "nanopost/checkpoint.py",
+        "if name_of[p] in state_of:",
+        "if True:",
+        "test_checkpoint.py::test_parameters_that_have_not_learnt_yet_have_no_state_and_get_none",
+    ),
+    # ---- the folder of a run
+    mutation(
         "data-order-not-resumed",
-        "train_sft.py",
-        'consumed, seen = state["consumed"], state["seen"]',
-        'consumed, seen = 0, state["seen"]',
-        "test_scripts.py::test_sft_killed_five_times_ends_with_the_weights_of_one_never_killed",
+        "nanopost/run.py",
+        "state = state | checkpoint.load(found, model, optimizer, **others)",
+        'state = checkpoint.load(found, model, optimizer, **others) | {"consumed": 0}',
+        "test_run.py::test_a_resumed_run_begins_from_its_checkpoint",
+    ),
+    mutation(
+        "lines-after-the-checkpoint-stay",
+        "nanopost/run.py",
+        "if _step_of(line) <= resumed_at]",
+        'if _step_of(line) < float("inf")]',
+        "test_run.py::test_a_resumed_log_has_every_step_once_whatever_was_sampled",
+    ),
+    mutation(
+        "files-of-others-replaced",
+        "nanopost/run.py",
+        "if not starts_of(self.out) and any(",
+        "if False and any(",
+        "test_run.py::test_what_no_run_wrote_is_never_replaced",
+    ),
+    mutation(
+        "what-a-run-reads-replaced",
+        "nanopost/run.py",
+        "read.is_relative_to(out / name)",
+        "read == out / name",
+        "test_run.py::test_what_a_run_reads_is_never_replaced",
+    ),
+    mutation(
+        "due-a-step-early",
+        "nanopost/run.py",
+        "step % every == 0",
+        "(step + 1) % every == 0",
+        "test_run.py::test_due_every_so_many_steps_and_at_the_last",
+    ),
+    mutation(
+        "last-step-saved-twice",
+        "nanopost/run.py",
+        "if step < self.steps:",
+        "if step <= self.steps:",
+        "test_run.py::test_a_checkpoint_has_the_flags_and_the_last_step_has_none",
     ),
     # ---- ranks
     mutation(
-        "token-count-of-one-rank",
+        "sums-of-one-rank",
         "nanopost/dist.py",
         "return _reduce(values, dist.ReduceOp.SUM)",
         "return [float(v) for v in values]",
-        "test_dist.py::test_ranks_do_not_change_the_gradient",
+        "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
     ),
+    mutation(
+        "a-sum-of-one-rank",
+        "nanopost/dist.py",
+        "return _reduce([value], dist.ReduceOp.SUM)[0]",
+        "return float(value)",
+        "test_preference_scripts.py::test_two_ranks_are_one[train_dpo.py-more0]",
+    ),
+    mutation(
+        "means-of-one-rank",
+        "nanopost/dist.py",
+        "in gather(list(mine.items())):",
+        "in mine.items():",
+        "test_rollout.py::test_gap_and_lengths_are_those_of_all_ranks_on_each",
+    ),
+    mutation(
+        "meter-counts-its-calls",
+        "nanopost/dist.py",
+        "self.counts.get(name, 0) + count",
+        "self.counts.get(name, 0) + 1",
+        "test_dist.py::test_a_meter_divides_each_metric_by_what_it_counts",
+    ),
+    mutation(
+        "head-missing-from-fsdp2",
+        "nanopost/dist.py",
+        "for module in (*blocks, model):",
+        "for module in blocks:",
+        "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
+    ),
+    mutation(
+        "head-read-outside-the-forward",
+        "nanopost/forward.py",
+        "    return per_token(lambda batch: model(batch, temperature)[0], examples,",
+        "    from nanopost.logprob import logprob\n\n"
+        "    def outside(batch):\n"
+        "        model(batch, temperature)\n"
+        "        where = batch.position_N, batch.cu_seqlens, batch.max_seqlen\n"
+        "        hidden_ND = model.model.packed(batch.token_N, *where)\n"
+        "        return logprob(hidden_ND, model.head_weight, batch.target_N, temperature)[0]\n\n"
+        "    return per_token(outside, examples,",
+        "test_preference_scripts.py::test_two_ranks_are_one[train_dpo.py-more0]",
+    ),
+    mutation(
+        "no-dummy-for-a-rank-without-data",
+        "nanopost/forward.py",
+        "micro_batches(lengths, tokens) or [[]]",
+        "micro_batches(lengths, tokens)",
+        "test_forward.py::test_single_examples_are_units_too_and_nothing_gives_a_dummy",
+    ),
+    mutation(
+        "fewer-batches-on-a-rank",
+        "nanopost/forward.py",
+        "even(micro_batches(lengths, tokens) or [[]])",
+        "(micro_batches(lengths, tokens) or [[]])",
+        "test_forward.py::test_every_rank_has_as_many_batches_as_the_one_with_most",
+    ),
+    mutation(
+        "a-dummy-in-the-loss-of-a-reward-model",
+        "train_rm.py",
+        "loss_P * (not batch.dummy)",
+        "loss_P",
+        "test_loops.py::test_empty_micro_batches_change_nothing[train_rm.py]",
+    ),
+    mutation(
+        "a-dummy-in-the-loss-of-dpo",
+        "train_dpo.py",
+        "loss_of(pairs_P, nll_tokens).sum() * (not batch.dummy)",
+        "loss_of(pairs_P, nll_tokens).sum()",
+        "test_loops.py::test_empty_micro_batches_change_nothing[train_dpo.py]",
+    ),
+    mutation(
+        "statistics-of-one-rank",
+        "nanopost/dist.py",
+        "total, squares, count = all_sums(x.sum(), x.square().sum(), x.numel())",
+        "total, squares, count = float(x.sum()), float(x.square().sum()), x.numel()",
+        "test_ppo.py::test_ppo_on_two_ranks_is_ppo_on_one",
+    ),
+    mutation(
+        "whitened-on-each-rank",
+        "nanopost/advantages.py",
+        "mean, std = dist.mean_and_std(x_BT[mask_BT])",
+        "mean, std = float(x_BT[mask_BT].mean()), float(x_BT[mask_BT].std())",
+        "test_ppo.py::test_ppo_on_two_ranks_is_ppo_on_one",
+    ),
+    # ---- SFT
     mutation(
         "token-count-of-one-rank-in-sft",
         "train_sft.py",
-        "(loss * world.size / trained)",
-        "(loss * world.size / sum(b.mask_N.sum() for b in batches))",
+        "(loss * world.size / targets)",
+        "(loss * world.size / sum(e.num_targets for e in examples))",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
     ),
     mutation(
         "token-count-of-a-micro-batch-in-sft",
         "train_sft.py",
-        "(loss * world.size / trained)",
-        "(loss * world.size / batch.mask_N.sum() / len(batches))",
-        "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
+        "(loss * world.size / targets)",
+        "(loss * world.size / max(1, batch.num_targets) / len(step_batches))",
+        "test_loops.py::test_a_step_of_sft_is_a_mean_over_its_trained_tokens",
     ),
     mutation(
         "world-size-missing-in-sft",
         "train_sft.py",
-        "(loss * world.size / trained)",
-        "(loss / trained)",
+        "(loss * world.size / targets)",
+        "(loss / targets)",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
     ),
     mutation(
-        "token-count-of-one-rank-in-grpo",
-        "train_grpo.py",
-        "dist.all_sum(sum(int(e.mask.sum()) for e in minibatch), len(minibatch))",
-        "(sum(int(e.mask.sum()) for e in minibatch) * world.size, len(minibatch) * world.size)",
-        "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one",
+        "meter-counts-all-tokens-in-sft",
+        "train_sft.py",
+        "meter.add(batch.num_targets, loss=loss,",
+        "meter.add(len(batch.token_N), loss=loss,",
+        "test_loops.py::test_a_step_of_sft_is_a_mean_over_its_trained_tokens",
     ),
-    mutation(
-        "world-size-missing-in-grpo",
-        "train_grpo.py",
-        "(loss * world.size / max(1, divisor))",
-        "(loss / max(1, divisor))",
-        "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one",
-    ),
-    mutation(
-        "head-left-out-of-fsdp2",
-        "nanopost/dist.py",
-        "for module in (*blocks, model):",
-        "for module in blocks:",
-        "test_dist.py::test_ranks_do_not_change_the_gradient",
-    ),
-    mutation(
-        "head-read-outside-the-forward",
-        "nanopost/logprob.py",
-        "    return per_token(lambda batch: model(batch, temperature)[0], examples, tokens, device)\n",
-        "    def outside(batch):\n"
-        "        model(batch, temperature)\n"
-        "        where = batch.position_N, batch.cu_seqlens, batch.max_seqlen\n"
-        "        hidden_ND = model.model.packed(batch.token_N, *where)\n"
-        "        return logprob(hidden_ND, model.head_weight, batch.target_N, temperature)[0]\n"
-        "    return per_token(outside, examples, tokens, device)\n",
-        "test_dist.py::test_the_head_is_neither_a_shard_nor_stale",
-    ),
-    mutation(
-        "stale-head-in-the-engine",
-        "train_grpo.py",
-        "engine.sync_weights(dist.full_weights(model), step)",
-        'engine.sync_weights(((n, w) for n, w in dist.full_weights(model) if "embed" not in n), step)',
-        "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one",
-    ),
-    # ---- the loop of GRPO
+    # ---- rewards and sampling
     mutation(
         "rewards-of-two-groups-mixed",
         "nanopost/rewards.py",
         ".reshape(len(functions), len(groups), size)",
         ".reshape(len(functions), size, len(groups)).swapaxes(1, 2)",
-        "test_trl_parity.py::test_two_optimizer_steps_of_train_grpo_are_those_of_trl",
+        "test_rewards.py::test_each_rollout_is_scored_with_the_columns_of_its_row",
     ),
+    mutation(
+        "weights-of-rewards-forgotten",
+        "nanopost/rewards.py",
+        "np.tensordot(weight_F,",
+        "np.tensordot(np.ones_like(weight_F),",
+        "test_advantages.py::test_several_rewards_with_weights_and_none_equal_trl",
+    ),
+    mutation(
+        "engine-not-synced-at-the-start",
+        "train_grpo.py",
+        'engine.sync_weights(dist.full_weights(model), state["step"])\n',
+        "",
+        "test_loops.py::"
+        "test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer[train_grpo.py]",
+    ),
+    mutation(
+        "stale-head-in-the-engine",
+        "train_grpo.py",
+        "engine.sync_weights(dist.full_weights(model), step)",
+        "named = dict(dist.full_weights(model))\n"
+        '    named.pop("model.embed_tokens.weight")\n'
+        "    engine.sync_weights(named.items(), step)",
+        "test_loops.py::"
+        "test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer[train_grpo.py]",
+    ),
+    mutation(
+        "engine-not-synced-after-an-update-of-ppo",
+        "train_ppo.py",
+        '    engine.sync_weights(dist.full_weights(model, "policy."), step)\n',
+        "",
+        "test_loops.py::"
+        "test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer[train_ppo.py]",
+    ),
+    mutation(
+        "engine-not-synced-after-an-update-of-online-dpo",
+        "train_online_dpo.py",
+        "    engine.sync_weights(dist.full_weights(model), step)\n",
+        "",
+        "test_loops.py::"
+        "test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer[train_online_dpo.py]",
+    ),
+    mutation(
+        "held-out-prompts-answered-greedily-twice",
+        "train_grpo.py",
+        "replace(sampling, temperature=temperature)",
+        "replace(sampling, temperature=0.0)",
+        "test_loops.py::"
+        "test_held_out_prompts_are_answered_once_at_temperature_1_and_once_greedily[train_grpo.py]",
+    ),
+    mutation(
+        "held-out-prompts-seeded-like-training",
+        "train_ppo.py",
+        "[2**32 + i for i in mine]",
+        "[i for i in mine]",
+        "test_loops.py::"
+        "test_held_out_prompts_are_answered_once_at_temperature_1_and_once_greedily[train_ppo.py]",
+    ),
+    # ---- the loop of GRPO
     mutation(
         "old-log-probs-after-the-update",
         "train_grpo.py",
-        'for name in ("engine_logp", "old_logp", "adv"))\n',
-        'for name in ("engine_logp", "old_logp", "adv"))\n            old_logp_N = logp_N.detach()\n',
+        'losses.log_ratio(logp_N, batch["old_logp"],',
+        "losses.log_ratio(logp_N, logp_N.detach(),",
         "test_mutation_gaps.py::test_old_log_probs_of_the_trainer_are_those_of_the_engine",
+    ),
+    mutation(
+        "token-count-of-one-rank-in-grpo",
+        "train_grpo.py",
+        "targets, sequences = dist.all_sums(sum(e.num_targets for e in minibatch), len(minibatch))",
+        "targets, sequences = sum(e.num_targets for e in minibatch), len(minibatch)",
+        "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one",
+    ),
+    mutation(
+        "world-size-missing-in-grpo",
+        "train_grpo.py",
+        "(loss * world.size / divisor)",
+        "(loss / divisor)",
+        "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one",
+    ),
+    mutation(
+        "kl-in-the-loss-of-grpo-forgotten",
+        "train_grpo.py",
+        "loss = loss + args.beta * (weight_N * kl_N).sum()",
+        "pass",
+        "test_trl_parity.py::test_two_optimizer_steps_of_train_grpo_are_those_of_trl",
+    ),
+    mutation(
+        "correction-weighs-nothing",
+        "train_grpo.py",
+        "weight_N * correction_N)",
+        "weight_N)",
+        "test_loops.py::test_the_correction_weighs_the_loss_of_each_token",
+    ),
+    mutation(
+        "groups-of-equal-rewards-skipped-by-the-kl",
+        "train_grpo.py",
+        "        if reference is None:\n",
+        "        if True:\n",
+        "test_loops.py::test_the_kl_and_the_entropy_are_of_groups_of_equal_rewards_too",
+    ),
+    mutation(
+        "groups-of-equal-rewards-kept-in-resampling",
+        "train_grpo.py",
+        "keep_P = varied_P | (args.resample == 0)",
+        "keep_P = varied_P | True",
+        "test_loops.py::test_groups_of_equal_rewards_are_replaced_by_others",
+    ),
+    mutation(
+        "resampling-draws-the-same-prompts",
+        "train_grpo.py",
+        "args.seed, consumed + drawn, count, world)",
+        "args.seed, consumed, count, world)",
+        "test_loops.py::test_groups_of_equal_rewards_are_replaced_by_others",
+    ),
+    mutation(
+        "gap-measured-after-the-update",
+        "train_grpo.py",
+        "if k == 0:",
+        "if k > 0:",
+        "test_mutation_gaps.py::test_old_log_probs_of_the_trainer_are_those_of_the_engine",
+    ),
+    mutation(
+        "gap-never-checked",
+        "train_grpo.py",
+        "    gap.check(step, metrics)\n",
+        "",
+        "test_loops.py::test_an_engine_that_is_not_the_trainer_stops_the_run[train_grpo.py]",
     ),
     # ---- preferences
     mutation(
         "chosen-and-rejected-swapped",
-        "nanopost/losses.py",
-        "chosen_P, rejected_P = self.score_2P\n",
-        "rejected_P, chosen_P = self.score_2P\n",
-        "test_preference.py::test_losses_and_gradients_are_those_of_trl[sigmoid-sigmoid-0.0]",
+        "nanopost/preference.py",
+        'pairs[f"rejected_{name}_P"] = x_S.view(-1, 2).T',
+        'pairs[f"rejected_{name}_P"] = x_S.view(-1, 2).flip(1).T',
+        "test_preference.py::"
+        "test_chosen_and_rejected_come_in_turn_and_the_divergence_makes_the_score",
     ),
     mutation(
         "reference-forgotten",
-        "nanopost/losses.py",
-        "(self.logp_S - self.ref_logp_S)",
-        "self.logp_S",
-        "test_preference.py::test_losses_and_gradients_are_those_of_trl[sigmoid-sigmoid-0.0]",
+        "nanopost/preference.py",
+        'ratio_S = sequences["logp"] - sequences["ref_logp"]',
+        'ratio_S = sequences["logp"]',
+        "test_preference.py::"
+        "test_chosen_and_rejected_come_in_turn_and_the_divergence_makes_the_score",
+    ),
+    mutation(
+        "weights-of-losses-forgotten",
+        "nanopost/preference.py",
+        "total_P + weight * loss(",
+        "total_P + loss(",
+        "test_preference.py::test_a_loss_gets_just_what_it_names_and_losses_add_up_with_their_weights",
     ),
     mutation(
         "kl-of-kto-forgotten",
-        "nanopost/losses.py",
-        "desirable * torch.sigmoid(beta * (kl - ratio_P))",
-        "desirable * torch.sigmoid(-beta * ratio_P)",
+        "nanopost/preference.py",
+        "desirable * torch.sigmoid(beta * (kl - chosen_ratio_P))",
+        "desirable * torch.sigmoid(beta * -chosen_ratio_P)",
         "test_preference.py::test_kto_is_that_of_trl",
     ),
     mutation(
+        "label-weights-swapped",
+        "nanopost/preference.py",
+        "desirable, undesirable = label_weights",
+        "undesirable, desirable = label_weights",
+        "test_preference.py::test_kto_is_that_of_trl",
+    ),
+    mutation(
+        "label-weights-swapped-in-the-script",
+        "train_kto.py",
+        "label_weights=args.label_weights,",
+        "label_weights=args.label_weights[::-1],",
+        "test_preference_scripts.py::test_a_step_of_a_coupled_loss_is_one_pass_with_every_log_prob"
+        "_in_one_graph[kto-0.0-5]",
+    ),
+    mutation(
         "slopes-of-another-rank",
-        "nanopost/pairs.py",
-        "slice(before, before + len(table))",
-        "slice(0, len(table))",
-        "test_preference.py::test_dpo_on_two_ranks_is_dpo_on_one[kto]",
+        "nanopost/forward.py",
+        "slice(before, before + len(mine))",
+        "slice(0, len(mine))",
+        "test_preference_scripts.py::test_two_ranks_are_one[train_kto.py-more1]",
+    ),
+    mutation(
+        "world-size-missing-in-the-second-pass",
+        "train_kto.py",
+        "(loss * world.size / args.rows)",
+        "(loss / args.rows)",
+        "test_preference_scripts.py::test_two_ranks_are_one[train_kto.py-more1]",
     ),
     mutation(
         "pair-count-of-one-rank",
         "train_dpo.py",
-        "(loss * world.size / max(1, count))",
+        "(loss * world.size / args.rows)",
         "(loss * world.size / max(1, len(step_pairs)))",
-        "test_preference.py::test_dpo_on_two_ranks_is_dpo_on_one[sigmoid]",
+        "test_preference_scripts.py::test_two_ranks_are_one[train_dpo.py-more0]",
     ),
     mutation(
-        "prompts-of-pairs-may-differ",
-        "nanopost/chat.py",
-        "if prompts[0] != prompts[1]:",
-        "if False:",
-        "test_preference.py::test_a_prompt_that_depends_on_the_answer_is_refused_by_its_row",
+        "nll-of-dpo-by-the-tokens-of-the-step",
+        "train_dpo.py",
+        "dist.all_sum(chosen_targets) / args.rows",
+        "dist.all_sum(chosen_targets)",
+        "test_preference_scripts.py::"
+        "test_a_step_of_dpo_is_one_pass_over_its_pairs[losses1-more1-options1]",
     ),
     mutation(
-        "worst-of-the-sampled-answers-chosen",
+        "nll-of-online-dpo-by-the-tokens-of-the-step",
+        "train_online_dpo.py",
+        "nll_tokens = targets / max(1, num_pairs)",
+        "nll_tokens = targets",
+        "test_loops.py::test_the_nll_of_online_pairs_is_a_mean_over_the_tokens_of_the_best",
+    ),
+    mutation(
+        "meter-counts-sequences-in-dpo",
+        "train_dpo.py",
+        "meter.add(batch.num_examples // 2,",
+        "meter.add(batch.num_examples,",
+        "test_preference_scripts.py::"
+        "test_a_step_of_dpo_is_one_pass_over_its_pairs[losses0-more0-options0]",
+    ),
+    mutation(
+        "best-and-worst-swapped",
         "nanopost/pairs.py",
-        "(group[int(reward_G.argmax())], group[int(reward_G.argmin())])",
-        "(group[int(reward_G.argmin())], group[int(reward_G.argmax())])",
-        "test_preference.py::test_of_sampled_answers_the_best_is_chosen_and_the_worst_rejected",
+        "group[int(reward_G.argmax())], group[int(reward_G.argmin())]",
+        "group[int(reward_G.argmin())], group[int(reward_G.argmax())]",
+        "test_pairs.py::test_of_sampled_answers_the_best_is_chosen_and_the_worst_rejected",
     ),
     mutation(
         "a-missing-end-rewarded",
-        "train_dpo.py",
+        "train_online_dpo.py",
         "reward_PG -= args.eos_penalty",
         "reward_PG += args.eos_penalty",
-        "test_preference.py::test_online_an_answer_without_an_end_loses",
+        "test_preference_scripts.py::test_online_an_answer_without_an_end_loses",
     ),
-    # ---- PPO and reward models
+    # ---- PPO
     mutation(
-        "value-of-the-state-behind-the-token",
+        "kl-in-the-reward-with-the-wrong-sign",
         "train_ppo.py",
-        "values = per_token(lambda batch: model(batch, value_alone=True)[2],",
-        "values = per_token(lambda batch: model(batch, value_alone=True)[2].roll(-1),",
-        "test_ppo.py::test_two_rollout_batches_of_train_ppo_are_those_of_a_slow_twin",
+        "reward_BT = -args.beta * kl_estimate(old_BT, ref_BT)",
+        "reward_BT = args.beta * kl_estimate(old_BT, ref_BT)",
+        "test_loops.py::test_ppo_credits_a_token_with_its_kl_and_what_follows",
     ),
     mutation(
-        "advantages-whitened-with-the-padding",
+        "score-at-the-first-token",
         "train_ppo.py",
-        "mean, std = dist.mean_and_std(adv_BT[sampled_BT])",
-        "mean, std = dist.mean_and_std(adv_BT)",
-        "test_ppo.py::test_two_rollout_batches_of_train_ppo_are_those_of_a_slow_twin",
+        "reward_BT[torch.arange(len(rollouts)), length_B - 1] +=",
+        "reward_BT[:, 0] +=",
+        "test_loops.py::test_ppo_credits_a_token_with_its_kl_and_what_follows",
     ),
     mutation(
         "score-one-past-the-end",
         "train_ppo.py",
-        "[len(r.ids) - 1 for r in flat]] +=",
-        "[min(len(r.ids), reward_BT.shape[1] - 1) for r in flat]] +=",
-        "test_ppo.py::test_two_rollout_batches_of_train_ppo_are_those_of_a_slow_twin",
+        "reward_BT[torch.arange(len(rollouts)), length_B - 1] +=",
+        "last_B = length_B.clamp(max=reward_BT.shape[1] - 1)\n"
+        "    reward_BT[torch.arange(len(rollouts)), last_B] +=",
+        "test_loops.py::test_ppo_credits_a_token_with_its_kl_and_what_follows",
     ),
     mutation(
-        "kl-in-the-reward-with-the-wrong-sign",
+        "advantages-whitened-with-the-padding",
         "train_ppo.py",
-        'reward_BT = -state["beta"] * kl_BT',
-        'reward_BT = state["beta"] * kl_BT',
-        "test_ppo.py::test_two_rollout_batches_of_train_ppo_are_those_of_a_slow_twin",
+        "advantages.whiten(adv_BT, sampled_BT)",
+        "advantages.whiten(adv_BT, torch.ones_like(sampled_BT))",
+        "test_loops.py::test_ppo_credits_a_token_with_its_kl_and_what_follows",
     ),
     mutation(
-        "values-of-after-the-update",
-        "nanopost/losses.py",
-        "clipped_N = value_N.clamp(old_value_N - clip, old_value_N + clip)",
-        "clipped_N = value_N",
-        "test_ppo.py::test_value_loss_and_its_gradient_are_those_of_a_loop",
+        "score-scale-forgets-earlier-scores",
+        "train_ppo.py",
+        'state["score_sums"], scale = advantages.running_std',
+        "_, scale = advantages.running_std",
+        "test_loops.py::test_ppo_credits_a_token_with_its_kl_and_what_follows",
     ),
     mutation(
-        "gae-bootstraps-behind-the-end",
-        "nanopost/advantages.py",
-        "next_B = later_B\n",
-        "next_B = value_BT[:, -1]\n",
-        "test_ppo.py::test_gae_is_the_sum_of_its_definition_whatever_stands_behind_shorter_rows",
+        "returns-are-advantages",
+        "train_ppo.py",
+        'add_column(examples, "ret", ret_BT)',
+        'add_column(examples, "ret", adv_BT)',
+        "test_loops.py::test_ppo_credits_a_token_with_its_kl_and_what_follows",
     ),
     mutation(
-        "statistics-of-one-rank-in-ppo",
-        "nanopost/dist.py",
-        "total, squares, count = all_sum(x.sum(), x.square().sum(), x.numel())",
-        "total, squares, count = float(x.sum()), float(x.square().sum()), x.numel()",
+        "value-warm-up-inverted",
+        "train_ppo.py",
+        "model.policy.requires_grad_(step > args.value_warmup)",
+        "model.policy.requires_grad_(step <= args.value_warmup)",
+        "test_loops.py::test_in_value_warm_up_the_value_model_alone_has_a_gradient",
+    ),
+    mutation(
+        "token-count-of-one-rank-in-ppo",
+        "train_ppo.py",
+        "targets = dist.all_sum(sum(e.num_targets for e in minibatch))",
+        "targets = sum(e.num_targets for e in minibatch)",
         "test_ppo.py::test_ppo_on_two_ranks_is_ppo_on_one",
     ),
     mutation(
-        "kl-in-the-loss-forgotten",
+        "value-loss-without-its-coefficient",
         "train_ppo.py",
-        'loss = loss + state["beta"] * (weight_N * kl_N).sum()',
-        "pass",
-        "test_ppo.py::test_two_rollout_batches_of_train_ppo_are_those_of_a_slow_twin",
+        "policy_loss + args.value_coef * value_loss",
+        "policy_loss + value_loss",
+        "test_ppo.py::test_two_rollout_batches_of_train_ppo_are_those_of_a_slow_twin[False-k3]",
     ),
     mutation(
-        "flags-of-the-checkpoint-win",
-        "nanopost/checkpoint.py",
-        "        group.update(own)\n",
-        "        pass\n",
-        "test_checkpoint.py::test_a_part_that_has_not_learnt_yet_is_saved_too_and_the_flags_of_now_stay",
-    ),
-    mutation(
-        "score-of-the-first-token",
-        "train_rm.py",
-        "model(batch)[batch.cu_seqlens[1:].long() - 1]",
-        "model(batch)[batch.cu_seqlens[:-1].long()]",
-        "test_preference.py::test_a_reward_model_is_one_of_transformers",
+        "kl-in-the-loss-of-ppo-forgotten",
+        "forks/ppo_kl_loss.diff",
+        "+            loss = loss + args.beta * (weight_N * kl_N).sum()",
+        "+            pass",
+        "test_forks_other.py::test_ppo_with_the_kl_in_the_loss_is_that_of_the_slow_twin",
     ),
 ]
 
@@ -576,9 +958,8 @@ MUTATIONS = [
 def chosen(names):
     unknown = [name for name in names if not any(name in m.name for m in MUTATIONS)]
     if unknown:
-        sys.exit(
-            f"no mutation is named {', '.join(unknown)}; there are {', '.join(m.name for m in MUTATIONS)}."
-        )
+        known = ", ".join(m.name for m in MUTATIONS)
+        sys.exit(f"no mutation is named {', '.join(unknown)}; there are {known}.")
     return [m for m in MUTATIONS if not names or any(name in m.name for name in names)]
 
 
@@ -591,7 +972,10 @@ def mutated(m, tree):
 
 
 def pytest(tree, tests, *flags):
-    """-> (exit status, output). No bytecode is kept: a mutated file may have the size and second of the last one."""
+    """-> (exit status, output).
+
+    No bytecode is kept: a mutated file may have the size and second of the one before it.
+    """
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -612,15 +996,14 @@ def pytest(tree, tests, *flags):
 
 
 def main(names):
-    mutations, survived = chosen(names), 0
+    mutations = chosen(names)
+    survived = 0
     for m in MUTATIONS:
         mutated(m, ROOT)
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder) / "nanopost"
         unwanted = shutil.ignore_patterns(".git", ".venv", "out", "__pycache__", ".*_cache")
         shutil.copytree(ROOT, tree, ignore=unwanted)
-        for m in mutations:
-            mutated(m, tree)
         status, output = pytest(tree, dict.fromkeys(test for m in mutations for test in m.tests))
         if status or "SKIPPED" in output:  # what is skipped notices nothing
             sys.exit(f"unmutated, these tests are not all green:\n{output[-5000:]}")
@@ -635,10 +1018,10 @@ def main(names):
             red = status == 1  # 2 and more: pytest could not run them
             survived += not red
             failed = re.search(r"^(?:FAILED|ERROR) tests/(.*)", output, re.M)
-            row = (
-                f"{m.name:{width}}  {m.file:22}  {'red' if red else 'SURVIVED'}  {time.monotonic() - began:4.0f} s  "
-                f"{failed[1] if failed else output[-300:]}"
-            )
+            verdict = "red" if red else "SURVIVED"
+            reason = failed[1] if failed else output[-300:]
+            seconds = time.monotonic() - began
+            row = f"{m.name:{width}}  {m.file:22}  {verdict}  {seconds:4.0f} s  {reason}"
             print(row[:240], flush=True)
     print(f"{len(mutations)} mutations, {survived} survived")
     return survived > 0

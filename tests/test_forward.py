@@ -1,15 +1,18 @@
 """Many examples through a model, in micro-batches: each gets what it would get alone."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed
+import torch.multiprocessing as mp
 from small import random_ids, small_config, small_model
 
 from nanopost.batch import Example, batch_of
-from nanopost.forward import add_logprobs, batches, check_finite, logprobs, scores
-from nanopost.model import ScalarModel
+from nanopost.forward import add_logprobs, add_values, batches, check_finite, logprobs, scores
+from nanopost.model import ActorCritic, ScalarModel
 
 
 def examples(*lengths, prompt=1):
@@ -39,6 +42,23 @@ def test_single_examples_are_units_too_and_nothing_gives_a_dummy(alone):
     assert dummy.dummy and dummy.num_examples == 0
 
 
+def _rank(rank, size, folder):
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size
+    )
+    mine = examples(3, 4, 5) if rank == 1 else []
+    found = [batch.num_examples for batch in batches(mine, 5, "cpu")]
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
+
+
+def test_every_rank_has_as_many_batches_as_the_one_with_most(tmp_path):
+    """Of one with nothing all are dummies."""
+    mp.start_processes(_rank, (2, tmp_path), nprocs=2, start_method="fork")
+    none, all_of_them = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert none == [0, 0, 0] and all_of_them == [1, 1, 1]
+
+
 # -------------------------------------------------------------------------------- numbers of tokens
 @pytest.mark.parametrize("tokens", [15, 1000])
 def test_log_probs_are_those_of_each_example_alone_and_aligned_with_its_ids(alone, tokens):
@@ -55,6 +75,23 @@ def test_log_probs_are_those_of_each_example_alone_and_aligned_with_its_ids(alon
     add_logprobs(made, "ref_logp", model, tokens, 0.7, "cpu")
     for e, logp in zip(made, found):
         assert np.array_equal(e.columns["ref_logp"], logp)
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_value_is_that_of_the_state_before_the_token(alone, own):
+    config = small_config()
+    model = ActorCritic(config, config.with_scalar_head(None) if own else None)
+    for seed, p in enumerate(model.parameters()):
+        torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(seed))
+    made = examples(9, 15, 2, 7, prompt=2)
+    add_values(made, model, 16, "cpu")
+    for e in made:
+        value_N = model(batch_of([e]))[2].detach()
+        expected = np.zeros(len(e))
+        for t in range(2, len(e)):
+            expected[t] = value_N[t - 1]
+        assert e.columns["value"] == pytest.approx(expected, abs=1e-5)
+    assert np.abs(made[0].columns["value"][2:]).min() > 1e-4
 
 
 def test_log_probs_of_no_examples_are_none(alone):

@@ -1,0 +1,353 @@
+"""The loops of the training scripts, watched in the test's own process: which rows a step takes,
+what is sampled with which weights, and what a sampled token is credited with."""
+
+import numpy as np
+import pytest
+import torch
+from inprocess import run_here
+from scripts import SCRIPTS, metrics
+
+from nanopost import dist, forward, hf, packing, pairs, rows
+from nanopost.batch import batch_of
+from nanopost.engine import Engine
+from nanopost.tokenizer import Tokenizer
+from runs import toy
+
+SAMPLING = ["train_grpo.py", "train_ppo.py", "train_online_dpo.py"]
+LETTERS = "abcdefghijklmnopqrst"  # end about half of the answers
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random toy model, 12 rows of each kind, and a reward that varies."""
+    folder = tmp_path_factory.mktemp("loops")
+    toy.write_model(folder / "toy")
+    toy.write_rows(folder / "sft.jsonl", toy.sft_rows()[:12])
+    prompts = toy.prompt_rows(held_out=False)[:12]
+    toy.write_rows(folder / "prompts.jsonl", prompts)
+    preferences = []
+    for row in prompts:
+        chosen = [{"role": "assistant", "content": row["answer"]}]
+        rejected = [{"role": "assistant", "content": "5"}]
+        preferences.append({"prompt": row["prompt"], "chosen": chosen, "rejected": rejected})
+    toy.write_rows(folder / "pairs.jsonl", preferences)
+    (folder / "reward.py").write_text(
+        "def ids(completions, completion_ids, **columns):\n"
+        "    return [float(sum(ids) % 7) for ids in completion_ids]\n"
+        "def odd(completions, completion_ids, **columns):\n"
+        "    return [float(ids[0] % 2) for ids in completion_ids]\n"
+    )
+    return folder
+
+
+def flags(place, script, out, *more):
+    """Four of eight rows per step, four held out, two steps."""
+    data, step = "pairs", ("--rows", 4)
+    if script == "train_sft.py":
+        data = "sft"
+    if script in SAMPLING:
+        data, step = "prompts", ("--prompts", 4, "--group", 2, "--max_new_tokens", 6)
+        step += ("--reward", f"{place}/reward.py:ids", "--stop", *LETTERS)
+    return (
+        *("--model", place / "toy", "--data", place / f"{data}.jsonl", "--holdout", 4),
+        *("--out", out, "--steps", 2, "--lr", 3e-3, "--warmup", 0, "--save_every", 0),
+        *("--eval_every", 0, "--device", "cpu", *step, *more),
+    )
+
+
+@pytest.fixture
+def gradients(monkeypatch):
+    """The gradient of each optimizer step."""
+    found, clip = [], dist.clip_grad_norm
+
+    def watched(model, max_norm):
+        found.append([p.grad.clone() for p in model.parameters()])
+        return clip(model, max_norm)
+
+    monkeypatch.setattr(dist, "clip_grad_norm", watched)
+    return found
+
+
+def same(gradient, other):
+    largest = max(float(g.abs().max()) for g in other)
+    gap = max(float((a - b).abs().max()) for a, b in zip(gradient, other, strict=True))
+    assert gap <= 1e-5 * largest
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_each_step_takes_the_rows_after_those_of_the_last(place, tmp_path, monkeypatch, script):
+    taken, take = [], packing.take
+
+    def watched(n, seed, consumed, count):
+        taken.append((consumed, count))
+        return take(n, seed, consumed, count)
+
+    monkeypatch.setattr(packing, "take", watched)
+    run_here(script, *flags(place, script, tmp_path, "--steps", 3))
+    assert taken == [(0, 4), (4, 4), (8, 4)]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_empty_micro_batches_change_nothing(place, tmp_path, monkeypatch, gradients, script):
+    """A rank with less data than another has some."""
+    arguments = ("--tokens", 80, "--steps", 1)
+    run_here(script, *flags(place, script, tmp_path / "without", *arguments))
+    without = gradients.copy()
+    gradients.clear()
+    micro_batches = packing.micro_batches
+
+    def more_of_them(*given):
+        return [[], *micro_batches(*given), []]
+
+    monkeypatch.setattr(packing, "micro_batches", more_of_them)
+    monkeypatch.setattr(forward, "micro_batches", more_of_them)
+    run_here(script, *flags(place, script, tmp_path / "with", *arguments))
+    for gradient, other in zip(gradients, without, strict=True):
+        same(gradient, other)
+    for line, other in zip(metrics(tmp_path / "with"), metrics(tmp_path / "without"), strict=True):
+        assert line.keys() == other.keys()
+        for name in line.keys() - {"tokens_per_second", "time/rollout", "time/step"}:
+            assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
+
+
+# ---------------------------------------------------------------------------------------------- SFT
+def test_a_step_of_sft_is_a_mean_over_its_trained_tokens(place, tmp_path, gradients):
+    """And so is the held-out loss, whatever the micro-batches."""
+    model, tokenizer = hf.load_model(place / "toy"), Tokenizer.load(place / "toy")
+    train_rows, eval_rows = rows.load(place / "sft.jsonl", None, 4, [], rows.sft)
+    step_rows = [train_rows[i] for i in packing.take(len(train_rows), 0, 0, 4)]
+    expected = []
+    for part in (eval_rows, step_rows):
+        batch = batch_of([tokenizer.example(row) for row in part])
+        loss = -model(batch)[0].sum() / batch.num_targets
+        expected.append(float(loss.detach()))
+    loss.backward()
+    more = ("--tokens", 60, "--steps", 1)
+    run_here("train_sft.py", *flags(place, "train_sft.py", tmp_path, *more))
+    before, after = metrics(tmp_path)
+    assert [before["eval/loss"], after["loss"]] == pytest.approx(expected, rel=1e-5)
+    same(gradients[0], [p.grad for p in model.parameters()])
+
+
+# ----------------------------------------------------------------------------------------- sampling
+@pytest.mark.parametrize("script", SAMPLING)
+def test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer(
+    place, tmp_path, monkeypatch, script
+):
+    """As with several ranks: before the first step, after each one, and where a run is resumed."""
+    policies, current, generate = [], [], Engine.generate
+
+    def apart(model, folder, world, tokenizer, rows):
+        policies.append(model)
+        return Engine(hf.load_model(folder), tokenizer.stop_ids, tokenizer.decode, rows)
+
+    def watched(engine, *given):
+        trained = dict(policies[-1].named_parameters())
+        own = engine.model.named_parameters()
+        current.append(all(torch.equal(p, trained[name]) for name, p in own))
+        return generate(engine, *given)
+
+    monkeypatch.setattr(Engine, "beside", apart)
+    monkeypatch.setattr(Engine, "generate", watched)
+    arguments = flags(place, script, tmp_path, "--steps", 3, "--save_every", 2)
+    run_here(script, *arguments)
+    (tmp_path / "model.safetensors").unlink()
+    run_here(script, *arguments, "--resume")
+    assert len(policies) == 2
+    # Two evaluations, three steps, two evaluations; resumed: one step, two evaluations.
+    assert current == [True] * (2 + 3 + 2 + 1 + 2)
+
+
+@pytest.mark.parametrize("script", SAMPLING)
+def test_held_out_prompts_are_answered_once_at_temperature_1_and_once_greedily(
+    place, tmp_path, monkeypatch, script
+):
+    """No step trains on one of them, and no draw of training is drawn again."""
+    training, held_out, generate = [], [], Engine.generate
+
+    def watched(engine, prompts, n, sampling, seeds):
+        calls = held_out if n == 1 else training
+        calls.append(([tuple(ids) for ids in prompts], n, sampling.temperature, seeds))
+        return generate(engine, prompts, n, sampling, seeds)
+
+    def of(calls, i):
+        return {x for call in calls for x in call[i]}
+
+    monkeypatch.setattr(Engine, "generate", watched)
+    run_here(script, *flags(place, script, tmp_path, "--temperature", 0.8))
+    assert [call[1:3] for call in training] == [(2, 0.8)] * 2
+    assert [call[1:3] for call in held_out] == [(1, 1.0), (1, 0.0)] * 2
+    assert len(of(training, 0)) == 8 and len(of(held_out, 0)) == 4
+    assert not of(training, 0) & of(held_out, 0)
+    assert len(of(training, 3)) == 8 and not of(training, 3) & of(held_out, 3)
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_ppo.py"])
+def test_an_engine_that_is_not_the_trainer_stops_the_run(place, tmp_path, script):
+    """Rounding is enough at a limit of 0; the step is in the log, so that one can look at it."""
+    with pytest.raises(RuntimeError, match="step 1: before the first update .*--max_logp_gap 0"):
+        run_here(script, *flags(place, script, tmp_path, "--max_logp_gap", 0))
+    assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
+    assert (tmp_path / "samples.jsonl").exists()
+
+
+def test_the_nll_of_online_pairs_is_a_mean_over_the_tokens_of_the_best(
+    place, tmp_path, monkeypatch
+):
+    step_pairs, add_columns = [], pairs.add_columns
+
+    def watched(made, **more):
+        step_pairs.extend(made)
+        add_columns(made, **more)
+
+    monkeypatch.setattr(pairs, "add_columns", watched)
+    more = ("--loss", "sft", "--steps", 1, "--tokens", 80)
+    run_here("train_online_dpo.py", *flags(place, "train_online_dpo.py", tmp_path, *more))
+    batch = batch_of([best for best, _ in step_pairs])
+    with torch.no_grad():
+        logp_N, _ = hf.load_model(place / "toy")(batch)
+    loss = -float(logp_N.sum()) / batch.num_targets
+    assert metrics(tmp_path)[1]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert len({e.num_targets for pair in step_pairs for e in pair}) > 1
+
+
+# --------------------------------------------------------------------------------------------- GRPO
+def grpo(place, out, *more):
+    return flags(place, "train_grpo.py", out, "--steps", 1, *more)
+
+
+def test_the_correction_weighs_the_loss_of_each_token(place, tmp_path):
+    """A cap of 0 masks every token, so nothing is left to learn from."""
+    more = ("--old_logp", "trainer", "--correct", "token-mask")
+    for cap in (0, 3):
+        out = tmp_path / str(cap)
+        run_here("train_grpo.py", *grpo(place, out, *more, "--correct_cap", cap))
+        line = metrics(out)[1]
+        assert (line["grad_norm"] == 0) == (line["loss"] == 0) == (cap == 0)
+        assert line["sampling/capped"] == (cap == 0)
+
+
+def test_the_kl_and_the_entropy_are_of_groups_of_equal_rewards_too(place, tmp_path, monkeypatch):
+    examples, minibatches = [], packing.minibatches
+
+    def watched(items, *rest):
+        examples.extend(items)
+        return minibatches(items, *rest)
+
+    monkeypatch.setattr(packing, "minibatches", watched)
+    more = ("--reward", "regex:never", "--temperature", 0.8)
+    run_here("train_grpo.py", *grpo(place, tmp_path / "kl", *more, "--beta", 0.1))
+    line = metrics(tmp_path / "kl")[1]
+    batch = batch_of(examples)
+    with torch.no_grad():
+        _, entropy_N = hf.load_model(place / "toy")(batch, 0.8)
+    assert line["entropy"] == pytest.approx(float(entropy_N.sum()) / batch.num_targets, rel=1e-5)
+    assert line["kl"] == pytest.approx(0, abs=1e-5)
+    run_here("train_grpo.py", *grpo(place, tmp_path / "none", *more))
+    assert "entropy" not in metrics(tmp_path / "none")[1]  # no forward pass was needed
+
+
+def test_groups_of_equal_rewards_are_replaced_by_others(place, tmp_path, monkeypatch):
+    trained, minibatches = [], packing.minibatches
+
+    def watched(items, *rest):
+        trained.append(items)
+        return minibatches(items, *rest)
+
+    monkeypatch.setattr(packing, "minibatches", watched)
+    reward = ("--reward", f"{place}/reward.py:odd")
+    for rounds in (0, 9):
+        out = tmp_path / str(rounds)
+        run_here("train_grpo.py", *grpo(place, out, *reward, "--resample", rounds))
+    varied = [[e.columns["adv"].any() for e in examples] for examples in trained]
+    assert 0 < sum(varied[0]) < 8 == len(varied[0]) <= len(varied[1]) and all(varied[1])
+    kept, line = metrics(tmp_path / "0")[1], metrics(tmp_path / "9")[1]
+    assert (kept["groups"], kept["prompts_drawn"]) == (4, 4)
+    assert line["groups"] == len(varied[1]) / 2 and line["prompts_drawn"] % 4 == 0
+    share = 1 - line["groups"] / line["prompts_drawn"]
+    assert line["frac_reward_zero_std"] == pytest.approx(share) and share > 0
+
+
+# ---------------------------------------------------------------------------------------------- PPO
+BETA, GAMMA, LAM, PENALTY = 0.3, 0.97, 0.8, 0.25
+
+
+def whitened(rows, mean_kept=False):
+    every = np.concatenate(rows)
+    mean, std = every.mean(), every.std(ddof=1)
+    return [(row - mean) / (std + 1e-8) + mean * mean_kept for row in rows]
+
+
+def credited(rollouts, examples, scores, scale, whiten_rewards):
+    """Rewards, advantages and returns of each rollout's tokens, in loops -> (adv_BT, ret_BT)."""
+    rewards, values = [], []
+    for e, score in zip(examples, scores):
+        old, ref, value = (
+            e.columns[name][e.mask].astype(float) for name in ("old_logp", "ref_logp", "value")
+        )
+        reward = -BETA * (old - ref)
+        reward[-1] += score / scale
+        rewards.append(reward)
+        values.append(value)
+    if whiten_rewards:
+        rewards = whitened(rewards, mean_kept=True)
+    advantages = []
+    for reward, value in zip(rewards, values):
+        adv, later, next_value = np.zeros(len(reward)), 0.0, 0.0
+        for t in reversed(range(len(reward))):
+            later = reward[t] + GAMMA * next_value - value[t] + GAMMA * LAM * later
+            adv[t], next_value = later, value[t]
+        advantages.append(adv)
+    returns = [adv + value for adv, value in zip(advantages, values)]
+    return whitened(advantages), returns
+
+
+@pytest.mark.parametrize("more", [(), ("--score_scale", "--whiten_rewards")])
+def test_ppo_credits_a_token_with_its_kl_and_what_follows(place, tmp_path, monkeypatch, more):
+    sampled, trained = [], []
+    generate, shuffled = Engine.generate, packing.shuffled_minibatches
+
+    def watched_generate(engine, prompts, n, *rest):
+        groups = generate(engine, prompts, n, *rest)
+        if n == 2:
+            sampled.append([r for group in groups for r in group])
+        return groups
+
+    def watched_shuffle(examples, *rest):
+        trained.append(examples)
+        return shuffled(examples, *rest)
+
+    monkeypatch.setattr(Engine, "generate", watched_generate)
+    monkeypatch.setattr(packing, "shuffled_minibatches", watched_shuffle)
+    more += ("--beta", BETA, "--gamma", GAMMA, "--lam", LAM, "--eos_penalty", PENALTY)
+    run_here("train_ppo.py", *flags(place, "train_ppo.py", tmp_path, *more))
+    so_far, lines = [], metrics(tmp_path)
+    for line, rollouts, examples in zip(lines[1:], sampled, trained, strict=True):
+        assert {r.finish for r in rollouts} == {"stop", "length"}
+        scores = [sum(r.ids) % 7 - PENALTY * (r.finish == "length") for r in rollouts]
+        so_far += scores
+        scale = np.std(so_far) if "--score_scale" in more else 1.0
+        credit = credited(rollouts, examples, scores, scale, "--whiten_rewards" in more)
+        for r, e, adv, ret in zip(rollouts, examples, *credit, strict=True):
+            assert e.columns["old_logp"][e.mask].tolist() == r.logp.tolist()
+            assert e.columns["adv"][e.mask] == pytest.approx(adv, rel=1e-4, abs=1e-5)
+            assert e.columns["ret"][e.mask] == pytest.approx(ret, rel=1e-4, abs=1e-5)
+            assert not e.columns["adv"][~e.mask].any() and not e.columns["ret"][~e.mask].any()
+        assert line["objective/scores"] == pytest.approx(np.mean(scores))
+        kl = -BETA * line["objective/kl"]
+        assert line["objective/non_score_reward"] == pytest.approx(kl, abs=1e-6)
+    assert abs(lines[2]["objective/kl"]) > 0.01 and trained[1][0].columns["value"].any()
+
+
+def test_in_value_warm_up_the_value_model_alone_has_a_gradient(place, tmp_path, monkeypatch):
+    learnt, clip = [], dist.clip_grad_norm
+
+    def watched(model, max_norm):
+        parts = (model.policy, model.value)
+        learnt.append([any(p.grad is not None for p in part.parameters()) for part in parts])
+        return clip(model, max_norm)
+
+    monkeypatch.setattr(dist, "clip_grad_norm", watched)
+    more = ("--value_warmup", 1, "--ppo_epochs", 1, "--minibatches", 1)
+    run_here("train_ppo.py", *flags(place, "train_ppo.py", tmp_path, *more))
+    assert learnt == [[False, True], [True, True]]
