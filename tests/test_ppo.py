@@ -435,7 +435,7 @@ def test_a_resumed_run_of_ppo_ends_with_the_same_weights(place, tmp_path):
         ),
         (("--temperature", 0), "--temperature: 0: give more than 0"),
         (("--value_model", "nowhere"), "nowhere is not a folder"),
-        (("--lr", 0, "--value_lr", 1e-3), "--value_lr with --lr 0"),
+        (("--lr", 0, "--value_lr", 1e-3), "--value_lr needs --lr above 0"),
     ],
 )
 def test_what_cannot_be_trained_says_so(place, tmp_path, flags, sentence):
