@@ -80,7 +80,10 @@ def both(folder: Path, kind: Kind, steps: int, lr: float) -> dict:
     )
     common.run([kind.ours, *shared, *own])
     ours = common.metrics(folder / "out")[1:]
-    return {name: {"ours": [m[name] for m in ours], "theirs": theirs[name]} for name in kind.names}
+    curves = {}
+    for name in kind.names:
+        curves[name] = {"ours": [m[name] for m in ours], "theirs": theirs[name]}
+    return curves
 
 
 def gaps(curve: dict) -> list[float]:

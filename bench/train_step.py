@@ -34,6 +34,9 @@ from nanopost.model import CausalLM, Config
 from runs import toy
 
 WARM = 2
+# Of a step: tokens per micro-batch, bins, pairs, prompts, PPO's prompts, and longest completion.
+FULL = {"tokens": 8192, "bins": 8, "pairs": 32, "prompts": 32, "ppo": 256, "completion": 512}
+TINY = {"tokens": 512, "bins": 2, "pairs": 8, "prompts": 4, "ppo": 8, "completion": 16}
 REWARD = common.ROOT / "bench/reward.py:length_modulo_7"
 # Runs a script as `python script` does, then prints the peak of torch's memory.
 CHILD = """
@@ -124,9 +127,7 @@ def write_inputs(folder: Path, config: Config, longest: int) -> list[int]:
 # ------------------------------------------------------------------------------------ command lines
 def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
     """name -> command line. Steps of SFT hold 64k tokens in packed bins of 8k."""
-    tokens, bins, rows, prompts, ppo_prompts, completion = 8192, 8, 32, 32, 256, 512
-    if tiny:
-        tokens, bins, rows, prompts, ppo_prompts, completion = 512, 2, 8, 4, 8, 16
+    sizes = TINY if tiny else FULL
     shared = flags(
         model=folder / "model",
         lr=1e-6,
@@ -136,18 +137,18 @@ def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
         eval_every=0,
         out=folder / "out",
         overwrite=True,
-        tokens=tokens,
+        tokens=sizes["tokens"],
         device="cpu" if tiny else None,
     )
     chats, pairs, prompt_file = (folder / f"{n}.jsonl" for n in ("chats", "pairs", "prompts"))
-    sampled = flags(data=prompt_file, max_new_tokens=completion, reward=REWARD)
-    sft = ["train_sft.py", *shared, *flags(data=chats, bins=bins, train_on="all")]
-    dpo = ["train_dpo.py", *shared, *flags(data=pairs, rows=rows)]
-    kto = ["train_kto.py", *shared, *flags(data=pairs, rows=rows)]
-    rm = ["train_rm.py", *shared, *flags(data=pairs, rows=rows)]
-    online = ["train_online_dpo.py", *shared, *sampled, *flags(prompts=prompts, group=4)]
-    grpo = ["train_grpo.py", *shared, *sampled, *flags(prompts=prompts, group=8)]
-    ppo = ["train_ppo.py", *shared, *sampled, *flags(prompts=ppo_prompts)]
+    sampled = flags(data=prompt_file, max_new_tokens=sizes["completion"], reward=REWARD)
+    sft = ["train_sft.py", *shared, *flags(data=chats, bins=sizes["bins"], train_on="all")]
+    dpo = ["train_dpo.py", *shared, *flags(data=pairs, rows=sizes["pairs"])]
+    kto = ["train_kto.py", *shared, *flags(data=pairs, rows=sizes["pairs"])]
+    rm = ["train_rm.py", *shared, *flags(data=pairs, rows=sizes["pairs"])]
+    online = ["train_online_dpo.py", *shared, *sampled, *flags(prompts=sizes["prompts"], group=4)]
+    grpo = ["train_grpo.py", *shared, *sampled, *flags(prompts=sizes["prompts"], group=8)]
+    ppo = ["train_ppo.py", *shared, *sampled, *flags(prompts=sizes["ppo"])]
     return {
         "sft": sft,
         "sft, --kernels torch": [*sft, "--kernels", "torch"],
@@ -165,16 +166,24 @@ def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
 
 def trl_jobs(folder: Path, tiny: bool) -> dict[str, list]:
     """The same steps by TRL's trainers."""
-    tokens, bins, pair_parts, group_parts, completion = 8192, 8, 8, 16, 512
-    if tiny:
-        tokens, bins, pair_parts, group_parts, completion = 512, 2, 2, 2, 16
+    sizes = TINY if tiny else FULL
     shared = flags(model=folder / "model", lr=1e-6, device="cpu" if tiny else "cuda", dtype="bf16")
     chats, pairs, prompts = (folder / f"{n}.jsonl" for n in ("chats", "pairs", "prompts"))
     sft = flags(
-        data=chats, packing=True, max_length=tokens, batch=1, accumulate=bins, train_on="all"
+        data=chats,
+        packing=True,
+        max_length=sizes["tokens"],
+        batch=1,
+        accumulate=sizes["bins"],
+        train_on="all",
     )
-    dpo = flags(data=pairs, max_length=tokens, batch=4, accumulate=pair_parts)
-    grpo = flags(data=prompts, max_new_tokens=completion, batch=16, accumulate=group_parts)
+    dpo = flags(data=pairs, max_length=sizes["tokens"], batch=4, accumulate=sizes["pairs"] // 4)
+    grpo = flags(
+        data=prompts,
+        max_new_tokens=sizes["completion"],
+        batch=16,
+        accumulate=sizes["prompts"] // 2,
+    )
     return {
         "sft, TRL": ["bench/trl_sft.py", *shared, *sft],
         "dpo, TRL": ["bench/trl_preference.py", "dpo", *shared, *dpo],
@@ -253,7 +262,10 @@ def policy_loss_ms(device: str, tokens: int = 8192) -> dict[str, float]:
 
 def medians(lines: list[dict], names) -> dict[str, float]:
     """Of each metric, over the steps after the warm-up."""
-    return {name: statistics.median(m[name] for m in lines[WARM:]) for name in names}
+    found = {}
+    for name in names:
+        found[name] = statistics.median(m[name] for m in lines[WARM:])
+    return found
 
 
 def main():

@@ -42,8 +42,11 @@ class Recorder(TrainerCallback):
         steps = [log for log in self.logs if "loss" in log]
         seen = [0, *(log["num_tokens"] for log in steps)]
         tokens = [after - before for before, after in zip(seen, seen[1:])]
-        curves = {name: [log[name] for log in steps] for name in names if name in steps[0]}
-        return {"seconds": self.seconds, "tokens": tokens, **curves}
+        found = {"seconds": self.seconds, "tokens": tokens}
+        for name in names:
+            if name in steps[0]:
+                found[name] = [log[name] for log in steps]
+        return found
 
 
 def parser(doc) -> argparse.ArgumentParser:
