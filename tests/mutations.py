@@ -471,10 +471,10 @@ MUTATIONS = [
         "test_checkpoint.py::test_hyperparameters_are_those_of_the_optimizer_given",
     ),
     mutation(
-        "a-part-that-has-not-learnt-gets-a-state",
+        "a-part-that-has-not-learnt-gets-the-state-of-another",
         "nanopost/checkpoint.py",
-        "if name_of[p] in state_of:",
-        "if True:",
+        "        if name_of[p] in state_of:\n            state[i] = state_of[name_of[p]]",
+        "        state[i] = state_of.get(name_of[p]) or next(iter(state_of.values()))",
         "test_checkpoint.py::test_parameters_that_have_not_learnt_yet_have_no_state_and_get_none",
     ),
     # ---- the folder of a run

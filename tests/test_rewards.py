@@ -599,9 +599,9 @@ def test_each_rollout_is_scored_with_the_columns_of_its_row():
         {"prompt": "p", "prompt_ids": [9], "__line__": "f:1", "answer": 5},
         {"prompt": [{"role": "user", "content": "q"}], "prompt_ids": [9], "level": "hard"},
     ]
-    groups = [[rollout(1, 4), rollout(2)], [rollout(3), rollout(1, 2, 3)]]
+    groups = [[rollout(1, 4), rollout(2)], [rollout(3, 4), rollout(1, 2, 3)]]
     reward_FPG, seen = seen_by(rows_P, groups)
-    assert reward_FPG.dtype == torch.float64 and reward_FPG.tolist() == [[[2.0, 1.0], [1.0, 3.0]]]
+    assert reward_FPG.dtype == torch.float64 and reward_FPG.tolist() == [[[2.0, 1.0], [2.0, 3.0]]]
     q = rows_P[1]["prompt"]
     assert seen == {
         "completions": [
@@ -614,7 +614,7 @@ def test_each_rollout_is_scored_with_the_columns_of_its_row():
         "level": [None, None, "hard", "hard"],
         "prompts": ["p", "p", q, q],
         "prompt_ids": [[9]] * 4,
-        "completion_ids": [[1, 4], [2], [3], [1, 2, 3]],
+        "completion_ids": [[1, 4], [2], [3, 4], [1, 2, 3]],
     }
 
 
