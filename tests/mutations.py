@@ -467,7 +467,8 @@ MUTATIONS = [
         "flags-of-the-optimizer-lost",
         "nanopost/checkpoint.py",
         '{**optimizer.state_dict(), "state": state}',
-        '{**type(optimizer)(parameters).state_dict(), "state": state}',
+        '{"param_groups": [g | {"weight_decay": 0.01} for g in '
+        'optimizer.state_dict()["param_groups"]], "state": state}',
         "test_checkpoint.py::test_hyperparameters_are_those_of_the_optimizer_given",
     ),
     mutation(
@@ -482,7 +483,7 @@ MUTATIONS = [
         "data-order-not-resumed",
         "nanopost/run.py",
         "state = state | checkpoint.load(found, model, optimizer, **others)",
-        'state = checkpoint.load(found, model, optimizer, **others) | {"consumed": 0}',
+        'state = state | checkpoint.load(found, model, optimizer, **others) | {"consumed": 0}',
         "test_run.py::test_a_resumed_run_begins_from_its_checkpoint",
     ),
     mutation(
