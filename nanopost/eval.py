@@ -337,6 +337,11 @@ def evaluation(args):
             "--kl needs samples from the whole distribution: drop --temperature, --top_k, "
             "--top_p and --min_p."
         )
+    for read in filter(None, (args.data, args.model, args.against, args.reward_model, args.kl)):
+        if args.out and Path(args.out).resolve().is_relative_to(Path(read).resolve()):
+            raise InputError(
+                f"--out {args.out} would replace what is read, {read}: choose another."
+            )
     folder = Path(args.out or ".").absolute().parent
     if not folder.is_dir():
         raise InputError(f"--out {args.out}: there is no folder {folder}: create it first.")

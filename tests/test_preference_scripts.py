@@ -485,10 +485,11 @@ def test_a_refusal_is_one_sentence_without_a_traceback(place, tmp_path):
 def test_without_held_out_rows_and_without_a_reference_to_compute(place, tmp_path):
     for script, more in (
         ("train_kto.py", ()),
-        ("train_dpo.py", ("--loss", "simpo", "--reference", "precomputed")),
+        ("train_dpo.py", ("--loss", "simpo")),
+        ("train_dpo.py", ("--reference", "precomputed")),
         ("train_rm.py", ()),
     ):
-        out = tmp_path / script
+        out = tmp_path / "-".join([script, *more])
         run_here(script, *stored(place, out, *more, "--holdout", 0))
         last = metrics(out)[-1]
         assert last["loss"] and not any(name.startswith("eval/") for name in last)

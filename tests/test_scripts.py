@@ -273,7 +273,8 @@ class Killed:
 
     def last_step(self):
         """The last step logged; -1 before the first line."""
-        lines = (self.out / "metrics.jsonl").read_text().split("\n")[:-1]
+        path = self.out / "metrics.jsonl"  # gone for a moment where a run replaces another
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
         return json.loads(lines[-1])["step"] if lines else -1
 
     def is_saved(self, step):
