@@ -1,8 +1,10 @@
 """The flags that scripts share. Bounds are declared with the flag; the library reads no flags.
 
-parser = cli.parser(__doc__, out="out/grpo", lr=1e-6, warmup=10)
-cli.add_rollout_flags(parser)
-parser.add_argument("--steps", type=at_least(1), default=100, help="rollout batches")
+A script declares its own beside them:
+
+    parser = cli.parser(__doc__, out="out/grpo", lr=1e-6, warmup=10)
+    cli.add_rollout_flags(parser)
+    parser.add_argument("--steps", type=at_least(1), default=100, help="rollout batches")
 """
 
 import argparse

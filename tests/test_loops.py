@@ -351,3 +351,16 @@ def test_in_value_warm_up_the_value_model_alone_has_a_gradient(place, tmp_path, 
     more = ("--value_warmup", 1, "--ppo_epochs", 1, "--minibatches", 1)
     run_here("train_ppo.py", *flags(place, "train_ppo.py", tmp_path, *more))
     assert learnt == [[False, True], [True, True]]
+
+
+@pytest.mark.parametrize("script", ["train_sft.py", "train_rm.py", "train_dpo.py", "train_kto.py"])
+def test_epochs_say_how_many_steps_there_are_unless_steps_do(place, tmp_path, script):
+    """Eight rows (KTO takes pairs apart: sixteen), four per step."""
+    plain = [x for x in flags(place, script, tmp_path / "x") if x != "--steps"]
+    plain.remove(2)
+    per_epoch = 4 if script == "train_kto.py" else 2
+    run_here(script, *plain, "--epochs", 1.5)
+    assert [m["step"] for m in metrics(tmp_path / "x")] == list(range(per_epoch * 3 // 2 + 1))
+    assert metrics(tmp_path / "x")[-1]["epoch"] == 1.5
+    run_here(script, *plain, "--epochs", 1.5, "--steps", 1, "--overwrite")
+    assert metrics(tmp_path / "x")[-1]["step"] == 1
