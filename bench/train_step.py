@@ -297,7 +297,12 @@ def main():
         for name, command in jobs.items():
             if not name.startswith(tuple(args.only)):
                 continue
-            lines, peak = run(folder, command, args.steps)
+            try:
+                lines, peak = run(folder, command, args.steps)
+            except RuntimeError as error:  # out of memory, say: the others are still measured
+                found[name] = {"failed": str(error)[-500:]}
+                print(name, error, flush=True)
+                continue
             times = [key for key in lines[0] if key.startswith("time/")]
             found[name] = medians(lines, ["tokens_per_second", *times]) | {"peak_mb": peak}
             if name.startswith("sft") and rate:

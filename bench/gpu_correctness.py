@@ -1,0 +1,360 @@
+"""Is the GPU path right? Kernels, attention, every script -> bench/results/gpu_correctness.json.
+
+    python -m bench.gpu_correctness                             # one GPU, three minutes
+    TRITON_INTERPRET=1 python -m bench.gpu_correctness --try    # anywhere: does the script work?
+    python -m bench.gpu_correctness --only scripts              # or: kernels attention resume
+
+kernels     log-probs, entropies and gradients of the Triton kernel and of its torch twin against
+            float64; the same call twice gives the same bits.
+attention   packed and cached attention on the GPU in bf16 against the CPU in fp64.
+scripts     three steps of every script on a small model: on the GPU in fp32, in bf16, and in bf16
+            with each of --compile, --checkpointing and --kernels torch, against the CPU in fp32.
+            Where a script samples, also the gap between engine and trainer.
+resume      a run killed with -9 and resumed, beside two runs that were left alone: GPUs add in
+            another order each time, so the two that were left alone say what is equal.
+
+Each check is a line: what, the number found, its limit. The exit status is 1 if one is above.
+Scripts run eight at a time, on one GPU.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from bench import common, kernels
+from bench.common import flags
+from bench.train_step import REWARD, shape, write_inputs
+from nanopost.attention import Packing, cached_attention, packed_attention
+from nanopost.logprob import logprob
+from nanopost.model import Config
+
+AT_ONCE = min(8, os.cpu_count())
+COMPARED = ("loss", "grad_norm", "entropy", "eval/loss", "rewards/margins", "kl")
+GAP = "sampling/sampling_logp_difference/mean"
+
+
+class Checks:
+    """What was found, and whether it is within its limit."""
+
+    def __init__(self):
+        self.found = []
+
+    def add(self, what: str, value: float, limit: float):
+        good = value <= limit  # nan is not
+        self.found.append({"what": what, "value": value, "limit": limit, "good": good})
+        print(f"{'ok  ' if good else 'FAIL'} {what}: {value:.2e} (limit {limit:.0e})", flush=True)
+
+    def crashed(self, what: str, text: str):
+        self.found.append({"what": what, "crashed": text[-3000:], "good": False})
+        print(f"FAIL {what}: crashed\n{text[-1500:]}", flush=True)
+
+
+def relative(ours, exact) -> float:
+    """|ours - exact| / |exact|, in float64 on the CPU."""
+    ours, exact = ours.detach().double().cpu(), exact.detach().double().cpu()
+    return float((ours - exact).norm() / exact.norm().clamp(min=1e-30))
+
+
+# ----------------------------------------------------------------------------------------- kernels
+def check_kernels(checks: Checks, device: str):
+    triton = kernels.logprob_triton
+    functions = {
+        "kernel": partial(triton, store=False),
+        "kernel, stored": partial(triton, store=True),
+        "torch twin": partial(logprob, kernels="torch"),
+    }
+    shapes = [(300, 1025, 72), (129, 777, 64), (1, 264, 64), (257, 4099, 136)]
+    if device == "cuda":
+        shapes += [(2048, 151936, 896), (1024, 128256, 2048)]
+    for at in shapes:
+        hidden, weight, target, g = kernels.inputs(at, False, device)
+        target[::3] = -100
+        double = hidden.double(), weight.double()
+        exact = kernels.values_and_gradients(kernels.logprob_reference, *double, target, g)
+        for name, function in functions.items():
+            ours = kernels.values_and_gradients(function, hidden, weight, target, g)
+            again = kernels.values_and_gradients(function, hidden, weight, target, g)
+            for part, value in ours.items():
+                limit = 1e-5
+                if device == "cuda" and part.startswith("d_"):
+                    limit = 1e-2  # bf16
+                checks.add(f"{name} {at} {part}", relative(value, exact[part]), limit)
+                if not value.equal(again[part]):
+                    checks.add(f"{name} {at} {part}, twice", relative(again[part], value), 0.0)
+        ignored = torch.full_like(target, -100)
+        for name, function in functions.items():
+            ours = kernels.values_and_gradients(function, hidden, weight, ignored, g)
+            most = max(float(x.abs().max()) for x in ours.values())
+            checks.add(f"{name} {at}, no targets", most, 0.0)
+
+
+# --------------------------------------------------------------------------------------- attention
+def check_attention(checks: Checks, device: str):
+    draw = torch.Generator().manual_seed(0)
+    lengths = [1, 700, 33, 128, 5, 257]
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+    tokens = sum(lengths)
+    for heads, groups, width in ((4, 4, 64), (14, 2, 64), (8, 2, 128), (4, 2, 32)):
+        for window in (None, 2, 64, 4096):
+            inputs = [
+                torch.randn(tokens, n, width, generator=draw, dtype=torch.float64)
+                for n in (heads, groups, groups)
+            ]
+            upstream = torch.randn(tokens, heads, width, generator=draw, dtype=torch.float64)
+            for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+                qkv = [x.to(dtype).double().requires_grad_() for x in inputs]
+                exact = packed_attention(*qkv, Packing(cu_seqlens, max(lengths)), window)
+                exact.backward(upstream)
+                ours_qkv = [x.to(device, dtype).requires_grad_() for x in inputs]
+                packing = Packing(cu_seqlens.to(device), max(lengths))
+                ours = packed_attention(*ours_qkv, packing, window)
+                ours.backward(upstream.to(device, dtype))
+                name = f"attention {heads}/{groups}x{width} window {window} {dtype}"
+                checks.add(name, relative(ours, exact), limit)
+                gaps = [relative(a.grad, b.grad) for a, b in zip(ours_qkv, qkv)]
+                checks.add(f"{name}, gradients", max(gaps), limit)
+    for window in (None, 20):
+        q_BHK = torch.randn(5, 8, 64, generator=draw)
+        k_BGTK, v_BGTK = torch.randn(2, 5, 2, 90, 64, generator=draw)
+        length_B = torch.tensor([1, 90, 17, 20, 21])
+        caches = [x.double() for x in (q_BHK, k_BGTK, v_BGTK)]
+        exact = cached_attention(*caches, length_B, window)
+        for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+            caches = [x.to(device, dtype) for x in (q_BHK, k_BGTK, v_BGTK)]
+            ours = cached_attention(*caches, length_B.to(device), window)
+            checks.add(f"cached attention, window {window} {dtype}", relative(ours, exact), limit)
+
+
+# ----------------------------------------------------------------------------------------- scripts
+def small() -> Config:
+    """Of train_step.py's family, with heads of 64 and a vocabulary that fills no tile."""
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
+    return Config.of({**shape(tiny=True).hf, **sizes, "vocab_size": 531})
+
+
+def script_jobs(folder: Path) -> dict[str, list]:
+    """name -> command line without --out, --device and --dtype; many flags on at once."""
+    shared = flags(
+        model=folder / "model",
+        lr=1e-4,
+        warmup=0,
+        holdout=8,
+        steps=3,
+        save_every=1,
+        eval_every=1,
+        tokens=1024,
+        overwrite=True,
+    )
+    chats, pairs, prompts = (folder / f"{n}.jsonl" for n in ("chats", "pairs", "prompts"))
+    sampled = flags(data=prompts, max_new_tokens=24, reward=REWARD, prompts=8, stop=["q"])
+    model, dpo, rl = folder / "model", flags(data=pairs, rows=8), [*shared, *sampled]
+    cache = folder / "cache"
+    evaluate = ["-m", "nanopost.eval", *flags(model=model, data=prompts, reward=REWARD)]
+    evaluate += flags(max_new_tokens=24, limit=16)
+    return {
+        "sft": ["train_sft.py", *shared, *flags(data=chats, rows=16)],
+        "sft dft": ["train_sft.py", *shared, *flags(data=chats, bins=4, loss="dft")],
+        "dpo": ["train_dpo.py", *shared, *dpo],
+        "dpo cached": ["train_dpo.py", *shared, *dpo, *flags(reference="precomputed", cache=cache)],
+        "kto": ["train_kto.py", *shared, *dpo],
+        "rm": ["train_rm.py", *shared, *dpo, *flags(centre=0.01)],
+        "online": ["train_online_dpo.py", *rl, *flags(group=2)],
+        "grpo": ["train_grpo.py", *rl, *flags(group=4, minibatches=2)],
+        "grpo kl": [
+            *("train_grpo.py", *rl),
+            *flags(group=4, beta=0.04, old_logp="trainer", correct="sequence-mask", resample=1),
+        ],
+        "ppo": ["train_ppo.py", *rl, *flags(beta=0.05, score_scale=True, value_warmup=1)],
+        "ppo head": [
+            *("train_ppo.py", *rl),
+            *flags(group=2, value_model="head", old_logp="trainer", whiten_rewards=True),
+        ],
+        "grpo judged": [
+            *("train_grpo.py", *shared, *flags(data=prompts, max_new_tokens=24, prompts=8)),
+            *flags(reward=f"model:{folder / 'model_rm'}", group=4),
+        ],
+        "eval": [*evaluate, *flags(samples=2, top_k=50, top_p=0.9)],
+        "eval kl": [*evaluate, *flags(kl=model)],
+    }
+
+
+def variants(name: str, tiny: bool) -> dict[str, list]:
+    """name -> flags. The first is what the others are compared with."""
+    found = {"CPU fp32": flags(device="cpu", dtype="fp32")}
+    device = "cpu" if tiny else "cuda"
+    if not tiny:
+        found["fp32"] = flags(device=device, dtype="fp32")
+    found["bf16"] = flags(device=device, dtype="bf16")
+    if name in ("sft", "dpo", "grpo"):
+        found["bf16 --checkpointing"] = [*found["bf16"], "--checkpointing"]
+        found["bf16 --kernels torch"] = [*found["bf16"], *flags(kernels="torch")]
+        if not tiny:
+            found["bf16 --compile"] = [*found["bf16"], "--compile"]
+    return found
+
+
+def run_quietly(command, **options):
+    return common.run(command, capture_output=True, text=True, check=False, **options)
+
+
+def check_scripts(checks: Checks, folder: Path, tiny: bool):
+    judge = ["train_rm.py", *script_jobs(folder)["rm"][1:], "--device", "cpu"]
+    done = run_quietly([*judge, "--out", folder / "model_rm"])
+    if done.returncode:
+        checks.crashed("the judge", done.stderr)
+    jobs = []
+    for name, command in script_jobs(folder).items():
+        for variant, more in variants(name, tiny).items():
+            jobs.append((name, variant, [*command, *more]))
+
+    def run_job(job):
+        name, variant, command = job
+        out = folder / f"{name}, {variant}".replace(" ", "_")
+        if not name.startswith("eval"):
+            command = [*command, "--out", out]
+        began = time.perf_counter()
+        done = run_quietly(command)
+        return done, out, time.perf_counter() - began
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        results = list(pool.map(run_job, jobs))
+    expected = None
+    for (name, variant, _), (done, out, seconds) in zip(jobs, results):
+        what = f"{name}, {variant}"
+        print(f"     {what}: {seconds:.0f} s", flush=True)
+        if done.returncode:
+            checks.crashed(what, done.stderr)
+            continue
+        if name.startswith("eval"):
+            print(done.stdout, flush=True)
+            continue
+        lines = common.metrics(out)
+        if variant == "CPU fp32":
+            expected = lines
+        else:
+            compare(checks, what, lines, expected, bf16="bf16" in variant)
+
+
+def compare(checks: Checks, what: str, lines, expected, bf16: bool):
+    """The first step's metrics, and every step's gap between engine and trainer."""
+    ours, theirs = lines[1], expected[1]
+    names = [n for n in COMPARED if n in ours and n in theirs]
+    sampled = "completions/mean_length" in ours
+    for name in names:
+        limit = 5e-2 if bf16 else 1e-3
+        if "judged" in what:
+            limit *= 10  # nearly equal scores, divided by their std
+        if sampled and ours["completions/mean_length"] != theirs["completions/mean_length"]:
+            continue  # a token was drawn otherwise: other rollouts
+        gap = abs(ours[name] - theirs[name]) / max(abs(theirs[name]), 0.05)
+        checks.add(f"{what}: {name} {ours[name]:.4g} for {theirs[name]:.4g}", gap, limit)
+    for line in lines:
+        if GAP in line:
+            limit = 3e-2 if bf16 else 1e-4
+            checks.add(f"{what}: step {line['step']} engine and trainer", line[GAP], limit)
+
+
+# ------------------------------------------------------------------------------------------ resume
+def check_resume(checks: Checks, folder: Path, tiny: bool):
+    device = flags(device="cpu" if tiny else "cuda", dtype="bf16")
+    jobs = []
+    for name in ("sft", "grpo", "ppo", "dpo"):
+        command = [*script_jobs(folder)[name], *device]
+        command[command.index("--steps") + 1] = "6"
+        jobs.append((name, command))
+
+    def run_job(job):
+        name, command = job
+        outs = [folder / f"resume_{name}_{i}" for i in range(3)]
+        done = [run_quietly([*command, "--out", out]) for out in outs[:2]]
+        kill_at([*command, "--out", outs[2]], outs[2] / "metrics.jsonl", lines=4)
+        command = [word for word in command if word != "--overwrite"]
+        done.append(run_quietly([*command, "--resume", "--out", outs[2]]))
+        return outs, done
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        results = list(pool.map(run_job, jobs))
+    for (name, _), (outs, done) in zip(jobs, results):
+        failed = [d.stderr for d in done if d.returncode]
+        if failed:
+            checks.crashed(f"resume, {name}", failed[0])
+            continue
+        if "resumed at step" not in done[2].stdout:
+            checks.crashed(f"resume, {name}", f"it did not resume:\n{done[2].stdout}")
+        first, second, resumed = (weights(out) for out in outs)
+        start = weights(folder / "model")
+        moved = relative(first, start)
+        apart = relative(second, first)
+        checks.add(f"resume, {name}: two runs left alone (moved {moved:.0e})", apart, moved / 2)
+        gap = relative(resumed, first)
+        checks.add(f"resume, {name}: killed and resumed", gap, max(2 * apart, 1e-9))
+
+
+def kill_at(command, log: Path, lines: int):
+    """Start it, and kill it with -9 once its log has so many lines."""
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    child = subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=common.ROOT,
+        env=os.environ | common.OFFLINE,
+        **quiet,
+    )
+    while child.poll() is None:
+        if log.exists() and log.read_text().count("\n") >= lines:
+            child.send_signal(signal.SIGKILL)
+        time.sleep(0.01)
+
+
+def weights(folder: Path) -> torch.Tensor:
+    tensors = load_file(folder / "model.safetensors")
+    return torch.cat([tensors[name].double().flatten() for name in sorted(tensors)])
+
+
+def main():
+    parser = common.parser(__doc__)
+    parts = ["kernels", "attention", "scripts", "resume"]
+    parser.add_argument("--try", action="store_true", dest="tiny", help="write no results")
+    parser.add_argument("--only", nargs="+", default=parts, choices=parts)
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder")
+    args = parser.parse_args()
+    device = "cpu" if args.tiny else "cuda"
+    checks, began = Checks(), time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        write_inputs(folder, small(), 200)
+        work = {
+            "kernels": lambda: check_kernels(checks, device),
+            "attention": lambda: check_attention(checks, device),
+            "scripts": lambda: check_scripts(checks, folder, args.tiny),
+            "resume": lambda: check_resume(checks, folder, args.tiny),
+        }
+        for part in args.only:
+            try:
+                work[part]()
+            except Exception:
+                checks.crashed(part, traceback.format_exc())
+            print(f"---- {part}: {time.perf_counter() - began:.0f} s", flush=True)
+    bad = [c["what"] for c in checks.found if not c["good"]]
+    print(f"{len(checks.found) - len(bad)} of {len(checks.found)} good", *bad, sep="\n  ")
+    if not args.tiny:
+        result = {
+            "device": torch.cuda.get_device_name(),
+            **common.origin("torch", "triton"),
+            "checks": checks.found,
+        }
+        common.save(args.out / "gpu_correctness.json", result)
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# What only a GPU can show, most valuable first; each part runs alone, in three minutes on an H100.
+#
+#     bash bench/gpu_day.sh correctness|kernels|steps [--try] [--out DIR]
+#
+# --try: anywhere, tiny, writes no results: does the part work? Results go to bench/results/*.json,
+# with the device, versions, date and commit.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+part=${1:-}
+shift || true
+if [[ " $* " == *" --try "* ]]; then
+    export TRITON_INTERPRET=1
+fi
+case $part in
+    correctness) python -m bench.gpu_correctness "$@" ;;
+    kernels) python -m bench.kernels --shapes 2 "$@" ;;
+    steps) python -m bench.train_step --steps 4 "$@" ;;
+    *)
+        echo "usage: bash bench/gpu_day.sh correctness|kernels|steps [--try] [--out DIR]" >&2
+        exit 2
+        ;;
+esac
