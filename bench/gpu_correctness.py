@@ -14,7 +14,7 @@ resume      a run killed with -9 and resumed, beside two runs that were left alo
             another order each time, so the two that were left alone say what is equal.
 
 Each check is a line: what, the number found, its limit. The exit status is 1 if one is above.
-Scripts run eight at a time, on one GPU.
+One script runs per CPU core, all on one GPU.
 """
 
 import os
@@ -38,7 +38,7 @@ from nanopost.attention import Packing, cached_attention, packed_attention
 from nanopost.logprob import logprob
 from nanopost.model import Config
 
-AT_ONCE = min(8, os.cpu_count())
+AT_ONCE = os.cpu_count()
 COMPARED = ("loss", "grad_norm", "entropy", "eval/loss", "rewards/margins", "kl")
 GAP = "sampling/sampling_logp_difference/mean"
 
@@ -159,7 +159,7 @@ def script_jobs(folder: Path) -> dict[str, list]:
     sampled = flags(data=prompts, max_new_tokens=24, reward=REWARD, prompts=8, stop=["q"])
     model, dpo, rl = folder / "model", flags(data=pairs, rows=8), [*shared, *sampled]
     cache = folder / "cache"
-    evaluate = ["-m", "nanopost.eval", *flags(model=model, data=prompts, reward=REWARD)]
+    evaluate = ["-m", "nanopost.eval", *flags(model=model, data=prompts)]
     evaluate += flags(max_new_tokens=24, limit=16)
     return {
         "sft": ["train_sft.py", *shared, *flags(data=chats, rows=16)],
@@ -183,7 +183,7 @@ def script_jobs(folder: Path) -> dict[str, list]:
             *("train_grpo.py", *shared, *flags(data=prompts, max_new_tokens=24, prompts=8)),
             *flags(reward=f"model:{folder / 'model_rm'}", group=4),
         ],
-        "eval": [*evaluate, *flags(samples=2, top_k=50, top_p=0.9)],
+        "eval": [*evaluate, *flags(reward=REWARD, samples=2, top_k=50, top_p=0.9)],
         "eval kl": [*evaluate, *flags(kl=model)],
     }
 
@@ -331,7 +331,7 @@ def main():
     checks, began = Checks(), time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_inputs(folder, small(), 200)
+        write_inputs(folder, small(), 200, num_pairs=200)
         work = {
             "kernels": lambda: check_kernels(checks, device),
             "attention": lambda: check_attention(checks, device),

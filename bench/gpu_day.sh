@@ -14,9 +14,9 @@ if [[ " $* " == *" --try "* ]]; then
     export TRITON_INTERPRET=1
 fi
 case $part in
-    correctness) python -m bench.gpu_correctness "$@" ;;
+    correctness) OMP_NUM_THREADS=1 python -m bench.gpu_correctness "$@" ;;
     kernels) python -m bench.kernels --shapes 2 "$@" ;;
-    steps) python -m bench.train_step --steps 4 "$@" ;;
+    steps) TMPDIR=/dev/shm python -m bench.train_step --steps 4 --seconds 150 --profile grpo "$@" ;;
     *)
         echo "usage: bash bench/gpu_day.sh correctness|kernels|steps [--try] [--out DIR]" >&2
         exit 2

@@ -21,6 +21,7 @@ import os
 import random
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -96,9 +97,12 @@ def shape(tiny: bool) -> Config:
     )
 
 
-def write_inputs(folder: Path, config: Config, longest: int) -> list[int]:
+def write_inputs(
+    folder: Path, config: Config, longest: int, device: str = "cpu", num_pairs: int = 1000
+) -> list[int]:
     """Write a model, chats, pairs and prompts, a byte per token -> tokens of each chat row."""
-    model = CausalLM(config).init_weights(0)
+    with torch.device(device):
+        model = CausalLM(config).init_weights(0)
     hf.save_model(folder / "model", model.state_dict().items(), config, toy.tokenizer_files())
     draw = random.Random(0)
 
@@ -110,7 +114,7 @@ def write_inputs(folder: Path, config: Config, longest: int) -> list[int]:
     chats, pairs, prompts = [], [], []
     for _ in range(4000):
         chats.append({"messages": said("user", 4) + said("assistant", 6.5)})
-    for _ in range(1000):
+    for _ in range(num_pairs):
         prompt, chosen, rejected = said("user", 5), said("assistant", 6), said("assistant", 6)
         pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     for _ in range(400):
@@ -149,18 +153,18 @@ def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
     online = ["train_online_dpo.py", *shared, *sampled, *flags(prompts=sizes["prompts"], group=4)]
     grpo = ["train_grpo.py", *shared, *sampled, *flags(prompts=sizes["prompts"], group=8)]
     ppo = ["train_ppo.py", *shared, *sampled, *flags(prompts=sizes["ppo"])]
-    return {
+    return {  # the most telling first
         "sft": sft,
-        "sft, --kernels torch": [*sft, "--kernels", "torch"],
-        "sft, --compile": [*sft, "--compile"],
-        "sft, --checkpointing": [*sft, "--checkpointing"],
+        "grpo": grpo,
         "dpo": dpo,
-        "dpo, --kernels torch": [*dpo, "--kernels", "torch"],
+        "sft, --compile": [*sft, "--compile"],
+        "sft, --kernels torch": [*sft, "--kernels", "torch"],
+        "sft, --checkpointing": [*sft, "--checkpointing"],
+        "ppo": ppo,
+        "rm": rm,
         "kto": kto,
         "online_dpo": online,
-        "grpo": grpo,
-        "rm": rm,
-        "ppo": ppo,
+        "dpo, --kernels torch": [*dpo, "--kernels", "torch"],
     }
 
 
@@ -274,6 +278,8 @@ def main():
     add("--try", action="store_true", dest="tiny", help="write no results")
     add("--only", nargs="+", default=[""], help="jobs whose names begin with one of these")
     add("--steps", type=int, default=6)
+    add("--seconds", type=int, help="start no further job after so many")
+    add("--profile", nargs="*", default=["sft", "dpo", "grpo"], help="jobs to run once more")
     add("--out", type=Path, default=common.RESULTS, help="folder")
     args = parser.parse_args()
     config = shape(args.tiny)
@@ -283,12 +289,16 @@ def main():
     else:
         rate = matmul_flops()
         torch.cuda.empty_cache()
-    found = {"policy loss of 8,192 tokens, ms": policy_loss_ms(device)}
+    result = {"device": "cpu", **common.origin("torch", "triton", "trl"), "steps": args.steps}
+    if not args.tiny:
+        result |= {"device": torch.cuda.get_device_name(), "matmul_tflops": rate / 1e12}
+    found = result["jobs"] = {"policy loss of 8,192 tokens, ms": policy_loss_ms(device)}
     print(found, flush=True)
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         profiles = folder if args.tiny else args.out
-        lengths = write_inputs(folder, config, longest)
+        lengths = write_inputs(folder, config, longest, device)
         jobs = our_jobs(folder, args.tiny)
         if importlib.util.find_spec("trl") is None:
             print("TRL is not installed: its trainers are skipped")
@@ -296,6 +306,9 @@ def main():
             jobs |= trl_jobs(folder, args.tiny)
         for name, command in jobs.items():
             if not name.startswith(tuple(args.only)):
+                continue
+            if args.seconds and time.perf_counter() - began > args.seconds:
+                print(f"{name}: not measured, --seconds {args.seconds} are over", flush=True)
                 continue
             try:
                 lines, peak = run(folder, command, args.steps)
@@ -309,18 +322,10 @@ def main():
                 speed = found[name]["tokens_per_second"]
                 found[name]["utilisation"] = speed * sft_flops(config, lengths) / rate
             print(name, found[name], flush=True)
-            if name in ("sft", "dpo", "grpo"):
+            if name in args.profile:
                 run(folder, command, 2, profiles / f"train_step_{name}.txt")
-    if args.tiny:
-        return
-    result = {
-        "device": torch.cuda.get_device_name(),
-        "matmul_tflops": rate / 1e12,
-        **common.origin("torch", "triton", "trl"),
-        "steps": args.steps,
-        "jobs": found,
-    }
-    common.save(args.out / "train_step.json", result)
+            if not args.tiny:
+                common.save(args.out / "train_step.json", result)
 
 
 if __name__ == "__main__":

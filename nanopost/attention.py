@@ -129,11 +129,11 @@ def cached_attention(q_BHK, k_BGTK, v_BGTK, length_B, window: int | None = None)
     if window is not None:
         seen_BT &= at_T >= length_B[:, None] - window
     # The R query heads of a key head stand in for query positions, so no key is repeated.
-    q_BGRK = q_BHK.view(rows, groups, -1, width)
+    q_BGRK = q_BHK.reshape(rows, groups, -1, width)
     out_BGRK = F.scaled_dot_product_attention(
         q_BGRK, k_BGTK, v_BGTK, attn_mask=seen_BT[:, None, None]
     )
-    return out_BGRK.view_as(q_BHK)
+    return out_BGRK.reshape(q_BHK.shape)  # on CUDA some kernels write [B, R, G, K]
 
 
 class Cache:
