@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What only a GPU can show, most valuable first; each part runs alone, in three minutes on an H100.
 #
-#     bash bench/gpu_day.sh correctness|kernels|steps [--try] [--out DIR]
+#     bash bench/gpu_day.sh correctness|resume|kernels|steps [--try] [--out DIR]
 #
 # --try: anywhere, tiny, writes no results: does the part work? Results go to bench/results/*.json,
 # with the device, versions, date and commit.
@@ -14,11 +14,14 @@ if [[ " $* " == *" --try "* ]]; then
     export TRITON_INTERPRET=1
 fi
 case $part in
-    correctness) OMP_NUM_THREADS=1 python -m bench.gpu_correctness "$@" ;;
+    correctness)
+        OMP_NUM_THREADS=1 python -m bench.gpu_correctness --only kernels attention scripts "$@"
+        ;;
+    resume) OMP_NUM_THREADS=1 python -m bench.gpu_correctness --only resume "$@" ;;
     kernels) python -m bench.kernels --shapes 2 "$@" ;;
     steps) TMPDIR=/dev/shm python -m bench.train_step --steps 4 --seconds 150 --profile grpo "$@" ;;
     *)
-        echo "usage: bash bench/gpu_day.sh correctness|kernels|steps [--try] [--out DIR]" >&2
+        echo "usage: bash bench/gpu_day.sh correctness|resume|kernels|steps [--try] [--out DIR]" >&2
         exit 2
         ;;
 esac

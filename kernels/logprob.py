@@ -295,7 +295,7 @@ class _Fused(torch.autograd.Function):
                 *stored,
             )
             if need_hidden:
-                _add_product(d_hidden_MD, dz_MC, weight_CD)
+                d_hidden_MD = _add_product(d_hidden_MD, dz_MC, weight_CD)
             if need_weight:
                 torch.mm(dz_MC.T, hidden_MD, out=d_weight_VD[first : first + chunk])
         if need_hidden:
@@ -304,11 +304,10 @@ class _Fused(torch.autograd.Function):
 
 
 def _add_product(sum_MD, a_MC, b_CD):
-    """sum += a b, accumulated in fp32 whatever a and b are."""
+    """-> sum + a b, accumulated in fp32 whatever a and b are."""
     if a_MC.is_cuda and a_MC.dtype != torch.float32:
-        sum_MD.copy_(torch.addmm(sum_MD, a_MC, b_CD, out_dtype=torch.float32))
-    else:
-        sum_MD.addmm_(a_MC.float(), b_CD.float())
+        return torch.addmm(sum_MD, a_MC, b_CD, out_dtype=torch.float32)
+    return sum_MD.addmm_(a_MC.float(), b_CD.float())
 
 
 def _statistics(hidden_MD, weight_VD, target_M, temperature, store):
