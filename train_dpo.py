@@ -205,6 +205,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    if args.record:
+        run.record(step, examples, {"divisor": args.rows, "nll_tokens": nll_tokens})
 
     # ---- save
     if run.due(step, args.save_every):

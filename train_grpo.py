@@ -248,10 +248,11 @@ for step in range(state["step"] + 1, args.steps + 1):
         e.columns["adv"] = adv * e.mask
 
     # ---- update: one optimizer step per minibatch of whole groups
-    meter, loss_sum = dist.Meter(), 0.0
+    meter, loss_sum, divisors = dist.Meter(), 0.0, []
     for k, minibatch in enumerate(packing.minibatches(examples, args.minibatches, args.group)):
         targets, sequences = dist.all_sums(sum(e.num_targets for e in minibatch), len(minibatch))
         divisor = losses.divisor(args.agg, targets, sequences, args.max_new_tokens)
+        divisors.append(divisor)
         # If the policy loss is the only term, a sequence with advantage 0 has no gradient: it
         # counts in the divisor but needs no forward pass (so the entropy metric skips it). The KL
         # has a gradient there, and a term of your own may too: then keep all sequences.
@@ -316,6 +317,15 @@ for step in range(state["step"] + 1, args.steps + 1):
     run.log(step, metrics)
     numbers = {"reward": reward_PG.flatten(), "advantage": adv_PG.flatten()}
     run.samples(step, sample_records(tokenizer.decode, rollouts[: args.group], **numbers))
+    if args.record:
+        run.record(
+            step,
+            examples,
+            {"divisors": divisors},
+            rewards=reward_FPG.flatten(1).T.tolist(),
+            finish=[r.finish for r in rollouts],
+            version=[r.version for r in rollouts],
+        )
     gap.check(step, metrics)
 
     # ---- save

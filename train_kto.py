@@ -231,6 +231,9 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    if args.record:
+        every = [e for pair in step_pairs for e in pair]
+        run.record(step, every, {"divisor": args.rows}, slope=slope_S[mine_S].tolist())
 
     # ---- save
     if run.due(step, args.save_every):

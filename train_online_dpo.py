@@ -236,6 +236,15 @@ for step in range(state["step"] + 1, args.steps + 1):
     run.samples(
         step, sample_records(tokenizer.decode, rollouts[: args.group], reward=reward_PG.flatten())
     )
+    if args.record:
+        run.record(
+            step,
+            [r.example() for r in rollouts],
+            {"divisor": num_pairs, "nll_tokens": nll_tokens},
+            reward=reward_PG.flatten().tolist(),
+            finish=[r.finish for r in rollouts],
+            version=[r.version for r in rollouts],
+        )
 
     # ---- save
     if run.due(step, args.save_every):

@@ -237,13 +237,14 @@ for step in range(state["step"] + 1, args.steps + 1):
     model.policy.requires_grad_(step > args.value_warmup)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
-    meter = dist.Meter()
+    meter, divisors = dist.Meter(), []
     seed = args.seed, step
     minibatches = packing.shuffled_minibatches(
         examples, args.group, args.minibatches, args.ppo_epochs, seed, world
     )
     for k, minibatch in enumerate(minibatches):
         targets = dist.all_sum(sum(e.num_targets for e in minibatch))
+        divisors.append(targets)
         # Ranks run equally many micro-batches, padded with dummies: each pass is a collective.
         for batch in batches(minibatch, args.tokens, world.device):
             logp_N, entropy_N, value_N = model(batch, args.temperature)
@@ -312,6 +313,15 @@ for step in range(state["step"] + 1, args.steps + 1):
     run.log(step, metrics)
     numbers = {"score": score_B, "advantage": monte_carlo_BT[:, 0] - value_BT[:, 0]}
     run.samples(step, sample_records(tokenizer.decode, rollouts[:8], **numbers))
+    if args.record:
+        run.record(
+            step,
+            examples,
+            {"divisors": divisors},
+            rewards=reward_FPG.flatten(1).T.tolist(),
+            finish=[r.finish for r in rollouts],
+            version=[r.version for r in rollouts],
+        )
     gap.check(step, metrics)
 
     # ---- save

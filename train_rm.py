@@ -159,6 +159,9 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    if args.record:
+        score_S = score_2P.T.flatten().tolist()
+        run.record(step, examples, {"divisor": args.rows}, score=score_S)
 
     # ---- save
     if run.due(step, args.save_every):

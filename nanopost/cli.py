@@ -121,6 +121,7 @@ def parser(
         default=save_every,
         help="steps between checkpoints; 0: none",
     )
+    add("--record", action="store_true", help="write what each step was made of to --out/records")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     return parser

@@ -1,4 +1,5 @@
-"""A run's folder: run.json, metrics.jsonl, samples.jsonl, checkpoints/, and the trained model.
+"""A run's folder: run.json, metrics.jsonl, samples.jsonl, checkpoints/, records/, and the trained
+model.
 
 A Run never calls the loop and reads no flag by name. It writes only on rank 0, so no call site
 asks for the rank.
@@ -11,14 +12,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from nanopost import InputError, checkpoint, dist, hf
+from nanopost.batch import Example
 from nanopost.tokenizer import FILES
 
-WRITTEN = ("value", "checkpoints", "metrics.jsonl", "samples.jsonl", "run.json")
+WRITTEN = ("value", "checkpoints", "records", "metrics.jsonl", "samples.jsonl", "run.json")
 NOT_COMPARED = ("resume", "overwrite")
 
 
@@ -26,7 +30,7 @@ class Run:
     def __init__(self, out, world, steps: int, arguments: dict, show: list[str]):
         """arguments: all flags and values, for run.json. show: metrics for the printed line."""
         self.out = Path(out)
-        self.writes = world.rank == 0
+        self.rank, self.writes = world.rank, world.rank == 0
         self.steps, self.arguments, self.show = steps, arguments, show
         self.resumed = False
         self.clock = None  # (time, step) of the first line logged
@@ -107,7 +111,7 @@ class Run:
                     "replace it, or choose another --out."
                 )
             # What is left of the run that this one replaces would pass for its own.
-            for folder in ("checkpoints", "value"):
+            for folder in ("checkpoints", "records", "value"):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             for path in (*logs, self.out / "config.json"):
                 path.unlink(missing_ok=True)
@@ -184,6 +188,26 @@ class Run:
             with open(self.out / "samples.jsonl", "a") as file:
                 for record in records:
                     file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
+
+    def record(self, step: int, examples: list[Example], about: dict, **columns: Iterable):
+        """Write what a step was made of to records/, one file a step. A collective.
+
+        The first line holds `about`, such as divisors. Then follows a line per example, rank by
+        rank: ids, mask (1: trained), the example's own columns (aligned with its ids, or one
+        number), and `columns`, one value per example. Floats are written with all their digits.
+        """
+        lines = []
+        for i, e in enumerate(examples):
+            line = {"rank": self.rank, "ids": e.ids.tolist(), "mask": e.mask.astype(int).tolist()}
+            line |= {name: np.asarray(value).tolist() for name, value in e.columns.items()}
+            lines.append(line | {name: values[i] for name, values in columns.items()})
+        lines = [{"step": step, **about}, *dist.gather(lines)]
+        if self.writes:
+            path = self.out / "records" / f"{step:06d}.jsonl"
+            path.parent.mkdir(exist_ok=True)
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            temporary.replace(path)
 
     def save(self, step: int, model, optimizer, state: dict, **others):
         """Write a checkpoint to resume from, and delete the one before it. A collective.
