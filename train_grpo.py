@@ -119,7 +119,7 @@ model = hf.load_model(args.model, world.device, shard=shard)
 reference = None
 if args.beta:
     reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
-engine = Engine.beside(model, args.model, world, tokenizer, args.engine_rows)
+engine = Engine.beside(model, args.model, world, tokenizer, args.engine_rows, args.engine_tokens)
 
 train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.prompt)
 (train_rows, eval_rows), report = tokenizer.with_prompts(

@@ -133,7 +133,9 @@ model = hf.load_actor_critic(args.model, value_folder, world.device, shard, pad_
 reference = None
 if args.beta:
     reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
-engine = Engine.beside(model.policy, args.model, world, tokenizer, args.engine_rows)
+engine = Engine.beside(
+    model.policy, args.model, world, tokenizer, args.engine_rows, args.engine_tokens
+)
 
 train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.prompt)
 (train_rows, eval_rows), report = tokenizer.with_prompts(

@@ -155,6 +155,12 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
     )
     add("--reward_weights", type=float, nargs="+", help="one per --reward; default: all 1")
     add("--engine_rows", type=at_least(1), default=512, help="completions sampled at once per rank")
+    add(
+        "--engine_tokens",
+        type=at_least(1),
+        default=2**18,
+        help="tokens in the cache at once per rank: lower it if sampling runs out of memory",
+    )
 
 
 def add_pair_flags(parser: Parser):

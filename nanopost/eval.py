@@ -106,8 +106,14 @@ class Sampler:
         if warning := check_stage(folder, self.tokenizer):
             print(warning)
         self.model = hf.load_model(folder, world.device, world.dtype)
-        stop_ids, decode = self.tokenizer.stop_ids, self.tokenizer.decode
-        self.engine = Engine(self.model, stop_ids, decode, args.engine_rows)
+        self.engine = Engine(
+            self.model,
+            self.tokenizer.stop_ids,
+            self.tokenizer.decode,
+            args.engine_rows,
+            args.engine_tokens,
+            self.tokenizer.unused_ids(self.model.config.vocab_size),
+        )
 
     def answers(self, rows):
         """-> (the rows with prompt_ids, --samples Rollouts of each)."""
@@ -313,6 +319,7 @@ def parsed(arguments=None):
     )
     add("--tokens", type=at_least(2), default=8192, help="maximum tokens per batch")
     add("--engine_rows", type=at_least(1), default=512, help="completions sampled at once")
+    add("--engine_tokens", type=at_least(1), default=2**18, help="tokens in the cache at once")
     add("--out", metavar="FILE", help="JSONL with the result of each row")
     args = parser.parse_args(arguments)
     if args.temperature is None:

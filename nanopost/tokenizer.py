@@ -87,6 +87,10 @@ class Tokenizer:
         """Number of tokens, added ones included; a model's embedding may have more rows."""
         return self.raw.get_vocab_size()
 
+    def unused_ids(self, size: int) -> list[int]:
+        """Ids below `size` that no token has: rows that pad an embedding, and holes."""
+        return sorted(set(range(size)) - set(self.raw.get_vocab().values()))
+
     def encode(self, text: str) -> list[int]:
         """Token ids. Special tokens spelled out in the text are recognised; none are added."""
         return self.raw.encode(text, add_special_tokens=False).ids

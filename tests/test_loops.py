@@ -137,9 +137,9 @@ def test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer(
     """As with several ranks: before the first step, after each one, and where a run is resumed."""
     policies, current, generate = [], [], Engine.generate
 
-    def apart(model, folder, world, tokenizer, rows):
+    def apart(model, folder, world, tokenizer, rows, tokens):
         policies.append(model)
-        return Engine(hf.load_model(folder), tokenizer.stop_ids, tokenizer.decode, rows)
+        return Engine(hf.load_model(folder), tokenizer.stop_ids, tokenizer.decode, rows, tokens)
 
     def watched(engine, *given):
         trained = dict(policies[-1].named_parameters())
