@@ -275,29 +275,48 @@ def alpha_divergence(log_ratio, alpha: float):
 
 
 # ---------------------------------------------------------------------------------------- metrics
-def pair_metrics(pairs: dict, beta: float) -> dict[str, torch.Tensor]:
-    """rewards/* and logps/* as in TRL: sums over pairs, for Meter.add(pairs, ...)."""
+def pair_metrics(pairs: dict, beta: float, losses: list[Callable] = ()) -> dict[str, torch.Tensor]:
+    """rewards/* and logps/* as in TRL: sums over pairs, for Meter.add(pairs, ...).
+
+    Rewards are beta times the log-ratio, divided by length if the losses compare log-probs without
+    a reference so (simpo, orpo). rewards/accuracies counts a tie as wrong; rewards/ties counts
+    ties: all pairs, while policy and reference are equal.
+    """
     chosen_P, rejected_P = beta * pairs["chosen_ratio_P"], beta * pairs["rejected_ratio_P"]
+    if normalised(losses):
+        chosen_P = chosen_P / pairs["chosen_length_P"]
+        rejected_P = rejected_P / pairs["rejected_length_P"]
     return {
         "rewards/chosen": chosen_P.sum(),
         "rewards/rejected": rejected_P.sum(),
         "rewards/margins": (chosen_P - rejected_P).sum(),
         "rewards/accuracies": (chosen_P > rejected_P).sum(),
+        "rewards/ties": (chosen_P == rejected_P).sum(),
         "logps/chosen": pairs["chosen_logp_P"].sum(),
         "logps/rejected": pairs["rejected_logp_P"].sum(),
     }
 
 
+def normalised(losses: list[Callable]) -> bool:
+    """Whether losses compare log-probs per token, and none of them sums of log-probs. An nll
+    beside them (sft) compares nothing."""
+    comparing = [loss for loss in losses if any_reads([loss], "rejected_logp_P")]
+    return bool(comparing) and all(any_reads([loss], "_length_P") for loss in comparing)
+
+
 def label_metrics(pairs: dict, label_P, beta: float) -> dict[str, tuple]:
     """The same for labelled rows (KTO) -> {name: (sum, count)}: "chosen" are the rows of label 1,
-    "rejected" those of label 0; accuracies compare each of the former with each of the latter."""
+    "rejected" those of label 0; accuracies and ties compare each of the former with each of the
+    latter."""
     good_P = label_P > 0
     reward_P, logp_P = beta * pairs["chosen_ratio_P"].detach(), pairs["chosen_logp_P"].detach()
     right = reward_P[good_P][:, None] > reward_P[~good_P]
+    tied = reward_P[good_P][:, None] == reward_P[~good_P]
     return {
         "rewards/chosen": (reward_P[good_P].sum(), good_P.sum()),
         "rewards/rejected": (reward_P[~good_P].sum(), (~good_P).sum()),
         "rewards/accuracies": (right.sum(), right.numel()),
+        "rewards/ties": (tied.sum(), tied.numel()),
         "logps/chosen": (logp_P[good_P].sum(), good_P.sum()),
         "logps/rejected": (logp_P[~good_P].sum(), (~good_P).sum()),
     }
