@@ -336,15 +336,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
-    idle = metrics["frac_reward_zero_std"] == 1
-    run.say(
-        standstill.hint(
-            idle,
-            f"warning: nothing is learnt: every group of {args.group} had equal rewards so far (mean "
-            f"now {metrics.get('reward', 'none')}): look at samples.jsonl, then check --reward and "
-            "--data, warm up with train_sft.py, or raise --group or --resample.",
-        )
-    )
+    run.say(standstill.hint(metrics["frac_reward_zero_std"] == 1, optim.EQUAL_REWARDS))
     numbers = {"reward": reward_PG.flatten(), "advantage": adv_PG.flatten()}
     run.samples(step, sample_records(tokenizer.decode, rollouts[: args.group], **numbers))
     gap.check(step, metrics)

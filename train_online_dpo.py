@@ -250,14 +250,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
-    run.say(
-        standstill.hint(
-            num_pairs == 0,
-            f"warning: nothing is learnt: no group of {args.group} had unequal rewards so far (mean "
-            f"now {metrics.get('reward', 'none')}): look at samples.jsonl, then check --reward or "
-            "--judge and --data, warm up with train_sft.py, or raise --group.",
-        )
-    )
+    run.say(standstill.hint(num_pairs == 0, optim.EQUAL_REWARDS))
     run.samples(
         step, sample_records(tokenizer.decode, rollouts[: args.group], reward=reward_PG.flatten())
     )

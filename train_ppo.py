@@ -329,14 +329,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         metrics |= evaluate()
     run.log(step, metrics)
     _, score_std = dist.mean_and_std(score_B[scored_B])
-    run.say(
-        standstill.hint(
-            score_std < 1e-8,
-            "warning: nothing is learnt: in each step so far all scores were equal (now "
-            f"{metrics.get('objective/scores', 'none')}): look at samples.jsonl, then check "
-            "--reward and --data, or warm up with train_sft.py.",
-        )
-    )
+    run.say(standstill.hint(score_std < 1e-8, optim.EQUAL_REWARDS))
     numbers = {"score": score_B, "advantage": (monte_carlo_BT - value_BT)[:, :1].sum(1)}
     run.samples(step, sample_records(tokenizer.decode, rollouts[:8], **numbers))
     gap.check(step, metrics)

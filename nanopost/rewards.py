@@ -308,32 +308,27 @@ def _no_exit(what):
 def score(functions: list[Reward], tokenizer, rows_P: list[dict], groups: list[list]):
     """Rewards of the G Rollouts of each row -> float64 reward_FPG, NaN where one does not apply."""
     flat = [(row, rollout) for row, group in zip(rows_P, groups) for rollout in group]
-    texts = [completion_text(rollout, tokenizer) for _, rollout in flat]
-    names = dict.fromkeys(name for row in rows_P for name in row)
-    names = [name for name in names if name not in ("prompt", "__line__", *GIVEN)]
-    scores = []
-    for reward in functions:
-        completions, columns = _copies(flat, texts, names)
-        scores.append(call(reward, completions, columns))
-    size = max(map(len, groups), default=0)
-    scores = np.array(scores, np.float64).reshape(len(functions), len(groups), size)
-    return torch.from_numpy(scores)
-
-
-def _copies(flat, texts, names):
-    """The arguments of one call, which shares nothing with the run or with another call."""
     completions = []
-    for (row, _), text in zip(flat, texts):
+    for row, rollout in flat:
+        text = completion_text(rollout, tokenizer)
         if isinstance(row["prompt"], list):
             completions.append([{"role": "assistant", "content": text}])
         else:
             completions.append(text)
-    columns = {name: [copy.deepcopy(row.get(name)) for row, _ in flat] for name in names}
-    columns["prompts"] = [copy.deepcopy(row["prompt"]) for row, _ in flat]
-    columns["prompt_ids"] = [[*rollout.prompt] for _, rollout in flat]
-    columns["completion_ids"] = [[*rollout.ids] for _, rollout in flat]
+    names = dict.fromkeys(name for row in rows_P for name in row)
+    columns = {}
+    for name in names:
+        if name not in ("prompt", "__line__", *GIVEN):
+            columns[name] = [row.get(name) for row, _ in flat]
+    columns["prompts"] = [row["prompt"] for row, _ in flat]
+    columns["prompt_ids"] = [rollout.prompt for _, rollout in flat]
+    columns["completion_ids"] = [rollout.ids for _, rollout in flat]
     columns["step"] = [rollout.version + 1 for _, rollout in flat]
-    return completions, columns
+
+    scores = [call(reward, completions, columns) for reward in functions]
+    size = max(map(len, groups), default=0)
+    scores = np.array(scores, np.float64).reshape(len(functions), len(groups), size)
+    return torch.from_numpy(scores)
 
 
 def call(reward: Reward, completions: list, columns: dict[str, list]) -> list[float | None]:
@@ -346,7 +341,7 @@ def call(reward: Reward, completions: list, columns: dict[str, list]) -> list[fl
     _check_arguments(reward, columns)
     try:
         with guarded(reward.timeout):
-            values = reward.function(completions=completions, **columns)
+            values = _called(reward, completions, columns)
     except InputError:
         raise
     except _Expired as error:
@@ -371,6 +366,14 @@ def call(reward: Reward, completions: list, columns: dict[str, list]) -> list[fl
             f"completions: return one for each, None where it does not apply."
         )
     return [_number(reward, value, i, completions[i]) for i, value in enumerate(values)]
+
+
+def _called(reward, completions, columns):
+    """Call the function with copies, which it may change."""
+    copies = {}
+    for name, column in {"completions": completions, **columns}.items():
+        copies[name] = [copy.deepcopy(value) for value in column]
+    return reward.function(**copies)
 
 
 def judged(judge: Reward, tokenizer, rows_P: list[dict], groups: list[list]) -> torch.Tensor:
@@ -435,7 +438,7 @@ def _culprit(reward, completions, columns, error):
         own = {name: column[i : i + 1] for name, column in columns.items()}
         try:
             with guarded(reward.timeout):
-                reward.function(completions=[completion], **own)
+                _called(reward, [completion], own)
         except type(error):
             return f"on completion {i} of {len(completions)}, called alone: {_excerpt(completion)}."
         except (Exception, SystemExit, _Expired):  # not the failure to be explained
