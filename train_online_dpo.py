@@ -214,8 +214,9 @@ for step in range(state["step"] + 1, args.steps + 1):
         # A mean over the pairs of the step.
         # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / max(1, num_pairs)).backward()
-        metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
-        meter.add(batch.num_examples // 2, loss=loss, **metrics)
+        if not batch.dummy:  # its empty pair would be a tie
+            metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
+            meter.add(batch.num_examples // 2, loss=loss, **metrics)
         meter.add(batch.num_targets, entropy=entropy_N.sum())
     examples = [e for pair in step_pairs for e in pair]
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)

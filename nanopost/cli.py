@@ -19,8 +19,8 @@ def at_least(least: float, most: float = math.inf):
     kind = type(least)
 
     def number(text):
-        value = kind(text)
-        if not (least <= value <= most and math.isfinite(value)):
+        value = _finite(kind(text), text)
+        if not least <= value <= most:
             limit = "" if most == math.inf else f", and at most {most}"
             raise argparse.ArgumentTypeError(f"{text}: give {least} or more{limit}")
         return value
@@ -33,8 +33,8 @@ def above(bound: float, most: float = math.inf):
     """An argparse type: a finite float above a bound."""
 
     def number(text):
-        value = float(text)
-        if not (bound < value <= most and math.isfinite(value)):
+        value = _finite(float(text), text)
+        if not bound < value <= most:
             limit = "" if most == math.inf else f", and at most {most:g}"
             raise argparse.ArgumentTypeError(f"{text}: give more than {bound:g}{limit}")
         return value
@@ -45,7 +45,10 @@ def above(bound: float, most: float = math.inf):
 
 def finite(text: str) -> float:
     """An argparse type: a float that is neither infinite nor NaN."""
-    value = float(text)
+    return _finite(float(text), text)
+
+
+def _finite(value, text):
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"{text}: give a finite number")
     return value

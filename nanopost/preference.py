@@ -278,9 +278,9 @@ def alpha_divergence(log_ratio, alpha: float):
 def pair_metrics(pairs: dict, beta: float, losses: list[Callable] = ()) -> dict[str, torch.Tensor]:
     """rewards/* and logps/* as in TRL: sums over pairs, for Meter.add(pairs, ...).
 
-    Rewards are beta times the log-ratio, divided by length if the losses compare log-probs without
-    a reference so (simpo, orpo). rewards/accuracies counts a tie as wrong; rewards/ties counts
-    ties: all pairs, while policy and reference are equal.
+    Rewards are beta times the log-ratio, also for ipo and sigmoid_norm; beta times the log-prob per
+    token if that is what the losses compare (simpo, orpo). rewards/accuracies counts a tie as
+    wrong; rewards/ties counts ties, such as all pairs while policy and reference are equal.
     """
     chosen_P, rejected_P = beta * pairs["chosen_ratio_P"], beta * pairs["rejected_ratio_P"]
     if normalised(losses):
@@ -298,10 +298,11 @@ def pair_metrics(pairs: dict, beta: float, losses: list[Callable] = ()) -> dict[
 
 
 def normalised(losses: list[Callable]) -> bool:
-    """Whether losses compare log-probs per token, and none of them sums of log-probs. An nll
-    beside them (sft) compares nothing."""
-    comparing = [loss for loss in losses if any_reads([loss], "rejected_logp_P")]
-    return bool(comparing) and all(any_reads([loss], "_length_P") for loss in comparing)
+    """Whether all losses that compare two answers compare their log-probs per token."""
+    names = [set(parameters(loss)) for loss in losses]
+    comparing = [x for x in names if any(name.startswith("rejected_") for name in x)]
+    per_token = {"rejected_logp_P", "rejected_length_P"}
+    return bool(comparing) and all(per_token <= x for x in comparing)
 
 
 def label_metrics(pairs: dict, label_P, beta: float) -> dict[str, tuple]:
