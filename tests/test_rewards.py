@@ -3,17 +3,20 @@
 import gzip
 import json
 import os
+import re
 import signal
 import sys
 import time
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from nanopost import InputError, rewards
+from nanopost.dist import World
 from nanopost.rewards import call, judged, load, load_one
 from nanopost.rollout import Rollout, sample_records
 from nanopost.verify import (
@@ -1005,3 +1008,29 @@ def test_where_no_reward_applies_the_sum_is_nan():
     assert total_PG[0, :2].tolist() == [2.0, 2.0] and total_PG.isnan().tolist() == [
         [False, False, True]
     ]
+
+
+# --------------------------------------------------------------------------- models, and the README
+def test_a_reward_model_has_the_dtype_and_the_tokens_of_the_run(monkeypatch):
+    seen = []
+
+    class Same:
+        def check_same(self, folder, flag):
+            seen.append((folder, flag))
+
+    monkeypatch.setattr(rewards, "load_scalar_model", lambda *given: seen.append(given))
+    for dtype in (torch.float32, torch.bfloat16):
+        functions, _ = load(["model:rm"], None, Same(), World(0, 1, "cpu", dtype), tokens=77)
+        assert seen[-2:] == [("rm", "--reward model:"), ("rm", "cpu", dtype)]
+        assert functions[0].function.tokens == 77
+
+
+def test_the_reward_in_the_readme_scores_chat_prompts_and_plain_ones():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
+    (source,) = [x for x in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "def " in x]
+    defined = {}
+    exec(source, defined)
+    reward = rewards.Reward("short", defined["short"])
+    rows_P = [{"prompt": "2+2?"}, {"prompt": [{"role": "user", "content": "2+2?"}]}]
+    reward_FPG = rewards.score([reward], letters, rows_P, [[rollout(1), rollout(*[1] * 99)]] * 2)
+    assert reward_FPG.tolist() == [[[1.0, 0.0], [1.0, 0.0]]]
