@@ -259,9 +259,7 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- advantage: how much better is a sample than the rest of its group?
     reward_PG = rewards.total(reward_FPG, reward_weights)
-    unrewarded_PG = reward_PG.isnan()  # no reward applies: nothing to learn from
-    adv_PG = advantage(reward_PG)
-    adv_PG = adv_PG.masked_fill(unrewarded_PG, 0)
+    adv_PG = advantage(reward_PG)  # 0 where no reward applies
     for e, adv in zip(examples, adv_PG.flatten().tolist()):
         e.columns["adv"] = adv * e.mask
 
@@ -309,6 +307,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     engine.sync_weights(dist.full_weights(model), step)
 
     # ---- log
+    unrewarded_PG = reward_PG.isnan()
     meter.add((~unrewarded_PG).sum(), reward=reward_PG.nansum())
     meter.add(reward_PG.numel(), **{"completions/unrewarded": unrewarded_PG.sum()})
     meter.add(len(reward_PG), reward_std=advantages.std(reward_PG).sum())

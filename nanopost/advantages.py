@@ -9,8 +9,8 @@ from nanopost import InputError, dist
 
 
 # ---------------------------------------------------------------------------------- group baselines
-# How much better a sample is than the others of its group: reward_PG -> adv_PG. NaN, where no
-# reward applies, is in no mean and no std, and stays NaN.
+# How much better a sample is than the others of its group: reward_PG -> adv_PG. A NaN, where no
+# reward applies, is in no mean and no std, and its advantage is 0.
 def group(reward_PG):
     """(R - mean) / (std + 1e-4), both over the group, std with n - 1: GRPO 2402.03300."""
     return centred(reward_PG) / (std(reward_PG)[:, None] + 1e-4)
@@ -34,20 +34,20 @@ def batch(reward_PG):
 
 
 def centred(reward_PG):
-    """R - mean of the group."""
+    """R - mean of the group; 0 for a NaN."""
     num_samples = reward_PG.shape[1]
     if num_samples < 2:
         raise InputError(
             f"--group {num_samples} leaves nothing to compare a sample with: give 2 or more."
         )
-    return reward_PG - reward_PG.nanmean(1, keepdim=True)
+    return (reward_PG - reward_PG.nanmean(1, keepdim=True)).nan_to_num(0)
 
 
 def std(reward_PG):
     """The std of each group, with n - 1 -> std_P; 0 if fewer than two rewards apply."""
-    deviation_PG = (reward_PG - reward_PG.nanmean(1, keepdim=True)).nan_to_num()
+    deviation_PG = reward_PG - reward_PG.nanmean(1, keepdim=True)
     count_P = (~reward_PG.isnan()).sum(1)
-    return (deviation_PG.square().sum(1) / (count_P - 1).clamp(min=1)).sqrt()
+    return (deviation_PG.square().nansum(1) / (count_P - 1).clamp(min=1)).sqrt()
 
 
 # ------------------------------------------------------------------------------------ per token

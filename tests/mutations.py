@@ -306,8 +306,8 @@ MUTATIONS = [
     mutation(
         "baseline-of-another-group",
         "nanopost/advantages.py",
-        "return reward_PG - reward_PG.nanmean(1, keepdim=True)",
-        "return reward_PG - reward_PG.nanmean(1, keepdim=True).roll(1, 0)",
+        "return (reward_PG - reward_PG.nanmean(1, keepdim=True)).nan_to_num(0)",
+        "return (reward_PG - reward_PG.nanmean(1, keepdim=True).roll(1, 0)).nan_to_num(0)",
         "test_advantages.py::test_advantages_equal_trl",
         "test_advantages.py::test_the_z_score_uses_bessel_and_groups_stand_alone",
     ),
@@ -714,9 +714,9 @@ MUTATIONS = [
     ),
     mutation(
         "unrewarded-learns",
-        "train_grpo.py",
-        "adv_PG.masked_fill(unrewarded_PG, 0)",
-        "adv_PG.masked_fill(unrewarded_PG, -1)",
+        "nanopost/advantages.py",
+        ".nan_to_num(0)",
+        ".nan_to_num(-1)",
         "test_loops.py::test_grpo_learns_nothing_from_what_no_reward_scores",
     ),
     mutation(

@@ -139,7 +139,7 @@ def test_grpo_on_two_ranks_is_grpo_on_one(place, grpo_run):
 
 # Every choice of every flag of the family, with defaults and the tests above.
 VARIANTS = [
-    "--adv loo --ratio sequence_sum --beta 0.1 --kl k1",
+    "--adv loo --ratio sequence_sum --beta 0.1",
     "--adv mean --agg constant --old_logp trainer --correct token-truncate",
     "--ratio sequence --agg sequence --beta 0.05 --tokens 64",
     "--loss cispo --adv batch --resample 3 --stop 999 --temperature 0.7",
