@@ -259,7 +259,7 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- advantage: how much better is a sample than the rest of its group?
     reward_PG = rewards.total(reward_FPG, reward_weights)
-    adv_PG = advantage(reward_PG)  # 0 where no reward applies
+    adv_PG = advantage(reward_PG)
     for e, adv in zip(examples, adv_PG.flatten().tolist()):
         e.columns["adv"] = adv * e.mask
 
