@@ -678,10 +678,10 @@ MUTATIONS = [
         "test_rewards.py::test_a_reward_gets_copies_of_its_own",
     ),
     mutation(
-        "reward-may-end-the-run",
+        "reward-ends-the-run-unheard",
         "nanopost/rewards.py",
-        "    os._exit = no_exit\n",
-        "",
+        "        raise SystemExit(status)\n",
+        "        return\n",
         "test_rewards.py::test_a_reward_cannot_end_the_run[leaves_at_once]",
     ),
     mutation(
