@@ -138,13 +138,12 @@ optimizer = optim.adamw(model, args.weight_decay)
 show = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "loss", "grad_norm"]
 run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
-fresh["rewards"] = rewards.states(reward_functions)
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
 run.say(columns_report)
-run.say(rewards.restore(reward_functions, state["rewards"]))
+run.say(rewards.restore(reward_functions, state))
 
 sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
 advantage = {
@@ -273,7 +272,6 @@ for step in range(state["step"] + 1, args.steps + 1):
         # has a gradient there, and a term of your own may too: then keep all sequences.
         if reference is None:
             minibatch = [e for e in minibatch if e.columns["adv"].any()]
-        trained = dist.all_sum(sum(e.num_targets for e in minibatch))
         # Ranks run equally many micro-batches, padded with dummies: each pass is a collective.
         for batch in batches(minibatch, args.tokens, world.device):
             logp_N, entropy_N = model(batch, args.temperature)
@@ -299,7 +297,8 @@ for step in range(state["step"] + 1, args.steps + 1):
         update = (step - 1) * args.minibatches + k + 1
         lr = optim.learning_rate(update, args.steps * args.minibatches, args.lr, args.warmup)
         optim.set_learning_rate(optimizer, lr)
-        if trained:  # else AdamW would still decay the weights and follow its momentum
+        # Without a trained token AdamW would still decay the weights and follow its momentum.
+        if dist.all_sum(sum(e.num_targets for e in minibatch)):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

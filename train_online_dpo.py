@@ -110,7 +110,6 @@ show = ["reward", "loss", "rewards/accuracies", "rewards/ties", "rewards/margins
 show += ["grad_norm", "lr"]
 run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
-fresh["rewards"] = rewards.states(stateful)
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
 if args.reference_model:
@@ -118,7 +117,7 @@ if args.reference_model:
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
 run.say(columns_report)
-run.say(rewards.restore(stateful, state["rewards"]))
+run.say(rewards.restore(stateful, state))
 
 
 def rollout(rows_P, serials, n, sampling):
@@ -223,7 +222,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     check_finite(grad_norm, step, model, examples, tokenizer.decode)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
-    if num_pairs:  # else AdamW would still decay the weights and follow its momentum
+    # Without a pair AdamW would still decay the weights and follow its momentum.
+    if num_pairs:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 

@@ -153,13 +153,12 @@ show = ["objective/scores", "objective/kl", "policy/entropy_avg", "loss/policy_a
 show += ["loss/value_avg", "val/explained_variance", "grad_norm", "completions/mean_length"]
 run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "score_sums": (0, 0.0, 0.0)}
-fresh["rewards"] = rewards.states(reward_functions)
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
 run.say(columns_report)
-run.say(rewards.restore(reward_functions, state["rewards"]))
+run.say(rewards.restore(reward_functions, state))
 
 sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
 kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
@@ -286,7 +285,8 @@ for step in range(state["step"] + 1, args.steps + 1):
                 gap.add(logp_N, batch["engine_logp"], batch.mask_N)
         grad_norm = dist.clip_grad_norm(model, args.grad_clip)
         check_finite(grad_norm, step, model, minibatch, tokenizer.decode)
-        if targets:  # else AdamW would still decay the weights and follow its momentum
+        # Without a trained token AdamW would still decay the weights and follow its momentum.
+        if targets:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

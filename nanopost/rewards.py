@@ -499,8 +499,13 @@ def states(functions: list[Reward]) -> list[str]:
     return dist.gather([base64.b64encode(buffer.getvalue()).decode()])
 
 
-def restore(functions: list[Reward], saved: list[str]) -> str:
-    """Give rewards the state that `states` has saved -> a warning if it is lost, or ""."""
+def restore(functions: list[Reward], state: dict) -> str:
+    """Give rewards what a run's state holds from `states` -> a warning if that is lost, or "".
+
+    A fresh run's state gets it here, so that what cannot be saved is known before the first step. A
+    collective.
+    """
+    saved = state.setdefault("rewards", states(functions))
     if not saved:
         return ""
     if len(saved) != torch.distributed.get_world_size():

@@ -736,8 +736,8 @@ MUTATIONS = [
     mutation(
         "step-without-trained-tokens",
         "train_ppo.py",
-        "        if targets:  #",
-        "        if True:  #",
+        "        if targets:\n",
+        "        if True:\n",
         "test_loops.py::test_a_minibatch_without_trained_tokens_takes_no_step[train_ppo.py]",
     ),
     mutation(

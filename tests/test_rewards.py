@@ -967,12 +967,14 @@ def test_the_state_of_a_reward_is_saved_and_restored(alone):
     functions, others = with_mean(), with_mean()
     call(functions[1], ["abc", "d"], {})
     saved = json.loads(json.dumps(rewards.states(functions)))
-    assert rewards.restore(others, saved) == ""
+    assert rewards.restore(others, {"rewards": saved}) == ""
     assert call(others[1], ["a"], {}) == call(functions[1], ["a"], {}) == [5.0]
     assert others[1].function.seen == ["abc", "d", "a"]
-    assert rewards.states([load_one("format")]) == [] and rewards.restore(others, []) == ""
+    fresh = {}
+    assert rewards.restore(others, fresh) == "" and fresh == {"rewards": rewards.states(others)}
+    assert rewards.states([load_one("format")]) == []
     assert "without their state, which 2 ranks had saved and 1 resume" in rewards.restore(
-        others, saved * 2
+        others, {"rewards": saved * 2}
     )
 
 
@@ -995,7 +997,7 @@ def test_a_state_that_cannot_be_saved_says_so(alone, monkeypatch):
     functions = with_mean()
     functions[1].function.seen = [Mean()]
     with pytest.raises(InputError, match="cannot be saved: make it of numbers, text, lists, dicts"):
-        rewards.states(functions)
+        rewards.restore(functions, {})
     functions[1].function.seen = ["a"]
     monkeypatch.setattr(rewards, "LARGEST_STATE", 100)
     with pytest.raises(InputError, match="leave out what does not change"):
