@@ -113,6 +113,11 @@ args = parser.parse_args()
 # -------------------------------------------------------------------------------------------- setup
 world = dist.init(args.device, args.dtype, args.seed)
 cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
+if args.beta and args.kl == "k1":
+    raise InputError(
+        "--kl k1 has no expected gradient in a loss: use --kl k3 or k2, or forks/kl_reward.diff, "
+        "which puts the KL into the reward."
+    )
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
 model = hf.load_model(args.model, world.device, shard=shard)
@@ -159,15 +164,10 @@ policy_loss = {
 }[args.loss]
 kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
 correction = losses.no_correction
-if args.loss == "clip" and args.ratio == "sequence" and args.clip == parser.get_default("clip"):
+if args.loss == "clip" and args.ratio == "sequence" and min(args.clip) > 0.02:
     run.say(
-        "warning: --clip 0.2 0.2 never clips at --ratio sequence, a mean over tokens that hardly "
-        "leaves 1: GSPO has --clip 3e-4 4e-4."
-    )
-if args.beta and args.kl == "k1":
-    raise InputError(
-        "--kl k1 has no expected gradient in a loss: use --kl k3 or k2, or forks/kl_reward.diff, "
-        "which puts the KL into the reward."
+        f"warning: --clip {args.clip[0]:g} {args.clip[1]:g} never clips at --ratio sequence, a mean "
+        "over tokens that hardly leaves 1: GSPO has --clip 3e-4 4e-4."
     )
 if args.correct != "none":
     if args.old_logp != "trainer":

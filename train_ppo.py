@@ -214,14 +214,14 @@ for step in range(state["step"] + 1, args.steps + 1):
         if not scored:  # no reward applies: nothing to learn from
             e.mask[:] = False
             e.columns["engine_logp"] *= e.mask
-    for e in examples:
-        e.columns["old_logp"] = e.columns["engine_logp"]
-    if args.old_logp == "trainer":
-        add_logprobs(examples, "old_logp", model, args.tokens, args.temperature, world.device)
+    if args.old_logp == "trainer" or reference is not None:
+        # Both log-probs of the KL are the trainer's: in bf16 the engine's rounding would count.
+        add_logprobs(examples, "policy_logp", model, args.tokens, args.temperature, world.device)
     if reference is not None:
-        # Both log-probs of the KL from the trainer: in bf16 the engine's rounding would count.
-        for name, source in (("policy_logp", model), ("ref_logp", reference)):
-            add_logprobs(examples, name, source, args.tokens, args.temperature, world.device)
+        add_logprobs(examples, "ref_logp", reference, args.tokens, args.temperature, world.device)
+    source = "policy_logp" if args.old_logp == "trainer" else "engine_logp"
+    for e in examples:
+        e.columns["old_logp"] = e.columns[source]
     add_values(examples, model, args.tokens, world.device)
     # float64, zero after a row's last sampled token: below, only statistics need a mask
     old_BT, value_BT = padded(examples, "old_logp"), padded(examples, "value")

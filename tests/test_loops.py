@@ -578,12 +578,14 @@ def test_a_run_that_learns_nothing_says_so_once(place, tmp_path, capsys, script)
 
 def test_a_kl_that_cannot_be_learnt_is_refused(place, tmp_path):
     with pytest.raises(InputError, match="--kl k1 has no expected gradient in a loss: use --kl k3"):
-        run_here("train_grpo.py", *grpo(place, tmp_path, "--beta", 0.1, "--kl", "k1"))
+        run_here("train_grpo.py", *grpo(place, tmp_path / "x", "--beta", 0.1, "--kl", "k1"))
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_clip_that_never_clips_is_said(place, tmp_path, capsys):
     for more, said in (
         (("--ratio", "sequence"), True),
+        (("--ratio", "sequence", "--clip", 0.2, 0.28), True),
         (("--ratio", "sequence", "--clip", 3e-4, 4e-4), False),
         (("--ratio", "sequence", "--loss", "sapo"), False),
         (("--ratio", "sequence_sum"), False),
