@@ -166,8 +166,8 @@ kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.
 correction = losses.no_correction
 if args.loss == "clip" and args.ratio == "sequence" and min(args.clip) > 0.02:
     run.say(
-        f"warning: --clip {args.clip[0]:g} {args.clip[1]:g} never clips at --ratio sequence, a mean "
-        "over tokens that hardly leaves 1: GSPO has --clip 3e-4 4e-4."
+        f"warning: --clip {args.clip[0]:g} {args.clip[1]:g} never clips at --ratio sequence, a "
+        "mean over tokens that hardly leaves 1: GSPO has --clip 3e-4 4e-4."
     )
 if args.correct != "none":
     if args.old_logp != "trainer":
