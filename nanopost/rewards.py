@@ -441,7 +441,9 @@ def _culprit(reward, completions, columns, error):
                 _called(reward, [completion], own)
         except type(error):
             return f"on completion {i} of {len(completions)}, called alone: {_excerpt(completion)}."
-        except (Exception, SystemExit, _Expired):  # not the failure to be explained
+        except _Expired:
+            break
+        except (Exception, SystemExit):  # not the failure to be explained
             continue
     return f"on the batch of {len(completions)} completions; none of them fails like that alone."
 

@@ -332,7 +332,7 @@ KL = {
 
 
 def kl_in_reward(reward_PG, examples, beta, kl, advantage):
-    """The patched lines of the advantage -> (reward_PG, adv_PG)."""
+    """The patched lines of the advantage -> (what is logged as reward_PG, adv_PG)."""
     names = run_lines(
         patched_source(SCRIPT, "kl_reward"),
         "reward_PG = rewards.total(",
@@ -345,7 +345,7 @@ def kl_in_reward(reward_PG, examples, beta, kl, advantage):
         args=SimpleNamespace(beta=beta),
         kl_estimate=getattr(losses, f"kl_{kl}"),
     )
-    return names["reward_PG"], names["adv_PG"]
+    return names["score_PG"], names["adv_PG"]
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])

@@ -576,6 +576,14 @@ def test_a_run_that_learns_nothing_says_so_once(place, tmp_path, capsys, script)
             assert said.index("step 5/7") < said.index("nothing is learnt") < said.index("step 6/7")
 
 
+def test_so_does_one_whose_loss_has_no_gradient(place, tmp_path, capsys):
+    for weight, times in ((0, 1), (1, 0)):
+        more = ("--label_weights", weight, weight, "--steps", 6, "--overwrite")
+        run_here("train_kto.py", *flags(place, "train_kto.py", tmp_path, *more))
+        said = capsys.readouterr().out
+        assert said.count("the gradient was 0 in each step so far") == times
+
+
 def test_a_kl_that_cannot_be_learnt_is_refused(place, tmp_path):
     with pytest.raises(InputError, match="--kl k1 has no expected gradient in a loss: use --kl k3"):
         run_here("train_grpo.py", *grpo(place, tmp_path / "x", "--beta", 0.1, "--kl", "k1"))
