@@ -112,12 +112,12 @@ args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
 world = dist.init(args.device, args.dtype, args.seed)
-cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 if args.beta and args.kl == "k1":
     raise InputError(
         "--kl k1 has no expected gradient in a loss: use --kl k3 or k2, or forks/kl_reward.diff, "
         "which puts the KL into the reward."
     )
+cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
 model = hf.load_model(args.model, world.device, shard=shard)
