@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preference, reference, rows
-from nanopost.cli import above, at_least
+from nanopost.cli import above, at_least, finite
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
 from nanopost.run import Run
@@ -35,12 +35,12 @@ cli.add_pair_flags(parser)
 cli.add_reference_flags(parser)
 add = parser.add_argument
 add("--loss", nargs="+", default=["sigmoid"], choices=preference.LOSSES, metavar="LOSS")
-add("--loss_weights", type=float, nargs="+", help="one per --loss; default: all 1")
+add("--loss_weights", type=finite, nargs="+", help="one per --loss; default: all 1")
 add("--beta", type=above(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
 add("--smoothing", type=at_least(0.0), default=0.0, help="assumed share of swapped pairs")
-add("--gamma", type=float, default=0.5, help="target margin of simpo")
+add("--gamma", type=finite, default=0.5, help="target margin of simpo")
 add("--divergence", default="reverse_kl", choices=["reverse_kl", "forward_kl", "js", "alpha"])
-add("--alpha", type=float, default=0.5, help="alpha of --divergence alpha")
+add("--alpha", type=finite, default=0.5, help="alpha of --divergence alpha")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
@@ -119,7 +119,8 @@ per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["loss", "rewards/accuracies", "rewards/margins", "entropy", "grad_norm", "lr"]
+show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy", "grad_norm"]
+show += ["lr"]
 run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
@@ -145,12 +146,13 @@ def evaluate():
     sequences, _ = gather_pairs(model, mine, args.tokens, world.device)
     pairs_P = preference.read_pairs(sequences, f_score)
     loss_P = loss_of(pairs_P, nll_tokens=float(sequences["targets"][0::2].mean()))
-    sums = {"loss": loss_P.sum(), **preference.pair_metrics(pairs_P, args.beta)}
+    sums = {"loss": loss_P.sum(), **preference.pair_metrics(pairs_P, args.beta, loss_functions)}
     return {f"eval/{name}": float(total) / len(loss_P) for name, total in sums.items()}
 
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+standstill = optim.Standstill(args.steps - state["step"])
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -180,8 +182,9 @@ for step in range(state["step"] + 1, args.steps + 1):
         # A mean over the pairs of the step.
         # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / args.rows).backward()
-        metrics = preference.pair_metrics(pairs_P, args.beta)
-        meter.add(batch.num_examples // 2, loss=loss, **metrics)
+        if not batch.dummy:  # its empty pair would be a tie
+            metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
+            meter.add(batch.num_examples // 2, loss=loss, **metrics)
         meter.add(batch.num_targets, entropy=entropy_N.sum())
     examples = [e for pair in step_pairs for e in pair]
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
@@ -205,6 +208,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
         run.record(step, examples, {"divisor": args.rows, "nll_tokens": nll_tokens})
 

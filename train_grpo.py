@@ -105,13 +105,18 @@ add(
 add("--correct_cap", type=at_least(0.0), default=3.0, help="maximum importance weight")
 add(
     "--max_logp_gap",
-    type=at_least(0.0),
+    type=above(0.0),
     help="stop if engine and trainer log-probs differ more on average; default 1e-3, bf16 0.1",
 )
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
 world = dist.init(args.device, args.dtype, args.seed)
+if args.beta and args.kl == "k1":
+    raise InputError(
+        "--kl k1 has no expected gradient in a loss: use --kl k3 or k2, or forks/kl_reward.diff, "
+        "which puts the KL into the reward."
+    )
 cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
@@ -130,8 +135,9 @@ train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.
     model.config.max_positions,
 )
 reward_functions, reward_weights = rewards.load(
-    args.reward, args.reward_weights, tokenizer, world.device
+    args.reward, args.reward_weights, tokenizer, world, args.tokens, args.reward_timeout
 )
+columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "loss", "grad_norm"]
@@ -141,6 +147,8 @@ state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerpr
 run.say(check_stage(args.model, tokenizer))
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
+run.say(columns_report)
+run.say(rewards.restore(reward_functions, state))
 
 sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
 advantage = {
@@ -156,6 +164,11 @@ policy_loss = {
 }[args.loss]
 kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
 correction = losses.no_correction
+if args.loss == "clip" and args.ratio == "sequence" and min(args.clip) > 0.02:
+    run.say(
+        f"warning: --clip {args.clip[0]:g} {args.clip[1]:g} never clips at --ratio sequence, a "
+        "mean over tokens that hardly leaves 1: GSPO has --clip 3e-4 4e-4."
+    )
 if args.correct != "none":
     if args.old_logp != "trainer":
         raise InputError("--correct needs --old_logp trainer.")
@@ -167,7 +180,7 @@ def rollout(rows_P, serials, n, sampling):
     """n completions per prompt -> (rollouts [P][n], float64 reward_FPG, NaN where not rewarded)."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
-    return groups, rewards.score(reward_functions, tokenizer.decode, rows_P, groups)
+    return groups, rewards.score(reward_functions, tokenizer, rows_P, groups)
 
 
 def rollout_batch(consumed):
@@ -185,7 +198,7 @@ def rollout_batch(consumed):
         drawn += count
         rows_P = [train_rows[i] for i in indices]
         new_groups, reward_FPG = rollout(rows_P, serials, args.group, sampling)
-        varied_P = rewards.total(reward_FPG, reward_weights).std(1) > 1e-8
+        varied_P = advantages.std(rewards.total(reward_FPG, reward_weights)) > 1e-8
         equal += int((~varied_P).sum())
         keep_P = varied_P | (args.resample == 0)
         groups += [group for group, keep in zip(new_groups, keep_P) if keep]
@@ -204,7 +217,8 @@ def evaluate():
     rows_P = [eval_rows[i] for i in mine]
     serials = [2**32 + i for i in mine]  # disjoint from training's, so that seeds differ
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
-        _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
+        with rewards.held_out(reward_functions):
+            _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
         others = [f"eval/{name}/{f.name}" for f in reward_functions[1:]]
         metrics |= dist.means(rewards.sums([f"eval/{name}", *others], reward_FPG))
     return metrics
@@ -213,6 +227,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
+standstill = optim.Standstill(args.steps - state["step"])
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not run.resumed:
     run.log(0, evaluate())
@@ -283,18 +298,23 @@ for step in range(state["step"] + 1, args.steps + 1):
         update = (step - 1) * args.minibatches + k + 1
         lr = optim.learning_rate(update, args.steps * args.minibatches, args.lr, args.warmup)
         optim.set_learning_rate(optimizer, lr)
-        optimizer.step()
+        # Without a trained token AdamW would still decay the weights and follow its momentum.
+        if dist.all_sum(sum(e.num_targets for e in minibatch)):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     # ---- sync
     engine.sync_weights(dist.full_weights(model), step)
 
     # ---- log
-    meter.add(reward_PG.numel(), reward=reward_PG.sum())
-    meter.add(len(reward_PG), reward_std=reward_PG.std(1).sum())
+    unrewarded_PG = reward_PG.isnan()
+    meter.add((~unrewarded_PG).sum(), reward=reward_PG.nansum())
+    meter.add(reward_PG.numel(), **{"completions/unrewarded": unrewarded_PG.sum()})
+    meter.add(len(reward_PG), reward_std=advantages.std(reward_PG).sum())
     meter.add(drawn / world.size, frac_reward_zero_std=equal)
     sampled, kept = dist.all_sums(sum(r.length for r in rollouts), len(groups))
     state["num_tokens"] += sampled
+    state["rewards"] = rewards.states(reward_functions)
     seconds = time.perf_counter() - began
     reward_names = [f"rewards/{f.name}/mean" for f in reward_functions]
     metrics = {
@@ -315,6 +335,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    run.say(standstill.hint(metrics["frac_reward_zero_std"] == 1, optim.EQUAL_REWARDS))
     numbers = {"reward": reward_PG.flatten(), "advantage": adv_PG.flatten()}
     run.samples(step, sample_records(tokenizer.decode, rollouts[: args.group], **numbers))
     if args.record:

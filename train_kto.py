@@ -46,7 +46,7 @@ add("--beta", type=above(0.0), default=0.1, help="scale of a log-ratio")
 add("--smoothing", type=at_least(0.0), default=0.0, help="aot: assumed share of swapped pairs")
 add(
     "--label_weights",
-    type=float,
+    type=at_least(0.0),
     nargs=2,
     default=[1.0, 1.0],
     help="kto: weights of good and bad rows",
@@ -114,7 +114,8 @@ per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["loss", "rewards/accuracies", "rewards/chosen", "entropy", "grad_norm", "lr"]
+show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/chosen", "entropy", "grad_norm"]
+show += ["lr"]
 run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
@@ -172,6 +173,7 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+standstill = optim.Standstill(args.steps - state["step"])
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -231,6 +233,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
         every = [e for pair in step_pairs for e in pair]
         run.record(step, every, {"divisor": args.rows}, slope=slope_S[mine_S].tolist())

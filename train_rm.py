@@ -111,6 +111,7 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+standstill = optim.Standstill(args.steps - state["step"])
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -159,6 +160,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
         score_S = score_2P.T.flatten().tolist()
         run.record(step, examples, {"divisor": args.rows}, score=score_S)

@@ -15,11 +15,11 @@ from nanopost import InputError, dist
 
 
 def at_least(least: float, most: float = math.inf):
-    """An argparse type: a number within bounds, an int if `least` is an int, else a float."""
+    """An argparse type: a finite number within bounds, an int if `least` is one, else a float."""
     kind = type(least)
 
     def number(text):
-        value = kind(text)
+        value = _finite(kind(text), text)
         if not least <= value <= most:
             limit = "" if most == math.inf else f", and at most {most}"
             raise argparse.ArgumentTypeError(f"{text}: give {least} or more{limit}")
@@ -29,24 +29,43 @@ def at_least(least: float, most: float = math.inf):
     return number
 
 
-def above(bound: float):
-    """An argparse type: a float above a bound."""
+def above(bound: float, most: float = math.inf):
+    """An argparse type: a finite float above a bound."""
 
     def number(text):
-        value = float(text)
-        if not value > bound:
-            raise argparse.ArgumentTypeError(f"{text}: give more than {bound:g}")
+        value = _finite(float(text), text)
+        if not bound < value <= most:
+            limit = "" if most == math.inf else f", and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"{text}: give more than {bound:g}{limit}")
         return value
 
     number.__name__ = "float"
     return number
 
 
+def finite(text: str) -> float:
+    """An argparse type: a float that is neither infinite nor NaN."""
+    return _finite(float(text), text)
+
+
+def _finite(value, text):
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: give a finite number")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
-    """--help shows each flag's default unless its text does; a bad flag gets a one-line error."""
+    """--help shows each flag's default unless its text does; a bad flag gets a one-line error.
+
+    Flags are not abbreviated: --step would be --steps, and another flag once there is a --step.
+    """
 
     def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def add_argument(self, *names, **options):
         action = super().add_argument(*names, **options)
@@ -153,7 +172,13 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
         help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or "
         "file.py:function",
     )
-    add("--reward_weights", type=float, nargs="+", help="one per --reward; default: all 1")
+    add("--reward_weights", type=finite, nargs="+", help="one per --reward; default: all 1")
+    add(
+        "--reward_timeout",
+        type=at_least(0.0),
+        default=0.0,
+        help="seconds per call of a reward or judge; 0: no limit",
+    )
     add("--engine_rows", type=at_least(1), default=512, help="completions sampled at once per rank")
     add(
         "--engine_tokens",

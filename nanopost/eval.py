@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 
 from nanopost import InputError, dist, forward, hf, packing, rewards
-from nanopost.cli import Parser, at_least
+from nanopost.cli import Parser, above, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
-from nanopost.rewards import ModelReward
+from nanopost.rollout import completion_text
 from nanopost.rows import pair, prompt, read_rows, sft
 from nanopost.tokenizer import Tokenizer, check_stage
 from nanopost.verify import answer_of
@@ -134,19 +134,21 @@ class Sampler:
         return rows, self.engine.generate(prompts, args.samples, sampling, seeds)
 
     def texts(self, groups):
-        return [
-            [self.tokenizer.decode(r.ids, skip_special=True) for r in group] for group in groups
-        ]
+        return [[completion_text(r, self.tokenizer) for r in group] for group in groups]
 
 
 # --------------------------------------------------------------- evaluations: -> (numbers, records)
 def accuracy(args, rows, world):
     sampler = Sampler(args.model, args, world)
-    functions, _ = rewards.load(args.reward, None, sampler.tokenizer, world.device)
+    tokenizer = sampler.tokenizer
+    functions, _ = rewards.load(
+        args.reward, None, tokenizer, world, args.tokens, args.reward_timeout
+    )
+    if warning := rewards.check(functions, rows):
+        print(warning)
     rows, groups = sampler.answers(rows)
     texts_PG = sampler.texts(groups)
-    decode = sampler.tokenizer.decode
-    reward_FPG = rewards.score(functions, decode, rows, groups).numpy()
+    reward_FPG = rewards.score(functions, tokenizer, rows, groups).numpy()
     numbers = []
     for reward, reward_PG in zip(functions, reward_FPG):
         applies = [p for p, reward_G in enumerate(reward_PG) if not np.isnan(reward_G).any()]
@@ -186,9 +188,10 @@ def win_rate(args, rows, world):
     for folder in (args.model, args.against):
         sampler = Sampler(folder, args, world)
         tokenizer = sampler.tokenizer
-        functions, _ = rewards.load([f"model:{args.reward_model}"], None, tokenizer, world.device)
+        spec = f"model:{args.reward_model}"
+        functions, _ = rewards.load([spec], None, tokenizer, world, args.tokens)
         answered, groups = sampler.answers(rows)
-        score_FPG = rewards.score(functions, tokenizer.decode, answered, groups)
+        score_FPG = rewards.score(functions, tokenizer, answered, groups)
         scores.append(score_FPG[0])
         texts.append(sampler.texts(groups))
     ours_PG, theirs_PG = scores
@@ -217,10 +220,12 @@ def divergence(args, rows, world):
     other = hf.load_model(args.kl, world.device, world.dtype)
     rollouts = [r for group in groups for r in group]
     examples = [r.example() for r in rollouts]
+    # Both by the same computation: in bf16 the engine's rounding would count as a divergence.
+    logps = forward.logprobs(sampler.model, examples, args.tokens, 1.0, world.device)
     other_logps = forward.logprobs(other, examples, args.tokens, 1.0, world.device)
     log_ratios = [
-        float(r.logp.sum(dtype=float) - other_logp.sum(dtype=float))
-        for r, other_logp in zip(rollouts, other_logps)
+        float(logp.sum(dtype=float) - other_logp.sum(dtype=float))
+        for logp, other_logp in zip(logps, other_logps)
     ]
     kl_PG = np.reshape(log_ratios, (len(rows), args.samples))
     numbers = [("kl", *normal(kl_PG.mean(1)), len(rows)), completion_length(groups)]
@@ -250,7 +255,7 @@ def of_text(args, rows, world):
 def scored(args, rows, world):
     """A reward model on pairs, or on rows with one answer each."""
     tokenizer = Tokenizer.load(args.reward_model, args.chat_template)
-    model = ModelReward(args.reward_model, tokenizer, world.device, args.tokens).model
+    model = hf.load_scalar_model(args.reward_model, world.device, world.dtype)
     if "chosen" not in rows[0]:
         examples = [tokenizer.example(sft(row)).ended() for row in rows]
         score_B = forward.scores(model, examples, args.tokens, world.device)
@@ -284,6 +289,12 @@ def parsed(arguments=None):
     add("--model", metavar="DIR", help="folder of the model that answers")
     add("--data", required=True, help="file of rows, as the training scripts read them")
     add("--reward", nargs="+", help="what scores the answers, as in train_grpo.py")
+    add(
+        "--reward_timeout",
+        type=at_least(0.0),
+        default=0.0,
+        help="seconds per call of a reward; 0: no limit",
+    )
     add("--against", metavar="DIR", help="another model, to compute the win rate over it")
     add("--reward_model", metavar="DIR", help="folder written by train_rm.py")
     add("--perplexity", action="store_true", help="perplexity of the rows' own answers")
@@ -305,7 +316,7 @@ def parsed(arguments=None):
         help="default: 0 (greedy) for one sample, 1 for several and for --kl",
     )
     add("--top_k", type=at_least(0), default=0, help="sample from the k likeliest; 0: all")
-    add("--top_p", type=at_least(0.0, 1.0), default=1.0, help="sample from this share of the mass")
+    add("--top_p", type=above(0.0, 1.0), default=1.0, help="sample from this share of the mass")
     add("--min_p", type=at_least(0.0, 1.0), default=0.0, help="least share of the likeliest's mass")
     add("--stop", nargs="*", default=[], help="strings that end a completion")
     add("--max_new_tokens", type=at_least(1), default=512, help="maximum completion length")

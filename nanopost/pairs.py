@@ -71,12 +71,14 @@ def best_and_worst(groups: list[list], reward_PG: torch.Tensor) -> list[Pair]:
     """The rollouts of highest and of lowest reward of each prompt.
 
     A group where these rewards are equal gives no pair, nor does one where both rollouts are the
-    same tokens: a reward model's scores of those differ in the last digits.
+    same tokens: a reward model's scores of those differ in the last digits. A rollout without a
+    reward (NaN) is neither best nor worst.
     """
     pairs = []
     for group, reward_G in zip(groups, reward_PG):
-        best, worst = group[int(reward_G.argmax())], group[int(reward_G.argmin())]
-        if reward_G.max() > reward_G.min() and best.ids != worst.ids:
+        high_G, low_G = reward_G.nan_to_num(nan=-torch.inf), reward_G.nan_to_num(nan=torch.inf)
+        best, worst = group[int(high_G.argmax())], group[int(low_G.argmin())]
+        if high_G.max() > low_G.min() and best.ids != worst.ids:
             pairs.append((best.example(), worst.example()))
     return pairs
 

@@ -3,6 +3,7 @@
 Shapes: T tokens of a completion.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,11 +49,22 @@ class Rollout:
         return Example(self.prompt + self.ids, mask, {"engine_logp": logp})
 
 
+def completion_text(rollout: Rollout, tokenizer) -> str:
+    """The text of a completion as samples.jsonl shows it, special tokens too, but without the token
+    that ended it: what rewards and judges read."""
+    ids = rollout.ids
+    if ids and ids[-1] in tokenizer.stop_ids:
+        ids = ids[: len(ids) - 1]
+    return tokenizer.decode(ids)
+
+
 def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list[dict]:
-    """Rollouts for samples.jsonl: text, finish reason, and columns of one number per rollout."""
+    """Rollouts for samples.jsonl: text, finish reason, and columns of one number per rollout, None
+    where it is NaN."""
     records = []
     for i, r in enumerate(rollouts):
         numbers = {name: float(values[i]) for name, values in columns.items()}
+        numbers = {name: None if math.isnan(x) else x for name, x in numbers.items()}
         record = {"prompt": decode(r.prompt), "completion": decode(r.ids), "finish": r.finish}
         records.append(record | numbers)
     return records

@@ -365,12 +365,42 @@ def test_flags_that_do_not_go_together_say_so(flags, sentence):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--samples 0", "--tokens 1", "--top_p 1.5", "--temperature -1", "--k 2 0"]
+    "flags",
+    [
+        *("--samples 0", "--tokens 1", "--top_p 1.5", "--top_p 0", "--temperature -1", "--k 2 0"),
+        *("--temperature inf", "--reward_timeout -1"),
+    ],
 )
 def test_numbers_out_of_bounds_are_refused_by_their_flag(capsys, flags):
     with pytest.raises(SystemExit):
         parsed(["--data", "x", *flags.split()])
     assert f"error: {flags.split()[0]}: " in capsys.readouterr().err
+
+
+def test_flags_are_not_abbreviated(capsys):
+    with pytest.raises(SystemExit):
+        parsed(["--data", "x", "--sample", "3"])
+    assert "--sample 3" in capsys.readouterr().err
+
+
+def test_rewards_find_their_columns_before_anything_is_sampled(place):
+    flags = ("--model", place / "sft", "--data", place / "chats.jsonl", "--reward", "exact")
+    error = evaluated(*flags, ok=False)
+    assert "chats.jsonl:1: reward exact needs the column answer" in error
+    assert "Traceback" not in error
+
+
+def test_a_reward_that_leaves_or_hangs_is_an_error(place):
+    (place / "bad.py").write_text(
+        "import sys, time\n\n\ndef leaves(completions, **columns):\n    sys.exit(0)\n\n\n"
+        "def hangs(completions, **columns):\n    time.sleep(99)\n"
+    )
+    flags = ("--model", place / "sft", "--data", place / "prompts.jsonl", "--max_new_tokens", 2)
+    error = evaluated(*flags, "--reward", f"{place}/bad.py:leaves", ok=False)
+    assert "Reward leaves called exit(0)" in error
+    flags += ("--reward_timeout", 0.5)
+    error = evaluated(*flags, "--reward", f"{place}/bad.py:hangs", ok=False)
+    assert "Reward hangs took more than --reward_timeout 0.5 seconds" in error
 
 
 def test_a_mistake_is_answered_with_one_sentence(place):

@@ -21,9 +21,19 @@ SFT = ("--steps", 8, "--rows", 16, "--lr", 3e-3, "--save_every", 2, "--eval_ever
 GRPO = ("--steps", 6, "--prompts", 4, "--group", 4, "--save_every", 2, "--eval_every", 3)
 REWARD = """
 class Digits:
+    calls = 0
+
     def __call__(self, completions, answer, **columns):
         assert len(completions) == len(answer)
-        return [sum(c.isdigit() for c in text[0]["content"]) / 8 for text in completions]
+        self.calls += 1
+        bonus = self.calls / 1000
+        return [bonus + sum(c.isdigit() for c in text[0]["content"]) / 8 for text in completions]
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
 """
 
 
@@ -139,7 +149,7 @@ def test_grpo_on_two_ranks_is_grpo_on_one(place, grpo_run):
 
 # Every choice of every flag of the family, with defaults and the tests above.
 VARIANTS = [
-    "--adv loo --ratio sequence_sum --beta 0.1 --kl k1",
+    "--adv loo --ratio sequence_sum --beta 0.1",
     "--adv mean --agg constant --old_logp trainer --correct token-truncate",
     "--ratio sequence --agg sequence --beta 0.05 --tokens 64",
     "--loss cispo --adv batch --resample 3 --stop 999 --temperature 0.7",
