@@ -220,7 +220,7 @@ class Meter:
         for name, value in sums.items():
             if isinstance(value, torch.Tensor):
                 value = value.detach().double()
-                if value.device.type == "cpu":  # nothing to wait for
+                if not value.is_cuda:  # nothing to wait for
                     value = value.item()
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + count

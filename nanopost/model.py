@@ -389,7 +389,7 @@ def scalar_head(hidden_ND, weight_1D):
     Differentiable, unlike matmul_fp32, whose product has no derivative on CUDA in bf16.
     """
     precision = torch.promote_types(hidden_ND.dtype, torch.float32)
-    return (hidden_ND.to(precision) @ weight_1D.to(precision).T)[:, 0]
+    return hidden_ND.to(precision) @ weight_1D[0].to(precision)
 
 
 def _hidden(decoder, batch):
