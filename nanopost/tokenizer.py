@@ -22,6 +22,7 @@ from nanopost.batch import Example
 from nanopost.rows import errors_at, place
 from nanopost.spans import answer_spans
 from nanopost.template import Template
+from nanopost.terminal import progress
 from nanopost.tokenizer_json import (
     listed,
     named_tokens,
@@ -132,16 +133,15 @@ class Tokenizer:
         """
         columns = dict.fromkeys(chain.from_iterable(chain(*parts)))
         kept = [[] for _ in parts]
-        dropped = plain = 0
+        dropped = 0
         for rows, keep in zip(parts, kept):
-            for row in rows:
+            for row in progress(rows, "prompts encoded"):
                 with errors_at(row):
                     ids = self.prompt_ids(row["prompt"], **_variables(row))
                     if max_prompt is not None and len(ids) > max_prompt:
                         dropped += 1
                         continue
                     _check_room(len(ids), max_new, tokens, positions, sides)
-                plain += isinstance(row["prompt"], str)
                 keep.append({**columns, **row, "prompt_ids": ids})
             if rows and not keep:
                 counts = " and ".join(str(len(rows)) for rows in parts)
@@ -150,9 +150,20 @@ class Tokenizer:
                     f"(training and held-out prompts: {counts})."
                 )
         report = f"{dropped:,} dropped by --max_prompt"
-        if plain and self.template.source:
-            report += f"; warning: {plain:,} prompts are plain text, but the model has a template"
-        return kept, report
+        doubt = self.plain_prompts(list(chain(*parts)))
+        return kept, f"{report}; {doubt}" if doubt else report
+
+    def plain_prompts(self, rows: list[dict]) -> str:
+        """A warning if prompts are plain text although there is a chat template, or ""."""
+        plain = [row for row in rows if isinstance(row.get("prompt"), str)]
+        plain = [row for row in plain if "messages" not in row]
+        if not plain or not self.template.source:
+            return ""
+        return (
+            f"warning: {len(plain):,} of {len(rows):,} prompts are plain text, which gets no chat "
+            f"template, though the model has one ({place(plain[0])} is the first): --to_messages "
+            "makes them messages"
+        )
 
     def example(self, row: dict, train_on: str = "assistant") -> Example:
         """A row of the form sft, with optional columns tools and chat_template_kwargs.
@@ -171,24 +182,29 @@ class Tokenizer:
     def pair(self, row: dict) -> tuple[Example, Example]:
         """A row of the form pair -> chosen and rejected.
 
-        Both end with their last trained token, as rollouts do. InputError if the tokens of their
-        prompts differ.
+        Both end with their last trained token, as rollouts do. Where an answer begins with text
+        that forms one token with the end of its prompt, both answers begin at the last token that
+        the prompts share. InputError if the prompts differ otherwise.
         """
         names = ("prompt", "tools", "chat_template_kwargs", "__line__")
         shared = {name: row[name] for name in names if name in row}
-        examples, prompts = [], []
-        for side in ("chosen", "rejected"):
-            example = self.example({**shared, "completion": row[side]}, "completion")
-            prompts.append(example.ids[: example.mask.argmax()].tolist())
-            examples.append(example.ended())
-        if prompts[0] != prompts[1]:
-            at = len(os.path.commonprefix(prompts))
+        examples = [
+            self.example({**shared, "completion": row[side]}, "completion").ended()
+            for side in ("chosen", "rejected")
+        ]
+        if not all(e.mask.any() for e in examples):
+            return tuple(examples)  # pairs.fit_to leaves it out
+        prompts = [e.ids[: e.mask.argmax()].tolist() for e in examples]
+        at = len(os.path.commonprefix(prompts))
+        if at < min(map(len, prompts)):
             chosen, rejected = (self.decode(ids[at : at + 5]) for ids in prompts)
             raise InputError(
                 f"{place(row)}: the prompts of chosen and rejected differ from token {at} on "
                 f"({chosen!r} and {rejected!r}): the template or the tokenizer lets an answer "
                 "change what comes before it."
             )
+        for e in examples:
+            e.mask[at : e.mask.argmax()] = True
         return tuple(examples)
 
     def _text_example(self, prompt, completion, train_on):
@@ -264,16 +280,8 @@ def _prefix(raw):
 
 
 def _variables(row):
-    """What a row gives the template besides its messages; its tools may be JSON text."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise InputError(
-                f"tools is text, but not JSON ({error}): make it a list of tools."
-            ) from error
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    """What a row gives the template besides its messages."""
+    return {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
 
 
 def _check_room(length, max_new, tokens, positions, sides):
