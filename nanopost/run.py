@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from nanopost import InputError, checkpoint, dist, hf
+from nanopost.terminal import printable
 from nanopost.tokenizer import FILES
 
 WRITTEN = ("value", "checkpoints", "metrics.jsonl", "samples.jsonl", "run.json")
@@ -158,7 +159,7 @@ class Run:
 
     def say(self, text: str):
         if self.writes and text:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def log(self, step: int, metrics: dict[str, float]):
         """Write one object per step to metrics.jsonl, and one line with the time left to stdout."""
@@ -176,7 +177,7 @@ class Run:
         evaluated = [name for name in metrics if name.startswith("eval/")]
         shown = [name for name in dict.fromkeys(self.show + evaluated) if name in metrics]
         text = "  ".join(f"{name} {_number(metrics[name])}" for name in shown)
-        print(f"step {step}/{self.steps}  {text}{left}", flush=True)
+        print(printable(f"step {step}/{self.steps}  {text}{left}"), flush=True)
 
     def samples(self, step: int, records: list[dict]):
         """Write decoded text and numbers about it to samples.jsonl, one object per line."""
