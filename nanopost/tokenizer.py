@@ -259,7 +259,9 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        return hashlib.sha256(f"{self.raw.to_str()}{self.prefix}".encode()).hexdigest()[:16]
+        """A hash of what decides ids, whoever wrote the files and in whatever form."""
+        what = [_deciding_ids(json.loads(self.raw.to_str())), self.prefix]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def check_same(self, folder, flag: str):
         """InputError if the checkpoint in `folder`, given by `flag`, has another tokenizer."""
@@ -277,6 +279,24 @@ def _prefix(raw):
         return []
     ids = raw.encode("a").ids
     return ids[: ids.index(plain[0])]
+
+
+# Parts of tokenizer.json that change no id of a text.
+NO_ID = ("version", "truncation", "padding", "post_processor", "decoder", "trim_offsets", "special")
+
+
+def _deciding_ids(part):
+    """A part of tokenizer.json without what changes no id, and without keys that say nothing."""
+    if isinstance(part, list):
+        return [_deciding_ids(inner) for inner in part]
+    if not isinstance(part, dict):
+        return part
+    if "vocab" in part:  # of a model, where a key without a value means what its absence does
+        return {k: v for k, v in part.items() if v is not None and v is not False and v != ""}
+    steps = part.get("pretokenizers", part.get("normalizers"))
+    if steps is not None and len(steps) < 2:  # a sequence of one step, or of none
+        return _deciding_ids(steps[0]) if steps else None
+    return {name: _deciding_ids(inner) for name, inner in part.items() if name not in NO_ID}
 
 
 def _variables(row):

@@ -470,6 +470,69 @@ def test_a_model_with_another_tokenizer_is_refused_by_its_flag(tmp_path):
         make(None, SPECIAL[:-1]).check_same(tmp_path, "--value_model ")
 
 
+def same_ids(path, change):
+    """Whether the tokenizer is taken for the same after a change of tokenizer.json."""
+    raw = raw_bytes(SPECIAL, merges=[("a", "b"), ("ab", "c")])
+    folder_of(path, raw)
+    tokenizer = Tokenizer.load(path)
+    content = json.loads((path / "tokenizer.json").read_text())
+    change(content)
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return Tokenizer.load(path).hash == tokenizer.hash
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t["decoder"].update(add_prefix_space=True, trim_offsets=False),
+        lambda t: t.update(decoder=None),
+        lambda t: t["pre_tokenizer"].update(trim_offsets=False),
+        lambda t: t.update(
+            pre_tokenizer={"type": "Sequence", "pretokenizers": [t["pre_tokenizer"]]}
+        ),
+        lambda t: t.update(normalizer={"type": "Sequence", "normalizers": []}),
+        lambda t: t["model"].update(merges=["a b", "ab c"]),
+        lambda t: t["model"].update(continuing_subword_prefix="", byte_fallback=False),
+        lambda t: t["model"].update(vocab=dict(reversed(t["model"]["vocab"].items()))),
+        lambda t: t["added_tokens"][3].update(special=False),
+        lambda t: (
+            t.update(truncation={"max_length": 9, "strategy": "LongestFirst", "stride": 0})
+            or t["truncation"].update(direction="Right")
+        ),
+    ],
+)
+def test_what_decides_no_id_makes_no_other_tokenizer(tmp_path, change):
+    assert same_ids(tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+        lambda t: t["pre_tokenizer"].update(use_regex=False),
+        lambda t: t.update(normalizer={"type": "NFC"}),
+        lambda t: t["model"].update(merges=t["model"]["merges"][::-1]),
+        lambda t: t["model"].update(ignore_merges=True),
+        lambda t: t["added_tokens"][3].update(lstrip=True),
+        lambda t: t["added_tokens"].pop(3),
+    ],
+)
+def test_what_decides_ids_makes_another_tokenizer(tmp_path, change):
+    assert not same_ids(tmp_path, change)
+
+
+def test_a_tokenizer_that_transformers_saves_again_is_the_same(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    folder = folder_of(tmp_path, raw_bytes(SPECIAL), config)
+    tokenizer = Tokenizer.load(folder)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    tokenizer.check_same(tmp_path / "saved", "--reference_model ")
+    # or this test shows nothing
+    saved = tmp_path / "saved/tokenizer.json"
+    assert saved.read_bytes() != (folder / "tokenizer.json").read_bytes()
+
+
 def test_what_ends_an_answer_here_ends_one_in_transformers_too(tmp_path):
     """A base model, whose folder knows only its EOS, with a template that ends turns otherwise."""
     transformers = pytest.importorskip("transformers")
