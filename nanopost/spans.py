@@ -208,8 +208,9 @@ class _Rendering:
 
     def prompt(self, k):
         found = None
-        if self.asks_alike:
-            found = self.prompt_among(self.question(k), k)
+        question = self.question(k)
+        if len(question) < k and self.asks_alike:
+            found = self.prompt_among(question, k)
         return self.prompt_among(range(k), k) if found is None else found
 
     @cached_property
