@@ -107,12 +107,15 @@ def _unread(rows, form):
     counts = Counter()
     for row in rows:
         read = READ[form]
-        if "messages" in row and form is sft:
-            read = ("messages", *EXTRA)
+        if form is sft and "messages" in row:
+            read = ("messages",)
+        elif form is sft and "prompt" not in row:
+            read = ("text",)
+        if any(isinstance(row.get(name), list) for name in read):
+            read += ("tools", "chat_template_kwargs")  # of the template
         for name, value in row.items():
-            if name not in read and value not in (None, "", [], {}):
+            if name not in read and name != "__line__" and value not in (None, "", [], {}):
                 counts[name] += 1
-    counts.pop("__line__", None)
     if not counts:
         return []
     return ["columns not read: " + ", ".join(f"{name} ({n:,} rows)" for name, n in counts.items())]
@@ -234,12 +237,11 @@ def number(row: dict, name: str, default: float) -> float:
     return float(value)
 
 
-EXTRA = ("tools", "chat_template_kwargs")
 # The columns that a form reads. Rewards read every column of a prompt.
 READ = {
-    sft: ("messages", "prompt", "completion", "text", *EXTRA),
-    pair: ("prompt", "chosen", "rejected", "margin", *EXTRA),
-    unpaired: ("prompt", "completion", "label", "chosen", "rejected", *EXTRA),
+    sft: ("prompt", "completion"),
+    pair: ("prompt", "chosen", "rejected", "margin"),
+    unpaired: ("prompt", "completion", "label", "chosen", "rejected"),
 }
 
 

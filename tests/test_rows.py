@@ -172,9 +172,20 @@ def test_columns_that_no_form_reads_are_named_once_with_their_counts(tmp_path, c
     assert capsys.readouterr().out == f"{said}source (3 rows), id (3 rows), input (1 rows)\n"
     read_rows(path, (), prompt)  # rewards read them
     assert capsys.readouterr().out == ""
-    write(path, json.dumps({"messages": [USER, BOT], "prompt": "hi", "tools": []}))
-    read_rows(path, (), sft)
-    assert capsys.readouterr().out == f"{said}prompt (1 rows)\n"
+    tools = [{"name": "f"}]
+    for row, form, unread in (
+        ({"messages": [USER, BOT], "prompt": "hi", "tools": tools}, sft, "prompt"),
+        ({"prompt": "hi", "completion": "ho", "tools": tools}, sft, "tools"),
+        ({"text": "hi", "tools": tools}, sft, "tools"),
+        ({"prompt": [USER], "chosen": [BOT], "rejected": [BOT], "id": 3}, pair, "id"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": tools}, pair, "tools"),
+        ({"prompt": "q", "completion": "a", "label": True, "weight": 2}, unpaired, "weight"),
+    ):
+        read_rows(write(path, json.dumps(row)), (), form)
+        assert capsys.readouterr().out == f"{said}{unread} (1 rows)\n"
+    for row in ({"chosen": [USER, BOT], "rejected": [USER, CALL], "tools": tools}, {"text": "a"}):
+        read_rows(write(path, json.dumps(row)), (), pair if "chosen" in row else sft)
+        assert capsys.readouterr().out == ""
 
 
 def ids_of(parts):
