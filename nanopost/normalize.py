@@ -18,6 +18,7 @@ from nanopost import InputError
 
 CONVERSATIONS = ("messages", "conversations", "prompt", "completion", "chosen", "rejected")
 OBJECTS = (*CONVERSATIONS, "tools", "chat_template_kwargs")
+RESERVED = {"messages", "tools", "add_generation_prompt", "marks", "self"}
 SHAREGPT = {
     "human": "user",
     "gpt": "assistant",
@@ -45,6 +46,8 @@ def normalize(
 
 def _normalized(row, renamed, to_messages, counts):
     row = dict(row)
+    if isinstance(row.get("tools"), str) and not row["tools"].strip():
+        row["tools"] = None
     try:
         _from_alpaca(row, renamed, counts)
         _from_sharegpt(row, counts)
@@ -153,7 +156,7 @@ def _from_sharegpt(row, counts):
 
 def _message(name, i, message):
     speaker, text = message["from"], message["value"]
-    role = SHAREGPT.get(speaker, speaker)
+    role = SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else speaker
     if speaker != "function_call":
         return {"role": role, "content": text}
     calls = _parsed(text, f"the function_call {name}[{i}]", (dict, list))
@@ -174,8 +177,8 @@ def _from_ultrafeedback(row, counts):
     if not isinstance(row.get("prompt"), str) or not all(isinstance(s, list) for s in sides):
         return
     for side in sides:
-        said = [m.get("content") for m in side if isinstance(m, dict) and m.get("role") == "user"]
-        if row["prompt"] not in said:
+        asked = [m for m in side if isinstance(m, dict) and m.get("role") == "user"]
+        if not any(str(m.get("content")).strip() == row["prompt"].strip() for m in asked):
             return
     del row["prompt"]
     counts["rows read as UltraFeedback: the prompt is a message of chosen and rejected"] += 1
@@ -192,15 +195,15 @@ def _to_messages(row):
 # ------------------------------------------------------------------------------------------- JSON
 def _parse_json(row):
     """Replace JSON text by what it says: tools, template variables, arguments of calls."""
-    if isinstance(row.get("tools"), str) and not row["tools"].strip():
-        row["tools"] = None
     if row.get("tools") is not None:
         tools = _parsed(row["tools"], "tools", list)
         row["tools"] = [_tool(tool, i) for i, tool in enumerate(tools)]
     if row.get("chat_template_kwargs") is not None:
         variables = _parsed(row["chat_template_kwargs"], "chat_template_kwargs", dict)
-        if taken := {"messages", "tools"} & variables.keys():
-            raise InputError(f"chat_template_kwargs has {', '.join(taken)}: make it a column.")
+        if taken := RESERVED & variables.keys():
+            raise InputError(
+                f"chat_template_kwargs has {', '.join(sorted(taken))}, which is not for it to set."
+            )
         row["chat_template_kwargs"] = variables
     for name in CONVERSATIONS:
         if isinstance(row.get(name), list):

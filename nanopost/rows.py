@@ -214,16 +214,24 @@ def unpaired(row: dict) -> dict:
 
 
 def take_pairs_apart(rows: list[dict]) -> list[dict]:
-    """Rows of the form unpaired, with each pair as two labelled rows: chosen, then rejected."""
-    flat = []
+    """Rows of the form unpaired, with each pair as two labelled rows: chosen, then rejected.
+
+    A pair of equal sides, whose answer would be good and bad, is left out, and the number is said.
+    """
+    flat, alike = [], 0
     for row in rows:
         if "chosen" not in row:
             flat.append(row)
+            continue
+        if row["chosen"] == row["rejected"]:
+            alike += 1
             continue
         own = ("chosen", "rejected", "messages")
         shared = {name: row[name] for name in row if name not in own}
         flat.append({**shared, "completion": row["chosen"], "label": True})
         flat.append({**shared, "completion": row["rejected"], "label": False})
+    if alike:
+        say(f"{alike:,} pairs are left out, whose chosen and rejected are the same")
     return flat
 
 

@@ -297,13 +297,12 @@ class _Rendering:
 
     def close_of(self, text):
         """The end of turn_end, or else of the last special token, among those that end `text`."""
-        closing = self.template.closing.search(text)
-        end = 0
-        for token in re.finditer(any_of(self.template.special), closing.group()):
+        end = self.template.closing(text)
+        for token in re.compile(any_of(self.template.special)).finditer(text, end):
             end = token.end()
             if token.group() == self.template.turn_end:
                 break
-        return closing.start() + end
+        return end
 
     def marked_spans(self, marked, turns):
         """The {% generation %} blocks of these turns; OPEN and CLOSE surround blocks in marked."""

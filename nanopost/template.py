@@ -89,10 +89,11 @@ class Template:
                 "messages need a chat template, and this model has none: give one "
                 "(--chat_template FILE)."
             )
-        variables |= {
+        variables = {
             "tools": tools,
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
+            **variables,
         }
         template = _compile(self.source, *marks)
         messages = [_as_templates_expect(message) for message in messages]
@@ -160,15 +161,20 @@ class Template:
             ways.insert(0, re.escape(before + end))
         return re.compile("|".join(ways))
 
-    @cached_property
-    def closing(self) -> re.Pattern:
-        """The special tokens and whitespace at the end of a text."""
-        return re.compile(rf"(?:\s|{any_of(self.special)})*$")
+    def closing(self, text: str) -> int:
+        """Where the special tokens and the whitespace that end a text begin."""
+        end = len(text)
+        while True:
+            at = len(text[:end].rstrip())
+            tokens = [token for token in self.special if token and text.endswith(token, 0, at)]
+            if not tokens:
+                return at
+            end = at - max(map(len, tokens))
 
     def _closing_token(self, text):
-        """The last token of the first run of special tokens in `closing`."""
+        """The last token of the first run of special tokens in what closes a text."""
         special = any_of(self.special)
-        run = re.search(f"(?:{special})+", self.closing.search(text).group())
+        run = re.search(f"(?:{special})+", text[self.closing(text) :])
         return run and re.findall(special, run.group())[-1]
 
     def warnings(self) -> list[str]:

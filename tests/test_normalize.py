@@ -69,7 +69,10 @@ def test_json_text_of_calls_and_tools_is_the_object_that_it_says(form):
         ({"tools": [3]}, r"tools\[0\] is 3: make it an object"),
         ({"tools": [{"type": "function"}]}, r"tools\[0\] is .*: give it a name"),
         ({"chat_template_kwargs": [1]}, r"chat_template_kwargs is \[1\]: make it an object"),
-        ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs has tools: make it a col"),
+        (
+            {"chat_template_kwargs": {"marks": 1, "tools": []}},
+            "chat_template_kwargs has marks, tools",
+        ),
         ({"messages": [answer("", tool_calls="f()")]}, r"tool_calls of messages\[0\] is text"),
         ({"prompt": [answer("", tool_calls=[3])]}, r"a tool call of prompt\[0\] is 3"),
         (

@@ -402,6 +402,12 @@ def test_take_pairs_apart_makes_two_labelled_rows_of_each_pair_in_place():
     ]
 
 
+def test_pairs_of_equal_sides_give_no_labelled_rows(capsys):
+    alike = {"prompt": "q", "chosen": "a", "rejected": "a"}
+    assert len(take_pairs_apart([alike, {**alike, "chosen": "b"}, alike])) == 2
+    assert capsys.readouterr().out.startswith("2 pairs are left out")
+
+
 def test_a_number_is_read_as_one_or_refused_with_its_row():
     assert [number(row, "m", 0.5) for row in ({}, {"m": None}, {"m": 3})] == [0.5, 0.5, 3.0]
     with pytest.raises(InputError, match="^f:3: m is 'high': make it a number"):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -373,6 +374,14 @@ def test_calls_train_up_to_the_end_of_the_turn_though_special_tokens_stand_befor
     both = "".join(shown) + "<|im_end|>"
     assert trained(tokenizer, [*messages, answer("sub")]) == [both, f"add{both}", "sub<|im_end|>"]
     assert trained(tokenizer, messages[:4]) == [both, f"add{both}"]
+
+
+def test_much_whitespace_before_a_call_takes_no_time():
+    tokenizer = make(CALLS, [*SPECIAL, "<|call|>", "<|/call|>"], eos="<|im_end|>")
+    messages = [user(f"x{' ' * 200_000}x"), answer(None, tool_calls=[call()]), user("x")]
+    began = time.process_time()
+    assert len(trained(tokenizer, messages)) == 1
+    assert time.process_time() - began < 5
 
 
 def test_calls_that_end_differently_in_the_middle_are_refused_even_if_a_later_turn_is_the_same():
