@@ -216,13 +216,13 @@ class _Rendering:
     @cached_property
     def headers(self):
         """{k: what the template writes between message k - 1 and the content of answer k}."""
-        contents = {}
+        contents, answers = {}, []
         for k, message in enumerate(self.messages):
             if message["role"] == "assistant" and k and k - 1 not in contents:
                 contents |= {k - 1: self.content(k - 1) + PROBE, k: PROBE}
+                answers.append(k)
         pieces = self.between_probes(contents)
-        order = [*pieces]
-        found = {k: pieces[k] for before, k in zip(order, order[1:]) if k and before == k - 1}
+        found = {k: pieces[k] for k in answers if k in pieces and k - 1 in pieces}
         last = max(found, default=None)
         return found if last and found[last] == self.header_alone(last) else {}
 

@@ -593,7 +593,9 @@ def test_probes_in_many_messages_find_what_single_ones_find():
         for _ in range(6):
             messages = [system("s")] if draw.random() < 0.5 else []
             for _ in range(3):
-                messages += [user(draw.choice(CONTENTS)), answer(draw.choice(CONTENTS))]
+                messages.append(user(draw.choice(CONTENTS)))
+                for _ in range(draw.choice([1, 1, 2, 3])):
+                    messages.append(answer(draw.choice(CONTENTS)))
             text = tokenizer.template.render(messages)
             rendering = _Rendering(
                 tokenizer.template, messages, text, tokenizer.template.try_render
