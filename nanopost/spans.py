@@ -17,7 +17,7 @@ do not agree with in the text as it is, is looked for with one probe at a time.
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 from nanopost import InputError
@@ -55,6 +55,7 @@ class _Rendering:
     messages: list[dict]
     text: str
     render: Callable[..., str]  # renders other messages in the same way; "" if refused
+    alone: set[int] = field(default_factory=set)  # whose ends one rendering of all does not show
 
     def span(self, k: int) -> tuple[int, int]:
         """From the end of answer k's generation prompt to the end of what closes the answer."""
@@ -135,9 +136,16 @@ class _Rendering:
         for k, after in reversed([*zip(as_is, [*as_is][1:])]):
             fits = (p[after] for p in (as_is, trimmed) if after in p)
             piece = next((p for p in fits if at is not None and self.text.endswith(p, 0, at)), None)
+            if piece is None:
+                self.alone.add(k)
             at = self.content_end_alone(k) if piece is None else at - len(piece)
             ends[k] = at
         return ends
+
+    @property
+    def is_regular(self):
+        """Whether the probes showed messages in order, and none changed what is around another."""
+        return bool(self.content_ends) and not self.alone
 
     @cached_property
     def content_starts(self):
@@ -193,9 +201,8 @@ class _Rendering:
 
     @cached_property
     def asks_alike(self):
-        """Whether the last answer's question alone gives the prompt that the conversation gives, in
-        a template that keeps the order of messages."""
-        if not self.content_ends:
+        """Whether the last answer's question alone gives the prompt that the conversation gives."""
+        if not self.is_regular:
             return False
         answers = [k for k, m in enumerate(self.messages) if m["role"] == "assistant" and k]
         k = answers[-1]
@@ -216,6 +223,8 @@ class _Rendering:
     @cached_property
     def headers(self):
         """{k: what the template writes between message k - 1 and the content of answer k}."""
+        if not self.is_regular:
+            return {}
         contents, answers = {}, []
         for k, message in enumerate(self.messages):
             if message["role"] == "assistant" and k and k - 1 not in contents:
