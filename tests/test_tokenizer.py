@@ -533,6 +533,12 @@ def test_a_tokenizer_that_transformers_saves_again_is_the_same(tmp_path):
     assert saved.read_bytes() != (folder / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["qwen2.5", "minimind", "tiny_llama3"])
+def test_real_tokenizers_that_transformers_saves_again_are_the_same(real, auto, tmp_path, name):
+    auto(name).save_pretrained(tmp_path)
+    real(name)[0].check_same(tmp_path, "--reference_model ")
+
+
 def test_what_ends_an_answer_here_ends_one_in_transformers_too(tmp_path):
     """A base model, whose folder knows only its EOS, with a template that ends turns otherwise."""
     transformers = pytest.importorskip("transformers")
