@@ -24,6 +24,7 @@ from nanopost.cli import above, at_least, finite
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
 from nanopost.run import Run
+from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens, P pairs, S sequences: number 2p is the chosen one of pair p, 2p + 1 the
@@ -90,14 +91,16 @@ if preference.needs_reference(loss_functions):
 elif args.reference_model or args.reference == "precomputed":
     raise InputError(f"--loss {' '.join(args.loss)} uses no reference.")
 
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.pair)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, rows.pair, args.to_messages
+)
 max_length = min(args.max_length or args.tokens // 2, model.config.max_positions)
 
 
 def encode(given):
     """Rows -> (pairs of examples with the columns a loss reads, counts of what was cut or
     dropped)."""
-    encoded = [tokenizer.pair(row) for row in given]
+    encoded = [tokenizer.pair(row) for row in progress(given, "pairs encoded")]
     pairs_P, counts = pairs.fit_to(encoded, max_length, args.overlong)
     # ORPO's nll covers the prompt too: its tokens become targets, of weight 0 in the answer's logp
     pairs.add_columns(pairs_P, train_prompt="orpo" in args.loss)
@@ -125,6 +128,7 @@ run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+run.say(tokenizer.plain_prompts(train_rows))
 if args.reference_model:
     run.say(check_stage(args.reference_model, tokenizer))
 run.say(

@@ -30,6 +30,7 @@ from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
 from nanopost.run import Run
+from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens, P pairs, S sequences: number 2p is the chosen one of pair p, 2p + 1 the
@@ -81,7 +82,9 @@ if args.sft_weight and is_kto:
 if args.label_weights != [1.0, 1.0] and not is_kto:
     raise InputError(f"--loss {args.loss} does not use --label_weights.")
 form = rows.unpaired if is_kto else rows.pair
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, form)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, form, args.to_messages
+)
 max_length = min(args.max_length or args.tokens // 2, args.tokens, model.config.max_positions)
 
 
@@ -90,13 +93,15 @@ def encode(given):
     dropped)."""
     if is_kto:
         labelled = rows.take_pairs_apart(given)
-        examples = [tokenizer.example(row, "completion") for row in labelled]
+        examples = [
+            tokenizer.example(row, "completion") for row in progress(labelled, "rows encoded")
+        ]
         for e, row in zip(examples, labelled):
             e.columns["label"] = float(row["label"])
         examples, counts = packing.fit_to(examples, max_length, args.overlong)
         pairs_P = pairs.mismatched(examples, max_length)
     else:
-        encoded = [tokenizer.pair(row) for row in given]
+        encoded = [tokenizer.pair(row) for row in progress(given, "pairs encoded")]
         pairs_P, counts = pairs.fit_to(encoded, max_length, args.overlong)
     pairs.add_columns(pairs_P)
     return pairs_P, counts
@@ -120,6 +125,7 @@ run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+run.say(tokenizer.plain_prompts(train_rows))
 if args.reference_model:
     run.say(check_stage(args.reference_model, tokenizer))
 run.say(

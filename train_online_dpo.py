@@ -86,7 +86,9 @@ if preference.needs_reference(loss_functions):
     reference_model.requires_grad_(False)
 engine = Engine.beside(model, args.model, world, tokenizer, args.engine_rows, args.engine_tokens)
 
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.prompt)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
+)
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,

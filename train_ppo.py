@@ -137,7 +137,9 @@ engine = Engine.beside(
     model.policy, args.model, world, tokenizer, args.engine_rows, args.engine_tokens
 )
 
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.prompt)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
+)
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,

@@ -23,6 +23,7 @@ from nanopost.cli import at_least
 from nanopost.forward import batches, check_finite
 from nanopost.report import marked_text
 from nanopost.run import Run
+from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: P pairs, S sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one.
@@ -44,13 +45,15 @@ model = hf.load_scalar_model(
     args.model, world.device, shard=cli.shard(args, world), new_head=True, pad_id=pad_id
 )
 
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.pair)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, rows.pair, args.to_messages
+)
 max_length = min(args.max_length or args.tokens // 2, model.config.max_positions)
 
 
 def encode(rows_P):
     """Rows -> (pairs of examples with the column margin, counts of what was cut or dropped)."""
-    pairs_P = [tokenizer.pair(row) for row in rows_P]
+    pairs_P = [tokenizer.pair(row) for row in progress(rows_P, "pairs encoded")]
     for row, pair in zip(rows_P, pairs_P):
         for e in pair:
             e.columns["margin"] = rows.number(row, "margin", default=0.0)
@@ -70,6 +73,7 @@ run = Run(args.out, world, args.steps, vars(args), show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+run.say(tokenizer.plain_prompts(train_rows))
 run.say(
     f"{len(train_pairs):,} pairs, {len(eval_pairs):,} held out; the first, answers between » and «:"
 )

@@ -21,6 +21,7 @@ from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite
 from nanopost.report import report
 from nanopost.run import Run
+from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens of a micro-batch.
@@ -59,11 +60,15 @@ world = dist.init(args.device, args.dtype, args.seed)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.sft)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, rows.sft, args.to_messages
+)
 max_length = min(args.max_length or args.tokens, args.tokens, model.config.max_positions)
-encoded = [tokenizer.example(row, args.train_on) for row in train_rows]
+encoded = [tokenizer.example(row, args.train_on) for row in progress(train_rows, "rows encoded")]
 train_examples, cut = packing.fit_to(encoded, max_length, args.overlong)
-eval_encoded = [tokenizer.example(row, args.train_on) for row in eval_rows]
+eval_encoded = [
+    tokenizer.example(row, args.train_on) for row in progress(eval_rows, "held-out rows encoded")
+]
 eval_examples, eval_cut = packing.fit_to(eval_encoded, max_length, args.overlong)
 
 lengths = [len(e) for e in train_examples]
@@ -82,7 +87,9 @@ run = Run(
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
-run.say(f"{args.data}, before anything is cut: {report(encoded, tokenizer, train_rows)}")
+run.say(
+    f"{rows.named(args.data)}, before anything is cut: {report(encoded, tokenizer, train_rows)}"
+)
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
 filled = packing.fill_rate(lengths, packing.pack(lengths, args.tokens), args.tokens)
 run.say(

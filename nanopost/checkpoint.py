@@ -49,7 +49,7 @@ def save(out, step: int, model, optimizer, state: dict, **others):
     dist.barrier()
     if first:
         record = {**state, "step": step, "ranks": dist.get_world_size()}
-        (unfinished / "state.json").write_text(json.dumps(record))
+        (unfinished / "state.json").write_text(json.dumps(record), encoding="utf-8")
         for path in unfinished.iterdir():
             to_disk(path)
         unfinished.rename(final)

@@ -95,8 +95,8 @@ def parser(
     parser = Parser(doc)
     add = parser.add_argument
     add("--model", default=model, required=model is None, help="folder of a Hugging Face model")
-    add("--data", required=True, help="rows: JSONL, .jsonl.gz, a .json list or Parquet")
-    add("--eval_data", help="held-out rows; default: --holdout rows of --data")
+    add("--data", nargs="+", required=True, help="rows: JSONL, .jsonl.gz, .json lists or Parquet")
+    add("--eval_data", nargs="+", help="held-out rows; default: --holdout rows of --data")
     add(
         "--holdout",
         type=at_least(0),
@@ -109,6 +109,11 @@ def parser(
         default=[],
         metavar="THEIRS=OURS",
         help="rename columns: question=prompt",
+    )
+    add(
+        "--to_messages",
+        action="store_true",
+        help="put plain-text prompts and answers into the chat template, as messages",
     )
     add("--out", default=out, help="folder of the run, where the trained model is written")
     add("--chat_template", help="a Jinja file that replaces the model's own template")

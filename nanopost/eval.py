@@ -26,6 +26,7 @@ from nanopost.cli import Parser, above, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.rollout import completion_text
 from nanopost.rows import pair, prompt, read_rows, sft
+from nanopost.terminal import progress, say
 from nanopost.tokenizer import Tokenizer, check_stage
 from nanopost.verify import answer_of
 
@@ -104,7 +105,7 @@ class Sampler:
         self.args = args
         self.tokenizer = Tokenizer.load(folder, args.chat_template)
         if warning := check_stage(folder, self.tokenizer):
-            print(warning)
+            say(warning)
         self.model = hf.load_model(folder, world.device, world.dtype)
         self.engine = Engine(
             self.model,
@@ -121,6 +122,7 @@ class Sampler:
         (rows,), _ = self.tokenizer.with_prompts(
             ([prompt(row) for row in rows],), None, args.max_new_tokens, args.tokens, positions
         )
+        say(self.tokenizer.plain_prompts(rows))
         sampling = Sampling(
             args.max_new_tokens,
             args.temperature,
@@ -239,12 +241,13 @@ def divergence(args, rows, world):
 def of_text(args, rows, world):
     """Perplexity of the tokens that train_sft.py would train on."""
     tokenizer = Tokenizer.load(args.model, args.chat_template)
+    say(tokenizer.plain_prompts(rows))
     model = hf.load_model(args.model, world.device, world.dtype)
     longest = min(args.tokens, model.config.max_positions)
     examples, cut = packing.fit_to(
-        [tokenizer.example(sft(row)) for row in rows], longest, "truncate"
+        [tokenizer.example(sft(row)) for row in progress(rows, "rows encoded")], longest, "truncate"
     )
-    print(f"truncated or dropped: {packing.counted(cut)}")
+    say(f"truncated or dropped: {packing.counted(cut)}")
     logps = forward.logprobs(model, examples, args.tokens, 1.0, world.device)
     nll = [-float(logp.sum()) for logp in logps]
     tokens = [e.num_targets for e in examples]
@@ -255,12 +258,13 @@ def of_text(args, rows, world):
 def scored(args, rows, world):
     """A reward model on pairs, or on rows with one answer each."""
     tokenizer = Tokenizer.load(args.reward_model, args.chat_template)
+    say(tokenizer.plain_prompts(rows))
     model = hf.load_scalar_model(args.reward_model, world.device, world.dtype)
     if "chosen" not in rows[0]:
-        examples = [tokenizer.example(sft(row)).ended() for row in rows]
+        examples = [tokenizer.example(sft(row)).ended() for row in progress(rows, "rows encoded")]
         score_B = forward.scores(model, examples, args.tokens, world.device)
         return [("score", *normal(score_B), len(rows))], [{"score": score} for score in score_B]
-    examples = [e for row in rows for e in tokenizer.pair(pair(row))]
+    examples = [e for row in progress(rows, "pairs encoded") for e in tokenizer.pair(pair(row))]
     score_P2 = np.reshape(forward.scores(model, examples, args.tokens, world.device), (-1, 2))
     margin_P = score_P2[:, 0] - score_P2[:, 1]
     numbers = [
@@ -287,7 +291,7 @@ def parsed(arguments=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", metavar="DIR", help="folder of the model that answers")
-    add("--data", required=True, help="file of rows, as the training scripts read them")
+    add("--data", nargs="+", required=True, help="rows, as the training scripts read them")
     add("--reward", nargs="+", help="what scores the answers, as in train_grpo.py")
     add(
         "--reward_timeout",
@@ -305,6 +309,11 @@ def parsed(arguments=None):
         default=[],
         metavar="THEIRS=OURS",
         help="rename columns, such as question=prompt",
+    )
+    add(
+        "--to_messages",
+        action="store_true",
+        help="put plain-text prompts and answers into the chat template, as messages",
     )
     add("--limit", type=at_least(1), help="use only the first rows")
     add("--chat_template", help="Jinja file that replaces the model's chat template")
@@ -355,7 +364,7 @@ def evaluation(args):
             "--kl needs samples from the whole distribution: drop --temperature, --top_k, "
             "--top_p and --min_p."
         )
-    for read in filter(None, (args.data, args.model, args.against, args.reward_model, args.kl)):
+    for read in filter(None, (*args.data, args.model, args.against, args.reward_model, args.kl)):
         if args.out and Path(args.out).resolve().is_relative_to(Path(read).resolve()):
             raise InputError(
                 f"--out {args.out} would replace what is read, {read}: choose another."
@@ -384,12 +393,14 @@ def main(arguments=None):
     args = parsed(arguments)
     world = dist.init(args.device, args.dtype)
     evaluate = evaluation(args)
-    rows = read_rows(args.data, args.rename)[: args.limit]
+    rows = read_rows(args.data, args.rename, to_messages=args.to_messages)[: args.limit]
     numbers, records = evaluate(args, rows, world)
     for name, value, low, high, n in numbers:
-        print(f"{name:32s} {value:8.4f}   95% interval {low:8.4f} to {high:8.4f}   {n:,} rows")
+        say(f"{name:32s} {value:8.4f}   95% interval {low:8.4f} to {high:8.4f}   {n:,} rows")
     if args.out:
-        Path(args.out).write_text("".join(json.dumps(record) + "\n" for record in records))
+        Path(args.out).write_text(
+            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+        )
     dist.finish()
 
 

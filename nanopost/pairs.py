@@ -14,12 +14,14 @@ def fit_to(pairs: list[Pair], max_length: int, how: str) -> tuple[list[Pair], di
     """Bring both sides of every pair to at most max_length tokens -> (pairs, counts for the log).
 
     how: truncate (cut the end off) or drop. Also dropped and counted: pairs with a side that has
-    no trained token (emptied: perhaps by the cut), and pairs with identical sides (alike). Kept and
-    counted: swapped, where the same two completions also occur the other way round, so one of the
-    pairs is wrong. InputError if nothing is left.
+    no trained token (emptied: perhaps by the cut), with identical sides (alike), or with a side
+    that the other one begins with (continued). Kept and counted: swapped, where the same two
+    completions also occur the other way round, so one of the pairs is wrong. InputError if nothing
+    is left.
     """
     kept = []
-    counts = dict.fromkeys(("overlong", "truncated", "emptied", "alike", "swapped"), 0)
+    names = ("overlong", "truncated", "emptied", "alike", "continued", "swapped")
+    counts = dict.fromkeys(names, 0)
     for pair in pairs:
         overlong = max(map(len, pair)) > max_length
         counts["overlong"] += overlong
@@ -30,6 +32,8 @@ def fit_to(pairs: list[Pair], max_length: int, how: str) -> tuple[list[Pair], di
             counts["emptied"] += 1
         elif chosen.ids.tolist() == rejected.ids.tolist():
             counts["alike"] += 1
+        elif _begins(chosen, rejected) or _begins(rejected, chosen):
+            counts["continued"] += 1
         else:
             counts["truncated"] += overlong
             kept.append((chosen, rejected))
@@ -42,6 +46,10 @@ def fit_to(pairs: list[Pair], max_length: int, how: str) -> tuple[list[Pair], di
             f"(--overlong {how}): {reasons}."
         )
     return kept, counts
+
+
+def _begins(one, other):
+    return one.ids.tolist() == other.ids[: len(one)].tolist()
 
 
 def mismatched(examples: list[Example], max_length: int) -> list[Pair]:

@@ -161,7 +161,7 @@ def _from_file(path, name):
 
 def _check_neighbours(path, name):
     """A neighbour that the file imports must not be shadowed by another module of its name."""
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     for neighbour in path.parent.resolve().glob("*.py"):
         imported = rf"^\s*(from|import)\s+{neighbour.stem}\b"
         if not re.search(imported, source, re.MULTILINE):

@@ -20,6 +20,7 @@ import torch
 
 from nanopost import InputError, checkpoint, dist, hf
 from nanopost.batch import Example
+from nanopost.terminal import printable
 from nanopost.tokenizer import FILES
 
 WRITTEN = ("value", "checkpoints", "records", "metrics.jsonl", "samples.jsonl", "run.json")
@@ -74,7 +75,7 @@ class Run:
         found = checkpoint.latest(self.out)
         last = {"step": 0, **(starts_of(self.out) or [{}])[-1]}
         if found:
-            last = json.loads((found / "state.json").read_text())
+            last = json.loads((found / "state.json").read_text(encoding="utf-8"))
         foreign = sorted(last.get("args", {}).keys() - self.arguments.keys())
         if foreign:
             raise InputError(
@@ -129,13 +130,14 @@ class Run:
         }
         # Renamed once complete: a folder without run.json is not ours.
         temporary = self.out / "run.json.tmp"
-        temporary.write_text(json.dumps([*earlier, start], indent=1, default=str) + "\n")
+        text = json.dumps([*earlier, start], indent=1, default=str) + "\n"
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(self.out / "run.json")
         for path in logs:
-            lines = path.read_text().split("\n") if path.exists() else []
+            lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
             kept = [line + "\n" for line in lines if _step_of(line) <= resumed_at]
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
+            temporary.write_text("".join(kept), encoding="utf-8")
             temporary.replace(path)
 
     def _check_free(self):
@@ -162,13 +164,13 @@ class Run:
 
     def say(self, text: str):
         if self.writes and text:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def log(self, step: int, metrics: dict[str, float]):
         """Write one object per step to metrics.jsonl, and one line with the time left to stdout."""
         if not self.writes:
             return
-        with open(self.out / "metrics.jsonl", "a") as file:
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **metrics}) + "\n")
         now = time.monotonic()
         left = ""
@@ -180,12 +182,12 @@ class Run:
         evaluated = [name for name in metrics if name.startswith("eval/")]
         shown = [name for name in dict.fromkeys(self.show + evaluated) if name in metrics]
         text = "  ".join(f"{name} {_number(metrics[name])}" for name in shown)
-        print(f"step {step}/{self.steps}  {text}{left}", flush=True)
+        print(printable(f"step {step}/{self.steps}  {text}{left}"), flush=True)
 
     def samples(self, step: int, records: list[dict]):
         """Write decoded text and numbers about it to samples.jsonl, one object per line."""
         if self.writes:
-            with open(self.out / "samples.jsonl", "a") as file:
+            with open(self.out / "samples.jsonl", "a", encoding="utf-8") as file:
                 for record in records:
                     file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
 
@@ -231,7 +233,8 @@ class Run:
     def finish(self):
         """Print the held-out metrics before and after, and leave the process group."""
         if self.writes:
-            lines = [json.loads(x) for x in (self.out / "metrics.jsonl").read_text().splitlines()]
+            text = (self.out / "metrics.jsonl").read_text(encoding="utf-8")
+            lines = [json.loads(x) for x in text.splitlines()]
             evaluated = [x for x in lines if any(name.startswith("eval/") for name in x)]
             if len(evaluated) > 1:
                 first, last = evaluated[0], evaluated[-1]
@@ -244,7 +247,7 @@ class Run:
 def starts_of(out) -> list[dict]:
     """What run.json in `out` says about each start of its run; [] if no script wrote one."""
     try:
-        starts = json.loads((Path(out) / "run.json").read_text())
+        starts = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     if isinstance(starts, list) and all(isinstance(s, dict) and "args" in s for s in starts):

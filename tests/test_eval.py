@@ -19,6 +19,7 @@ from nanopost.batch import Example, batch_of
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.eval import (
     evaluation,
+    main,
     majority,
     normal,
     parsed,
@@ -325,6 +326,38 @@ def test_kl_of_a_sample_is_its_log_ratio_and_of_a_model_with_itself_zero(place):
         at = torch.arange(len(rollout.prompt) - 1, len(ids) - 1)
         ratio = (ours - theirs)[at, ids[at + 1]].sum()
         assert record["log_ratios"] == pytest.approx([float(ratio)], abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------ plain prompts
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--perplexity",),
+        ("--reward", "exact", "--max_new_tokens", "4"),
+        ("--reward_model", "rm"),
+    ],
+)
+def test_plain_prompts_are_a_doubt_and_several_files_are_read_in_order(
+    place, capsys, monkeypatch, flags
+):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    plain = []
+    for row in read(place / "chats.jsonl")[:4]:
+        question, reply = row["prompt"][0]["content"], row["completion"][0]["content"]
+        plain.append({"prompt": question, "completion": reply, "answer": reply})
+    files = place / "first.jsonl", place / "second.jsonl"
+    toy.write_rows(files[0], plain[:1])
+    toy.write_rows(files[1], plain[1:])
+    flags = [str(place / flag) if flag == "rm" else flag for flag in flags]
+    model = () if "--reward_model" in flags else ("--model", str(place / "sft"))
+    data = [*model, "--data", *map(str, files), *flags]
+    doubt = "warning: 4 of 4 prompts are plain text, which gets no chat template"
+    main(data)
+    said = capsys.readouterr().out
+    assert doubt in said and said.strip().endswith("   4 rows")
+    main([*data, "--to_messages"])
+    assert doubt not in capsys.readouterr().out
+    torch.set_flush_denormal(False)
 
 
 # ------------------------------------------------------------------------------------------- scores

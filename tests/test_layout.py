@@ -224,6 +224,24 @@ def test_batch_py_alone_shifts_targets():
             assert not shifts(path), path
 
 
+# ----------------------------------------------------------------------------------------- files
+def opened_as_text(path):
+    """Calls that read or write text, and whether they name its encoding."""
+    for node in ast.walk(ast.parse(text(path))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func).split(".")[-1]
+        modes = [ast.unparse(argument) for argument in node.args[1:2]]
+        if name in ("read_text", "write_text") or name == "open" and "b" not in "".join(modes):
+            yield ast.unparse(node), any(word.arg == "encoding" for word in node.keywords)
+
+
+def test_text_is_utf_8_in_any_locale():
+    found = [call for path in [*LIBRARY, *SCRIPTS] for call in opened_as_text(path)]
+    assert len(found) >= 10  # or this test sees nothing
+    assert [call for call, names_it in found if not names_it and "os.O_" not in call] == []
+
+
 # ------------------------------------------------------------------------------------------ tools
 @pytest.mark.parametrize("command", [["format", "--check"], ["check"]], ids=" ".join)
 def test_ruff_has_nothing_to_say(command):

@@ -89,6 +89,32 @@ def test_each_step_takes_the_rows_after_those_of_the_last(place, tmp_path, monke
     assert taken == [(0, 4), (4, 4), (8, 4)]
 
 
+def as_text(row):
+    """A row of messages, each part one message, as plain text."""
+    if "messages" in row:
+        row = {"prompt": row["messages"][:1], "completion": row["messages"][1:]}
+    return {k: v[0]["content"] if isinstance(v, list) else v for k, v in row.items()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_plain_prompts_are_a_doubt_and_become_messages_if_asked(place, tmp_path, script, capsys):
+    given = flags(place, script, tmp_path / "chat", "--steps", 1)
+    run_here(script, *given)
+    assert "plain text" not in capsys.readouterr().out
+    plain = [as_text(row) for row in rows.read_rows(given[3])]
+    files = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    toy.write_rows(files[0], plain[:7])
+    toy.write_rows(files[1], plain[7:])
+    given = [*given[:3], *files, *given[4:]]
+    run_here(script, *given, "--out", tmp_path / "text")
+    said = capsys.readouterr().out
+    assert "prompts are plain text, which gets no chat template, though the model has one" in said
+    run_here(script, *given, "--out", tmp_path / "again", "--to_messages")
+    assert "plain text" not in capsys.readouterr().out
+    chat, text, again = (metrics(tmp_path / out)[-1] for out in ("chat", "text", "again"))
+    assert chat["grad_norm"] == again["grad_norm"] != text["grad_norm"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_empty_micro_batches_change_nothing(place, tmp_path, monkeypatch, gradients, script):
     """A rank with less data than another has some."""
