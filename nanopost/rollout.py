@@ -93,22 +93,20 @@ class LogpGap:
         if limit is None:
             limit = 0.1 if dtype == torch.bfloat16 else 1e-3
         self.limit = limit
-        self.total = self.largest = self.tokens = 0
+        self.found = []  # of each micro-batch, on its device: sum, tokens and maximum
 
     def add(self, logp_N, engine_logp_N, mask_N):
         gap_N = (logp_N.detach() - engine_logp_N).abs() * mask_N
-        self.total = self.total + gap_N.sum().double()
-        self.tokens = self.tokens + mask_N.sum()
-        self.largest = torch.maximum(
-            gap_N.max(), torch.as_tensor(self.largest, device=gap_N.device)
-        )
+        self.found.append(torch.stack([gap_N.sum(), mask_N.sum(), gap_N.max()]).double())
 
     def metrics(self) -> dict[str, float]:
         """Mean and largest gap since the last call, over all ranks. A collective."""
-        (largest,) = dist.all_max(self.largest)
-        mean = dist.means({f"{GAP}/mean": (self.total, self.tokens)})
-        self.total = self.largest = self.tokens = 0
-        return mean | {f"{GAP}/max": largest}
+        sums, tokens, largest = [[0.0]] * 3
+        if self.found:
+            sums, tokens, largest = torch.stack(self.found).T.tolist()  # the host waits here alone
+        self.found = []
+        mean = dist.means({f"{GAP}/mean": (sum(sums), sum(tokens))})
+        return mean | {f"{GAP}/max": dist.all_max(max(largest))[0]}
 
     def check(self, step: int, metrics: dict[str, float]):
         """RuntimeError if the mean is above the limit."""

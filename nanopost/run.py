@@ -208,7 +208,8 @@ class Run:
             path = self.out / "records" / f"{step:06d}.jsonl"
             path.parent.mkdir(exist_ok=True)
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            text = "".join(json.dumps(line) + "\n" for line in lines)
+            temporary.write_text(text, encoding="utf-8")
             temporary.replace(path)
 
     def save(self, step: int, model, optimizer, state: dict, **others):
