@@ -3,3 +3,7 @@
 
 class InputError(ValueError):
     """A user's mistake. The message is one sentence: what is wrong, the numbers, the fix."""
+
+
+class StepError(RuntimeError):
+    """A step went wrong in a way that no flag caused. The message is one sentence, too."""

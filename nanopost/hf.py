@@ -172,7 +172,7 @@ def content_hash(folder) -> str:
 def read_json(path: Path):
     """The content of a JSON file; InputError if it is not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); copy it again.") from error
 
