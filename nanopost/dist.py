@@ -46,6 +46,9 @@ def init(
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a sample's letters end no run
     _check_launch()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # A killed torchrun leaves no process behind: each gets SIGTERM (1: PR_SET_PDEATHSIG).
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -85,9 +88,6 @@ def _check_launch():
             f"the environment sets {', '.join(given)} but not {', '.join(missing)}: start several "
             f"processes with torchrun, or a single one with env -u {' -u '.join(given)}."
         )
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
-        # A killed torchrun leaves no process behind: each gets SIGTERM (1: PR_SET_PDEATHSIG).
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
 def _one_sentence(kind, error, trace):

@@ -162,10 +162,24 @@ def test_ranks_share_out_the_rows_of_a_step_with_their_serials(size):
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
 def test_minibatches_are_whole_groups_in_order_and_nearly_equal(parts):
     items = [(group, i) for group in range(5) for i in range(3)]
-    cut = packing.minibatches(items, parts, 3)
+    serials = [7, 9, 12, 20, 21]
+    cut = packing.minibatches(items, 3, serials, serials, parts)
     assert len(cut) == parts and [item for part in cut for item in part] == items
     assert all(len(part) % 3 == 0 for part in cut)
     assert max(map(len, cut)) - min(map(len, cut)) <= 3
+
+
+@pytest.mark.parametrize("dealt", [[[3, 5, 8, 9, 14]], [[14], [3, 9], [], [5, 8]]])
+def test_minibatches_of_groups_do_not_depend_on_which_rank_has_them(dealt):
+    """Resampling leaves unequal numbers of groups on the ranks."""
+    of_all = [serial for serials in dealt for serial in serials]
+    shares = []
+    for serials in dealt:
+        items = [(serial, i) for serial in serials for i in range(2)]
+        shares.append(packing.minibatches(items, 2, serials, of_all, 2))
+    first, second = [[x for share in shares for x in share[part]] for part in (0, 1)]
+    assert sorted(first) == [(serial, i) for serial in (3, 5, 8) for i in (0, 1)]
+    assert sorted(second) == [(serial, i) for serial in (9, 14) for i in (0, 1)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

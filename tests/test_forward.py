@@ -10,6 +10,7 @@ import torch.distributed
 import torch.multiprocessing as mp
 from small import random_ids, small_config, small_model
 
+from nanopost import StepError
 from nanopost.batch import Example, batch_of
 from nanopost.forward import add_logprobs, add_values, batches, check_finite, logprobs, scores
 from nanopost.model import ActorCritic, ScalarModel

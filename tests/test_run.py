@@ -1,19 +1,31 @@
 """The run's folder: what it says of a run, what it never replaces, and what --resume continues."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from small import small_model
 
-from nanopost import InputError, checkpoint, hf, optim
+from nanopost import InputError, checkpoint, dist, hf, optim
 from nanopost.dist import World
 from nanopost.run import Run, changed_arguments, starts_of
 from nanopost.tokenizer import Tokenizer, tokenizer_files
 from runs import toy
 
-pytestmark = pytest.mark.usefixtures("alone")
+pytestmark = pytest.mark.usefixtures("alone", "signals")
+
+
+@pytest.fixture
+def signals():
+    """What a run changes in its process, and a test must not leave behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    dist.last_words = None
+
 
 ABOUT = {"template_hash": "abc"}
 DATA = {"model": "elsewhere", "data": "rows.jsonl", "steps": 9}
@@ -99,7 +111,7 @@ def test_a_new_run_keeps_nothing_of_the_one_it_replaces(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == logged and checkpoint.latest(tmp_path)
     begun(tmp_path, overwrite=True)
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert found.keys() == {"run.json", "metrics.jsonl", "samples.jsonl"}
+    assert found.keys() == {"run.json", "metrics.jsonl", "samples.jsonl", ".lock"}
     assert found["metrics.jsonl"] == found["samples.jsonl"] == ""
 
 
@@ -316,7 +328,10 @@ def test_a_step_is_a_line_in_the_file_and_one_for_the_reader(tmp_path, capsys):
     run.start(*model_and_optimizer(), {"step": 0}, False, False, ABOUT)
     run.log(0, {"eval/loss": 2.5})
     run.log(1, {"loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0})
-    assert lines(tmp_path / "metrics.jsonl") == [
+    logged = lines(tmp_path / "metrics.jsonl")
+    seconds = [line.pop("time/elapsed") for line in logged]
+    assert 0 <= seconds[0] <= seconds[1] < 60
+    assert logged == [
         {"step": 0, "eval/loss": 2.5},
         {"step": 1, "loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0},
     ]
@@ -381,7 +396,7 @@ def test_without_two_evaluations_there_is_no_change_to_tell(
 def test_the_model_is_written_where_it_belongs(tmp_path, capsys):
     run, _, (model, _) = begun(tmp_path)
     for part in ("", "value"):
-        run.export(model.state_dict().items(), model.config, {"a.txt": "text"}, part)
+        run.export(model.state_dict().items(), model.config, {"a.txt": "text"}, part=part)
         assert (tmp_path / part / "a.txt").read_text() == "text"
         assert f"the model is in {tmp_path / part}\n" in capsys.readouterr().out
         found = dict(hf.load_model(tmp_path / part).named_parameters())

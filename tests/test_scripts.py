@@ -311,7 +311,7 @@ def killed_and_resumed(run, instants, seed, longest) -> list[str]:
 
 def same_lines(out, other):
     """Of two runs, but for what a clock measures."""
-    clocks = ("time/rollout", "time/step", "tokens_per_second")
+    clocks = ("time/rollout", "time/step", "time/elapsed", "tokens_per_second")
     parts = []
     for folder in (out, other):
         lines = metrics(folder)
