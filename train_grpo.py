@@ -192,6 +192,8 @@ def rollout_batch(consumed):
         drawn += missing
         rows_P = [train_rows[i] for i in indices]
         new_groups, reward_FPG = rollout(rows_P, serials, args.group, sampling)
+        # A rank may have got no prompts.
+        reward_FPG = reward_FPG.view(len(reward_functions), len(rows_P), args.group)
         varied_P = rewards.total(reward_FPG, reward_weights).std(1) > 1e-8
         equal += int((~varied_P).sum())
         keep_P = varied_P | (args.resample == 0)

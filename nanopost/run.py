@@ -64,7 +64,7 @@ class Run:
             self._lock()
         self._check_seen()
         found = self._to_resume() if resume else None
-        hashes = _hashes(self.arguments, self.out) if self.writes else {}
+        hashes = _hashes(self.arguments) if self.writes else {}
         if found:
             state = state | checkpoint.load(found, model, optimizer, **others)
             self.resumed = True
@@ -419,6 +419,11 @@ def _paths_read(arguments, out: Path, starts: list[dict]) -> list[str]:
     return [text for text in new if os.path.exists(text)]
 
 
+def named_files(arguments: dict) -> list[str]:
+    """The files and folders that flags name, whatever the flag."""
+    return [text for text in _texts(arguments.values()) if os.path.exists(text)]
+
+
 def _texts(values) -> list[str]:
     """Strings and paths among the values of flags, those in lists too, without "model:" and, after
     a file, ":function"."""
@@ -430,11 +435,11 @@ def _texts(values) -> list[str]:
     return [text.partition(".py:")[0] + ".py" if ".py:" in text else text for text in named]
 
 
-def _hashes(arguments, out: Path) -> dict[str, str]:
+def _hashes(arguments) -> dict[str, str]:
     """{file that a flag names: SHA-256 of its content}."""
     hashes = {}
-    for text in _texts(arguments.values()):
-        if os.path.isfile(text) and Path(text) != out:
+    for text in named_files(arguments):
+        if os.path.isfile(text):
             with open(text, "rb") as file:
                 hashes[text] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small import small_model
 
-from nanopost import dist, packing
+from nanopost import InputError, StepError, dist, packing
 
 WORKER = Path(__file__).parent / "dist_worker.py"
 
@@ -92,6 +92,7 @@ def test_an_error_on_one_rank_ends_all_of_them_promptly(tmp_path):
     start = time.monotonic()
     done = run(2, tmp_path / "x.pt", "fail", timeout=60)
     assert done.returncode != 0 and "error: the last rank has had enough." in done.stderr
+    assert "had enough" in done.stderr.split("ChildFailedError")[1]  # torchrun's report says it too
     assert "Traceback" not in done.stderr.split("error: the last rank")[0]
     assert time.monotonic() - start < 45
 
@@ -109,6 +110,47 @@ def test_statistics_are_of_all_ranks(results, ranks):
             assert many[name] == pytest.approx(expected), name
     assert one["means"].keys() == {"mean", "of one rank"} and one["means"]["of one rank"] == 1.5
     assert one["meter"].keys() == {"reward", "masked", "share"} and one["running std"][0] == 40
+
+
+@pytest.mark.parametrize(
+    "given, missing",
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "WORLD_SIZE"),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_a_sentence_and_no_wait(monkeypatch, given, missing):
+    for name in dist.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    hook = sys.excepthook
+    with pytest.raises(
+        InputError, match=f"sets .*{[*given][0]}.* but not {missing}: start several"
+    ):
+        dist.init("cpu")
+    sys.excepthook = hook
+
+
+@pytest.mark.parametrize("alone", [{"MASTER_ADDR": "localhost"}, {"WORLD_SIZE": "1"}])
+def test_a_single_process_needs_nothing_that_torchrun_sets(monkeypatch, alone):
+    for name in dist.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    hook = sys.excepthook
+    assert dist.init("cpu").size == 1
+    dist.finish()
+    sys.excepthook = hook
+    torch.set_flush_denormal(False)
+
+
+def test_an_error_of_a_step_is_one_sentence_and_then_what_is_saved(monkeypatch, capsys):
+    monkeypatch.setattr(dist, "last_words", lambda: "--resume continues after step 3")
+    dist._one_sentence(StepError, StepError("step 4: the gradient norm is nan."), None)
+    said = "error: step 4: the gradient norm is nan.\n--resume continues after step 3\n"
+    assert capsys.readouterr().err == said
 
 
 # ------------------------------------------------------------------------------- one process's part

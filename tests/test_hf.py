@@ -426,3 +426,36 @@ def test_a_full_disk_leaves_the_old_model_and_one_sentence(tmp_path, room):
     assert in_child(save_without_room) == 0
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     assert equal(hf.load_model(tmp_path), old)
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+@pytest.mark.parametrize("shard_bytes", [2**30, 20_000])
+def test_the_umask_decides_who_may_read_every_file(tmp_path, mask, mode, shard_bytes):
+    model = small_model()
+    before = os.umask(mask)
+    try:
+        hf.save_model(
+            tmp_path,
+            model.state_dict().items(),
+            model.config,
+            {"a.txt": "text"},
+            max_shard_bytes=shard_bytes,
+        )
+    finally:
+        os.umask(before)
+    assert len([*tmp_path.iterdir()]) >= 3
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == mode, path.name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused(folder, value, dtype):
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    weights[name][3, 4] = value
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=f"not all weights are finite .{name}.: the run that wrote"
+    ):
+        hf.load_model(folder, dtype=dtype)
