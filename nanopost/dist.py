@@ -95,6 +95,7 @@ def _one_sentence(kind, error, trace):
     several = dist.is_initialized() and dist.get_world_size() > 1
     if several and "onnection" in str(error) and "gloo" in str(error):
         print(f"rank {dist.get_rank()}: another rank has stopped", file=sys.stderr, flush=True)
+        time.sleep(1)  # so that torchrun reports the other one
         _exit(1)
     if issubclass(kind, (InputError, StepError)):
         print(f"error: {error}", file=sys.stderr, flush=True)

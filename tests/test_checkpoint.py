@@ -216,6 +216,7 @@ def test_loading_a_checkpoint_runs_no_code_of_a_pickled_object_in_it(tmp_path):
     path = checkpoint.latest(tmp_path)
     model, optimizer = fresh()
     names = [f"model.{name}" for name in model.state_dict()]
+    (path / ".metadata").unlink()
     dcp.save(dict.fromkeys(names, Evil(tmp_path / "ran")), checkpoint_id=path)
     with pytest.raises(InputError, match="holds pickled objects"):
         checkpoint.load(path, model, optimizer)
