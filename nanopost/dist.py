@@ -105,8 +105,8 @@ def _one_sentence(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
     if last_words is not None:
         print(last_words(), file=sys.stderr, flush=True)
+    _tell_torchrun(f"{kind.__name__}: {error}")
     if several:
-        _tell_torchrun(f"{kind.__name__}: {error}")
         _exit(1)  # a rank that waited for the others to clean up would keep them all waiting
 
 
