@@ -27,6 +27,7 @@ from nanopost.tokenizer import FILES
 WRITTEN = ("value", "checkpoints", "metrics.jsonl", "samples.jsonl", "run.json")
 MODEL = (*FILES, "config.json", "nanopost.json", "chat_template.jinja", "*.safetensors")
 NOT_COMPARED = ("resume", "overwrite")
+AGAIN_AFTER = 2.0  # seconds: an earlier signal is the same one
 SEEN_WITHIN = 10.0  # seconds until what rank 0 writes is seen by all ranks
 
 
@@ -256,8 +257,11 @@ class Run:
         self.boundary = None
 
     def _on_signal(self, number, _):
+        if self.signal and time.monotonic() - self.signal_at < AGAIN_AFTER:
+            return  # one event, told by terminal and launcher
         if self.signal:
             raise KeyboardInterrupt
+        self.signal_at = time.monotonic()
         self.signal = number
         if self.writes:  # no print: it may be what the signal has interrupted
             name = signal.Signals(number).name

@@ -566,9 +566,13 @@ def test_a_signal_saves_after_the_step_and_ends_the_run(tmp_path, capfd, monkeyp
     assert capfd.readouterr().out.endswith(said)
 
 
-def test_a_second_signal_ends_the_run_at_once(tmp_path):
+def test_a_second_signal_ends_the_run_at_once_unless_it_is_the_same_one(tmp_path, monkeypatch):
     begun(tmp_path)
-    os.kill(os.getpid(), signal.SIGTERM)
+    now = time.monotonic()
+    monkeypatch.setattr("nanopost.run.time.monotonic", lambda: now)
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+    now += 3
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGTERM)
 
