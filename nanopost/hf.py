@@ -205,6 +205,15 @@ def _local(p):
     return p.to_local() if isinstance(p, DTensor) else p
 
 
+def is_own(path) -> bool:
+    """Whether a file of a model folder is in it, or is a link within it. The hub's cache, where
+    snapshots/HASH/ links to blobs/, counts as one folder."""
+    path = Path(path)
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs"
+    return target.is_file() and (target.is_relative_to(folder) or target.parent == blobs)
+
+
 def _new_head(p):
     generator = torch.Generator().manual_seed(0)
     head = torch.randn(p.shape, generator=generator) / (p.shape[1] + 1) ** 0.5

@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 
 from nanopost import InputError, checkpoint, dist, hf
 from nanopost.tokenizer import FILES
@@ -273,9 +272,6 @@ class Run:
         failed = ""
         if self.boundary and self.boundary[0] > 0 and torch.distributed.get_world_size() == 1:
             step, state, drawn = self.boundary
-            for module in self.trained[0].modules():
-                if isinstance(module, FSDPModule):  # the error may have left whole weights in bf16
-                    module.reshard()
             try:
                 self._save(step, state, drawn)
             except Exception as error:

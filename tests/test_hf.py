@@ -457,3 +457,19 @@ def test_weights_that_are_not_finite_are_refused(folder, value, dtype):
         InputError, match=f"not all weights are finite .{name}.: the run that wrote"
     ):
         hf.load_model(folder, dtype=dtype)
+
+
+def test_a_file_is_a_folders_own_unless_it_is_a_link_to_elsewhere(tmp_path):
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "1a", tmp_path / "hub" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for path in (tmp_path / "secret", blobs / "2b", snapshot / "plain"):
+        path.write_text("text")
+    (snapshot / "cached").symlink_to("../../blobs/2b")
+    (snapshot / "within").symlink_to("plain")
+    (snapshot / "leak").symlink_to(tmp_path / "secret")
+    (snapshot / "dangling").symlink_to("nowhere")
+    own = [name for name in sorted(os.listdir(snapshot)) if hf.is_own(snapshot / name)]
+    assert own == ["cached", "plain", "within"]
+    (tmp_path / "link").symlink_to(snapshot)  # the folder itself may be one
+    assert hf.is_own(tmp_path / "link" / "plain") and not hf.is_own(tmp_path / "link" / "leak")

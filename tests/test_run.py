@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from small import small_model
 
 from nanopost import InputError, checkpoint, dist, hf, optim
+from nanopost.batch import Example, batch_of
 from nanopost.dist import World
 from nanopost.run import Run, changed_arguments, named_files, starts_of
-from nanopost.tokenizer import Tokenizer, tokenizer_files
+from nanopost.tokenizer import Tokenizer, check_stage, tokenizer_files
 from runs import toy
 
 pytestmark = pytest.mark.usefixtures("alone", "signals")
@@ -219,6 +220,20 @@ def test_a_folder_that_another_model_used_holds_the_new_one_alone(tmp_path):
     assert not (tmp_path / "out" / "generation_config.json").exists()
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
     assert 7 not in Tokenizer.load(tmp_path / "out").stop_ids
+
+
+def test_links_to_elsewhere_in_a_model_folder_are_not_copied(tmp_path):
+    toy.write_model(tmp_path / "in")
+    (tmp_path / "secret.json").write_text('{"key": 1}')
+    (tmp_path / "in" / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
+    (tmp_path / "in" / "tokenizer.json").rename(tmp_path / "base.json")
+    (tmp_path / "in" / "tokenizer.json").symlink_to("../base.json")
+    tokenizer = Tokenizer.load(tmp_path / "in")
+    files = tokenizer_files(tmp_path / "in", tokenizer)
+    said = check_stage(tmp_path / "in", tokenizer)
+    assert "in: special_tokens_map.json: links to elsewhere, which are not copied" in said
+    assert files["special_tokens_map.json"] is None
+    assert files["tokenizer.json"] == (tmp_path / "base.json").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------- resuming
@@ -622,6 +637,29 @@ def test_after_an_error_in_the_middle_of_the_update_nothing_is_saved_and_it_says
     run.due_save(3, 2, 0)
     step_of_training(*trained)
     assert dist.last_words() == "--resume continues after step 2"
+
+
+def test_an_error_amid_a_sharded_forward_saves_the_shards_and_not_what_was_gathered(tmp_path):
+    """FSDP2 in a group of one, in bf16: whole weights lie there in bf16 when a forward fails."""
+    model = dist.shard(small_model(), World(0, 1, torch.device("cpu"), torch.bfloat16))
+    optimizer = optim.adamw(model, 0.01)
+    run = new_run(tmp_path)
+    run.start(model, optimizer, {"step": 0}, False, False, ABOUT)
+    expected = {name: p.clone() for name, p in dist.full_weights(model)}
+    run.log(1, {"loss": 1.0})
+    run.due_save(1, 0, 0)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        model(batch_of([Example([1, 2, 3], [True] * 3)]))
+    assert dist.last_words() == "--resume continues after step 1"
+    plain, optimizer = model_and_optimizer(1)
+    checkpoint.load(checkpoint.latest(tmp_path), plain, optimizer)
+    for name, p in plain.named_parameters():
+        assert torch.equal(p, expected[name]), name
 
 
 def test_a_save_that_fails_is_said_and_not_repeated(tmp_path, monkeypatch):
