@@ -57,11 +57,12 @@ def save(
             shutil.rmtree(path, ignore_errors=True)
         unfinished.mkdir(parents=True)
     dist.barrier()
+    weights = _weights(model=model, **others)  # first: it reshards what an error left gathered
     moments = _optimizer_state(model, optimizer)
     tensors = {key: x for key, x in moments.items() if isinstance(x, torch.Tensor)}
     numbers = {key: x for key, x in moments.items() if key not in tensors}
     try:
-        dcp.save(_weights(model=model, **others) | tensors, checkpoint_id=unfinished)
+        dcp.save(weights | tensors, checkpoint_id=unfinished)
     except dcp.api.CheckpointException as error:
         raise InputError(
             f"{unfinished} cannot be written ({_cause(error)}); the previous checkpoint is intact: "

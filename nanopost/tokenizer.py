@@ -329,8 +329,8 @@ def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes | Non
 
 
 def _foreign(folder) -> list[str]:
-    """Links to elsewhere, which are not copied, since they may lead to anything. Not tokenizer.json,
-    which has been read as a tokenizer."""
+    """Links to elsewhere, which are not copied, since they may lead to anything: all but
+    tokenizer.json, which has been read as a tokenizer."""
     there = [name for name in FILES[1:] if (folder / name).is_file()]
     return [name for name in there if not is_own(folder / name)]
 

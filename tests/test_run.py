@@ -645,6 +645,7 @@ def test_an_error_amid_a_sharded_forward_saves_the_shards_and_not_what_was_gathe
     optimizer = optim.adamw(model, 0.01)
     run = new_run(tmp_path)
     run.start(model, optimizer, {"step": 0}, False, False, ABOUT)
+    step_of_training(model, optimizer)
     expected = {name: p.clone() for name, p in dist.full_weights(model)}
     run.log(1, {"loss": 1.0})
     run.due_save(1, 0, 0)
