@@ -120,13 +120,13 @@ def parser(
         "--save_every",
         type=at_least(0),
         default=save_every,
-        help="steps between checkpoints; 0: none",
+        help="steps between checkpoints; 0: by time alone",
     )
     add(
         "--save_minutes",
         type=at_least(0.0),
         default=15.0,
-        help="minutes between checkpoints, if --save_every takes longer; 0: none",
+        help="minutes between checkpoints, where --save_every takes longer; 0: by steps alone",
     )
     add("--keep", type=at_least(1), default=2, help="checkpoints to keep")
     add(
