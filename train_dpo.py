@@ -94,6 +94,7 @@ elif args.reference_model or args.reference == "precomputed":
 train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.pair, args.to_messages
 )
+eval_rows = eval_rows[: args.eval_rows]
 max_length = min(args.max_length or args.tokens // 2, model.config.max_positions)
 
 
@@ -124,7 +125,7 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy", "grad_norm"]
 show += ["lr"]
-run = Run(args.out, world, args.steps, vars(args), show)
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -136,7 +137,11 @@ run.say(
 )
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
-run.say(f"each step takes {args.rows} of the {per_epoch:,} pairs of an epoch")
+epochs = args.steps * args.rows / per_epoch
+run.say(
+    f"each step takes {args.rows} of the {per_epoch:,} pairs of an epoch: {args.steps:,} steps, "
+    f"{epochs:.3g} epochs"
+)
 
 
 @torch.no_grad()
@@ -217,9 +222,10 @@ for step in range(state["step"] + 1, args.steps + 1):
         run.record(step, examples, {"divisor": args.rows, "nll_tokens": nll_tokens})
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
-run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+files = tokenizer_files(args.model, tokenizer)
+run.export(dist.full_weights(model), model.config, files, args.save_dtype)
 run.finish()

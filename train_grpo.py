@@ -129,6 +129,7 @@ engine = Engine.beside(model, args.model, world, tokenizer, args.engine_rows, ar
 train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
 )
+eval_rows = eval_rows[: args.eval_rows]
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,
@@ -143,10 +144,12 @@ columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "loss", "grad_norm"]
-run = Run(args.out, world, args.steps, vars(args), show)
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+epochs = args.steps * args.prompts / len(train_rows)
+run.say(f"{args.steps:,} steps of {args.prompts} prompts: {epochs:.3g} epochs")
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
 run.say(columns_report)
@@ -188,27 +191,34 @@ def rollout(rows_P, serials, n, sampling):
 def rollout_batch(consumed):
     """One group per prompt, of --prompts prompts after the first `consumed`, over all ranks.
 
-    With --resample, groups whose rewards are all equal are dropped and new ones drawn in their
-    place, for up to that many rounds (dynamic sampling, 2503.14476). Every rank draws the same
-    number, so there may be a few extra groups; or too few, if rounds run out. A rank may end empty.
-    -> (groups, reward_FPG, prompts drawn over all ranks, this rank's groups of equal rewards)
+    With --resample, groups whose rewards are all equal are dropped and as many new ones drawn in
+    their place, for up to that many rounds (dynamic sampling, 2503.14476); there are too few if
+    rounds run out. Which groups these are does not depend on the number of ranks. A rank may end
+    empty.
+    -> (groups, reward_FPG, the groups' serials, prompts drawn over all ranks, this rank's groups of
+    equal rewards)
     """
-    groups, rewards_FPG, drawn, equal, missing = [], [], 0, 0, args.prompts
+    groups, rewards_FPG, kept, drawn, equal = [], [], [], 0, 0
+    missing = args.prompts
     for _ in range(args.resample + 1):
-        count = -(-missing // world.size) * world.size
-        indices, serials = packing.share(len(train_rows), args.seed, consumed + drawn, count, world)
-        drawn += count
+        indices, serials = packing.share(
+            len(train_rows), args.seed, consumed + drawn, missing, world
+        )
+        drawn += missing
         rows_P = [train_rows[i] for i in indices]
         new_groups, reward_FPG = rollout(rows_P, serials, args.group, sampling)
+        # A rank may have got no prompts.
+        reward_FPG = reward_FPG.view(len(reward_functions), len(rows_P), args.group)
         varied_P = advantages.std(rewards.total(reward_FPG, reward_weights)) > 1e-8
         equal += int((~varied_P).sum())
         keep_P = varied_P | (args.resample == 0)
         groups += [group for group, keep in zip(new_groups, keep_P) if keep]
+        kept += [serial for serial, keep in zip(serials, keep_P) if keep]
         rewards_FPG.append(reward_FPG[:, keep_P])
         missing = args.prompts - int(dist.all_sum(len(groups)))
-        if missing <= 0:
+        if not missing:
             break
-    return groups, torch.cat(rewards_FPG, 1), drawn, equal
+    return groups, torch.cat(rewards_FPG, 1), kept, drawn, equal
 
 
 def evaluate():
@@ -236,13 +246,14 @@ if not run.resumed:
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- rollout
     began = time.perf_counter()
-    groups, reward_FPG, drawn, equal = rollout_batch(state["consumed"])
-    if not dist.all_sum(len(groups)):
+    groups, reward_FPG, serials, drawn, equal = rollout_batch(state["consumed"])
+    all_serials = dist.gather(serials)
+    if not all_serials:
         run.save(step - 1, model, optimizer, state)
         raise InputError(
             f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group of "
             f"{args.group} had equal rewards: warm up with train_sft.py, change --data or "
-            "--reward, or raise --group. The weights are saved: --resume continues from them."
+            "--reward, or raise --group."
         )
     state["consumed"] += drawn
     rollouts = [r for group in groups for r in group]
@@ -266,7 +277,8 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- update: one optimizer step per minibatch of whole groups
     meter, loss_sum, divisors = dist.Meter(), 0.0, []
-    for k, minibatch in enumerate(packing.minibatches(examples, args.minibatches, args.group)):
+    minibatches = packing.minibatches(examples, args.group, serials, all_serials, args.minibatches)
+    for k, minibatch in enumerate(minibatches):
         targets, sequences = dist.all_sums(sum(e.num_targets for e in minibatch), len(minibatch))
         divisor = losses.divisor(args.agg, targets, sequences, args.max_new_tokens)
         divisors.append(divisor)
@@ -314,7 +326,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     meter.add(reward_PG.numel(), **{"completions/unrewarded": unrewarded_PG.sum()})
     meter.add(len(reward_PG), reward_std=advantages.std(reward_PG).sum())
     meter.add(drawn / world.size, frac_reward_zero_std=equal)
-    sampled, kept = dist.all_sums(sum(r.length for r in rollouts), len(groups))
+    sampled = dist.all_sum(sum(r.length for r in rollouts))
     state["num_tokens"] += sampled
     state["rewards"] = rewards.states(reward_functions)
     seconds = time.perf_counter() - began
@@ -327,7 +339,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         "loss": dist.all_sum(loss_sum) / args.minibatches,
         "grad_norm": grad_norm,
         "lr": lr,
-        "groups": kept,
+        "groups": len(all_serials),
         "prompts_drawn": drawn,
         "num_tokens": state["num_tokens"],
         "time/rollout": rollout_seconds,
@@ -352,9 +364,10 @@ for step in range(state["step"] + 1, args.steps + 1):
     gap.check(step, metrics)
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
-run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+files = tokenizer_files(args.model, tokenizer)
+run.export(dist.full_weights(model), model.config, files, args.save_dtype)
 run.finish()

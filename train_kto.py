@@ -85,6 +85,7 @@ form = rows.unpaired if is_kto else rows.pair
 train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, form, args.to_messages
 )
+eval_rows = eval_rows[: args.eval_rows]
 max_length = min(args.max_length or args.tokens // 2, args.tokens, model.config.max_positions)
 
 
@@ -121,7 +122,7 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/chosen", "entropy", "grad_norm"]
 show += ["lr"]
-run = Run(args.out, world, args.steps, vars(args), show)
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -133,7 +134,11 @@ run.say(
 )
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
-run.say(f"each step takes {args.rows} of the {per_epoch:,} examples of an epoch")
+epochs = args.steps * args.rows / per_epoch
+run.say(
+    f"each step takes {args.rows} of the {per_epoch:,} examples of an epoch: {args.steps:,} steps, "
+    f"{epochs:.3g} epochs"
+)
 
 
 def coupled_loss(sequences):
@@ -245,9 +250,10 @@ for step in range(state["step"] + 1, args.steps + 1):
         run.record(step, every, {"divisor": args.rows}, slope=slope_S[mine_S].tolist())
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
-run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+files = tokenizer_files(args.model, tokenizer)
+run.export(dist.full_weights(model), model.config, files, args.save_dtype)
 run.finish()

@@ -140,6 +140,7 @@ engine = Engine.beside(
 train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
 )
+eval_rows = eval_rows[: args.eval_rows]
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,
@@ -155,10 +156,12 @@ columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 optimizer = optim.adamw(model, args.weight_decay, value=value_rate)
 show = ["objective/scores", "objective/kl", "policy/entropy_avg", "loss/policy_avg"]
 show += ["loss/value_avg", "val/explained_variance", "grad_norm", "completions/mean_length"]
-run = Run(args.out, world, args.steps, vars(args), show)
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "score_sums": (0, 0.0, 0.0)}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+epochs = args.steps * args.prompts / len(train_rows)
+run.say(f"{args.steps:,} steps of {args.prompts} prompts: {epochs:.3g} epochs")
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
 run.say(columns_report)
@@ -349,12 +352,13 @@ for step in range(state["step"] + 1, args.steps + 1):
     gap.check(step, metrics)
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
 files = tokenizer_files(args.model, tokenizer)
 if value_folder:  # a head is useless without its policy, so it is not exported
-    run.export(dist.full_weights(model, "value."), model.value.config, files, part="value")
-run.export(dist.full_weights(model, "policy."), model.config, files)
+    value_weights = dist.full_weights(model, "value.")
+    run.export(value_weights, model.value.config, files, args.save_dtype, part="value")
+run.export(dist.full_weights(model, "policy."), model.config, files, args.save_dtype)
 run.finish()

@@ -63,6 +63,7 @@ model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.sft, args.to_messages
 )
+eval_rows = eval_rows[: args.eval_rows]
 max_length = min(args.max_length or args.tokens, args.tokens, model.config.max_positions)
 encoded = [tokenizer.example(row, args.train_on) for row in progress(train_rows, "rows encoded")]
 train_examples, cut = packing.fit_to(encoded, max_length, args.overlong)
@@ -81,20 +82,21 @@ else:
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / per_step)
 
 optimizer = optim.adamw(model, args.weight_decay)
-run = Run(
-    args.out, world, args.steps, vars(args), show=["loss", "grad_norm", "lr", "tokens_per_second"]
-)
+show = ["loss", "grad_norm", "lr", "tokens_per_second"]
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
 run.say(
     f"{rows.named(args.data)}, before anything is cut: {report(encoded, tokenizer, train_rows)}"
 )
+run.say(f"{len(train_examples):,} rows to train on, {len(eval_examples):,} held out")
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
+epochs = args.steps * per_step / per_epoch
 filled = packing.fill_rate(lengths, packing.pack(lengths, args.tokens), args.tokens)
 run.say(
-    f"each step takes {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, "
-    f"{args.tokens}-token bins are {filled:.1%} full"
+    f"each step takes {per_step} of the {per_epoch:,} {unit} of an epoch: {args.steps:,} steps, "
+    f"{epochs:.3g} epochs; packed as a whole, {args.tokens}-token bins are {filled:.1%} full"
 )
 
 
@@ -156,9 +158,10 @@ for step in range(state["step"] + 1, args.steps + 1):
         run.record(step, examples, {"divisor": targets})
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
-run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+files = tokenizer_files(args.model, tokenizer)
+run.export(dist.full_weights(model), model.config, files, args.save_dtype)
 run.finish()

@@ -8,3 +8,7 @@ class InputError(ValueError):
 
     def __str__(self):
         return printable(super().__str__())  # it may quote data
+
+
+class StepError(RuntimeError):
+    """A step went wrong in a way that no flag caused. The message is one sentence, too."""

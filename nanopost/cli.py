@@ -103,6 +103,7 @@ def parser(
         default=100,
         help="rows of --data to hold out if --eval_data is not given",
     )
+    add("--eval_rows", type=at_least(1), help="evaluate on the first held-out rows; default: all")
     add(
         "--rename",
         nargs="*",
@@ -143,7 +144,20 @@ def parser(
         "--save_every",
         type=at_least(0),
         default=save_every,
-        help="steps between checkpoints; 0: none",
+        help="steps between checkpoints; 0: by time alone",
+    )
+    add(
+        "--save_minutes",
+        type=at_least(0.0),
+        default=15.0,
+        help="minutes between checkpoints, where --save_every takes longer; 0: by steps alone",
+    )
+    add("--keep", type=at_least(1), default=2, help="checkpoints to keep")
+    add(
+        "--save_dtype",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="of the trained model's folder; auto: that of --model",
     )
     add("--record", action="store_true", help="write what each step was made of to --out/records")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")

@@ -26,6 +26,7 @@ from nanopost.cli import Parser, above, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.rollout import completion_text
 from nanopost.rows import pair, prompt, read_rows, sft
+from nanopost.run import named_files
 from nanopost.terminal import progress, say
 from nanopost.tokenizer import Tokenizer, check_stage
 from nanopost.verify import answer_of
@@ -364,7 +365,7 @@ def evaluation(args):
             "--kl needs samples from the whole distribution: drop --temperature, --top_k, "
             "--top_p and --min_p."
         )
-    for read in filter(None, (*args.data, args.model, args.against, args.reward_model, args.kl)):
+    for read in named_files({**vars(args), "out": None}):  # whatever the flag
         if args.out and Path(args.out).resolve().is_relative_to(Path(read).resolve()):
             raise InputError(
                 f"--out {args.out} would replace what is read, {read}: choose another."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from nanopost import dist
+from nanopost import StepError, dist
 from nanopost.batch import Example
 
 GAP = "sampling/sampling_logp_difference"
@@ -109,10 +109,10 @@ class LogpGap:
         return mean | {f"{GAP}/max": dist.all_max(max(largest))[0]}
 
     def check(self, step: int, metrics: dict[str, float]):
-        """RuntimeError if the mean is above the limit."""
+        """StepError if the mean is above the limit."""
         gap = metrics.get(f"{GAP}/mean", 0.0)
         if not gap <= self.limit:  # nan too
-            raise RuntimeError(
+            raise StepError(
                 f"step {step}: before the first update engine and trainer are one policy, but "
                 f"their log-probs differ by {gap:.2g} on average (--max_logp_gap "
                 f"{self.limit:g}). Either the trainer sees different tokens, masks or a "

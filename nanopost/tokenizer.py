@@ -19,6 +19,7 @@ from tokenizers import processors
 
 from nanopost import InputError
 from nanopost.batch import Example
+from nanopost.hf import is_own
 from nanopost.rows import errors_at, place
 from nanopost.spans import answer_spans
 from nanopost.template import Template
@@ -344,7 +345,7 @@ def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes | Non
     folder = Path(folder)
     files = dict.fromkeys(FILES)
     for name in FILES:
-        if (folder / name).is_file():
+        if (folder / name).is_file() and name not in _foreign(folder):
             files[name] = (folder / name).read_bytes()
     files["chat_template.jinja"] = tokenizer.template.source
     generation = read_optional_json(folder / "generation_config.json")
@@ -359,6 +360,13 @@ def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes | Non
     return files
 
 
+def _foreign(folder) -> list[str]:
+    """Links to elsewhere, which are not copied, since they may lead to anything: all but
+    tokenizer.json, which has been read as a tokenizer."""
+    there = [name for name in FILES[1:] if (folder / name).is_file()]
+    return [name for name in there if not is_own(folder / name)]
+
+
 def fingerprint(tokenizer: Tokenizer) -> dict:
     return {
         "template_hash": tokenizer.template.hash,
@@ -368,7 +376,8 @@ def fingerprint(tokenizer: Tokenizer) -> dict:
 
 
 def check_stage(folder, tokenizer: Tokenizer) -> str:
-    """A warning if the model in `folder` was trained with another template or tokenizer, or ""."""
+    """A warning if the model in `folder` was trained with another template or tokenizer, or has
+    files that will not be copied; else ""."""
     trained = read_optional_json(Path(folder) / "nanopost.json")
     now = fingerprint(tokenizer)
     changed = [
@@ -376,6 +385,11 @@ def check_stage(folder, tokenizer: Tokenizer) -> str:
         for name in ("template", "tokenizer")
         if trained and trained[f"{name}_hash"] != now[f"{name}_hash"]
     ]
+    if foreign := _foreign(Path(folder)):
+        return (
+            f"WARNING: {folder}: {', '.join(foreign)}: links to elsewhere, which are not copied to "
+            "the trained model: put the files there instead."
+        )
     if not changed:
         return ""
     return (

@@ -398,6 +398,19 @@ def test_flags_that_do_not_go_together_say_so(flags, sentence):
 
 
 @pytest.mark.parametrize(
+    "flags", ["--chat_template mine", "--reward mine.py:f", "--reward exact model:mine"]
+)
+def test_out_replaces_nothing_that_any_flag_names(tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "mine.py"):
+        (tmp_path / name).write_text("kept")
+    out = "mine.py" if "mine.py" in flags else "mine"
+    given = ["--model", "x", "--data", "y", "--reward", "exact", *flags.split(), "--out", out]
+    with pytest.raises(InputError, match=f"--out {out} would replace what is read"):
+        evaluation(parsed(given))
+
+
+@pytest.mark.parametrize(
     "flags",
     [
         *("--samples 0", "--tokens 1", "--top_p 1.5", "--top_p 0", "--temperature -1", "--k 2 0"),

@@ -79,7 +79,7 @@ REPEATED = [
     "optimizer.zero_grad(set_to_none=True)\n",
     "    if run.due(step, args.eval_every):\n        metrics |= evaluate()\n"
     "    run.log(step, metrics)\n",
-    "    # ---- save\n    if run.due(step, args.save_every):\n"
+    "    # ---- save\n    if run.due_save(step, args.save_every, args.save_minutes):\n"
     "        run.save(step, model, optimizer, state)\n",
 ]
 

@@ -134,7 +134,12 @@ def test_empty_micro_batches_change_nothing(place, tmp_path, monkeypatch, gradie
         same(gradient, other)
     for line, other in zip(metrics(tmp_path / "with"), metrics(tmp_path / "without"), strict=True):
         assert line.keys() == other.keys()
-        for name in line.keys() - {"tokens_per_second", "time/rollout", "time/step"}:
+        for name in line.keys() - {
+            "tokens_per_second",
+            "time/rollout",
+            "time/step",
+            "time/elapsed",
+        }:
             assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
@@ -288,10 +293,10 @@ def test_groups_of_equal_rewards_are_replaced_by_others(place, tmp_path, monkeyp
         out = tmp_path / str(rounds)
         run_here("train_grpo.py", *grpo(place, out, *reward, "--resample", rounds))
     varied = [[e.columns["adv"].any() for e in examples] for examples in trained]
-    assert 0 < sum(varied[0]) < 8 == len(varied[0]) <= len(varied[1]) and all(varied[1])
+    assert 0 < sum(varied[0]) < 8 == len(varied[0]) == len(varied[1]) and all(varied[1])
     kept, line = metrics(tmp_path / "0")[1], metrics(tmp_path / "9")[1]
     assert (kept["groups"], kept["prompts_drawn"]) == (4, 4)
-    assert line["groups"] == len(varied[1]) / 2
+    assert line["groups"] == 4 < line["prompts_drawn"]
     share = 1 - line["groups"] / line["prompts_drawn"]
     assert line["frac_reward_zero_std"] == pytest.approx(share) and share > 0
 
