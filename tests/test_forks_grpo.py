@@ -451,10 +451,12 @@ def test_half_of_a_batch_are_the_prompts_that_varied_most(alone):
         world=SimpleNamespace(rank=0, size=1),
         train_rows=list(range(12)),
         rollout=rollout,
+        reward_functions=[None],
         reward_weights=[1.0],
         sampling=None,
+        state={"again": [8, 3]},
     )
-    _, _, count, equal, spreads = rollout_batch(0, [8, 3])
+    _, _, _, count, equal, spreads = rollout_batch(0)
     (first, serials), (second, more_serials) = drawn
     fresh = packing.take(12, 0, 0, 6)
     assert first == [8, 3, *fresh[2:4]] and serials == [0, 1, 2, 3] and equal == 2
