@@ -79,6 +79,13 @@ class Engine:
         shared = world.size == 1 and world.dtype == torch.float32
         if not shared:
             model = hf.load_model(folder, world.device, world.dtype)
+        return cls.of(model, tokenizer, rows, tokens, shared)
+
+    @classmethod
+    def of(
+        cls, model, tokenizer, rows: int = 512, tokens: int = 2**18, shared: bool = False
+    ) -> "Engine":
+        """An engine that stops, decodes and draws ids as a Tokenizer says."""
         unused_ids = tokenizer.unused_ids(model.config.vocab_size)
         stop_ids, decode = tokenizer.stop_ids, tokenizer.decode
         return cls(model, stop_ids, decode, rows, tokens, unused_ids, shared)

@@ -108,14 +108,7 @@ class Sampler:
         if warning := check_stage(folder, self.tokenizer):
             say(warning)
         self.model = hf.load_model(folder, world.device, world.dtype)
-        self.engine = Engine(
-            self.model,
-            self.tokenizer.stop_ids,
-            self.tokenizer.decode,
-            args.engine_rows,
-            args.engine_tokens,
-            self.tokenizer.unused_ids(self.model.config.vocab_size),
-        )
+        self.engine = Engine.of(self.model, self.tokenizer, args.engine_rows, args.engine_tokens)
 
     def answers(self, rows):
         """-> (the rows with prompt_ids, --samples Rollouts of each)."""

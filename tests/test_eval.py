@@ -319,7 +319,7 @@ def test_kl_of_a_sample_is_its_log_ratio_and_of_a_model_with_itself_zero(place):
     rows, records = read(place / "prompts.jsonl"), read(place / "kl.jsonl")
     prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
     seeds = [prompt_seed(0, serial) for serial in range(len(rows))]
-    groups = Engine(models[0], tokenizer.stop_ids).generate(prompts, 1, Sampling(8), seeds)
+    groups = Engine.of(models[0], tokenizer).generate(prompts, 1, Sampling(8), seeds)
     for (rollout,), record in zip(groups, records):
         ids = torch.tensor(rollout.prompt + rollout.ids)
         ours, theirs = (log_probs(m, ids[None])[0] for m in models)

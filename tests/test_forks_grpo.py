@@ -36,6 +36,7 @@ from nanopost.batch import Batch, Example, Sequences, batch_of
 from nanopost.dist import World
 from nanopost.engine import Engine, Sampling
 from nanopost.forward import logprobs
+from nanopost.rewards import Reward
 from nanopost.rollout import Rollout, length_metrics
 from nanopost.run import Run
 from runs import toy
@@ -514,7 +515,7 @@ def dialogues(alone):
         args=SimpleNamespace(seed=3),
         engine=SimpleNamespace(generate=generate),
         tokenizer=Tokens(),
-        reward_functions=[SimpleNamespace(name="length", function=length)],
+        reward_functions=[Reward("length", length)],
         turn_ids=turn_ids,
     )
     rows_P = [{"prompt": "a", "prompt_ids": random_ids(4, 0)}]

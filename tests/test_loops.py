@@ -172,7 +172,7 @@ def test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer(
 
     def apart(model, folder, world, tokenizer, rows, tokens):
         policies.append(model)
-        return Engine(hf.load_model(folder), tokenizer.stop_ids, tokenizer.decode, rows, tokens)
+        return Engine.of(hf.load_model(folder), tokenizer, rows, tokens)
 
     def watched(engine, *given):
         trained = dict(policies[-1].named_parameters())

@@ -220,7 +220,7 @@ def twin(place, own: bool, kl_in: str, kl: str):
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(place / "sft")
     rows = [json.loads(line) for line in (place / "prompts.jsonl").read_text().splitlines()]
-    engine = Engine(hf.load_model(place / "sft"), Tokenizer.load(place / "sft").stop_ids)
+    engine = Engine.of(hf.load_model(place / "sft"), Tokenizer.load(place / "sft"))
     policy, reference = (
         transformers.AutoModelForCausalLM.from_pretrained(place / "sft", dtype=torch.float32)
         for _ in range(2)

@@ -275,7 +275,7 @@ def test_two_optimizer_steps_of_train_grpo_are_those_of_trl(folder, tmp_path):
             rows[i]["prompt"], add_generation_prompt=True, return_dict=False
         )
         prompts.append(ids)
-    engine = Engine(hf.load_model(folder), Tokenizer.load(folder).stop_ids)
+    engine = Engine.of(hf.load_model(folder), Tokenizer.load(folder))
     seeds = [prompt_seed(seed, serial) for serial in range(4)]
     groups = engine.generate(prompts, GROUP, Sampling(NEW, TEMPERATURE), seeds)
     rollouts = [r for group in groups for r in group]
