@@ -113,7 +113,7 @@ def _one_sentence(kind, error, trace):
 def _tell_torchrun(sentence):
     """torchrun's own report, which comes last, then has the sentence in it."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        with open(path, "w") as file:
+        with open(path, "w", encoding="utf-8") as file:
             json.dump({"message": sentence, "timestamp": int(time.time())}, file)
 
 

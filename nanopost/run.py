@@ -97,7 +97,7 @@ class Run:
         """Lock OUT/.lock until this process ends, however it ends. InputError if another has it."""
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.out / ".lock", "a+")
+            self.lock = open(self.out / ".lock", "a+", encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"--out {self.out}: cannot make the folder ({error.strerror}); choose another."
@@ -471,7 +471,7 @@ def _hashes(arguments) -> dict[str, str]:
 
 def _is_text(path, text) -> bool:
     try:
-        return path.read_text() == text
+        return path.read_text(encoding="utf-8") == text
     except OSError:
         return False
 

@@ -34,6 +34,10 @@ class Digits:
 
     def load_state_dict(self, state):
         self.calls = state["calls"]
+
+
+def digits(completions, **columns):
+    return [sum(c.isdigit() for c in text[0]["content"]) / 8 for text in completions]
 """
 
 
@@ -448,7 +452,7 @@ def test_a_run_whose_reward_fails_at_once_is_run_again_by_the_same_command(place
 
 def test_a_resampled_batch_does_not_depend_on_the_number_of_ranks(place, tmp_path):
     """The groups kept, and which minibatch each is in; a rank draws none in a round of one."""
-    flags = ("--resample", 6, "--steps", 3, "--reward", f"{place}/reward.py:Digits")
+    flags = ("--resample", 6, "--steps", 3, "--reward", f"{place}/reward.py:digits")
     flags += ("--temperature", 0.5, "--lr", 1e-5, "--eval_every", 0, "--minibatches", 2)
     for ranks in (1, 2):
         run("train_grpo.py", *grpo(place, tmp_path / str(ranks), *flags), ranks=ranks)
