@@ -1,0 +1,427 @@
+"""What the twins share: running a script in float64, reading what it wrote, comparing; the tiny
+place; models of transformers in float64; AdamW and the learning rate, written plainly.
+
+Shapes: T tokens of one sequence, V vocabulary. Whatever belongs to tokens is aligned with them:
+entry t is about token t, given those before it; entry 0 is 0.
+"""
+
+import importlib.util
+import json
+import math
+import shlex
+import subprocess
+import sys
+from argparse import Namespace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from scripts import ENVIRONMENT, ROOT, metrics, parser_of
+
+import forks
+from nanopost import hf
+from nanopost.model import CausalLM, Config
+from runs import toy
+from twins import double
+
+__all__ = ["metrics"]  # of a run's folder -> list of dicts
+STEPS, STOP = 3, 2  # steps of a run; a run that is resumed was stopped after STOP
+UNTWINNED = ("tokens_per_second", "seconds", "time/")  # a clock's metrics
+
+
+# ----------------------------------------------------------------------------------------- running
+def run(script, *arguments, ranks=1, resume=False, folder=ROOT):
+    """Run a script of `folder` (of a fork's, say) in float64. resume: stop after the checkpoint of
+    step STOP, then resume in a new process group."""
+    path = Path(folder) / script
+    if resume:
+        arguments = (*arguments, "--save_every", STOP)
+    if ranks == 1 and not resume:
+        double.run_script(path, arguments)
+    elif ranks == 1:
+        with pytest.raises(double.Stopped):
+            double.run_script(path, arguments, STOP)
+        double.run_script(path, (*arguments, "--resume"))
+    else:
+        start = [sys.executable, ROOT / "tests/twins/double.py", ranks, STOP * resume, path]
+        done = subprocess.run(
+            [str(x) for x in (*start, *arguments)],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+# A twin's module has
+#
+#     SCRIPT   "train_sft.py"
+#     RUNS     {name: flags}, flags as one types them, {place} being the tiny place. The run of a fork
+#              is named "fork NAME".
+#     METRICS  the names of all metrics that the twin computes
+#     twin(args) -> (lines of metrics.jsonl, {"": weights, "value": those of a subfolder, ...})
+def arguments(module, name, place, out) -> list[str]:
+    """The command line of a run of RUNS."""
+    return [*shlex.split(module.RUNS[name].format(place=place)), "--record", "--out", str(out)]
+
+
+def folder_of(name, tmp) -> Path:
+    """The folder with the script of a run: a patched copy for a fork's."""
+    if name.startswith("fork "):
+        return forks.patched(tmp, name.removeprefix("fork "))
+    return ROOT
+
+
+@cache
+def parser(script, folder=ROOT):
+    return parser_of(Path(folder) / script)
+
+
+def parsed(module, name, place, out, folder=ROOT) -> Namespace:
+    """The script's own reading of a run's command line."""
+    return parser(module.SCRIPT, folder).parse_args(arguments(module, name, place, out))
+
+
+def check(module, name, place, tmp, ranks=1, resume=False, **tolerances) -> Namespace:
+    """Run a script and its twin: AssertionError unless they agree -> args, for check_flags_matter.
+    tmp: an empty folder."""
+    folder = folder_of(name, tmp)
+    args = parsed(module, name, place, tmp / "out", folder)
+    run(
+        module.SCRIPT,
+        *arguments(module, name, place, args.out),
+        ranks=ranks,
+        resume=resume,
+        folder=folder,
+    )
+    agree(module, args, **tolerances)
+    return args
+
+
+def agree(module, args, rel=1e-9, abs=1e-9):
+    """AssertionError unless the twin agrees with what a run has written to args.out: with every
+    number of its metrics (rel) and of its weights (abs)."""
+    lines, parts = module.twin(args)
+    compare(metrics(args.out), lines, rel)
+    for part, theirs in parts.items():
+        compare_weights(weights(Path(args.out) / part), theirs, abs)
+
+
+def check_flags_matter(module, args, also=(), folder=ROOT, **tolerances):
+    """Each flag of a run (args of `check`) changes the twin: with the flag's default it disagrees.
+
+    also: {flag: value}, to try instead of the default.
+    """
+    for name, value in vars(args).items():
+        other = dict(also).get(name, parser(module.SCRIPT, folder).get_default(name))
+        if name in PLUMBING or name in INVARIANT or value == other:
+            continue
+        try:
+            agree(module, Namespace(**{**vars(args), name: other}), **tolerances)
+        except Exception:  # an error of the twin is a disagreement too
+            continue
+        raise AssertionError(f"--{name} {value}: the twin agrees with {other} too")
+
+
+# -------------------------------------------------------------------------- what a run has written
+def records(out) -> dict[int, tuple[dict, list[dict]]]:
+    """{step: (its first line, a line per example)} of --record."""
+    found = {}
+    for path in sorted((Path(out) / "records").glob("*.jsonl")):
+        about, *examples = [json.loads(line) for line in path.read_text().splitlines()]
+        found[about["step"]] = about, examples
+    return found
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    """name -> float64 tensor, of the model in a folder."""
+    return {k: x.double() for k, x in load_file(Path(folder) / "model.safetensors").items()}
+
+
+def of_module(module) -> dict[str, torch.Tensor]:
+    """name -> tensor of a twin's model, as `weights` names them; a tied head is left out."""
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------- comparing
+def compare(found: list[dict], expected: list[dict], rel=1e-9, abs=1e-11):
+    """AssertionError unless a script's metrics are the twin's: the same steps, the same names, the
+    same numbers. Metrics of a clock (UNTWINNED) are left out."""
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    wrong = []
+    for mine, theirs in zip(found, expected):
+        names = [name for name in {**mine, **theirs} if not name.startswith(UNTWINNED)]
+        for name in names:
+            a, b = mine.get(name), theirs.get(name)
+            if a is None or b is None or a != pytest.approx(float(b), rel=rel, abs=abs):
+                wrong.append(f"step {mine['step']}: {name} is {a}, the twin's {b}")
+    assert not wrong, "\n".join(wrong)
+
+
+def compare_weights(found: dict, expected: dict, abs=1e-9):
+    """AssertionError unless both hold the same names and, within `abs`, the same numbers."""
+    assert found.keys() == expected.keys()
+    gap = {name: float((found[name] - expected[name]).abs().max()) for name in found}
+    wrong = {name: x for name, x in gap.items() if not x <= abs}
+    assert not wrong, f"weights that differ: {wrong}"
+
+
+# Flags that no twin covers, and the test file that holds each. Flags that every run gives (data,
+# out, model) are among them.
+PLUMBING = {
+    "model": "test_hf.py",
+    "data": "test_rows.py",
+    "out": "test_run.py",
+    "device": "test_dist.py",
+    "dtype": "test_dist.py",
+    "compile": "test_scripts.py",
+    "save_every": "test_run.py",
+    "record": "test_scripts.py",
+    "resume": "test_run.py",
+    "overwrite": "test_run.py",
+}
+# Flags that say how, not what, is computed: some run of the twins gives each a value other than its
+# default, and the twin, which does not read it, agrees.
+INVARIANT = {"tokens", "checkpointing", "kernels", "engine_rows"}
+
+
+# ------------------------------------------------------------------------------------------- models
+@cache
+def modeling():
+    """transformers' modules of Qwen3, which compute norms and angles in float32, in float64."""
+    transformers = pytest.importorskip("transformers")
+    import transformers.models.qwen3.modeling_qwen3 as usual
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # silent about a new head
+    loader = double.Loader(usual.__name__, usual.__file__)
+    spec = importlib.util.spec_from_file_location(usual.__name__, usual.__file__, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def language_model(folder):
+    """A folder's Qwen3ForCausalLM in float64."""
+    return modeling().Qwen3ForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager"
+    )
+
+
+def scalar_model(folder):
+    """A folder's Qwen3ForSequenceClassification in float64. A language model gets a new head: drawn
+    from seed 0, normal, of variance 1 / (width + 1)."""
+    kind = modeling().Qwen3ForSequenceClassification
+    options = {"dtype": torch.float64, "attn_implementation": "eager"}
+    model = kind.from_pretrained(folder, num_labels=1, **options)
+    # It has made its own from the usual module, which is not in float64.
+    model.model = modeling().Qwen3Model.from_pretrained(folder, **options)
+    if "score.weight" not in weights(folder):
+        width = model.config.hidden_size
+        draw = torch.Generator().manual_seed(0)
+        head = torch.randn(1, width, generator=draw, dtype=torch.float64) / (width + 1) ** 0.5
+        model.score.weight.data.copy_(head)
+    return model
+
+
+def hidden(model, ids):
+    """What a model's head reads -> [T, D]."""
+    return model.model(torch.tensor([ids])).last_hidden_state[0]
+
+
+def logits(model, ids):
+    """-> [T, V]: entry t is of the token AFTER t."""
+    return model(torch.tensor([ids])).logits[0]
+
+
+def logp_and_entropy(model, ids, temperature=1.0):
+    """Log-prob of each token, and the entropy of the distribution it is from -> two [T]."""
+    logp_TV = (logits(model, ids) / temperature).log_softmax(-1)
+    logp_T, entropy_T = torch.zeros(2, len(ids), dtype=torch.float64).unbind()
+    logp_T = [logp_T[0]] + [logp_TV[t - 1, ids[t]] for t in range(1, len(ids))]
+    entropy_T = [entropy_T[0]] + [-(row.exp() * row).sum() for row in logp_TV[:-1]]
+    return torch.stack(logp_T), torch.stack(entropy_T)
+
+
+def score(model, ids):
+    """A scalar model's number at the last token."""
+    return model.score(hidden(model, ids)[-1])[0]
+
+
+def tokenizer(folder):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+# -------------------------------------------------------------------------------------- optimization
+def clip_gradients(module, max_norm) -> float:
+    """Scale all gradients to a norm of at most max_norm (0: no limit) -> the norm before. torch adds
+    1e-6 to the norm that it divides by."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
+    if max_norm and max_norm < norm + 1e-6:
+        for g in gradients:
+            g *= max_norm / (norm + 1e-6)
+    return norm
+
+
+def learning_rate(step, steps, peak, warmup) -> float:
+    """Of step 1..steps: up to the peak in `warmup` steps, then down to 0 after the last one."""
+    warmup = min(warmup, steps // 2)
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * (1 - (step - warmup - 1) / max(1, steps - warmup))
+
+
+class AdamW:
+    """1711.05101, with betas 0.9 and 0.95. Decays matrices alone."""
+
+    def __init__(self, module, weight_decay):
+        self.module, self.weight_decay = module, weight_decay
+        self.first, self.second, self.steps = {}, {}, {}
+
+    @torch.no_grad()
+    def step(self, rate, rates=None):
+        """rates: {prefix of a name: factor of the rate}. Gradients are forgotten afterwards."""
+        for name, p in self.module.named_parameters():
+            if p.grad is None:
+                continue
+            lr = rate
+            for prefix, factor in (rates or {}).items():
+                if name.startswith(prefix + "."):
+                    lr = rate * factor
+            first = self.first.get(name, torch.zeros_like(p))
+            second = self.second.get(name, torch.zeros_like(p))
+            self.steps[name] = self.steps.get(name, 0) + 1
+            self.first[name] = 0.9 * first + 0.1 * p.grad
+            self.second[name] = 0.95 * second + 0.05 * p.grad * p.grad
+            mean = self.first[name] / (1 - 0.9 ** self.steps[name])
+            variance = self.second[name] / (1 - 0.95 ** self.steps[name])
+            if p.ndim >= 2:
+                p -= lr * self.weight_decay * p
+            p -= lr * mean / (variance.sqrt() + 1e-8)
+            p.grad = None
+
+
+# ---------------------------------------------------------------------------------------- the place
+def write_model(folder, seed=0, **changes):
+    """A random Qwen3 of two layers, its distributions far from uniform, with the toy's tokenizer: a
+    token per byte."""
+    config = Config.of(
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "vocab_size": 264,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "initializer_range": 0.2,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            **changes,
+        }
+    )
+    model = CausalLM(config).init_weights(seed)
+    for i, p in enumerate(model.parameters()):
+        if p.ndim < 2:  # norms other than 1
+            noise = torch.rand(p.shape, generator=torch.Generator().manual_seed(i))
+            p.data.copy_(0.75 + noise / 2)
+    hf.save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def sft_rows(count, first=0):
+    """Conversations of one to three turns, of unequal lengths."""
+    rows = []
+    for i in range(first, first + count):
+        messages = [message("system", "Add." + "!" * (i % 4))] if i % 3 == 0 else []
+        for turn in range(1 + i % 3):
+            a, b = 7 * i + turn, 3 * i + 11 * turn
+            messages.append(message("user", f"{a}+{b}=?"))
+            messages.append(message("assistant", f"{a + b}" + " ok" * (i % 5)))
+        rows.append({"messages": messages})
+    return rows
+
+
+def pair_rows(count, first=0):
+    """Pairs of unequal lengths; a column margin in every other row."""
+    rows = []
+    for i in range(first, first + count):
+        chosen, rejected = f"{4 * i}" + " yes" * (i % 4), f"{i + 1}" + " no" * (i % 3)
+        row = {
+            "prompt": [message("user", f"{i}*4=?" + "?" * (i % 5))],
+            "chosen": [message("assistant", chosen)],
+            "rejected": [message("assistant", rejected)],
+        }
+        if i % 2:
+            row["margin"] = 0.25 * (i % 4)
+        rows.append(row)
+    return rows
+
+
+def labelled_rows(count, first=0):
+    """Rows of KTO, two good ones to a bad one."""
+    rows = []
+    for i in range(first, first + count):
+        prompt = [message("user", f"{i}-1=?" + "." * (i % 4))]
+        completion = [message("assistant", f"{i - 1}" + " so" * (i % 5))]
+        rows.append({"prompt": prompt, "completion": completion, "label": i % 3 != 0})
+    return rows
+
+
+def prompt_rows(count, first=0):
+    """Prompts of unequal lengths, with the columns answer and scale."""
+    rows = []
+    for i in range(first, first + count):
+        prompt = [message("user", f"{i}+{i}=?" + " please" * (i % 3))]
+        rows.append({"prompt": prompt, "answer": f"{2 * i}", "scale": 1 + i % 4})
+    return rows
+
+
+REWARDS = '''
+def letters(completions, **columns):
+    """Letters of the decoded text, less than 1 each."""
+    return [sum(c.isalpha() for c in text[0]["content"]) / 4 - 0.5 for text in completions]
+
+
+def scaled(completions, scale, **columns):
+    """Reads a column; does not apply to every fifth kind of completion."""
+    sums = [sum(map(ord, text[0]["content"])) for text in completions]
+    return [None if s % 5 == 0 else (s % 7) * x / 3 for s, x in zip(sums, scale)]
+'''
+CHAT_TEMPLATE = (
+    "{%- for m in messages -%}[{{ m['role'] }}] {{ m['content'] }}"
+    "{{ '<|end|>' if m['role'] == 'assistant' else '\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}[assistant] {% endif -%}"
+)
+
+
+def write_place(folder):
+    """A folder with model/ and other/ (another random model), rows of each kind with held-out ones
+    beside them (NAME.jsonl and NAME_held_out.jsonl: sft, pairs, labelled, prompts), reward.py and
+    chat.jinja. A column in them is named as the scripts want it."""
+    write_model(folder / "model")
+    write_model(folder / "other", seed=1)
+    kinds = {"sft": sft_rows, "pairs": pair_rows, "labelled": labelled_rows, "prompts": prompt_rows}
+    for name, rows in kinds.items():
+        toy.write_rows(folder / f"{name}.jsonl", rows(9))
+        toy.write_rows(folder / f"{name}_held_out.jsonl", rows(5, first=20))
+    (folder / "reward.py").write_text(REWARDS)
+    (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
+    return folder
