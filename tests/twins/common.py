@@ -15,6 +15,7 @@ from argparse import Namespace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -59,8 +60,8 @@ def run(script, *arguments, ranks=1, resume=False, folder=ROOT):
 # A twin's module has
 #
 #     SCRIPT   "train_sft.py"
-#     RUNS     {name: flags}, flags as one types them, {place} being the tiny place. The run of a fork
-#              is named "fork NAME".
+#     RUNS     {name: flags}, flags as one types them, {place} being the tiny place; "fork NAME" is
+#              the run of a fork
 #     METRICS  the names of all metrics that the twin computes
 #     twin(args) -> (lines of metrics.jsonl, {"": weights, "value": those of a subfolder, ...})
 def arguments(module, name, place, out) -> list[str]:
@@ -81,8 +82,10 @@ def parser(script, folder=ROOT):
 
 
 def parsed(module, name, place, out, folder=ROOT) -> Namespace:
-    """The script's own reading of a run's command line."""
-    return parser(module.SCRIPT, folder).parse_args(arguments(module, name, place, out))
+    """The script's own reading of a run's command line, and fork: its name, or None."""
+    args = parser(module.SCRIPT, folder).parse_args(arguments(module, name, place, out))
+    args.fork = name.removeprefix("fork ") if name.startswith("fork ") else None
+    return args
 
 
 def check(module, name, place, tmp, ranks=1, resume=False, **tolerances) -> Namespace:
@@ -111,7 +114,8 @@ def agree(module, args, rel=1e-9, abs=1e-9):
 
 
 def check_flags_matter(module, args, also=(), folder=ROOT, **tolerances):
-    """Each flag of a run (args of `check`) changes the twin: with the flag's default it disagrees.
+    """Each flag of a run (args of `check`) changes the twin, and so does the fork: with the flag's
+    default, or without the fork, it disagrees.
 
     also: {flag: value}, to try instead of the default.
     """
@@ -188,6 +192,63 @@ PLUMBING = {
 INVARIANT = {"tokens", "checkpointing", "kernels", "engine_rows"}
 
 
+# --------------------------------------------------------------------------------------------- rows
+def read_rows(path, rename=()) -> list[dict]:
+    """rename: ["theirs=ours", ...]."""
+    ours = dict(pair.split("=") for pair in rename)
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [{ours.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def split_rows(args) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and held-out rows: --holdout rows of a permutation that no seed changes,
+    unless there is --eval_data."""
+    rows = read_rows(args.data, args.rename)
+    if args.eval_data:
+        return rows, read_rows(args.eval_data, args.rename)
+    held_out = sorted(np.random.default_rng((0, 0)).permutation(len(rows))[: args.holdout])
+    return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in held_out]
+
+
+def drawn(n, seed, first, count) -> list[int]:
+    """Which of n rows are number first, first + 1, ... of a run: each epoch is a permutation."""
+    found = []
+    for i in range(first, first + count):
+        found.append(int(np.random.default_rng((seed, i // n)).permutation(n)[i % n]))
+    return found
+
+
+def encoded(tokenizer, text) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def prompt_ids(tokenizer, messages, template=None) -> list[int]:
+    """What a completion of these messages, or of plain text, continues. template: a file."""
+    if isinstance(messages, str):
+        return encoded(tokenizer, messages)
+    return encoded(tokenizer, rendered(tokenizer, messages, template, add_generation_prompt=True))
+
+
+def rendered(tokenizer, messages, template=None, **variables) -> str:
+    source = Path(template).read_text() if template else None
+    return tokenizer.apply_chat_template(
+        messages, chat_template=source, tokenize=False, **variables
+    )
+
+
+def chat(tokenizer, messages, turns, template=None) -> tuple[list[int], list[bool]]:
+    """A conversation -> (ids, mask), the mask true in the answers of these turns, from after the
+    generation prompt to the end-of-turn token. Right for a template whose text only grows from turn
+    to turn and a tokenizer that merges nothing, as those of the place."""
+    ids = encoded(tokenizer, rendered(tokenizer, messages, template))
+    mask = [False] * len(ids)
+    for k in turns:
+        start = len(prompt_ids(tokenizer, messages[:k], template))
+        end = len(encoded(tokenizer, rendered(tokenizer, messages[: k + 1], template)))
+        mask[start:end] = [True] * (end - start)
+    return ids, mask
+
+
 # ------------------------------------------------------------------------------------------- models
 @cache
 def modeling():
@@ -256,10 +317,11 @@ def tokenizer(folder):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-# -------------------------------------------------------------------------------------- optimization
+# ------------------------------------------------------------------------------------- optimization
 def clip_gradients(module, max_norm) -> float:
-    """Scale all gradients to a norm of at most max_norm (0: no limit) -> the norm before. torch adds
-    1e-6 to the norm that it divides by."""
+    """Scale all gradients to a norm of at most max_norm (0: no limit) -> the norm before.
+
+    torch adds 1e-6 to the norm that it divides by."""
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
     if max_norm and max_norm < norm + 1e-6:
@@ -347,7 +409,7 @@ def message(role, content):
 
 
 def sft_rows(count, first=0):
-    """Conversations of one to three turns, of unequal lengths."""
+    """Rows of every form, of unequal lengths; conversations of one to three turns."""
     rows = []
     for i in range(first, first + count):
         messages = [message("system", "Add." + "!" * (i % 4))] if i % 3 == 0 else []
@@ -355,7 +417,14 @@ def sft_rows(count, first=0):
             a, b = 7 * i + turn, 3 * i + 11 * turn
             messages.append(message("user", f"{a}+{b}=?"))
             messages.append(message("assistant", f"{a + b}" + " ok" * (i % 5)))
-        rows.append({"messages": messages})
+        if i % 5 == 2:
+            rows.append({"prompt": messages[:-1], "completion": messages[-1:]})
+        elif i % 5 == 3:
+            rows.append({"prompt": f"{i} and ", "completion": f"{i + 1}" * 3})
+        elif i % 9 == 4:
+            rows.append({"text": f"{i}, {i + 1}, {i + 2}"})
+        else:
+            rows.append({"messages": messages})
     return rows
 
 
@@ -372,6 +441,15 @@ def pair_rows(count, first=0):
         if i % 2:
             row["margin"] = 0.25 * (i % 4)
         rows.append(row)
+    return rows
+
+
+def question_rows(count):
+    """Rows of the fork multiple_choice."""
+    rows = []
+    for i in range(count):
+        options = [str(i + k) for k in range(2 + i % 3)]
+        rows.append({"question": f"{i}+1=?", "options": options, "answer": i % 2})
     return rows
 
 
@@ -414,14 +492,17 @@ CHAT_TEMPLATE = (
 
 def write_place(folder):
     """A folder with model/ and other/ (another random model), rows of each kind with held-out ones
-    beside them (NAME.jsonl and NAME_held_out.jsonl: sft, pairs, labelled, prompts), reward.py and
-    chat.jinja. A column in them is named as the scripts want it."""
+    beside them (NAME.jsonl and NAME_held_out.jsonl: sft, pairs, labelled, prompts), dialogs.jsonl
+    (SFT rows with another column), reward.py and chat.jinja."""
     write_model(folder / "model")
     write_model(folder / "other", seed=1)
     kinds = {"sft": sft_rows, "pairs": pair_rows, "labelled": labelled_rows, "prompts": prompt_rows}
     for name, rows in kinds.items():
         toy.write_rows(folder / f"{name}.jsonl", rows(9))
         toy.write_rows(folder / f"{name}_held_out.jsonl", rows(5, first=20))
+    dialogs = [{"dialog": row["messages"]} for row in sft_rows(20) if "messages" in row]
+    toy.write_rows(folder / "dialogs.jsonl", dialogs)
+    toy.write_rows(folder / "questions.jsonl", question_rows(8))
     (folder / "reward.py").write_text(REWARDS)
     (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
     return folder

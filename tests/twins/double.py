@@ -1,4 +1,4 @@
-"""Runs a training script in float64: its rounding is then far below any fault that a twin looks for.
+"""Runs a training script in float64: rounding is then far below any fault that a twin looks for.
 
 The library is imported anew from its source, with float64 written wherever it says float32.
 

@@ -1,4 +1,4 @@
-"""Which run of the twins covers a flag, a choice, a metric and a fork: none may be covered by none."""
+"""Every flag, choice, metric and fork is covered by some run of the twins."""
 
 import ast
 import importlib
@@ -9,8 +9,6 @@ from scripts import ROOT, SCRIPTS
 
 import forks
 from twins import common
-
-PATCHED = {}  # fork -> the parser of the script with it
 
 
 def module(script):
@@ -72,10 +70,6 @@ def test_what_is_left_out_is_a_flag_and_held_by_a_test():
     assert flags >= {*common.PLUMBING, *common.INVARIANT}
     for name, test in common.PLUMBING.items():
         assert f"--{name}" in (ROOT / "tests" / test).read_text(), f"{test} has no --{name}"
-
-
-# Names in a script that are keys of a dictionary, or keywords of an add, and no metric's.
-NO_METRICS = {"step", "consumed", "num_tokens"}
 
 
 def logged(script) -> set[str]:
