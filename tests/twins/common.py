@@ -23,7 +23,7 @@ from scripts import ENVIRONMENT, ROOT, metrics, parser_of
 
 import forks
 from nanopost import hf
-from nanopost.model import CausalLM, Config
+from nanopost.model import CausalLM, Config, ScalarModel
 from runs import toy
 from twins import double
 
@@ -189,7 +189,7 @@ PLUMBING = {
 }
 # Flags that say how, not what, is computed: some run of the twins gives each a value other than its
 # default, and the twin, which does not read it, agrees.
-INVARIANT = {"tokens", "checkpointing", "kernels", "engine_rows"}
+INVARIANT = {"tokens", "checkpointing", "kernels", "engine_rows", "reference", "cache"}
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -247,6 +247,44 @@ def chat(tokenizer, messages, turns, template=None) -> tuple[list[int], list[boo
         end = len(encoded(tokenizer, rendered(tokenizer, messages[: k + 1], template)))
         mask[start:end] = [True] * (end - start)
     return ids, mask
+
+
+def answered(tokenizer, prompt, answer, template=None) -> tuple[list[int], list[bool]]:
+    """A prompt and its answer, both text or both lists of messages -> (ids, mask), the answer
+    trained. They end with the last trained token, as a rollout does."""
+    if isinstance(prompt, str):
+        before = encoded(tokenizer, prompt)
+        after = encoded(tokenizer, answer) + [tokenizer.eos_token_id]
+        return before + after, [False] * len(before) + [True] * len(after)
+    turns = range(len(prompt), len(prompt) + len(answer))
+    ids, mask = chat(tokenizer, prompt + answer, turns, template)
+    end = len(mask) - mask[::-1].index(True)
+    return ids[:end], mask[:end]
+
+
+def pair(tokenizer, row, template=None) -> list[tuple[list[int], list[bool]]]:
+    """A row of pairs -> [chosen, rejected], as `answered`. A row without a prompt has the messages
+    with which both sides begin as its prompt."""
+    sides = row["chosen"], row["rejected"]
+    prompt, shared = row.get("prompt"), 0
+    if prompt is None:
+        while sides[0][shared] == sides[1][shared]:
+            shared += 1
+        prompt = sides[0][:shared]
+    return [answered(tokenizer, prompt, side[shared:], template) for side in sides]
+
+
+def fitted(pairs, longest, how) -> list:
+    """Pairs cut to `longest` tokens a side, or dropped, as --overlong says. Pairs are left out of
+    which a side has nothing to train, or of which the sides are equal."""
+    found = []
+    for sides in pairs:
+        if how == "drop" and max(len(ids) for ids, _ in sides) > longest:
+            continue
+        cut = [(ids[:longest], mask[:longest]) for ids, mask in sides]
+        if all(any(mask[1:]) for _, mask in cut) and cut[0][0] != cut[1][0]:
+            found.append(cut)
+    return found
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -369,9 +407,9 @@ class AdamW:
 
 
 # ---------------------------------------------------------------------------------------- the place
-def write_model(folder, seed=0, **changes):
+def write_model(folder, seed=0, scalar=False, **changes):
     """A random Qwen3 of two layers, its distributions far from uniform, with the toy's tokenizer: a
-    token per byte."""
+    token per byte. scalar: a reward model."""
     config = Config.of(
         {
             "architectures": ["Qwen3ForCausalLM"],
@@ -389,18 +427,18 @@ def write_model(folder, seed=0, **changes):
             "max_position_embeddings": 256,
             "tie_word_embeddings": True,
             "attention_bias": False,
-            "initializer_range": 0.2,
             "eos_token_id": 1,
             "pad_token_id": 0,
             "bos_token_id": None,
             **changes,
         }
     )
-    model = CausalLM(config).init_weights(seed)
+    if scalar:
+        config = config.with_scalar_head(0)
+    model = ScalarModel(config) if scalar else CausalLM(config)
     for i, p in enumerate(model.parameters()):
-        if p.ndim < 2:  # norms other than 1
-            noise = torch.rand(p.shape, generator=torch.Generator().manual_seed(i))
-            p.data.copy_(0.75 + noise / 2)
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * seed + i))
+        p.data.copy_(0.2 * noise if p.ndim == 2 else 1 + noise / 8)  # norms other than 1
     hf.save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
 
 
@@ -429,15 +467,20 @@ def sft_rows(count, first=0):
 
 
 def pair_rows(count, first=0):
-    """Pairs of unequal lengths; a column margin in every other row."""
+    """Pairs of every form and of unequal lengths, some with a long common start; a column margin in
+    every other row."""
     rows = []
     for i in range(first, first + count):
+        question = [message("user", f"{i}*4=?" + "?" * (i % 5))]
         chosen, rejected = f"{4 * i}" + " yes" * (i % 4), f"{i + 1}" + " no" * (i % 3)
-        row = {
-            "prompt": [message("user", f"{i}*4=?" + "?" * (i % 5))],
-            "chosen": [message("assistant", chosen)],
-            "rejected": [message("assistant", rejected)],
-        }
+        if i % 4 == 3:
+            chosen, rejected = f"it is {chosen}", f"it is {rejected}"
+        answers = [message("assistant", chosen)], [message("assistant", rejected)]
+        row = {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
+        if i % 7 == 4:
+            row = {"chosen": question + answers[0], "rejected": question + answers[1]}
+        if i % 7 == 5:
+            row = {"prompt": f"{i}, ", "chosen": chosen, "rejected": rejected}
         if i % 2:
             row["margin"] = 0.25 * (i % 4)
         rows.append(row)
@@ -491,17 +534,23 @@ CHAT_TEMPLATE = (
 
 
 def write_place(folder):
-    """A folder with model/ and other/ (another random model), rows of each kind with held-out ones
-    beside them (NAME.jsonl and NAME_held_out.jsonl: sft, pairs, labelled, prompts), dialogs.jsonl
-    (SFT rows with another column), reward.py and chat.jinja."""
+    """A folder with model/, other/ (another random model), rm/ (a reward model), rows of each kind
+    with held-out ones beside them (NAME.jsonl and NAME_held_out.jsonl: sft, pairs, labelled,
+    prompts), rows whose columns have other names (dialogs.jsonl of sft, theirs.jsonl of pairs),
+    questions.jsonl of a fork, reward.py and chat.jinja."""
     write_model(folder / "model")
     write_model(folder / "other", seed=1)
+    write_model(folder / "rm", seed=2, scalar=True)
     kinds = {"sft": sft_rows, "pairs": pair_rows, "labelled": labelled_rows, "prompts": prompt_rows}
     for name, rows in kinds.items():
         toy.write_rows(folder / f"{name}.jsonl", rows(9))
         toy.write_rows(folder / f"{name}_held_out.jsonl", rows(5, first=20))
     dialogs = [{"dialog": row["messages"]} for row in sft_rows(20) if "messages" in row]
     toy.write_rows(folder / "dialogs.jsonl", dialogs)
+    theirs = [dict(row) for row in pair_rows(16)]
+    for row in theirs:
+        row |= {"better": row.pop("chosen"), "worse": row.pop("rejected")}
+    toy.write_rows(folder / "theirs.jsonl", theirs)
     toy.write_rows(folder / "questions.jsonl", question_rows(8))
     (folder / "reward.py").write_text(REWARDS)
     (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
