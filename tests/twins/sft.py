@@ -15,12 +15,14 @@ RUNS = {
     "--grad_clip 0.6 --eval_every 2 --max_length 64 --tokens 140 --train_on last "
     "--chat_template {place}/chat.jinja --checkpointing",
     "split": PLAIN + "--steps 6 --bins 2 --tokens 70 --max_length 25 --overlong split --lr 2e-3 "
-    "--warmup 2 --train_on all --loss dft --kernels torch --grad_clip 0",
+    "--warmup 2 --train_on all --loss dft --kernels torch --grad_clip 0.05",
     "dropped": "--model {place}/model --data {place}/dialogs.jsonl --rename dialog=messages "
     "--holdout 3 --epochs 1.4 --rows 4 --seed 1 --max_length 50 --overlong drop --tokens 120 "
     "--train_on completion",
-    "bins": PLAIN + "--epochs 1.3 --bins 1 --tokens 80 --max_length 60 --lr 1e-3 --seed 5",
-    "fork muon": PLAIN + "--steps 3 --rows 5 --lr 3e-3 --warmup 0 --weight_decay 0.3",
+    "bins": PLAIN + "--epochs 1.3 --bins 1 --tokens 80 --max_length 45 --lr 1e-3 --seed 5 "
+    "--grad_clip 0",
+    "fork muon": "--model {place}/model --data {place}/sft.jsonl --holdout 0 "
+    "--steps 3 --rows 5 --lr 3e-3 --warmup 0 --weight_decay 0.3",
     "fork multiple_choice": "--model {place}/model --data {place}/questions.jsonl --holdout 2 "
     "--steps 3 --rows 3 --lr 3e-3",
 }
@@ -154,6 +156,8 @@ def twin(args):
             for t in range(1, len(ids)):
                 if mask[t]:
                     loss, entropy, targets = loss - logp_T[t], entropy + entropy_T[t], targets + 1
+        if not targets:
+            return {}
         return {"eval/loss": loss / targets, "eval/entropy": entropy / targets}
 
     lines, tokens = [{"step": 0, **evaluated()}], 0
@@ -169,11 +173,11 @@ def twin(args):
             loss = 0.0
             for t in range(1, len(ids)):
                 if mask[t]:
-                    weight = float(logp_T[t].detach().exp()) if args.loss == "dft" else 1.0
+                    weight = logp_T[t].exp().item() if args.loss == "dft" else 1.0
                     loss = loss - weight * logp_T[t]
-                    entropy_sum += float(entropy_T[t].detach())
+                    entropy_sum += entropy_T[t].item()
             (loss / targets).backward()
-            loss_sum += float(loss.detach())
+            loss_sum += loss.item()
         grad_norm = common.clip_gradients(model, args.grad_clip)
         lr = common.learning_rate(step, steps, args.lr, args.warmup)
         optimizer.step(lr)

@@ -1,0 +1,28 @@
+"""train_dpo.py and its twin."""
+
+import pytest
+
+from twins import common, dpo
+
+
+@pytest.fixture(scope="module")
+def place(place):
+    dpo.write_near(place)
+    return place
+
+
+@pytest.mark.parametrize("name", dpo.RUNS)
+def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, name):
+    args = common.check(dpo, name, place, tmp_path)
+    common.check_flags_matter(dpo, args, folder=common.folder_of(name, tmp_path / "again"))
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "js", "fork tr_dpo"])
+def test_it_agrees_after_a_resume(place, tmp_path, name):
+    common.check(dpo, name, place, tmp_path, resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["forward_kl", "alpha", "orpo", "fork tr_dpo"])
+def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, name):
+    common.check(dpo, name, place, tmp_path, ranks=2, resume=True, rel=1e-6, abs=1e-6)
