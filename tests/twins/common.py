@@ -9,8 +9,6 @@ import importlib.util
 import json
 import math
 import shlex
-import subprocess
-import sys
 from argparse import Namespace
 from functools import cache
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import ENVIRONMENT, ROOT, metrics, parser_of
+from scripts import ROOT, metrics, parser_of
 
 import forks
 from nanopost import hf
@@ -33,28 +31,26 @@ UNTWINNED = ("tokens_per_second", "seconds", "time/")  # a clock's metrics
 
 
 # ----------------------------------------------------------------------------------------- running
-def run(script, *arguments, ranks=1, resume=False, folder=ROOT):
+def run(script, *arguments, ranks=1, resume=False, folder=ROOT, log=None):
     """Run a script of `folder` (of a fork's, say) in float64. resume: stop after the checkpoint of
-    step STOP, then resume in a new process group."""
-    path = Path(folder) / script
-    if resume:
-        arguments = (*arguments, "--save_every", STOP)
-    if ranks == 1 and not resume:
-        double.run_script(path, arguments)
-    elif ranks == 1:
-        with pytest.raises(double.Stopped):
-            double.run_script(path, arguments, STOP)
-        double.run_script(path, (*arguments, "--resume"))
-    else:
-        start = [sys.executable, ROOT / "tests/twins/double.py", ranks, STOP * resume, path]
-        done = subprocess.run(
-            [str(x) for x in (*start, *arguments)],
-            env=ENVIRONMENT,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    step STOP, then resume in a new process group. log: where several ranks print."""
+
+    def start(stop, *more):
+        if ranks == 1:
+            double.run_script(Path(folder) / script, [*arguments, *more], stop)
+        else:
+            double.run_ranks(ranks, Path(folder) / script, [*arguments, *more], log, stop)
+
+    if not resume:
+        start(0)
+        return
+    arguments = (*arguments, "--save_every", STOP)
+    try:
+        start(STOP)
+    except double.Stopped:
+        pass
+    assert not (Path(arguments[arguments.index("--out") + 1]) / "model.safetensors").exists()
+    start(0, "--resume")
 
 
 # A twin's module has
@@ -99,6 +95,7 @@ def check(module, name, place, tmp, ranks=1, resume=False, **tolerances) -> Name
         ranks=ranks,
         resume=resume,
         folder=folder,
+        log=tmp / "log",
     )
     agree(module, args, **tolerances)
     return args
@@ -128,6 +125,14 @@ def check_flags_matter(module, args, also=(), folder=ROOT, **tolerances):
         except Exception:  # an error of the twin is a disagreement too
             continue
         raise AssertionError(f"--{name} {value}: the twin agrees with {other} too")
+
+
+def given(module, name, args) -> dict:
+    """The flags that another run gives too, with their values in args: as check_flags_matter's
+    `also`, they are not tried once more."""
+    other = vars(parsed(module, name, "PLACE", "OUT"))
+    default = parser(module.SCRIPT).get_default
+    return {k: value for k, value in vars(args).items() if other.get(k) != default(k)}
 
 
 # -------------------------------------------------------------------------- what a run has written

@@ -27,7 +27,7 @@ RUNS = {
     "0.03 1.1 1.2 0.7 0.6 --smoothing 0.2 --divergence js --epochs 1.4 --rows 4 --max_length 14 "
     "--overlong drop --tokens 50 --lr 2e-3 --warmup 1 --kernels torch --grad_clip 0 "
     "--reference precomputed --cache {place}/cache",
-    "alpha": NEAR + SCORES + "sft --loss_weights 0.9 0.4 0.02 1.2 0.8 1.4 0.5 0.3 --smoothing 0.1 "
+    "alpha": NEAR + SCORES + "--loss_weights 0.9 0.4 0.02 1.2 0.8 1.4 0.5 --smoothing 0.1 "
     "--divergence alpha --alpha 0.3 --steps 3 --rows 5 --lr 3e-3 --warmup 0 --tokens 50 "
     "--reference precomputed --cache {place}/cache",
     "ratios": PLAIN + "--reference_model {place}/other --loss nca sppo apo_zero apo_down "
@@ -171,7 +171,7 @@ def numbers(model, reference, ids, start, prompt_too=False, weight_T=None):
         logp=(logp_T[start:] * weight_T).sum(),
         ref_logp=ref_logp,
         nll=-logp_T[first:].sum(),
-        entropy=float(entropy_T[first:].sum()),
+        entropy=entropy_T[first:].sum().item(),
         targets=len(ids) - first,
         length=len(ids) - start,
         tokens=len(ids),
@@ -181,15 +181,15 @@ def numbers(model, reference, ids, start, prompt_too=False, weight_T=None):
 
 def pair_metrics(chosen, rejected, loss, beta):
     """Those of one pair; a step's are means over its pairs."""
-    c, r = (beta * float(x.logp - x.ref_logp) for x in (chosen, rejected))
+    c, r = (beta * (x.logp.item() - x.ref_logp) for x in (chosen, rejected))
     return {
-        "loss": float(loss),
+        "loss": loss.item(),
         "rewards/chosen": c,
         "rewards/rejected": r,
         "rewards/margins": c - r,
         "rewards/accuracies": float(c > r),
-        "logps/chosen": float(chosen.logp),
-        "logps/rejected": float(rejected.logp),
+        "logps/chosen": chosen.logp.item(),
+        "logps/rejected": rejected.logp.item(),
     }
 
 
@@ -278,7 +278,11 @@ def twin(args):
             (loss / args.rows).backward()
             each.append(pair_metrics(chosen, rejected, loss, args.beta))
             for (ids, start), n in zip(pair, (chosen, rejected)):
-                entropy, targets, tokens = entropy + n.entropy, targets + n.targets, tokens + n.tokens
+                entropy, targets, tokens = (
+                    entropy + n.entropy,
+                    targets + n.targets,
+                    tokens + n.tokens,
+                )
                 expected.append(
                     {
                         "ids": ids,
