@@ -1,16 +1,12 @@
 """Runs a training script in float64: rounding is then far below any fault that a twin looks for.
 
 The library is imported anew from its source, with float64 written wherever it says float32.
-
-    python tests/twins/double.py RANKS STOP SCRIPT FLAGS...
-
-STOP: stop after the checkpoint of this step, then resume in new processes; 0: run through.
 """
 
+import multiprocessing.connection
 import os
 import re
 import runpy
-import signal
 import socket
 import sys
 import traceback
@@ -19,8 +15,6 @@ from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint  # noqa: F401  before forks, so that it is imported once
-import torch.distributed.fsdp  # noqa: F401
 
 
 class Stopped(BaseException):
@@ -99,45 +93,56 @@ def _stop_after(stop):
     checkpoint.save = save_and_stop
 
 
-def run_ranks(ranks, script, arguments, stop) -> int:
-    """Run a script in `ranks` forks of this process -> 0, or the first exit status that is not."""
+# ------------------------------------------------------------------------------------------ ranks
+# A server that has imported everything and run nothing forks the ranks, which begin at once.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    ["__main__", "torch.distributed.fsdp", "nanopost.checkpoint", "nanopost.tokenizer", __name__]
+)
+
+
+def run_ranks(ranks, script, arguments, log, stop=0):
+    """Run a script on `ranks` processes. log: the file for what they print. RuntimeError if one
+    fails."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    running = set()
+    running = {}
     for rank in range(ranks):
-        child = os.fork()
-        if child == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            status = 1
-            try:
-                run_script(script, arguments, stop)  # exits with 0 if it ends
-            except Stopped:
-                status = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        running.add(child)
-    first = 0
+        arguments = [str(x) for x in arguments]
+        given = (rank, ranks, port, str(script), arguments, str(log), stop)
+        process = SERVER.Process(target=_rank, args=given)
+        process.start()
+        running[process.sentinel] = process
+    failed = False
     while running:
-        child, status = os.wait()
-        running.discard(child)
-        if status and not first:
-            first = os.waitstatus_to_exitcode(status)
-            for other in running:
-                os.kill(other, signal.SIGKILL)
-    return first
+        for sentinel in multiprocessing.connection.wait(running):
+            process = running.pop(sentinel)
+            process.join()
+            if process.exitcode:
+                failed = True
+                for other in running.values():  # it would wait for the one that failed
+                    other.kill()
+    if failed:
+        raise RuntimeError(Path(log).read_text()[-6000:])
 
 
-if __name__ == "__main__":
-    ranks, stop, script, *arguments = sys.argv[1:]
+def _rank(rank, ranks, port, script, arguments, log, stop):
+    with open(log, "a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
     torch.set_num_threads(1)
-    status = run_ranks(int(ranks), script, arguments, int(stop))
-    if int(stop) and not status:
-        status = run_ranks(int(ranks), script, [*arguments, "--resume"], 0)
-    sys.exit(status)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    status = 1
+    try:
+        run_script(script, arguments, stop)  # exits with 0 where it ends
+    except Stopped:
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
