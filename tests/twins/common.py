@@ -310,9 +310,11 @@ def modeling():
 
 def language_model(folder):
     """A folder's Qwen3ForCausalLM in float64."""
-    return modeling().Qwen3ForCausalLM.from_pretrained(
+    model = modeling().Qwen3ForCausalLM.from_pretrained(
         folder, dtype=torch.float64, attn_implementation="eager"
     )
+    model.model.embed_tokens.padding_idx = None  # a pad that was sampled has a gradient too
+    return model
 
 
 def scalar_model(folder):
@@ -328,6 +330,7 @@ def scalar_model(folder):
         draw = torch.Generator().manual_seed(0)
         head = torch.randn(1, width, generator=draw, dtype=torch.float64) / (width + 1) ** 0.5
         model.score.weight.data.copy_(head)
+    model.model.embed_tokens.padding_idx = None
     return model
 
 
