@@ -27,4 +27,4 @@ def test_it_agrees_after_a_resume(place, tmp_path, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["forward_kl", "alpha", "orpo", "fork tr_dpo"])
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, name):
-    common.check(dpo, name, place, tmp_path, ranks=2, resume=True, rel=1e-6, abs=1e-6)
+    common.check(dpo, name, place, tmp_path, ranks=2, resume=True)
