@@ -98,6 +98,7 @@ def check(module, name, place, tmp, ranks=1, resume=False, **tolerances) -> Name
         log=tmp / "log",
     )
     agree(module, args, **tolerances)
+    RAN.setdefault(module.SCRIPT, set()).add(name)
     return args
 
 
@@ -105,6 +106,7 @@ def agree(module, args, rel=1e-9, abs=1e-9):
     """AssertionError unless the twin agrees with what a run has written to args.out: with every
     number of its metrics (rel) and of its weights (abs)."""
     lines, parts = module.twin(args)
+    COMPUTED.setdefault(module.SCRIPT, set()).update(*lines)
     compare(metrics(args.out), lines, rel)
     for part, theirs in parts.items():
         compare_weights(weights(Path(args.out) / part), theirs, abs)
@@ -125,6 +127,16 @@ def check_flags_matter(module, args, also=(), folder=ROOT, **tolerances):
         except Exception:  # an error of the twin is a disagreement too
             continue
         raise AssertionError(f"--{name} {value}: the twin agrees with {other} too")
+
+
+RAN, COMPUTED = {}, {}  # script -> its runs, and names of what its twin has computed
+
+
+def check_metrics(module):
+    """The METRICS of a twin are those that its runs have logged: for the last test of its file."""
+    if not module.RUNS.keys() <= RAN.get(module.SCRIPT, set()):
+        pytest.skip("one run after another, the whole test file says which metrics there are")
+    assert COMPUTED[module.SCRIPT] - {"step"} == module.METRICS
 
 
 def given(module, name, args) -> dict:
@@ -181,16 +193,16 @@ def compare_weights(found: dict, expected: dict, abs=1e-9):
 # Flags that no twin covers, and the test file that holds each. Flags that every run gives (data,
 # out, model) are among them.
 PLUMBING = {
-    "model": "test_hf.py",
-    "data": "test_rows.py",
-    "out": "test_run.py",
-    "device": "test_dist.py",
-    "dtype": "test_dist.py",
-    "compile": "test_scripts.py",
-    "save_every": "test_run.py",
-    "record": "test_scripts.py",
-    "resume": "test_run.py",
-    "overwrite": "test_run.py",
+    "model": "test_scripts.py",
+    "data": "test_scripts.py",
+    "out": "test_scripts.py",
+    "device": "test_loops.py",
+    "dtype": "twins/sft.py",
+    "compile": "twins/sft.py",
+    "save_every": "test_scripts.py",
+    "record": "twins/common.py",
+    "resume": "test_scripts.py",
+    "overwrite": "test_loops.py",
 }
 # Flags that say how, not what, is computed: some run of the twins gives each a value other than its
 # default, and the twin, which does not read it, agrees.

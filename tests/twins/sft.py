@@ -21,6 +21,8 @@ RUNS = {
     "--train_on completion",
     "bins": PLAIN + "--epochs 1.3 --bins 1 --tokens 80 --max_length 45 --lr 1e-3 --seed 5 "
     "--grad_clip 0",
+    "compiled": PLAIN + "--steps 3 --compile --dtype fp32",
+    "bf16": PLAIN + "--steps 2 --lr 1e-3 --dtype bf16",
     "fork muon": "--model {place}/model --data {place}/sft.jsonl --holdout 0 "
     "--steps 3 --rows 5 --lr 3e-3 --warmup 0 --weight_decay 0.3",
     "fork multiple_choice": "--model {place}/model --data {place}/questions.jsonl --holdout 2 "
