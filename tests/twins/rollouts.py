@@ -2,7 +2,8 @@
 the held-out evaluation.
 
 A sample is a Namespace: prompt and new (token ids), sampled (bool for each of new), logp (of each
-of new, 0 where not sampled), finish, rewards (one of each function, None where it does not apply).
+of new, 0 where not sampled), length (sampled tokens), finish, rewards (one of each function, None
+where it does not apply).
 A rollout's numbers that belong to tokens are lists, aligned with ids = prompt + new.
 """
 
@@ -16,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from nanopost import hf, rows
 from runs import toy
 from twins import common
 
@@ -58,24 +58,20 @@ def rarely(completions, **columns):
 '''
 
 
-def question_rows():
-    """Prompts under another name, half of them plain text, some of them long."""
+def puzzle_rows(count):
+    """Prompts whose columns have other names, half of them plain text, some of them long."""
     found = []
-    for i in range(14):
+    for i in range(count):
         question = f"What is {i}-{3 * i % 7}?" + " Really?" * (i % 3)
         prompt = question if i % 2 else [common.message("user", question)]
-        found.append({"question": prompt, "weight": 0.5 + i % 3})
+        found.append({"puzzle": prompt, "weight": 0.5 + i % 3})
     return found
 
 
 def write_more(place):
-    """Add to the tiny place: questions.jsonl, rewards.py, and rm, a reward model."""
-    if not (place / "rm").exists():
-        toy.write_rows(place / "questions.jsonl", question_rows())
-        (place / "rewards.py").write_text(REWARDS)
-        model = hf.load_scalar_model(place / "other", new_head=True)
-        hf.save_model(place / "rm", model.state_dict().items(), model.config, toy.tokenizer_files())
-    return place
+    """Add puzzles.jsonl and rewards.py to the tiny place."""
+    toy.write_rows(place / "puzzles.jsonl", puzzle_rows(14))
+    (place / "rewards.py").write_text(REWARDS)
 
 
 def lying_engine(folder):
@@ -92,14 +88,12 @@ def setting(args) -> Namespace:
     """What the flags of a script that samples name: tokenizer, rows, held_out, rewards
     [(name, f(row, sample, text) -> float or None)], weights."""
     s = Namespace(args=args, tokenizer=common.tokenizer(args.model))
-    if args.chat_template:
-        s.tokenizer.chat_template = Path(args.chat_template).read_text()
-    parts = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.prompt)
+    parts = common.split_rows(args)
     columns = dict.fromkeys(name for part in parts for row in part for name in row)
     s.rows, s.held_out = [], []
     for part, kept in zip(parts, (s.rows, s.held_out)):
         for row in part:
-            ids = prompt_ids(s.tokenizer, row["prompt"])
+            ids = common.prompt_ids(s.tokenizer, row["prompt"], args.chat_template)
             if not args.max_prompt or len(ids) <= args.max_prompt:
                 kept.append({**columns, **row, "prompt_ids": ids})
     s.rewards = []
@@ -110,13 +104,6 @@ def setting(args) -> Namespace:
         s.rewards.append((next(x for x in names if x not in taken), function))
     s.weights = args.reward_weights or [1.0] * len(s.rewards)
     return s
-
-
-def prompt_ids(tokenizer, prompt):
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def reward(spec):
@@ -135,7 +122,7 @@ def reward(spec):
         completion = text
         if isinstance(row["prompt"], list):
             completion = [common.message("assistant", text)]
-        columns = {k: [v] for k, v in row.items() if k not in ("prompt", "prompt_ids", "__line__")}
+        columns = {k: [v] for k, v in row.items() if k not in ("prompt", "prompt_ids")}
         columns |= {"prompts": [row["prompt"]], "prompt_ids": [sample.prompt]}
         (value,) = function(completions=[completion], completion_ids=[sample.new], **columns)
         return value
@@ -146,13 +133,6 @@ def reward(spec):
 def text_of(s, new):
     """What rewards see of a completion."""
     return s.tokenizer.decode(new, skip_special_tokens=True)
-
-
-def row_at(s, position) -> int:
-    """The index of the row that is drawn at a position, counted from 0 since the run began."""
-    epoch, i = divmod(position, len(s.rows))
-    order = np.random.default_rng((s.args.seed, epoch)).permutation(len(s.rows))
-    return int(order[i])
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -210,14 +190,15 @@ def group(model, s, row, serial, n, temperature) -> list[Namespace]:
     samples = draw(model, s, row["prompt_ids"], [seed + i for i in range(n)], temperature)
     for i, sample in enumerate(samples):
         answer = sample
-        if "turn" in s.args:  # the fork multi_turn
-            turn = s.tokenizer(s.args.turn, add_special_tokens=False)["input_ids"]
+        if s.args.fork == "multi_turn":
+            turn = common.encoded(s.tokenizer, s.args.turn)
             prompt = sample.prompt + sample.new + turn
             (answer,) = draw(model, s, prompt, [seed + n + i], temperature)
             sample.new = sample.new + turn + answer.new
             sample.logp = sample.logp + [0.0] * len(turn) + answer.logp
             sample.sampled = sample.sampled + [False] * len(turn) + answer.sampled
             sample.finish = answer.finish
+        sample.length = sum(sample.sampled)
         seen = Namespace(prompt=sample.prompt, new=answer.new)
         text = text_of(s, answer.new)
         sample.rewards = [function(row, seen, text) for _, function in s.rewards]
@@ -226,10 +207,6 @@ def group(model, s, row, serial, n, temperature) -> list[Namespace]:
 
 def total(s, sample) -> float:
     return sum(w * r for w, r in zip(s.weights, sample.rewards) if r is not None)
-
-
-def length(sample) -> int:
-    return sum(sample.sampled)
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -241,7 +218,7 @@ class Means:
 
     def add(self, count, **sums):
         for name, value in sums.items():
-            self.sums[name][0] += float(value)
+            self.sums[name][0] += value.item() if isinstance(value, torch.Tensor) else value
             self.sums[name][1] += count
 
     def means(self) -> dict:
@@ -273,7 +250,7 @@ def rollout_metrics(s, samples) -> dict:
         for (name, _), value in zip(s.rewards, sample.rewards):
             if value is not None:
                 means.add(1, **{f"rewards/{name}/mean": value})
-    lengths = [length(sample) for sample in samples]
+    lengths = [sample.length for sample in samples]
     cut_off = [sample.finish == "length" for sample in samples]
     return means.means() | {
         "completions/mean_length": sum(lengths) / len(samples),
@@ -336,3 +313,16 @@ def check_samples(args, step, **numbers):
     for name, values in numbers.items():
         found = [line[name] for line in lines]
         assert found == pytest.approx(values[: len(found)], rel=1e-9, abs=1e-11), name
+
+
+def check_flags_matter(module, name, args, place, tmp):
+    """common.check_flags_matter, in each run but the module's first for what that has otherwise."""
+    also = {"max_new_tokens": 4, "prompts": 2, "group": 5}  # the defaults are slow
+    first = next(iter(module.RUNS))
+    if name != first:
+        known = vars(common.parsed(module, first, place, args.out))
+        also |= {flag: value for flag, value in vars(args).items() if known.get(flag) == value}
+    folder = common.ROOT
+    if args.fork:
+        folder = tmp / f"scripts+{args.fork}"
+    common.check_flags_matter(module, args, also, folder)
