@@ -1,0 +1,29 @@
+"""train_online_dpo.py and its twin."""
+
+import pytest
+
+from twins import common, online_dpo
+
+
+@pytest.fixture(scope="module")
+def place(place):
+    online_dpo.write_more(place)
+    return place
+
+
+@pytest.mark.parametrize("name", online_dpo.RUNS)
+def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, name):
+    args = common.check(online_dpo, name, place, tmp_path)
+    shown = common.given(online_dpo, "all", args) if name != "all" else {}
+    common.check_flags_matter(online_dpo, args, also=shown)
+
+
+@pytest.mark.parametrize("name", ["all", "judge"])
+def test_it_agrees_after_a_resume(place, tmp_path, name):
+    common.check(online_dpo, name, place, tmp_path, resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["all", "without_reference"])
+def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, name):
+    common.check(online_dpo, name, place, tmp_path, ranks=2, resume=True)
