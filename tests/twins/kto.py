@@ -24,7 +24,8 @@ RUNS = {
     "bco": PAIRS + "--loss bco --sft_weight 0.4 --beta 0.4 --steps 4 --rows 5 --lr 3e-3 --warmup 0 "
     "--eval_every 1 --max_length 19",
     # No step of these holds a pair twice: its slope would depend on how a sort breaks the tie.
-    "aot": PAIRS + "--loss aot --smoothing 0.2 --seed 4 --steps 3 --rows 5 --lr 3e-3 --warmup 0",
+    "aot": PAIRS + "--loss aot --smoothing 0.2 --seed 4 --steps 3 --rows 5 --lr 3e-3 --warmup 0 "
+    "--reference_model {place}/other --reference precomputed --cache {place}/cache",
     "aot_unpaired": PAIRS + "--loss aot_unpaired --smoothing 0.1 --sft_weight 0.3 --seed 4 "
     "--steps 3 --rows 5 --lr 3e-3 --warmup 0 --reference precomputed --cache {place}/cache",
 }
