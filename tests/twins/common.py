@@ -255,13 +255,14 @@ def rendered(tokenizer, messages, template=None, **variables) -> str:
 
 def chat(tokenizer, messages, turns, template=None) -> tuple[list[int], list[bool]]:
     """A conversation -> (ids, mask), the mask true in the answers of these turns, from after the
-    generation prompt to the end-of-turn token. Right for a template whose text only grows from turn
-    to turn and a tokenizer that merges nothing, as those of the place."""
+    generation prompt to the end-of-turn token, without a newline after it. Right for a template
+    whose text only grows from turn to turn and a tokenizer that merges nothing, as those of the
+    place."""
     ids = encoded(tokenizer, rendered(tokenizer, messages, template))
     mask = [False] * len(ids)
     for k in turns:
         start = len(prompt_ids(tokenizer, messages[:k], template))
-        end = len(encoded(tokenizer, rendered(tokenizer, messages[: k + 1], template)))
+        end = len(encoded(tokenizer, rendered(tokenizer, messages[: k + 1], template).rstrip()))
         mask[start:end] = [True] * (end - start)
     return ids, mask
 
@@ -557,7 +558,8 @@ def write_place(folder):
     """A folder with model/, other/ (another random model), rm/ (a reward model), rows of each kind
     with held-out ones beside them (NAME.jsonl and NAME_held_out.jsonl: sft, pairs, labelled,
     prompts), rows whose columns have other names (dialogs.jsonl of sft, theirs.jsonl of pairs),
-    questions.jsonl of a fork, reward.py and chat.jinja."""
+    questions.jsonl of a fork, reward.py, chat.jinja, and lines.jinja,
+    which writes a newline, not trained, after an answer."""
     write_model(folder / "model")
     write_model(folder / "other", seed=1)
     write_model(folder / "rm", seed=2, scalar=True)
@@ -574,4 +576,6 @@ def write_place(folder):
     toy.write_rows(folder / "questions.jsonl", question_rows(8))
     (folder / "reward.py").write_text(REWARDS)
     (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
+    lines = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\\n")
+    (folder / "lines.jinja").write_text(lines)
     return folder
