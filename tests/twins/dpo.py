@@ -155,25 +155,27 @@ def pairs_of(tokenizer, rows, args):
 
 
 # ----------------------------------------------------------------------------------- what is shared
-def numbers(model, reference, ids, start, prompt_too=False, weight_T=None):
-    """What losses and metrics need of a sequence. reference: a model, or None. prompt_too: the
-    prompt counts in nll, entropy and targets. weight_T: of each token of the answer; default: 1."""
+def numbers(model, reference, ids, start, end=None, prompt_too=False, weight_T=None):
+    """What losses and metrics need of a sequence, whose answer is ids[start:end].
+
+    reference: a model, or None. prompt_too: the prompt counts in nll, entropy and targets.
+    weight_T: of each token of the answer; default: 1."""
     logp_T, entropy_T = common.logp_and_entropy(model, ids)
-    first = 1 if prompt_too else start
+    first, end = 1 if prompt_too else start, end or len(ids)
     if weight_T is None:
-        weight_T = torch.ones(len(ids) - start, dtype=torch.float64)
+        weight_T = torch.ones(end - start, dtype=torch.float64)
     ref_logp = 0.0
     if reference is not None:
         with torch.no_grad():
             ref_logp_T, _ = common.logp_and_entropy(reference, ids)
-            ref_logp = float((ref_logp_T[start:] * weight_T).sum())
+            ref_logp = float((ref_logp_T[start:end] * weight_T).sum())
     return SimpleNamespace(
-        logp=(logp_T[start:] * weight_T).sum(),
+        logp=(logp_T[start:end] * weight_T).sum(),
         ref_logp=ref_logp,
-        nll=-logp_T[first:].sum(),
-        entropy=entropy_T[first:].sum().item(),
-        targets=len(ids) - first,
-        length=len(ids) - start,
+        nll=-logp_T[first:end].sum(),
+        entropy=entropy_T[first:end].sum().item(),
+        targets=end - first,
+        length=end - start,
         tokens=len(ids),
         weight_T=weight_T,
     )
@@ -225,7 +227,7 @@ def of_pair(model, reference, pair, args):
         weight_T = torch.ones(len(ids) - start, dtype=torch.float64)
         if args.fork == "ld_dpo":
             weight_T[min(lengths) :] = args.ld_alpha
-        found.append(numbers(model, reference, ids, start, "orpo" in args.loss, weight_T))
+        found.append(numbers(model, reference, ids, start, len(ids), "orpo" in args.loss, weight_T))
     return found
 
 

@@ -81,34 +81,40 @@ def total_losses(sides, label_P, boundary, args):
 
 # --------------------------------------------------------------------------------------------- rows
 def labelled(tokenizer, rows, args):
-    """-> [(ids, where the answer begins, label)], cut to --max_length; a pair is two rows."""
+    """-> [(ids, start, end, label)], cut to --max_length; the answer is ids[start:end].
+
+    A pair is two rows. A newline that a template writes after the answer stays."""
     every = []
     for row in rows:
         if "chosen" in row:
             sides = common.pair(tokenizer, row, args.chat_template)
             every += [(*side, label) for side, label in zip(sides, (True, False))]
         else:
-            prompt, completion = row["prompt"], row["completion"]
-            side = common.answered(tokenizer, prompt, completion, args.chat_template)
+            conversation = row["prompt"] + row["completion"]
+            turns = [len(row["prompt"])]
+            side = common.chat(tokenizer, conversation, turns, args.chat_template)
             every.append((*side, row["label"]))
     longest = args.max_length or args.tokens // 2
     found = []
     for ids, mask, label in every:
-        start = mask.index(True)
+        start, end = mask.index(True), mask.index(True) + sum(mask)
         if start < longest and not (args.overlong == "drop" and len(ids) > longest):
-            found.append((ids[:longest], start, label))
+            found.append((ids[:longest], start, min(end, longest), label))
     return found
 
 
 def with_mismatches(rows, longest):
-    """-> [((ids, start), (ids, start), label)]: a row, and its prompt before the answer of another
-    row, the next one in a permutation that no seed changes."""
+    """-> [(row, mismatch, label)], both (ids, start, end).
+
+    A mismatch is the row's prompt before the answer of another row, the next one in a permutation
+    that no seed changes."""
     order = np.random.default_rng((0, 0)).permutation(len(rows)).tolist()
     found = []
-    for i, (ids, start, label) in enumerate(rows):
-        other_ids, other_start, _ = rows[order[(order.index(i) + 1) % len(order)]]
+    for i, (ids, start, end, label) in enumerate(rows):
+        other_ids, other_start, other_end, _ = rows[order[(order.index(i) + 1) % len(order)]]
         mixed = (ids[:start] + other_ids[other_start:])[:longest]
-        found.append(((ids, start), (mixed, start), label))
+        mixed_end = min(longest, start + other_end - other_start)
+        found.append(((ids, start, end), (mixed, start, mixed_end), label))
     return found
 
 
@@ -117,7 +123,8 @@ def units_of(tokenizer, rows, args):
     if args.loss == "kto":
         rows = labelled(tokenizer, rows, args)
         return with_mismatches(rows, args.max_length or args.tokens // 2)
-    return [(*pair, 1) for pair in dpo.pairs_of(tokenizer, rows, args)]
+    pairs = dpo.pairs_of(tokenizer, rows, args)
+    return [(*((ids, start, len(ids)) for ids, start in pair), 1) for pair in pairs]
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -187,11 +194,11 @@ def twin(args):
         entropy = targets = 0
         expected = []
         for (*pair, label), both in zip(units, sides):
-            for (ids, start), n in zip(pair, both):
+            for (ids, start, end), n in zip(pair, both):
                 slope = 0.0 if n.logp.grad is None else n.logp.grad.item() * args.rows
                 line = {
                     "ids": ids,
-                    "mask": [int(t >= start) for t in range(len(ids))],
+                    "mask": [int(start <= t < end) for t in range(len(ids))],
                     "length": n.length,
                     "ref_logp": n.ref_logp,
                     "slope": slope,

@@ -155,7 +155,10 @@ def twin(args):
             groups.append(samples)
         pairs = [pair for pair in map(best_and_worst, groups) if pair]
         prompt_too = "orpo" in args.loss
-        sides = [[dpo.numbers(model, reference, *x, prompt_too) for x in pair] for pair in pairs]
+        sides = [
+            [dpo.numbers(model, reference, *x, prompt_too=prompt_too) for x in pair]
+            for pair in pairs
+        ]
         nll_tokens = sum(chosen.targets for chosen, _ in sides) / max(1, len(pairs))
         about = {"divisor": len(pairs), "nll_tokens": nll_tokens}
         check_recorded(records[step], about, groups, version=step - 1)
@@ -174,7 +177,7 @@ def twin(args):
         every_side = [x for pair in sides for x in pair]
         tokens += sum(x.tokens for x in every_side)
         rewards = [x.reward for x in samples]
-        rollouts.check_samples(args, step, reward=rewards[: args.group])
+        rollouts.check_samples(args, step, [{"reward": x} for x in rewards[: args.group]])
         lengths = [len(x.new) for x in samples]
         line = {
             "step": step,

@@ -28,3 +28,7 @@ def test_it_agrees_after_a_resume(place, tmp_path, name):
 @pytest.mark.parametrize("name", ["forward_kl", "alpha", "orpo", "fork tr_dpo"])
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, name):
     common.check(dpo, name, place, tmp_path, ranks=2, resume=True)
+
+
+def test_its_metrics_are_those_that_it_logs():
+    common.check_metrics(dpo)
