@@ -26,7 +26,7 @@ from runs import toy
 from twins import double
 
 __all__ = ["metrics"]  # of a run's folder -> list of dicts
-STEPS, STOP = 3, 2  # steps of a run; a run that is resumed was stopped after STOP
+STOP = 2  # the step after which a run is stopped that is then resumed
 UNTWINNED = ("tokens_per_second", "seconds", "time/")  # a clock's metrics
 
 

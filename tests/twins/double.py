@@ -101,9 +101,9 @@ SERVER.set_forkserver_preload(
 )
 
 
-def run_ranks(ranks, script, arguments, log, stop=0):
+def run_ranks(ranks, script, arguments, log, stop=0, seconds=200):
     """Run a script on `ranks` processes. log: the file for what they print. RuntimeError if one
-    fails."""
+    fails, or if none has ended for so many seconds: ranks that wait for each other."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -116,13 +116,15 @@ def run_ranks(ranks, script, arguments, log, stop=0):
         running[process.sentinel] = process
     failed = False
     while running:
-        for sentinel in multiprocessing.connection.wait(running):
+        ended = multiprocessing.connection.wait(running, seconds)
+        for sentinel in ended:
             process = running.pop(sentinel)
             process.join()
-            if process.exitcode:
-                failed = True
-                for other in running.values():  # it would wait for the one that failed
-                    other.kill()
+            failed = failed or process.exitcode != 0
+        if failed or not ended:
+            failed = True
+            for process in running.values():  # they would wait for the one that failed
+                process.kill()
     if failed:
         raise RuntimeError(Path(log).read_text()[-6000:])
 

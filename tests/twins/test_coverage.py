@@ -54,6 +54,14 @@ def test_every_choice_is_taken_in_some_run(script):
             assert not missing, f"no run has --{action.dest} {' '.join(missing)}"
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_twin_is_compared_in_all_its_runs_and_after_a_resume_and_on_two_ranks(script):
+    name = module(script).__name__.removeprefix("twins.")
+    test = (ROOT / f"tests/twins/test_{name}.py").read_text()
+    needed = ("check_flags_matter(", f"{name}.RUNS", "resume=True", "ranks=2", "check_metrics(")
+    assert [text for text in needed if text not in test] == []
+
+
 def test_every_fork_has_a_run_that_gives_its_flags():
     there = {}
     for script in SCRIPTS:
