@@ -1,0 +1,581 @@
+"""What the twins share: running a script in float64, reading what it wrote, comparing; the tiny
+place; models of transformers in float64; AdamW and the learning rate, written plainly.
+
+Shapes: T tokens of one sequence, V vocabulary. Whatever belongs to tokens is aligned with them:
+entry t is about token t, given those before it; entry 0 is 0.
+"""
+
+import importlib.util
+import json
+import math
+import shlex
+from argparse import Namespace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scripts import ROOT, metrics, parser_of
+
+import forks
+from nanopost import hf
+from nanopost.model import CausalLM, Config, ScalarModel
+from runs import toy
+from twins import double
+
+__all__ = ["metrics"]  # of a run's folder -> list of dicts
+STOP = 2  # the step after which a run is stopped that is then resumed
+UNTWINNED = ("tokens_per_second", "seconds", "time/")  # a clock's metrics
+
+
+# ----------------------------------------------------------------------------------------- running
+def run(script, *arguments, ranks=1, resume=False, folder=ROOT, log=None):
+    """Run a script of `folder` (of a fork's, say) in float64. resume: stop after the checkpoint of
+    step STOP, then resume in a new process group. log: where several ranks print."""
+
+    def start(stop, *more):
+        if ranks == 1:
+            double.run_script(Path(folder) / script, [*arguments, *more], stop)
+        else:
+            double.run_ranks(ranks, Path(folder) / script, [*arguments, *more], log, stop)
+
+    if not resume:
+        start(0)
+        return
+    arguments = (*arguments, "--save_every", STOP)
+    try:
+        start(STOP)
+    except double.Stopped:
+        pass
+    assert not (Path(arguments[arguments.index("--out") + 1]) / "model.safetensors").exists()
+    start(0, "--resume")
+
+
+# A twin's module has
+#
+#     SCRIPT   "train_sft.py"
+#     RUNS     {name: flags}, flags as one types them, {place} being the tiny place; "fork NAME" is
+#              the run of a fork
+#     METRICS  the names of all metrics that the twin computes
+#     twin(args) -> (lines of metrics.jsonl, {"": weights, "value": those of a subfolder, ...})
+def arguments(module, name, place, out) -> list[str]:
+    """The command line of a run of RUNS."""
+    return [*shlex.split(module.RUNS[name].format(place=place)), "--record", "--out", str(out)]
+
+
+def folder_of(name, tmp) -> Path:
+    """The folder with the script of a run: a patched copy for a fork's."""
+    if name.startswith("fork "):
+        return forks.patched(tmp, name.removeprefix("fork "))
+    return ROOT
+
+
+@cache
+def parser(script, folder=ROOT):
+    return parser_of(Path(folder) / script)
+
+
+def parsed(module, name, place, out, folder=ROOT) -> Namespace:
+    """The script's own reading of a run's command line, and fork: its name, or None."""
+    args = parser(module.SCRIPT, folder).parse_args(arguments(module, name, place, out))
+    args.fork = name.removeprefix("fork ") if name.startswith("fork ") else None
+    return args
+
+
+def check(module, name, place, tmp, ranks=1, resume=False, **tolerances) -> Namespace:
+    """Run a script and its twin: AssertionError unless they agree -> args, for check_flags_matter.
+    tmp: an empty folder."""
+    folder = folder_of(name, tmp)
+    args = parsed(module, name, place, tmp / "out", folder)
+    run(
+        module.SCRIPT,
+        *arguments(module, name, place, args.out),
+        ranks=ranks,
+        resume=resume,
+        folder=folder,
+        log=tmp / "log",
+    )
+    agree(module, args, **tolerances)
+    RAN.setdefault(module.SCRIPT, set()).add(name)
+    return args
+
+
+def agree(module, args, rel=1e-9, abs=1e-9):
+    """AssertionError unless the twin agrees with what a run has written to args.out: with every
+    number of its metrics (rel) and of its weights (abs)."""
+    lines, parts = module.twin(args)
+    COMPUTED.setdefault(module.SCRIPT, set()).update(*lines)
+    compare(metrics(args.out), lines, rel)
+    for part, theirs in parts.items():
+        compare_weights(weights(Path(args.out) / part), theirs, abs)
+
+
+def check_flags_matter(module, args, also=(), folder=ROOT, **tolerances):
+    """Each flag of a run (args of `check`) changes the twin, and so does the fork: with the flag's
+    default, or without the fork, it disagrees.
+
+    also: {flag: value}, to try instead of the default.
+    """
+    for name, value in vars(args).items():
+        other = dict(also).get(name, parser(module.SCRIPT, folder).get_default(name))
+        if name in PLUMBING or name in INVARIANT or value == other:
+            continue
+        try:
+            agree(module, Namespace(**{**vars(args), name: other}), **tolerances)
+        except Exception:  # an error of the twin is a disagreement too
+            continue
+        raise AssertionError(f"--{name} {value}: the twin agrees with {other} too")
+
+
+RAN, COMPUTED = {}, {}  # script -> its runs, and names of what its twin has computed
+
+
+def check_metrics(module):
+    """The METRICS of a twin are those that its runs have logged: for the last test of its file."""
+    if not module.RUNS.keys() <= RAN.get(module.SCRIPT, set()):
+        pytest.skip("one run after another, the whole test file says which metrics there are")
+    assert COMPUTED[module.SCRIPT] - {"step"} == module.METRICS
+
+
+def given(module, name, args) -> dict:
+    """The flags that another run gives too, with their values in args: as check_flags_matter's
+    `also`, they are not tried once more."""
+    other = vars(parsed(module, name, "PLACE", "OUT"))
+    default = parser(module.SCRIPT).get_default
+    return {k: value for k, value in vars(args).items() if other.get(k) != default(k)}
+
+
+# -------------------------------------------------------------------------- what a run has written
+def records(out) -> dict[int, tuple[dict, list[dict]]]:
+    """{step: (its first line, a line per example)} of --record."""
+    found = {}
+    for path in sorted((Path(out) / "records").glob("*.jsonl")):
+        about, *examples = [json.loads(line) for line in path.read_text().splitlines()]
+        found[about["step"]] = about, examples
+    return found
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    """name -> float64 tensor, of the model in a folder."""
+    return {k: x.double() for k, x in load_file(Path(folder) / "model.safetensors").items()}
+
+
+def of_module(module) -> dict[str, torch.Tensor]:
+    """name -> tensor of a twin's model, as `weights` names them; a tied head is left out."""
+    return {name: p.detach() for name, p in module.named_parameters()}
+
+
+# ---------------------------------------------------------------------------------------- comparing
+def compare(found: list[dict], expected: list[dict], rel=1e-9, abs=1e-11):
+    """AssertionError unless a script's metrics are the twin's: the same steps, the same names, the
+    same numbers. Metrics of a clock (UNTWINNED) are left out."""
+    assert [line["step"] for line in found] == [line["step"] for line in expected]
+    wrong = []
+    for mine, theirs in zip(found, expected):
+        names = [name for name in {**mine, **theirs} if not name.startswith(UNTWINNED)]
+        for name in names:
+            a, b = mine.get(name), theirs.get(name)
+            if a is None or b is None or a != pytest.approx(float(b), rel=rel, abs=abs):
+                wrong.append(f"step {mine['step']}: {name} is {a}, the twin's {b}")
+    assert not wrong, "\n".join(wrong)
+
+
+def compare_weights(found: dict, expected: dict, abs=1e-9):
+    """AssertionError unless both hold the same names and, within `abs`, the same numbers."""
+    assert found.keys() == expected.keys()
+    gap = {name: float((found[name] - expected[name]).abs().max()) for name in found}
+    wrong = {name: x for name, x in gap.items() if not x <= abs}
+    assert not wrong, f"weights that differ: {wrong}"
+
+
+# Flags that no twin covers, and the test file that holds each. Flags that every run gives (data,
+# out, model) are among them.
+PLUMBING = {
+    "model": "test_scripts.py",
+    "data": "test_scripts.py",
+    "out": "test_scripts.py",
+    "device": "test_loops.py",
+    "dtype": "twins/sft.py",
+    "compile": "twins/sft.py",
+    "save_every": "test_scripts.py",
+    "record": "twins/common.py",
+    "resume": "test_scripts.py",
+    "overwrite": "test_loops.py",
+}
+# Flags that say how, not what, is computed: some run of the twins gives each a value other than its
+# default, and the twin, which does not read it, agrees.
+INVARIANT = {"tokens", "checkpointing", "kernels", "engine_rows", "reference", "cache"}
+
+
+# --------------------------------------------------------------------------------------------- rows
+def read_rows(path, rename=()) -> list[dict]:
+    """rename: ["theirs=ours", ...]."""
+    ours = dict(pair.split("=") for pair in rename)
+    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return [{ours.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def split_rows(args) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and held-out rows: --holdout rows of a permutation that no seed changes,
+    unless there is --eval_data."""
+    rows = read_rows(args.data, args.rename)
+    if args.eval_data:
+        return rows, read_rows(args.eval_data, args.rename)
+    held_out = sorted(np.random.default_rng((0, 0)).permutation(len(rows))[: args.holdout])
+    return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in held_out]
+
+
+def drawn(n, seed, first, count) -> list[int]:
+    """Which of n rows are number first, first + 1, ... of a run: each epoch is a permutation."""
+    found = []
+    for i in range(first, first + count):
+        found.append(int(np.random.default_rng((seed, i // n)).permutation(n)[i % n]))
+    return found
+
+
+def encoded(tokenizer, text) -> list[int]:
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def prompt_ids(tokenizer, messages, template=None) -> list[int]:
+    """What a completion of these messages, or of plain text, continues. template: a file."""
+    if isinstance(messages, str):
+        return encoded(tokenizer, messages)
+    return encoded(tokenizer, rendered(tokenizer, messages, template, add_generation_prompt=True))
+
+
+def rendered(tokenizer, messages, template=None, **variables) -> str:
+    source = Path(template).read_text() if template else None
+    return tokenizer.apply_chat_template(
+        messages, chat_template=source, tokenize=False, **variables
+    )
+
+
+def chat(tokenizer, messages, turns, template=None) -> tuple[list[int], list[bool]]:
+    """A conversation -> (ids, mask), the mask true in the answers of these turns, from after the
+    generation prompt to the end-of-turn token, without a newline after it. Right for a template
+    whose text only grows from turn to turn and a tokenizer that merges nothing, as those of the
+    place."""
+    ids = encoded(tokenizer, rendered(tokenizer, messages, template))
+    mask = [False] * len(ids)
+    for k in turns:
+        start = len(prompt_ids(tokenizer, messages[:k], template))
+        end = len(encoded(tokenizer, rendered(tokenizer, messages[: k + 1], template).rstrip()))
+        mask[start:end] = [True] * (end - start)
+    return ids, mask
+
+
+def answered(tokenizer, prompt, answer, template=None) -> tuple[list[int], list[bool]]:
+    """A prompt and its answer, both text or both lists of messages -> (ids, mask), the answer
+    trained. They end with the last trained token, as a rollout does."""
+    if isinstance(prompt, str):
+        before = encoded(tokenizer, prompt)
+        after = encoded(tokenizer, answer) + [tokenizer.eos_token_id]
+        return before + after, [False] * len(before) + [True] * len(after)
+    turns = range(len(prompt), len(prompt) + len(answer))
+    ids, mask = chat(tokenizer, prompt + answer, turns, template)
+    end = len(mask) - mask[::-1].index(True)
+    return ids[:end], mask[:end]
+
+
+def pair(tokenizer, row, template=None) -> list[tuple[list[int], list[bool]]]:
+    """A row of pairs -> [chosen, rejected], as `answered`. A row without a prompt has the messages
+    with which both sides begin as its prompt."""
+    sides = row["chosen"], row["rejected"]
+    prompt, shared = row.get("prompt"), 0
+    if prompt is None:
+        while sides[0][shared] == sides[1][shared]:
+            shared += 1
+        prompt = sides[0][:shared]
+    return [answered(tokenizer, prompt, side[shared:], template) for side in sides]
+
+
+def fitted(pairs, longest, how) -> list:
+    """Pairs cut to `longest` tokens a side, or dropped, as --overlong says. Pairs are left out of
+    which a side has nothing to train, or of which the sides are equal."""
+    found = []
+    for sides in pairs:
+        if how == "drop" and max(len(ids) for ids, _ in sides) > longest:
+            continue
+        cut = [(ids[:longest], mask[:longest]) for ids, mask in sides]
+        if all(any(mask[1:]) for _, mask in cut) and cut[0][0] != cut[1][0]:
+            found.append(cut)
+    return found
+
+
+# ------------------------------------------------------------------------------------------- models
+@cache
+def modeling():
+    """transformers' modules of Qwen3, which compute norms and angles in float32, in float64."""
+    transformers = pytest.importorskip("transformers")
+    import transformers.models.qwen3.modeling_qwen3 as usual
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # silent about a new head
+    loader = double.Loader(usual.__name__, usual.__file__)
+    spec = importlib.util.spec_from_file_location(usual.__name__, usual.__file__, loader=loader)
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def language_model(folder):
+    """A folder's Qwen3ForCausalLM in float64."""
+    model = modeling().Qwen3ForCausalLM.from_pretrained(
+        folder, dtype=torch.float64, attn_implementation="eager"
+    )
+    model.model.embed_tokens.padding_idx = None  # a pad that was sampled has a gradient too
+    return model
+
+
+def scalar_model(folder):
+    """A folder's Qwen3ForSequenceClassification in float64. A language model gets a new head: drawn
+    from seed 0, normal, of variance 1 / (width + 1)."""
+    kind = modeling().Qwen3ForSequenceClassification
+    options = {"dtype": torch.float64, "attn_implementation": "eager"}
+    model = kind.from_pretrained(folder, num_labels=1, **options)
+    # It has made its own from the usual module, which is not in float64.
+    model.model = modeling().Qwen3Model.from_pretrained(folder, **options)
+    if "score.weight" not in weights(folder):
+        width = model.config.hidden_size
+        draw = torch.Generator().manual_seed(0)
+        head = torch.randn(1, width, generator=draw, dtype=torch.float64) / (width + 1) ** 0.5
+        model.score.weight.data.copy_(head)
+    model.model.embed_tokens.padding_idx = None
+    return model
+
+
+def hidden(model, ids):
+    """What a model's head reads -> [T, D]."""
+    return model.model(torch.tensor([ids])).last_hidden_state[0]
+
+
+def logits(model, ids):
+    """-> [T, V]: entry t is of the token AFTER t."""
+    return model(torch.tensor([ids])).logits[0]
+
+
+def logp_and_entropy(model, ids, temperature=1.0):
+    """Log-prob of each token, and the entropy of the distribution it is from -> two [T]."""
+    logp_TV = (logits(model, ids) / temperature).log_softmax(-1)
+    logp_T, entropy_T = torch.zeros(2, len(ids), dtype=torch.float64).unbind()
+    logp_T = [logp_T[0]] + [logp_TV[t - 1, ids[t]] for t in range(1, len(ids))]
+    entropy_T = [entropy_T[0]] + [-(row.exp() * row).sum() for row in logp_TV[:-1]]
+    return torch.stack(logp_T), torch.stack(entropy_T)
+
+
+def score(model, ids):
+    """A scalar model's number at the last token."""
+    return model.score(hidden(model, ids)[-1])[0]
+
+
+def tokenizer(folder):
+    transformers = pytest.importorskip("transformers")
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+# ------------------------------------------------------------------------------------- optimization
+def clip_gradients(module, max_norm) -> float:
+    """Scale all gradients to a norm of at most max_norm (0: no limit) -> the norm before.
+
+    torch adds 1e-6 to the norm that it divides by."""
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
+    if max_norm and max_norm < norm + 1e-6:
+        for g in gradients:
+            g *= max_norm / (norm + 1e-6)
+    return norm
+
+
+def learning_rate(step, steps, peak, warmup) -> float:
+    """Of step 1..steps: up to the peak in `warmup` steps, then down to 0 after the last one."""
+    warmup = min(warmup, steps // 2)
+    if step <= warmup:
+        return peak * step / warmup
+    return peak * (1 - (step - warmup - 1) / max(1, steps - warmup))
+
+
+class AdamW:
+    """1711.05101, with betas 0.9 and 0.95. Decays matrices alone."""
+
+    def __init__(self, module, weight_decay):
+        self.module, self.weight_decay = module, weight_decay
+        self.first, self.second, self.steps = {}, {}, {}
+
+    @torch.no_grad()
+    def step(self, rate, rates=None):
+        """rates: {prefix of a name: factor of the rate}. Gradients are forgotten afterwards."""
+        for name, p in self.module.named_parameters():
+            if p.grad is None:
+                continue
+            lr = rate
+            for prefix, factor in (rates or {}).items():
+                if name.startswith(prefix + "."):
+                    lr = rate * factor
+            first = self.first.get(name, torch.zeros_like(p))
+            second = self.second.get(name, torch.zeros_like(p))
+            self.steps[name] = self.steps.get(name, 0) + 1
+            self.first[name] = 0.9 * first + 0.1 * p.grad
+            self.second[name] = 0.95 * second + 0.05 * p.grad * p.grad
+            mean = self.first[name] / (1 - 0.9 ** self.steps[name])
+            variance = self.second[name] / (1 - 0.95 ** self.steps[name])
+            if p.ndim >= 2:
+                p -= lr * self.weight_decay * p
+            p -= lr * mean / (variance.sqrt() + 1e-8)
+            p.grad = None
+
+
+# ---------------------------------------------------------------------------------------- the place
+def write_model(folder, seed=0, scalar=False, **changes):
+    """A random Qwen3 of two layers, its distributions far from uniform, with the toy's tokenizer: a
+    token per byte. scalar: a reward model."""
+    config = Config.of(
+        {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            "hidden_act": "silu",
+            "vocab_size": 264,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 10000.0,
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "bos_token_id": None,
+            **changes,
+        }
+    )
+    if scalar:
+        config = config.with_scalar_head(0)
+    model = ScalarModel(config) if scalar else CausalLM(config)
+    for i, p in enumerate(model.parameters()):
+        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * seed + i))
+        p.data.copy_(0.2 * noise if p.ndim == 2 else 1 + noise / 8)  # norms other than 1
+    hf.save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
+
+
+def message(role, content):
+    return {"role": role, "content": content}
+
+
+def sft_rows(count, first=0):
+    """Rows of every form, of unequal lengths; conversations of one to three turns."""
+    rows = []
+    for i in range(first, first + count):
+        messages = [message("system", "Add." + "!" * (i % 4))] if i % 3 == 0 else []
+        for turn in range(1 + i % 3):
+            a, b = 7 * i + turn, 3 * i + 11 * turn
+            messages.append(message("user", f"{a}+{b}=?"))
+            messages.append(message("assistant", f"{a + b}" + " ok" * (i % 5)))
+        if i % 5 == 2:
+            rows.append({"prompt": messages[:-1], "completion": messages[-1:]})
+        elif i % 5 == 3:
+            rows.append({"prompt": f"{i} and ", "completion": f"{i + 1}" * 3})
+        elif i % 9 == 4:
+            rows.append({"text": f"{i}, {i + 1}, {i + 2}"})
+        else:
+            rows.append({"messages": messages})
+    return rows
+
+
+def pair_rows(count, first=0):
+    """Pairs of every form and of unequal lengths, some with a long common start; a column margin in
+    every other row."""
+    rows = []
+    for i in range(first, first + count):
+        question = [message("user", f"{i}*4=?" + "?" * (i % 5))]
+        chosen, rejected = f"{4 * i}" + " yes" * (i % 4), f"{i + 1}" + " no" * (i % 3)
+        if i % 4 == 3:
+            chosen, rejected = f"it is {chosen}", f"it is {rejected}"
+        answers = [message("assistant", chosen)], [message("assistant", rejected)]
+        row = {"prompt": question, "chosen": answers[0], "rejected": answers[1]}
+        if i % 7 == 4:
+            row = {"chosen": question + answers[0], "rejected": question + answers[1]}
+        if i % 7 == 5:
+            row = {"prompt": f"{i}, ", "chosen": chosen, "rejected": rejected}
+        if i % 2:
+            row["margin"] = 0.25 * (i % 4)
+        rows.append(row)
+    return rows
+
+
+def question_rows(count):
+    """Rows of the fork multiple_choice."""
+    rows = []
+    for i in range(count):
+        options = [str(i + k) for k in range(2 + i % 3)]
+        rows.append({"question": f"{i}+1=?", "options": options, "answer": i % 2})
+    return rows
+
+
+def labelled_rows(count, first=0):
+    """Rows of KTO, two good ones to a bad one."""
+    rows = []
+    for i in range(first, first + count):
+        prompt = [message("user", f"{i}-1=?" + "." * (i % 4))]
+        completion = [message("assistant", f"{i - 1}" + " so" * (i % 5))]
+        rows.append({"prompt": prompt, "completion": completion, "label": i % 3 != 0})
+    return rows
+
+
+def prompt_rows(count, first=0):
+    """Prompts of unequal lengths, with the columns answer and scale."""
+    rows = []
+    for i in range(first, first + count):
+        prompt = [message("user", f"{i}+{i}=?" + " please" * (i % 3))]
+        rows.append({"prompt": prompt, "answer": f"{2 * i}", "scale": 1 + i % 4})
+    return rows
+
+
+REWARDS = '''
+def letters(completions, **columns):
+    """Letters of the decoded text, less than 1 each."""
+    return [sum(c.isalpha() for c in text[0]["content"]) / 4 - 0.5 for text in completions]
+
+
+def scaled(completions, scale, **columns):
+    """Reads a column; does not apply to every fifth kind of completion."""
+    sums = [sum(map(ord, text[0]["content"])) for text in completions]
+    return [None if s % 5 == 0 else (s % 7) * x / 3 for s, x in zip(sums, scale)]
+'''
+CHAT_TEMPLATE = (
+    "{%- for m in messages -%}[{{ m['role'] }}] {{ m['content'] }}"
+    "{{ '<|end|>' if m['role'] == 'assistant' else '\\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}[assistant] {% endif -%}"
+)
+
+
+def write_place(folder):
+    """A folder with model/, other/ (another random model), rm/ (a reward model), rows of each kind
+    with held-out ones beside them (NAME.jsonl and NAME_held_out.jsonl: sft, pairs, labelled,
+    prompts), rows whose columns have other names (dialogs.jsonl of sft, theirs.jsonl of pairs),
+    questions.jsonl of a fork, reward.py, chat.jinja, and lines.jinja,
+    which writes a newline, not trained, after an answer."""
+    write_model(folder / "model")
+    write_model(folder / "other", seed=1)
+    write_model(folder / "rm", seed=2, scalar=True)
+    kinds = {"sft": sft_rows, "pairs": pair_rows, "labelled": labelled_rows, "prompts": prompt_rows}
+    for name, rows in kinds.items():
+        toy.write_rows(folder / f"{name}.jsonl", rows(9))
+        toy.write_rows(folder / f"{name}_held_out.jsonl", rows(5, first=20))
+    dialogs = [{"dialog": row["messages"]} for row in sft_rows(20) if "messages" in row]
+    toy.write_rows(folder / "dialogs.jsonl", dialogs)
+    theirs = [dict(row) for row in pair_rows(16)]
+    for row in theirs:
+        row |= {"better": row.pop("chosen"), "worse": row.pop("rejected")}
+    toy.write_rows(folder / "theirs.jsonl", theirs)
+    toy.write_rows(folder / "questions.jsonl", question_rows(8))
+    (folder / "reward.py").write_text(REWARDS)
+    (folder / "chat.jinja").write_text(CHAT_TEMPLATE)
+    lines = CHAT_TEMPLATE.replace("<|end|>", "<|end|>\\n")
+    (folder / "lines.jinja").write_text(lines)
+    return folder

@@ -1,0 +1,339 @@
+"""The twin of train_grpo.py and of its forks."""
+
+import math
+from argparse import Namespace
+from statistics import median
+
+import numpy as np
+import torch
+
+from twins import common, rollouts
+from twins.rollouts import GAP, Means, positions, spread, std
+
+SCRIPT = "train_grpo.py"
+PLAIN = (
+    "--model {place}/model --data {place}/prompts.jsonl --eval_data {place}/prompts_held_out.jsonl "
+    "--steps 3 --prompts 4 --group 3 --max_new_tokens 6 --temperature 0.8 --seed 5 "
+    "--lr 4e-3 --warmup 2 --weight_decay 0.2 --grad_clip 0.6 --stop e 7 / "
+)
+TWO = "--reward {place}/reward.py:letters {place}/reward.py:scaled --reward_weights 0.7 -0.45 "
+GAPS = "--max_logp_gap 5 "  # of an engine that lies: see rollouts.lying_engine
+RUNS = {
+    "grpo": PLAIN + TWO + "--eval_every 2 --tokens 70 --checkpointing --kernels torch "
+    "--engine_rows 7 --clip 0.02 0.05 --beta 0.3 --agg sequence",
+    "resampled": PLAIN + "--prompts 6 --minibatches 3 --resample 2 --adv batch --agg constant "
+    "--clip 0.01 0.03 --reward {place}/rewards.py:rarely --beta 0.1 --kl k2",
+    "other rows": "--model {place}/model --data {place}/puzzles.jsonl --holdout 3 "
+    "--rename puzzle=prompt weight=factor --max_prompt 30 --chat_template {place}/chat.jinja "
+    "--reward {place}/rewards.py:letters {place}/rewards.py:factors {place}/rewards.py:letters "
+    "--steps 3 --prompts 4 --group 2 --minibatches 1 --max_new_tokens 5 --lr 3e-3 --grad_clip 0 "
+    "--adv mean --beta 0.2 --kl k1",
+    "rloo": PLAIN + TWO + "--adv loo --ratio sequence_sum --agg sequence --clip 0.1 0.3",
+    "luspo": PLAIN + TWO + "--ratio sequence --agg sequence_sum --clip 0.003 0.004",
+    "cispo": PLAIN + TWO + GAPS + "--loss cispo --cispo_cap 1.3",
+    "sapo": PLAIN + TWO + GAPS + "--loss sapo --sapo_tau 0.6 1.7 --agg constant",
+    "token-truncate": PLAIN + TWO + GAPS + "--old_logp trainer --correct token-truncate "
+    "--correct_cap 1.2",
+    "token-mask": PLAIN + TWO + GAPS + "--old_logp trainer --correct token-mask "
+    "--correct_cap 1.2 --beta 0.2",
+    "sequence-truncate": PLAIN + TWO + GAPS + "--old_logp trainer --correct sequence-truncate "
+    "--correct_cap 1.4",
+    "sequence-mask": PLAIN + TWO + GAPS + "--old_logp trainer --correct sequence-mask "
+    "--correct_cap 1.7",
+    "fork curriculum": PLAIN + TWO,
+    "fork entropy_bonus": PLAIN + TWO + "--entropy_coef 0.2 --agg sequence",
+    "fork gdpo": PLAIN + TWO + "--adv gdpo",
+    "fork kl_reward": PLAIN + TWO + "--adv loo --ratio sequence_sum --agg sequence --beta 0.3 "
+    "--kl k1",
+    "fork median_baseline": PLAIN + TWO + "--adv median --group 4",
+    "fork multi_turn": PLAIN + TWO + "--turn <|user|>Sure?<|assistant|> --beta 0.1",
+    "fork off_policy_mask": PLAIN + TWO + "--off_policy_mask 0.02 --beta 0.1",
+    "fork overlong_mask": PLAIN + TWO + "--agg sequence --beta 0.2",
+    "fork top_entropy": PLAIN + TWO + "--top_entropy 0.4 --beta 0.2",
+    "fork two_sided_clip": PLAIN + TWO + "--clip 0.02 0.01 --delta 1.015",
+}
+METRICS = rollouts.METRICS | {
+    *("reward", "reward_std", "frac_reward_zero_std", "groups", "prompts_drawn"),
+    *("loss", "grad_norm", "lr", "entropy", "kl", "cispo_clip_ratio"),
+    *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
+    *("sampling/importance_sampling_ratio/mean", "sampling/capped"),
+}
+
+
+# ------------------------------------------------------------------------------------------ rollout
+def rollout_batch(model, s, consumed, ranks, again) -> Namespace:
+    """The groups that a step trains on, rank by rank [(rank, group)]; how many prompts were drawn,
+    how many of these had equal rewards, and (spread, row) of each that was drawn."""
+    args = s.args
+    batch = Namespace(groups=[], drawn=0, equal=0, spreads=[])
+    missing = args.prompts
+    for _ in range(args.resample + 1):
+        count = math.ceil(missing / ranks) * ranks
+        first = consumed + batch.drawn
+        for i, row in enumerate(common.drawn(len(s.rows), args.seed, first, count)):
+            if i < len(again):
+                row = again[i]
+            group = rollouts.group(model, s, s.rows[row], first + i, args.group, args.temperature)
+            width = std([rollouts.total(s, sample) for sample in group])
+            batch.spreads.append((width, row))
+            batch.equal += width <= 1e-8
+            if width > 1e-8 or not args.resample:
+                batch.groups.append((i % ranks, group))
+        again = []
+        batch.drawn += count
+        missing = args.prompts - len(batch.groups)
+        if missing <= 0:
+            break
+    batch.groups.sort(key=lambda pair: pair[0])
+    return batch
+
+
+# ---------------------------------------------------------------------------------------- advantage
+def advantages(s, groups, totals) -> list[list[float]]:
+    """groups: samples; totals: their rewards -> an advantage each, group by group."""
+    if s.args.fork == "gdpo":
+        sums = [gdpo(s, group) for group in groups]
+        width = std([x for group in sums for x in group])
+        return [[x / (width + 1e-4) for x in group] for group in sums]
+    if s.args.fork == "median_baseline":
+        return [[reward - median(group) for reward in group] for group in totals]
+    whole = std([reward for group in totals for reward in group])
+    found = []
+    for group in totals:
+        mean = sum(group) / len(group)
+        found.append([])
+        for reward in group:
+            others = (sum(group) - reward) / (len(group) - 1)
+            found[-1].append(
+                {
+                    "group": (reward - mean) / (std(group) + 1e-4),
+                    "mean": reward - mean,
+                    "loo": reward - others,
+                    "batch": (reward - mean) / (whole + 1e-4),
+                }[s.args.adv]
+            )
+    return found
+
+
+def gdpo(s, group) -> list[float]:
+    """The weighted sum of each reward's z-score in the group, 0 where it does not apply."""
+    sums = [0.0] * len(group)
+    for k, weight in enumerate(s.weights):
+        there = [sample.rewards[k] for sample in group if sample.rewards[k] is not None]
+        for i, sample in enumerate(group):
+            if sample.rewards[k] is not None:
+                z = (sample.rewards[k] - sum(there) / len(there)) / (std(there) + 1e-4)
+                sums[i] += weight * z
+    return sums
+
+
+# -------------------------------------------------------------------------------------------- terms
+def kl(kind, logp, ref_logp):
+    """An estimate of the KL from a token of these log-probs; floats or tensors."""
+    x = logp - ref_logp
+    if kind == "k1":
+        return x
+    if kind == "k2":
+        return x * x / 2
+    return (torch.exp(-x) if isinstance(x, torch.Tensor) else math.exp(-x)) - 1 + x
+
+
+def log_ratios(args, sample, logp_T) -> list:
+    """log pi / pi_old at each sampled token."""
+    each = [logp_T[t] - sample.old[t] for t in positions(sample)]
+    if args.ratio == "sequence":
+        each = [sum(each) / len(each)] * len(each)
+    if args.ratio == "sequence_sum":
+        each = [sum(each)] * len(each)
+    if args.fork == "two_sided_clip":
+        each = [x.clamp(max=math.log(args.delta)) for x in each]
+    return each
+
+
+def policy_loss(args, log_ratio, logp, adv, meter):
+    """Of one token; also counts what is clipped."""
+    ratio = log_ratio.exp()
+    if args.loss == "cispo":
+        meter.add(1, cispo_clip_ratio=ratio > args.cispo_cap and adv > 0)
+        return -min(ratio.item(), args.cispo_cap) * adv * logp
+    if args.loss == "sapo":
+        tau = args.sapo_tau[0] if adv > 0 else args.sapo_tau[1]
+        return -adv * 4 / tau / (1 + torch.exp(-tau * (ratio - 1)))
+    low, high = args.clip
+    too_low, too_high = ratio < 1 - low and adv < 0, ratio > 1 + high and adv > 0
+    meter.add(1, **{"clip_ratio/low_mean": too_low, "clip_ratio/high_mean": too_high})
+    meter.add(1, **{"clip_ratio/region_mean": too_low or too_high})
+    if too_low:
+        return 0 * ratio - (1 - low) * adv
+    if too_high:
+        return 0 * ratio - (1 + high) * adv
+    return -ratio * adv
+
+
+def corrections(args, sample, meter) -> list[float]:
+    """Importance weight of each sampled token: trainer over engine, cut at the cap."""
+    at = positions(sample)
+    if args.correct == "none":
+        return [1.0] * len(at)
+    level, mode = args.correct.split("-")
+    gaps = [sample.old[t] - sample.engine[t] for t in at]
+    weights = []
+    for gap in gaps:
+        ratio = math.exp(gap if level == "token" else sum(gaps))
+        meter.add(1, **{"sampling/importance_sampling_ratio/mean": ratio})
+        meter.add(1, **{"sampling/capped": ratio > args.correct_cap})
+        over = args.correct_cap if mode == "truncate" else 0.0
+        weights.append(ratio if ratio <= args.correct_cap else over)
+    return weights
+
+
+def divisor(args, examples) -> int:
+    counts = {
+        "token": sum(len(positions(e)) for e in examples),
+        "sequence": len(examples),
+        "sequence_sum": len(examples),
+        "constant": len(examples) * args.max_new_tokens,
+    }
+    return max(1, counts[args.agg])
+
+
+def loss_of(args, model, sample, meter, gap):
+    """The summed loss of one sample. gap: of engine and trainer, or None after the first update."""
+    logp_T, entropy_T = common.logp_and_entropy(model, sample.ids, args.temperature)
+    at = positions(sample)
+    weight = 1 / len(at) if args.agg == "sequence" and at else 1.0
+    correction = corrections(args, sample, meter)
+    moved = sum(sample.engine[t] - logp_T[t].item() for t in at)
+    loss = 0 * logp_T.sum()
+    for t, log_ratio, factor in zip(at, log_ratios(args, sample, logp_T), correction):
+        adv = sample.adv[t]
+        if args.fork == "off_policy_mask":
+            dropped = adv < 0 and moved / len(at) > args.off_policy_mask
+            meter.add(1, off_policy_ratio=dropped)
+            factor = 0.0 if dropped else factor
+        loss = loss + weight * factor * policy_loss(args, log_ratio, logp_T[t], adv, meter)
+        if args.beta:
+            kl_t = kl(args.kl, logp_T[t], sample.ref[t])
+            meter.add(1, kl=kl_t)
+            if args.fork != "kl_reward":
+                loss = loss + args.beta * weight * kl_t
+        if args.fork == "entropy_bonus":
+            loss = loss - args.entropy_coef * weight * entropy_T[t]
+        meter.add(1, entropy=entropy_T[t])
+        if gap is not None:
+            gap.append(abs(logp_T[t].item() - sample.engine[t]))
+    return loss
+
+
+# --------------------------------------------------------------------------------------------- twin
+def twin(args):
+    s = rollouts.setting(args)
+    model = common.language_model(args.model)
+    reference = common.language_model(args.model) if args.beta else None
+    optimizer = common.AdamW(model, args.weight_decay)
+    records = common.records(args.out)
+    ranks = rollouts.num_ranks(records)
+    lines = [{"step": 0, **rollouts.evaluate(model, s)}]
+    consumed, num_tokens, again = 0, 0, []
+    for step in range(1, args.steps + 1):
+        batch = rollout_batch(model, s, consumed, ranks, again)
+        consumed += batch.drawn
+        if args.fork == "curriculum":
+            most = sorted(batch.spreads, reverse=True)
+            again = [row for width, row in most if width > 1e-8][: args.prompts // 2]
+        about, recorded = records[step]
+        samples = [sample for _, group in batch.groups for sample in group]
+        assert [line["rank"] for line in recorded] == [
+            rank for rank, group in batch.groups for _ in group
+        ]
+
+        # ---- log-probs
+        entropies = []
+        for sample, line in zip(samples, recorded, strict=True):
+            sample.ids = sample.prompt + sample.new
+            sample.engine = line["engine_logp"]
+            with torch.no_grad():
+                logp_T, entropy_T = common.logp_and_entropy(model, sample.ids, args.temperature)
+                sample.old = sample.engine
+                if args.old_logp == "trainer":
+                    sample.old = spread(sample, [float(logp_T[t]) for t in positions(sample)])
+                sample.entropy = entropy_T.tolist()
+                entropies += [sample.entropy[t] for t in positions(sample)]
+                if args.beta:
+                    logp_T, _ = common.logp_and_entropy(reference, sample.ids, args.temperature)
+                    sample.ref = spread(sample, [float(logp_T[t]) for t in positions(sample)])
+
+        # ---- advantage
+        totals = [[rollouts.total(s, sample) for sample in group] for _, group in batch.groups]
+        if args.fork == "kl_reward":
+            for rewards, (_, group) in zip(totals, batch.groups):
+                for i, sample in enumerate(group):
+                    each = [kl(args.kl, sample.old[t], sample.ref[t]) for t in positions(sample)]
+                    rewards[i] -= args.beta * sum(each)
+        adv = advantages(s, [group for _, group in batch.groups], totals)
+        adv = [x for group in adv for x in group]
+        if args.fork == "top_entropy":
+            least = np.quantile(entropies, 1 - args.top_entropy)
+        for sample, line, x in zip(samples, recorded, adv):
+            cut_off = args.fork == "overlong_mask" and sample.finish == "length"
+            columns = {"old_logp": sample.old, "adv": spread(sample, [x] * sample.length)}
+            if args.beta:
+                columns["ref_logp"] = sample.ref
+            if args.fork == "top_entropy":
+                kept = [a * (h >= least) for a, h in zip(columns["adv"], sample.entropy)]
+                columns["adv"] = kept
+            if cut_off:
+                columns = {name: [0.0] * len(sample.ids) for name in columns}
+            sample.adv = columns["adv"]
+            rollouts.check_recorded(s, line, sample, step - 1, not cut_off, **columns)
+            if cut_off:
+                sample.sampled = [False] * len(sample.new)
+
+        # ---- update
+        meter, loss_sum, gaps = Means(), 0.0, []
+        divisors = []
+        for k in range(args.minibatches):
+            minibatch = []
+            for rank in range(ranks):
+                groups = [group for owner, group in batch.groups if owner == rank]
+                part = np.array_split(np.arange(len(groups)), args.minibatches)[k]
+                minibatch += [sample for i in part for sample in groups[i]]
+            divisors.append(divisor(args, minibatch))
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            for sample in minibatch:
+                if args.beta or args.fork == "entropy_bonus" or any(sample.adv):
+                    loss = loss_of(args, model, sample, meter, gaps if k == 0 else None)
+                    (loss / divisors[-1]).backward()
+                    loss_sum += loss.item() / divisors[-1]
+            grad_norm = common.clip_gradients(model, args.grad_clip)
+            update = (step - 1) * args.minibatches + k + 1
+            lr = common.learning_rate(update, args.steps * args.minibatches, args.lr, args.warmup)
+            optimizer.step(lr)
+        assert about["divisors"] == divisors
+
+        # ---- log
+        num_tokens += sum(sample.length for sample in samples)
+        flat = [reward for group in totals for reward in group]
+        rollouts.check_samples(args, step, reward=flat, advantage=adv)
+        line = {
+            "step": step,
+            **meter.means(),
+            **rollouts.rollout_metrics(s, samples),
+            "reward": sum(flat) / len(flat),
+            "reward_std": sum(map(std, totals)) / len(totals),
+            "frac_reward_zero_std": batch.equal / batch.drawn,
+            "groups": len(batch.groups),
+            "prompts_drawn": batch.drawn,
+            "loss": loss_sum / args.minibatches,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "num_tokens": num_tokens,
+        }
+        line[f"{GAP}/max"] = max(gaps, default=0.0)
+        if gaps:
+            line[f"{GAP}/mean"] = sum(gaps) / len(gaps)
+        if rollouts.is_due(args, step):
+            line |= rollouts.evaluate(model, s)
+        lines.append(line)
+    return lines, {"": common.of_module(model)}

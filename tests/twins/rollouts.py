@@ -1,0 +1,328 @@
+"""What the twins of scripts that sample share: prompts and their order, the engine, rewards, and
+the held-out evaluation.
+
+A sample is a Namespace: prompt and new (token ids), sampled (bool for each of new), logp (of each
+of new, 0 where not sampled), length (sampled tokens), finish, rewards (one of each function, None
+where it does not apply).
+A rollout's numbers that belong to tokens are lists, aligned with ids = prompt + new.
+"""
+
+import json
+import runpy
+from argparse import Namespace
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from runs import toy
+from twins import common
+
+RECORDED = 1e-9  # how far a number in records/ may be from the twin's
+GAP = "sampling/sampling_logp_difference"
+METRICS = {
+    "eval/accuracy",
+    "eval/greedy",
+    f"{GAP}/mean",
+    f"{GAP}/max",
+    "completions/mean_length",
+    "completions/min_length",
+    "completions/max_length",
+    "completions/clipped_ratio",
+    "num_tokens",
+}
+
+# ---------------------------------------------------------------------------------------- the place
+REWARDS = '''
+def text_of(completion):
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def letters(completions, prompts, **columns):
+    """Has the name of another reward; reads the prompt."""
+    pairs = zip(completions, prompts)
+    return [(3 * len(text_of(text)) + len(prompt[0])) % 5 / 2 for text, prompt in pairs]
+
+
+def factors(completions, factor, completion_ids, **columns):
+    """Reads a column and the tokens; does not apply to every fourth kind of answer."""
+    sums = [sum(ids) for ids in completion_ids]
+    return [None if s % 4 == 0 else f * (s % 7) / 3 - 1 for s, f in zip(sums, factor)]
+
+
+def rarely(completions, **columns):
+    """Equal for most answers, so that groups have equal rewards."""
+    return [float(sum(map(ord, text_of(text))) % 5 == 0) for text in completions]
+'''
+
+
+def puzzle_rows(count):
+    """Prompts whose columns have other names, half of them plain text, some of them long."""
+    found = []
+    for i in range(count):
+        question = f"What is {i}-{3 * i % 7}?" + " Really?" * (i % 3)
+        prompt = question if i % 2 else [common.message("user", question)]
+        found.append({"puzzle": prompt, "weight": 0.5 + i % 3})
+    return found
+
+
+def write_more(place):
+    """Add puzzles.jsonl and rewards.py to the tiny place."""
+    toy.write_rows(place / "puzzles.jsonl", puzzle_rows(14))
+    (place / "rewards.py").write_text(REWARDS)
+
+
+def lying_engine(folder):
+    """In a copy of the scripts, make the engine's log-probs other than those it samples from."""
+    path = Path(folder) / "nanopost/engine.py"
+    old = "log_p_BV.gather(1, token_B1)[:, 0]"
+    source = path.read_text()
+    assert source.count(old) == 1
+    path.write_text(source.replace(old, f"1.15 * {old} + 0.3"))
+
+
+# ------------------------------------------------------------------------------------------ setting
+def setting(args) -> Namespace:
+    """What the flags of a script that samples name: tokenizer, rows, held_out, rewards
+    [(name, f(row, sample, text) -> float or None)], weights."""
+    s = Namespace(args=args, tokenizer=common.tokenizer(args.model))
+    parts = common.split_rows(args)
+    columns = dict.fromkeys(name for part in parts for row in part for name in row)
+    s.rows, s.held_out = [], []
+    for part, kept in zip(parts, (s.rows, s.held_out)):
+        for row in part:
+            ids = common.prompt_ids(s.tokenizer, row["prompt"], args.chat_template)
+            if not args.max_prompt or len(ids) <= args.max_prompt:
+                kept.append({**columns, **row, "prompt_ids": ids})
+    s.rewards = []
+    for spec in args.reward:
+        name, function = reward(spec)
+        taken = {other for other, _ in s.rewards}
+        names = [name, *(f"{name}-{i}" for i in range(2, 9))]
+        s.rewards.append((next(x for x in names if x not in taken), function))
+    s.weights = args.reward_weights or [1.0] * len(s.rewards)
+    return s
+
+
+def reward(spec):
+    if spec.startswith("model:"):
+        model = common.scalar_model(spec.removeprefix("model:"))
+
+        @torch.no_grad()
+        def scored(row, sample, text):
+            return float(common.score(model, sample.prompt + sample.new))
+
+        return "model", scored
+    path, name = spec.split(".py:")
+    function = runpy.run_path(f"{path}.py")[name]
+
+    def called(row, sample, text):
+        completion = text
+        if isinstance(row["prompt"], list):
+            completion = [common.message("assistant", text)]
+        columns = {k: [v] for k, v in row.items() if k not in ("prompt", "prompt_ids")}
+        columns |= {"prompts": [row["prompt"]], "prompt_ids": [sample.prompt]}
+        (value,) = function(completions=[completion], completion_ids=[sample.new], **columns)
+        return value
+
+    return name, called
+
+
+def text_of(s, new):
+    """What rewards see of a completion."""
+    return s.tokenizer.decode(new, skip_special_tokens=True)
+
+
+# ---------------------------------------------------------------------------------------- sampling
+@torch.no_grad()
+def draw(model, s, prompt, seeds, temperature) -> list[Namespace]:
+    """A completion of a prompt for each seed: inverts the cumulative distribution at the seed's
+    uniform random numbers. All are as long as the longest, then cut where they end."""
+    length = s.args.max_new_tokens
+    uniforms = [
+        torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        for seed in seeds
+    ]
+    new, logp, stopped = [[[] for _ in seeds] for _ in range(3)]
+    for t in range(length):
+        logits = model(torch.tensor([prompt + ids for ids in new])).logits[:, -1]
+        for i, logits_V in enumerate(logits):
+            if temperature == 0:
+                token, logp_of_token = int(logits_V.argmax()), 0.0
+            else:
+                logp_V = (logits_V / temperature).log_softmax(-1)
+                cdf_V = logp_V.exp().cumsum(-1)
+                token = int((cdf_V <= uniforms[i][t] * cdf_V[-1]).sum())
+                logp_of_token = float(logp_V[token])
+            new[i].append(token)
+            logp[i].append(logp_of_token)
+            text = s.tokenizer.decode(new[i])
+            stopped[i].append(
+                token == s.tokenizer.eos_token_id or any(stop in text for stop in s.args.stop)
+            )
+        if all(True in x for x in stopped):
+            break
+    samples = []
+    for ids, logp_T, stopped_T in zip(new, logp, stopped):
+        end = stopped_T.index(True) + 1 if True in stopped_T else length
+        samples.append(
+            Namespace(
+                prompt=prompt,
+                new=ids[:end],
+                logp=logp_T[:end],
+                sampled=[True] * end,
+                finish="stop" if True in stopped_T else "length",
+            )
+        )
+    return samples
+
+
+def seed_of(args, serial) -> int:
+    sequence = np.random.SeedSequence((args.seed, serial))
+    return int(sequence.generate_state(1, np.uint64)[0] >> 2)
+
+
+def group(model, s, row, serial, n, temperature) -> list[Namespace]:
+    """n samples of a row's prompt, with their rewards."""
+    seed = seed_of(s.args, serial)
+    samples = draw(model, s, row["prompt_ids"], [seed + i for i in range(n)], temperature)
+    for i, sample in enumerate(samples):
+        answer = sample
+        if s.args.fork == "multi_turn":
+            turn = common.encoded(s.tokenizer, s.args.turn)
+            prompt = sample.prompt + sample.new + turn
+            (answer,) = draw(model, s, prompt, [seed + n + i], temperature)
+            sample.new = sample.new + turn + answer.new
+            sample.logp = sample.logp + [0.0] * len(turn) + answer.logp
+            sample.sampled = sample.sampled + [False] * len(turn) + answer.sampled
+            sample.finish = answer.finish
+        sample.length = sum(sample.sampled)
+        seen = Namespace(prompt=sample.prompt, new=answer.new)
+        text = text_of(s, answer.new)
+        sample.rewards = [function(row, seen, text) for _, function in s.rewards]
+    return samples
+
+
+def total(s, sample) -> float:
+    return sum(w * r for w, r in zip(s.weights, sample.rewards) if r is not None)
+
+
+# ------------------------------------------------------------------------------------------ metrics
+class Means:
+    """Sums of named numbers, and how many they are of."""
+
+    def __init__(self):
+        self.sums = defaultdict(lambda: [0.0, 0])
+
+    def add(self, count, **sums):
+        for name, value in sums.items():
+            self.sums[name][0] += value.item() if isinstance(value, torch.Tensor) else value
+            self.sums[name][1] += count
+
+    def means(self) -> dict:
+        return {name: total / count for name, (total, count) in self.sums.items() if count}
+
+
+def evaluate(model, s) -> dict:
+    """Mean rewards of a sample at temperature 1, and of a greedy one, for each held-out row."""
+    means = Means()
+    for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
+        for i, row in enumerate(s.held_out):
+            (sample,) = group(model, s, row, 2**32 + i, 1, temperature)
+            for k, value in enumerate(sample.rewards):
+                key = f"eval/{name}" if k == 0 else f"eval/{name}/{s.rewards[k][0]}"
+                if value is not None:
+                    means.add(1, **{key: value})
+    return means.means()
+
+
+def is_due(args, step) -> bool:
+    """Whether step is one after which to evaluate."""
+    return step == args.steps or (args.eval_every > 0 and step % args.eval_every == 0)
+
+
+def rollout_metrics(s, samples) -> dict:
+    """rewards/* and completions/* of a step."""
+    means = Means()
+    for sample in samples:
+        for (name, _), value in zip(s.rewards, sample.rewards):
+            if value is not None:
+                means.add(1, **{f"rewards/{name}/mean": value})
+    lengths = [sample.length for sample in samples]
+    cut_off = [sample.finish == "length" for sample in samples]
+    return means.means() | {
+        "completions/mean_length": sum(lengths) / len(samples),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": sum(cut_off) / len(samples),
+    }
+
+
+def std(values) -> float:
+    """With n - 1; 0 of less than two."""
+    mean = sum(values) / len(values)
+    return (sum((x - mean) ** 2 for x in values) / max(1, len(values) - 1)) ** 0.5
+
+
+# ------------------------------------------------------------------------------ what a run recorded
+def num_ranks(records) -> int:
+    return 1 + max(line["rank"] for _, lines in records.values() for line in lines)
+
+
+def spread(sample, values) -> list:
+    """One number per sampled token -> one per token of prompt and completion, 0 elsewhere."""
+    values, out = list(values), [0.0] * (len(sample.prompt) + len(sample.new))
+    for t in positions(sample):
+        out[t] = values.pop(0)
+    assert not values
+    return out
+
+
+def positions(sample) -> list[int]:
+    """Where in prompt and completion the sampled tokens are."""
+    return [len(sample.prompt) + t for t, yes in enumerate(sample.sampled) if yes]
+
+
+def check_recorded(s, line, sample, version, trained=True, **columns):
+    """AssertionError unless a line of records/ tells of this sample, and its columns (aligned with
+    prompt and completion) are these. Engine's log-probs are the twin's own too, unless a run
+    allows a gap."""
+    assert line["ids"] == sample.prompt + sample.new
+    assert line["mask"] == [int(trained and yes) for yes in spread_bool(sample)]
+    assert line["finish"] == sample.finish and line["version"] == version
+    for mine, theirs in zip(line["rewards"], sample.rewards, strict=True):
+        assert np.isnan(mine) if theirs is None else mine == pytest.approx(theirs, rel=1e-9)
+    if s.args.max_logp_gap is None:
+        whole = [0.0] * len(sample.prompt) + sample.logp
+        columns["engine_logp"] = [x * trained for x in whole]
+    for name, values in columns.items():
+        assert line[name] == pytest.approx([float(x) for x in values], abs=RECORDED), name
+
+
+def spread_bool(sample) -> list[bool]:
+    return [False] * len(sample.prompt) + sample.sampled
+
+
+def check_samples(args, step, **numbers):
+    """AssertionError unless samples.jsonl shows these numbers of the first samples of a step."""
+    lines = map(json.loads, (Path(args.out) / "samples.jsonl").read_text().splitlines())
+    lines = [line for line in lines if line["step"] == step]
+    assert lines
+    for name, values in numbers.items():
+        found = [line[name] for line in lines]
+        assert found == pytest.approx(values[: len(found)], rel=1e-9, abs=1e-11), name
+
+
+def check_flags_matter(module, name, args, place, tmp):
+    """common.check_flags_matter, in each run but the module's first for what that has otherwise."""
+    also = {"max_new_tokens": 4, "prompts": 2, "group": 5}  # the defaults are slow
+    first = next(iter(module.RUNS))
+    if name != first:
+        known = vars(common.parsed(module, first, place, args.out))
+        also |= {flag: value for flag, value in vars(args).items() if known.get(flag) == value}
+    folder = common.ROOT
+    if args.fork:
+        folder = tmp / f"scripts+{args.fork}"
+    common.check_flags_matter(module, args, also, folder)
