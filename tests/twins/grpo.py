@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from twins import common, rollouts
-from twins.rollouts import GAP, Means, positions, spread, std
+from twins.rollouts import GAP, Means, kl_estimate, positions, spread, std
 
 SCRIPT = "train_grpo.py"
 PLAIN = (
@@ -37,9 +37,9 @@ RUNS = {
     "token-mask": PLAIN + TWO + GAPS + "--old_logp trainer --correct token-mask "
     "--correct_cap 1.2 --beta 0.2",
     "sequence-truncate": PLAIN + TWO + GAPS + "--old_logp trainer --correct sequence-truncate "
-    "--correct_cap 1.4",
+    "--correct_cap 3",
     "sequence-mask": PLAIN + TWO + GAPS + "--old_logp trainer --correct sequence-mask "
-    "--correct_cap 1.7",
+    "--correct_cap 2.5",
     "fork curriculum": PLAIN + TWO,
     "fork entropy_bonus": PLAIN + TWO + "--entropy_coef 0.2 --agg sequence",
     "fork gdpo": PLAIN + TWO + "--adv gdpo",
@@ -57,6 +57,7 @@ METRICS = rollouts.METRICS | {
     *("loss", "grad_norm", "lr", "entropy", "kl", "cispo_clip_ratio"),
     *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
     *("sampling/importance_sampling_ratio/mean", "sampling/capped"),
+    *("rewards/rarely/mean", "off_policy_ratio"),
 }
 
 
@@ -128,16 +129,6 @@ def gdpo(s, group) -> list[float]:
 
 
 # -------------------------------------------------------------------------------------------- terms
-def kl(kind, logp, ref_logp):
-    """An estimate of the KL from a token of these log-probs; floats or tensors."""
-    x = logp - ref_logp
-    if kind == "k1":
-        return x
-    if kind == "k2":
-        return x * x / 2
-    return (torch.exp(-x) if isinstance(x, torch.Tensor) else math.exp(-x)) - 1 + x
-
-
 def log_ratios(args, sample, logp_T) -> list:
     """log pi / pi_old at each sampled token."""
     each = [logp_T[t] - sample.old[t] for t in positions(sample)]
@@ -213,7 +204,7 @@ def loss_of(args, model, sample, meter, gap):
             factor = 0.0 if dropped else factor
         loss = loss + weight * factor * policy_loss(args, log_ratio, logp_T[t], adv, meter)
         if args.beta:
-            kl_t = kl(args.kl, logp_T[t], sample.ref[t])
+            kl_t = kl_estimate(args.kl, logp_T[t], sample.ref[t])
             meter.add(1, kl=kl_t)
             if args.fork != "kl_reward":
                 loss = loss + args.beta * weight * kl_t
@@ -268,7 +259,10 @@ def twin(args):
         if args.fork == "kl_reward":
             for rewards, (_, group) in zip(totals, batch.groups):
                 for i, sample in enumerate(group):
-                    each = [kl(args.kl, sample.old[t], sample.ref[t]) for t in positions(sample)]
+                    each = [
+                        kl_estimate(args.kl, sample.old[t], sample.ref[t])
+                        for t in positions(sample)
+                    ]
                     rewards[i] -= args.beta * sum(each)
         adv = advantages(s, [group for _, group in batch.groups], totals)
         adv = [x for group in adv for x in group]
@@ -315,7 +309,8 @@ def twin(args):
         # ---- log
         num_tokens += sum(sample.length for sample in samples)
         flat = [reward for group in totals for reward in group]
-        rollouts.check_samples(args, step, reward=flat, advantage=adv)
+        first = [{"reward": r, "advantage": a} for r, a in zip(flat, adv)]
+        rollouts.check_samples(args, step, first)
         line = {
             "step": step,
             **meter.means(),

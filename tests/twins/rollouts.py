@@ -8,6 +8,7 @@ A rollout's numbers that belong to tokens are lists, aligned with ids = prompt +
 """
 
 import json
+import math
 import runpy
 from argparse import Namespace
 from collections import defaultdict
@@ -17,14 +18,17 @@ import numpy as np
 import pytest
 import torch
 
+import forks
 from runs import toy
 from twins import common
 
 RECORDED = 1e-9  # how far a number in records/ may be from the twin's
 GAP = "sampling/sampling_logp_difference"
 METRICS = {
-    "eval/accuracy",
-    "eval/greedy",
+    *("eval/accuracy", "eval/accuracy/scaled", "eval/accuracy/factors", "eval/accuracy/letters-2"),
+    *("eval/greedy", "eval/greedy/scaled", "eval/greedy/factors", "eval/greedy/letters-2"),
+    *("rewards/letters/mean", "rewards/scaled/mean", "rewards/factors/mean"),
+    "rewards/letters-2/mean",
     f"{GAP}/mean",
     f"{GAP}/max",
     "completions/mean_length",
@@ -69,18 +73,21 @@ def puzzle_rows(count):
 
 
 def write_more(place):
-    """Add puzzles.jsonl and rewards.py to the tiny place."""
+    """Add puzzles.jsonl, rewards.py and other_rm (another reward model) to the tiny place."""
+    common.write_model(place / "other_rm", seed=3, scalar=True)
     toy.write_rows(place / "puzzles.jsonl", puzzle_rows(14))
     (place / "rewards.py").write_text(REWARDS)
 
 
-def lying_engine(folder):
-    """In a copy of the scripts, make the engine's log-probs other than those it samples from."""
-    path = Path(folder) / "nanopost/engine.py"
+def lying_engine(tmp) -> Path:
+    """A copy of the scripts whose engine's log-probs are other than those it samples from."""
+    folder = forks.patched(tmp)
+    path = folder / "nanopost/engine.py"
     old = "log_p_BV.gather(1, token_B1)[:, 0]"
     source = path.read_text()
     assert source.count(old) == 1
-    path.write_text(source.replace(old, f"1.15 * {old} + 0.3"))
+    path.write_text(source.replace(old, f"1.15 * {old} + 0.55"))
+    return folder
 
 
 # ------------------------------------------------------------------------------------------ setting
@@ -260,6 +267,16 @@ def rollout_metrics(s, samples) -> dict:
     }
 
 
+def kl_estimate(kind, logp, ref_logp):
+    """Of the KL, from a token of these log-probs; floats or tensors."""
+    x = logp - ref_logp
+    if kind == "k1":
+        return x
+    if kind == "k2":
+        return x * x / 2
+    return (torch.exp(-x) if isinstance(x, torch.Tensor) else math.exp(-x)) - 1 + x
+
+
 def std(values) -> float:
     """With n - 1; 0 of less than two."""
     mean = sum(values) / len(values)
@@ -305,24 +322,21 @@ def spread_bool(sample) -> list[bool]:
     return [False] * len(sample.prompt) + sample.sampled
 
 
-def check_samples(args, step, **numbers):
+def check_samples(args, step, numbers):
     """AssertionError unless samples.jsonl shows these numbers of the first samples of a step."""
     lines = map(json.loads, (Path(args.out) / "samples.jsonl").read_text().splitlines())
     lines = [line for line in lines if line["step"] == step]
     assert lines
-    for name, values in numbers.items():
-        found = [line[name] for line in lines]
-        assert found == pytest.approx(values[: len(found)], rel=1e-9, abs=1e-11), name
+    for line, expected in zip(lines, numbers):
+        found = {name: line[name] for name in expected}
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-11)
 
 
-def check_flags_matter(module, name, args, place, tmp):
-    """common.check_flags_matter, in each run but the module's first for what that has otherwise."""
+def check_flags_matter(module, name, args, place, folder):
+    """common.check_flags_matter, in each run but the first of RUNS for what that has otherwise."""
     also = {"max_new_tokens": 4, "prompts": 2, "group": 5}  # the defaults are slow
     first = next(iter(module.RUNS))
     if name != first:
         known = vars(common.parsed(module, first, place, args.out))
         also |= {flag: value for flag, value in vars(args).items() if known.get(flag) == value}
-    folder = common.ROOT
-    if args.fork:
-        folder = tmp / f"scripts+{args.fork}"
     common.check_flags_matter(module, args, also, folder)

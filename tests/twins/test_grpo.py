@@ -2,42 +2,43 @@
 
 import pytest
 
-import forks
 from twins import common, grpo, rollouts
-
-HONEST = [name for name in grpo.RUNS if "max_logp_gap" not in grpo.RUNS[name]]
-LYING = [name for name in grpo.RUNS if "max_logp_gap" in grpo.RUNS[name]]
 
 
 @pytest.fixture(scope="module")
-def there(place):
+def place(place):
     rollouts.write_more(place)
     return place
 
 
-@pytest.mark.parametrize("name", HONEST)
-def test_the_twin_agrees_and_each_flag_matters(there, tmp_path, name):
-    args = common.check(grpo, name, there, tmp_path)
-    rollouts.check_flags_matter(grpo, name, args, there, tmp_path)
+@pytest.fixture
+def folder(request, tmp_path, monkeypatch):
+    """That with the script of the run `name`: its engine lies where the run allows a gap."""
+    name = request.getfixturevalue("name")
+    if "--max_logp_gap" in grpo.RUNS[name]:
+        found = rollouts.lying_engine(tmp_path)
+    else:
+        found = common.folder_of(name, tmp_path)
+    monkeypatch.setattr(common, "folder_of", lambda *_: found)
+    return found
 
 
-@pytest.mark.parametrize("name", LYING)
-def test_the_twin_agrees_if_engine_and_trainer_do_not(there, tmp_path, name):
-    """What is old, what is the engine's, and what corrects for it."""
-    folder = forks.patched(tmp_path)
-    rollouts.lying_engine(folder)
-    args = common.parsed(grpo, name, there, tmp_path / "out")
-    common.run(grpo.SCRIPT, *common.arguments(grpo, name, there, args.out), folder=folder)
-    common.agree(grpo, args)
-    rollouts.check_flags_matter(grpo, name, args, there, tmp_path)
+@pytest.mark.parametrize("name", grpo.RUNS)
+def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, folder, name):
+    args = common.check(grpo, name, place, tmp_path)
+    rollouts.check_flags_matter(grpo, name, args, place, folder)
 
 
 @pytest.mark.parametrize("name", ["grpo", "resampled", "fork curriculum"])
-def test_it_agrees_after_a_resume(there, tmp_path, name):
-    common.check(grpo, name, there, tmp_path, resume=True)
+def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
+    common.check(grpo, name, place, tmp_path, resume=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["resampled", "fork curriculum"])
-def test_it_agrees_after_a_resume_on_two_ranks(there, tmp_path, name):
-    common.check(grpo, name, there, tmp_path, ranks=2, resume=True)
+@pytest.mark.parametrize("name", ["grpo", "resampled", "fork curriculum"])
+def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, folder, name):
+    common.check(grpo, name, place, tmp_path, ranks=2, resume=True)
+
+
+def test_its_metrics_are_those_that_it_logs():
+    common.check_metrics(grpo)
