@@ -316,7 +316,7 @@ def main():
                 found[name] = {"failed": str(error)[-500:]}
                 print(name, error, flush=True)
                 continue
-            times = [key for key in lines[0] if key.startswith("time/")]
+            times = [key for key in ("time/rollout", "time/step") if key in lines[0]]
             found[name] = medians(lines, ["tokens_per_second", *times]) | {"peak_mb": peak}
             if name.startswith("sft") and rate:
                 speed = found[name]["tokens_per_second"]

@@ -99,6 +99,9 @@ def _one_sentence(kind, error, trace):
         _exit(1)
     if issubclass(kind, (InputError, StepError)):
         print(f"error: {error}", file=sys.stderr, flush=True)
+    elif issubclass(kind, torch.OutOfMemoryError):
+        way_out = "lower --tokens (per micro-batch), or add --checkpointing"
+        print(f"error: out of memory: {way_out}. {error}", file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr, flush=True)
     else:

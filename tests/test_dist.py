@@ -254,3 +254,10 @@ def test_a_meter_holds_no_tensor_of_the_cpu_beside_those_of_a_gpu():
     meter = dist.Meter()
     meter.add(2, reward=torch.tensor(3.0), equal=1)
     assert not any(isinstance(x, torch.Tensor) for x in meter.sums.values())
+
+
+def test_training_that_runs_out_of_memory_names_the_flags_to_lower(capsys):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    dist._one_sentence(type(error), error, None)
+    said = "error: out of memory: lower --tokens (per micro-batch), or add --checkpointing. CUDA"
+    assert capsys.readouterr().err.startswith(said)

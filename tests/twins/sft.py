@@ -20,7 +20,8 @@ RUNS = {
     "--holdout 3 --epochs 1.4 --rows 4 --seed 1 --max_length 50 --overlong drop --tokens 120 "
     "--train_on completion",
     "bins": "--model {place}/model --data {place}/dialogs.jsonl --rename dialog=messages "
-    "--eval_data {place}/dialogs.jsonl --epochs 1.3 --bins 1 --tokens 80 --max_length 45 --lr 1e-3 --seed 5 "
+    "--eval_data {place}/dialogs.jsonl --epochs 1.3 --bins 1 --tokens 80 --max_length 45 --lr 1e-3 "
+    "--seed 5 "
     "--grad_clip 0",
     "compiled": PLAIN + "--steps 3 --compile --dtype fp32",
     "bf16": PLAIN + "--steps 2 --lr 1e-3 --dtype bf16",

@@ -1,0 +1,43 @@
+"""Each part of bench/gpu_day.sh works, tiny and on a CPU: a GPU's time is for results."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scripts import ENVIRONMENT, ROOT
+
+EXPECTED = {
+    "correctness": [
+        *("kernel, stored (33, 265, 72) d_weight:", "attention 14/2x64 window 64 torch.bfloat16,"),
+        *("grpo judged, bf16: step 3 engine and trainer:", "sft, bf16: grad_norm"),
+    ],
+    "resume": ["resume, grpo: killed and resumed: 0.00e+00"],
+    "kernels": ["(64, 257, 32) peaked nanopost kernel, stored {'forward_ms'"],
+    "steps": ["rm {'tokens_per_second'", "policy loss of 8,192 tokens"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", EXPECTED)
+def test_each_part_of_a_gpu_day_works(part, tmp_path):
+    short = {"kernels": ["--repeats", "1"], "steps": ["--only", "rm", "--profile"]}.get(part, [])
+    path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
+    done = subprocess.run(
+        ["bash", ROOT / "bench/gpu_day.sh", part, "--try", "--out", tmp_path, *short],
+        env={**ENVIRONMENT, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for said in EXPECTED[part]:
+        assert said in done.stdout, done.stdout[-3000:]
+    assert "FAIL" not in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_a_part_that_there_is_not_is_refused(tmp_path):
+    done = subprocess.run(
+        ["bash", ROOT / "bench/gpu_day.sh", "all"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "correctness|resume|kernels|steps" in done.stderr
