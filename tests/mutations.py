@@ -297,10 +297,9 @@ MUTATIONS = [
     mutation(
         "prompts-in-other-rows-of-the-cache",
         "nanopost/attention.py",
-        "new_PGTK.repeat_interleave(self.copies, 0)",
-        "new_PGTK.repeat(self.copies, 1, 1, 1)",
-        "test_attention.py::"
-        "test_a_cache_holds_each_prompt_once_a_copy_and_what_is_appended_after_it",
+        "= new_PGTK[prompt_B]",
+        "= new_PGTK[prompt_B.flip(0)]",
+        "test_engine.py::test_a_rollout_depends_on_its_seed_and_not_on_its_neighbours",
     ),
     # ---- the model and its log-probs
     mutation(
@@ -480,15 +479,15 @@ MUTATIONS = [
     mutation(
         "stop-token-thrown-away",
         "nanopost/engine.py",
-        "length_B[row_A[ended_A]] = t + 1",
-        "length_B[row_A[ended_A]] = t",
+        "seen + int(hits[0]) + 1 if",
+        "seen + int(hits[0]) if",
         "test_engine.py::test_stop_tokens_end_a_completion_and_stay_in_it",
     ),
     mutation(
         "samples-of-a-group-alike",
         "nanopost/engine.py",
-        "_uniforms(seed + i,",
-        "_uniforms(seed,",
+        "seeds[b // n] + b % n for",
+        "seeds[b // n] for",
         "test_engine.py::test_a_rollout_depends_on_its_seed_and_not_on_its_neighbours",
     ),
     mutation(
@@ -1231,8 +1230,8 @@ MUTATIONS = [
     mutation(
         "sft-evaluates-other-targets-than-it-trains",
         "train_sft.py",
-        "tokenizer.example(row, args.train_on) for row in eval_rows",
-        "tokenizer.example(row) for row in eval_rows",
+        'row, args.train_on) for row in progress(eval_rows, "held-out rows encoded")',
+        'row) for row in progress(eval_rows, "held-out rows encoded")',
         "twins/test_sft.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
@@ -1374,6 +1373,91 @@ MUTATIONS = [
         "np.array(dist.gather(score_P2))",
         "np.array(score_P2)",
         "twins/test_rm.py::test_it_agrees_after_a_resume_on_two_ranks[dropped]",
+    ),
+    # ---- branches of CUDA, and the engine's memory and waits
+    mutation(
+        "cuda-window-off-by-one",
+        "nanopost/attention.py",
+        "-1 if window is None else window - 1",
+        "-1 if window is None else window",
+        "test_rehearsal.py::test_attention_calls_the_cuda_kernel_for_what_the_cpu_computes",
+    ),
+    mutation(
+        "cuda-keys-of-other-groups",
+        "nanopost/attention.py",
+        "k_NGK.repeat_interleave(repeat, 1)",
+        "k_NGK.repeat(1, repeat, 1)",
+        "test_rehearsal.py::test_attention_calls_the_cuda_kernel_for_what_the_cpu_computes",
+    ),
+    mutation(
+        "cuda-score-by-a-product-without-a-derivative",
+        "nanopost/model.py",
+        "return hidden_ND.to(precision) @ weight_1D[0].to(precision)",
+        "return matmul_fp32(hidden_ND, weight_1D.T)[:, 0]",
+        "test_rehearsal.py::test_every_model_has_gradients_in_bf16_on_cuda",
+    ),
+    mutation(
+        "yarn-rounds-the-other-way",
+        "nanopost/rope.py",
+        "math.floor(low), math.ceil(high)",
+        "math.ceil(low), math.floor(high)",
+        "test_model.py::test_frequencies_of_a_real_width_are_those_of_transformers",
+    ),
+    mutation(
+        "ids-that-no-token-has-are-drawn",
+        "nanopost/engine.py",
+        "return x_BV.index_fill(1, ids, -torch.inf)",
+        "return x_BV",
+        "test_engine.py::test_ids_that_no_token_has_are_never_drawn",
+    ),
+    mutation(
+        "a-cache-of-any-size",
+        "nanopost/engine.py",
+        "count > self.rows or count * (longest + max_tokens) > self.tokens",
+        "count > self.rows",
+        "test_engine.py::test_prefill_and_cache_stay_within_their_tokens",
+    ),
+    mutation(
+        "a-prefill-of-any-size",
+        "nanopost/engine.py",
+        "if prompts and tokens + len(prompt) > most:",
+        "if False:",
+        "test_engine.py::test_prefill_and_cache_stay_within_their_tokens",
+    ),
+    mutation(
+        "the-host-waits-at-each-token",
+        "nanopost/engine.py",
+        "if t == most or t % self.check_every == 0:",
+        "if True:",
+        "test_engine.py::test_the_host_waits_for_the_device_once_in_so_many_tokens",
+    ),
+    mutation(
+        "a-stop-string-in-a-window-too-short",
+        "nanopost/engine.py",
+        "            size *= 2",
+        "            return False",
+        "test_engine.py::test_a_stop_string_is_found_however_little_its_tokens_say",
+    ),
+    mutation(
+        "weights-copied-into-the-trainer",
+        "nanopost/engine.py",
+        "if not self.shared:\n                    own",
+        "if True:\n                    own",
+        "test_engine.py::test_a_shared_engine_refuses_weights_that_are_not_its_own",
+    ),
+    mutation(
+        "a-kept-row-loses-its-last-token",
+        "nanopost/engine.py",
+        "int(prompt_B[living_A].max()) + t - 1",
+        "int(prompt_B[living_A].max()) + t - 2",
+        "test_engine.py::test_log_probs_are_the_trainers_at_every_temperature",
+    ),
+    mutation(
+        "both-copies-of-a-cache-at-once",
+        "nanopost/attention.py",
+        "        for layer in range(len(self.k)):\n",
+        "        old = self.k[:]\n        for layer in range(len(old)):\n",
+        "test_engine.py::test_a_cache_drops_rows_layer_by_layer",
     ),
 ]
 

@@ -13,8 +13,10 @@ from nanopost import InputError, hf
 from nanopost.attention import Cache
 from nanopost.batch import Batch, Example, batch_of
 from nanopost.model import ActorCritic, CausalLM, Config, ScalarModel
+from nanopost.rope import read_rope, rope_frequencies
 
 transformers = pytest.importorskip("transformers")
+ROPE_INIT_FUNCTIONS = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
 
 LENGTHS = [1, 120, 17, 2, 40, 40]
 LLAMA3 = {
@@ -433,3 +435,40 @@ def test_no_loss_goes_through_the_product_without_a_derivative(monkeypatch):
             else getattr(model.value, "score", model.value)
         )
         assert head.weight.grad.abs().sum() > 0
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e6, "original_max_position_embeddings": 32768}
+LLAMA_3_1 = {
+    "rope_type": "llama3",
+    "rope_theta": 5e5,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {**YARN, "factor": 4.0},
+        {**YARN, "factor": 4.0, "truncate": False},
+        {**YARN, "factor": 3.0, "beta_fast": 20.0, "beta_slow": 2.0},
+        {**YARN, "factor": 4.0, "attention_factor": 1.3},
+        {**YARN, "factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.7},
+        {**YARN, "factor": 40.0, "mscale": 1.0},
+        LLAMA_3_1,
+        {**LLAMA_3_1, "factor": 32.0, "low_freq_factor": 1.5, "high_freq_factor": 3.0},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5},
+    ],
+    ids=lambda rope: "-".join(f"{key}={value}" for key, value in rope.items())[:60],
+)
+def test_frequencies_of_a_real_width_are_those_of_transformers(rope):
+    """Each constant, each bound and each rounding changes some of these."""
+    ours = {"hidden_size": 256, "num_attention_heads": 2, "max_position_embeddings": 131072}
+    config = transformers.Qwen2Config(**ours, rope_parameters=rope)
+    initialize = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+    expected, magnitude = initialize(config, "cpu")
+    found, factor = rope_frequencies(read_rope({**ours, "rope_parameters": rope}, ""), 128)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    assert factor == pytest.approx(magnitude, rel=1e-9)
