@@ -15,7 +15,7 @@ RUNS = {
     "--chat_template {place}/lines.jinja --checkpointing",
     "dropped": "--model {place}/rm --data {place}/theirs.jsonl --rename better=chosen "
     "worse=rejected --holdout 3 --epochs 2.7 --rows 3 --warmup 2 --overlong drop --max_length 22 "
-    "--tokens 70 --grad_clip 0 --lr 2e-3 --kernels torch",
+    "--tokens 46 --grad_clip 0 --lr 2e-3 --kernels torch",
     "nothing held out": "--model {place}/model --data {place}/pairs.jsonl --holdout 0 --steps 3 "
     "--rows 5 --tokens 60 --lr 1e-3",
 }
