@@ -20,10 +20,11 @@ from functools import partial
 import torch
 
 from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preference, reference, rows
-from nanopost.cli import above, at_least
+from nanopost.cli import above, at_least, finite
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
 from nanopost.run import Run
+from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens, P pairs, S sequences: number 2p is the chosen one of pair p, 2p + 1 the
@@ -35,12 +36,12 @@ cli.add_pair_flags(parser)
 cli.add_reference_flags(parser)
 add = parser.add_argument
 add("--loss", nargs="+", default=["sigmoid"], choices=preference.LOSSES, metavar="LOSS")
-add("--loss_weights", type=float, nargs="+", help="one per --loss; default: all 1")
+add("--loss_weights", type=finite, nargs="+", help="one per --loss; default: all 1")
 add("--beta", type=above(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
 add("--smoothing", type=at_least(0.0), default=0.0, help="assumed share of swapped pairs")
-add("--gamma", type=float, default=0.5, help="target margin of simpo")
+add("--gamma", type=finite, default=0.5, help="target margin of simpo")
 add("--divergence", default="reverse_kl", choices=["reverse_kl", "forward_kl", "js", "alpha"])
-add("--alpha", type=float, default=0.5, help="alpha of --divergence alpha")
+add("--alpha", type=finite, default=0.5, help="alpha of --divergence alpha")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
@@ -90,14 +91,17 @@ if preference.needs_reference(loss_functions):
 elif args.reference_model or args.reference == "precomputed":
     raise InputError(f"--loss {' '.join(args.loss)} uses no reference.")
 
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.pair)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, rows.pair, args.to_messages
+)
+eval_rows = eval_rows[: args.eval_rows]
 max_length = min(args.max_length or args.tokens // 2, model.config.max_positions)
 
 
 def encode(given):
     """Rows -> (pairs of examples with the columns a loss reads, counts of what was cut or
     dropped)."""
-    encoded = [tokenizer.pair(row) for row in given]
+    encoded = [tokenizer.pair(row) for row in progress(given, "pairs encoded")]
     pairs_P, counts = pairs.fit_to(encoded, max_length, args.overlong)
     # ORPO's nll covers the prompt too: its tokens become targets, of weight 0 in the answer's logp
     pairs.add_columns(pairs_P, train_prompt="orpo" in args.loss)
@@ -119,11 +123,13 @@ per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["loss", "rewards/accuracies", "rewards/margins", "entropy", "grad_norm", "lr"]
-run = Run(args.out, world, args.steps, vars(args), show)
+show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy", "grad_norm"]
+show += ["lr"]
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+run.say(tokenizer.plain_prompts(train_rows))
 if args.reference_model:
     run.say(check_stage(args.reference_model, tokenizer))
 run.say(
@@ -131,7 +137,11 @@ run.say(
 )
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
-run.say(f"each step takes {args.rows} of the {per_epoch:,} pairs of an epoch")
+epochs = args.steps * args.rows / per_epoch
+run.say(
+    f"each step takes {args.rows} of the {per_epoch:,} pairs of an epoch: {args.steps:,} steps, "
+    f"{epochs:.3g} epochs"
+)
 
 
 @torch.no_grad()
@@ -145,12 +155,13 @@ def evaluate():
     sequences, _ = gather_pairs(model, mine, args.tokens, world.device)
     pairs_P = preference.read_pairs(sequences, f_score)
     loss_P = loss_of(pairs_P, nll_tokens=float(sequences["targets"][0::2].mean()))
-    sums = {"loss": loss_P.sum(), **preference.pair_metrics(pairs_P, args.beta)}
+    sums = {"loss": loss_P.sum(), **preference.pair_metrics(pairs_P, args.beta, loss_functions)}
     return {f"eval/{name}": float(total) / len(loss_P) for name, total in sums.items()}
 
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+standstill = optim.Standstill(args.steps - state["step"])
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -180,8 +191,9 @@ for step in range(state["step"] + 1, args.steps + 1):
         # A mean over the pairs of the step.
         # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / args.rows).backward()
-        metrics = preference.pair_metrics(pairs_P, args.beta)
-        meter.add(batch.num_examples // 2, loss=loss, **metrics)
+        if not batch.dummy:  # its empty pair would be a tie
+            metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
+            meter.add(batch.num_examples // 2, loss=loss, **metrics)
         meter.add(batch.num_targets, entropy=entropy_N.sum())
     examples = [e for pair in step_pairs for e in pair]
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
@@ -205,13 +217,15 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
         run.record(step, examples, {"divisor": args.rows, "nll_tokens": nll_tokens})
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
-run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+files = tokenizer_files(args.model, tokenizer)
+run.export(dist.full_weights(model), model.config, files, args.save_dtype)
 run.finish()

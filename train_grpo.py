@@ -105,13 +105,18 @@ add(
 add("--correct_cap", type=at_least(0.0), default=3.0, help="maximum importance weight")
 add(
     "--max_logp_gap",
-    type=at_least(0.0),
+    type=above(0.0),
     help="stop if engine and trainer log-probs differ more on average; default 1e-3, bf16 0.1",
 )
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
 world = dist.init(args.device, args.dtype, args.seed)
+if args.beta and args.kl == "k1":
+    raise InputError(
+        "--kl k1 has no expected gradient in a loss: use --kl k3 or k2, or forks/kl_reward.diff, "
+        "which puts the KL into the reward."
+    )
 cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 shard = cli.shard(args, world)
@@ -119,9 +124,12 @@ model = hf.load_model(args.model, world.device, shard=shard)
 reference = None
 if args.beta:
     reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
-engine = Engine.beside(model, args.model, world, tokenizer, args.engine_rows)
+engine = Engine.beside(model, args.model, world, tokenizer, args.engine_rows, args.engine_tokens)
 
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.prompt)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
+)
+eval_rows = eval_rows[: args.eval_rows]
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,
@@ -130,17 +138,22 @@ train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.
     model.config.max_positions,
 )
 reward_functions, reward_weights = rewards.load(
-    args.reward, args.reward_weights, tokenizer, world.device
+    args.reward, args.reward_weights, tokenizer, world, args.tokens, args.reward_timeout
 )
+columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "loss", "grad_norm"]
-run = Run(args.out, world, args.steps, vars(args), show)
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+epochs = args.steps * args.prompts / len(train_rows)
+run.say(f"{args.steps:,} steps of {args.prompts} prompts: {epochs:.3g} epochs")
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
+run.say(columns_report)
+run.say(rewards.restore(reward_functions, state))
 
 sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
 advantage = {
@@ -156,6 +169,11 @@ policy_loss = {
 }[args.loss]
 kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
 correction = losses.no_correction
+if args.loss == "clip" and args.ratio == "sequence" and min(args.clip) > 0.02:
+    run.say(
+        f"warning: --clip {args.clip[0]:g} {args.clip[1]:g} never clips at --ratio sequence, a "
+        "mean over tokens that hardly leaves 1: GSPO has --clip 3e-4 4e-4."
+    )
 if args.correct != "none":
     if args.old_logp != "trainer":
         raise InputError("--correct needs --old_logp trainer.")
@@ -167,33 +185,40 @@ def rollout(rows_P, serials, n, sampling):
     """n completions per prompt -> (rollouts [P][n], float64 reward_FPG, NaN where not rewarded)."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
-    return groups, rewards.score(reward_functions, tokenizer.decode, rows_P, groups)
+    return groups, rewards.score(reward_functions, tokenizer, rows_P, groups)
 
 
 def rollout_batch(consumed):
     """One group per prompt, of --prompts prompts after the first `consumed`, over all ranks.
 
-    With --resample, groups whose rewards are all equal are dropped and new ones drawn in their
-    place, for up to that many rounds (dynamic sampling, 2503.14476). Every rank draws the same
-    number, so there may be a few extra groups; or too few, if rounds run out. A rank may end empty.
-    -> (groups, reward_FPG, prompts drawn over all ranks, this rank's groups of equal rewards)
+    With --resample, groups whose rewards are all equal are dropped and as many new ones drawn in
+    their place, for up to that many rounds (dynamic sampling, 2503.14476); there are too few if
+    rounds run out. Which groups these are does not depend on the number of ranks. A rank may end
+    empty.
+    -> (groups, reward_FPG, the groups' serials, prompts drawn over all ranks, this rank's groups of
+    equal rewards)
     """
-    groups, rewards_FPG, drawn, equal, missing = [], [], 0, 0, args.prompts
+    groups, rewards_FPG, kept, drawn, equal = [], [], [], 0, 0
+    missing = args.prompts
     for _ in range(args.resample + 1):
-        count = -(-missing // world.size) * world.size
-        indices, serials = packing.share(len(train_rows), args.seed, consumed + drawn, count, world)
-        drawn += count
+        indices, serials = packing.share(
+            len(train_rows), args.seed, consumed + drawn, missing, world
+        )
+        drawn += missing
         rows_P = [train_rows[i] for i in indices]
         new_groups, reward_FPG = rollout(rows_P, serials, args.group, sampling)
-        varied_P = rewards.total(reward_FPG, reward_weights).std(1) > 1e-8
+        # A rank may have got no prompts.
+        reward_FPG = reward_FPG.view(len(reward_functions), len(rows_P), args.group)
+        varied_P = advantages.std(rewards.total(reward_FPG, reward_weights)) > 1e-8
         equal += int((~varied_P).sum())
         keep_P = varied_P | (args.resample == 0)
         groups += [group for group, keep in zip(new_groups, keep_P) if keep]
+        kept += [serial for serial, keep in zip(serials, keep_P) if keep]
         rewards_FPG.append(reward_FPG[:, keep_P])
         missing = args.prompts - int(dist.all_sum(len(groups)))
-        if missing <= 0:
+        if not missing:
             break
-    return groups, torch.cat(rewards_FPG, 1), drawn, equal
+    return groups, torch.cat(rewards_FPG, 1), kept, drawn, equal
 
 
 def evaluate():
@@ -204,7 +229,8 @@ def evaluate():
     rows_P = [eval_rows[i] for i in mine]
     serials = [2**32 + i for i in mine]  # disjoint from training's, so that seeds differ
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
-        _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
+        with rewards.held_out(reward_functions):
+            _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
         others = [f"eval/{name}/{f.name}" for f in reward_functions[1:]]
         metrics |= dist.means(rewards.sums([f"eval/{name}", *others], reward_FPG))
     return metrics
@@ -213,19 +239,21 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
+standstill = optim.Standstill(args.steps - state["step"])
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- rollout
     began = time.perf_counter()
-    groups, reward_FPG, drawn, equal = rollout_batch(state["consumed"])
-    if not dist.all_sum(len(groups)):
+    groups, reward_FPG, serials, drawn, equal = rollout_batch(state["consumed"])
+    all_serials = dist.gather(serials)
+    if not all_serials:
         run.save(step - 1, model, optimizer, state)
         raise InputError(
             f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group of "
             f"{args.group} had equal rewards: warm up with train_sft.py, change --data or "
-            "--reward, or raise --group. The weights are saved: --resume continues from them."
+            "--reward, or raise --group."
         )
     state["consumed"] += drawn
     rollouts = [r for group in groups for r in group]
@@ -249,7 +277,8 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- update: one optimizer step per minibatch of whole groups
     meter, loss_sum, divisors = dist.Meter(), 0.0, []
-    for k, minibatch in enumerate(packing.minibatches(examples, args.minibatches, args.group)):
+    minibatches = packing.minibatches(examples, args.group, serials, all_serials, args.minibatches)
+    for k, minibatch in enumerate(minibatches):
         targets, sequences = dist.all_sums(sum(e.num_targets for e in minibatch), len(minibatch))
         divisor = losses.divisor(args.agg, targets, sequences, args.max_new_tokens)
         divisors.append(divisor)
@@ -283,18 +312,23 @@ for step in range(state["step"] + 1, args.steps + 1):
         update = (step - 1) * args.minibatches + k + 1
         lr = optim.learning_rate(update, args.steps * args.minibatches, args.lr, args.warmup)
         optim.set_learning_rate(optimizer, lr)
-        optimizer.step()
+        # Without a trained token AdamW would still decay the weights and follow its momentum.
+        if dist.all_sum(sum(e.num_targets for e in minibatch)):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     # ---- sync
     engine.sync_weights(dist.full_weights(model), step)
 
     # ---- log
-    meter.add(reward_PG.numel(), reward=reward_PG.sum())
-    meter.add(len(reward_PG), reward_std=reward_PG.std(1).sum())
+    unrewarded_PG = reward_PG.isnan()
+    meter.add((~unrewarded_PG).sum(), reward=reward_PG.nansum())
+    meter.add(reward_PG.numel(), **{"completions/unrewarded": unrewarded_PG.sum()})
+    meter.add(len(reward_PG), reward_std=advantages.std(reward_PG).sum())
     meter.add(drawn / world.size, frac_reward_zero_std=equal)
-    sampled, kept = dist.all_sums(sum(r.length for r in rollouts), len(groups))
+    sampled = dist.all_sum(sum(r.length for r in rollouts))
     state["num_tokens"] += sampled
+    state["rewards"] = rewards.states(reward_functions)
     seconds = time.perf_counter() - began
     reward_names = [f"rewards/{f.name}/mean" for f in reward_functions]
     metrics = {
@@ -305,7 +339,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         "loss": dist.all_sum(loss_sum) / args.minibatches,
         "grad_norm": grad_norm,
         "lr": lr,
-        "groups": kept,
+        "groups": len(all_serials),
         "prompts_drawn": drawn,
         "num_tokens": state["num_tokens"],
         "time/rollout": rollout_seconds,
@@ -315,6 +349,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    run.say(standstill.hint(metrics["frac_reward_zero_std"] == 1, optim.EQUAL_REWARDS))
     numbers = {"reward": reward_PG.flatten(), "advantage": adv_PG.flatten()}
     run.samples(step, sample_records(tokenizer.decode, rollouts[: args.group], **numbers))
     if args.record:
@@ -329,9 +364,10 @@ for step in range(state["step"] + 1, args.steps + 1):
     gap.check(step, metrics)
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
-run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+files = tokenizer_files(args.model, tokenizer)
+run.export(dist.full_weights(model), model.config, files, args.save_dtype)
 run.finish()

@@ -30,6 +30,7 @@ from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
 from nanopost.run import Run
+from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens, P pairs, S sequences: number 2p is the chosen one of pair p, 2p + 1 the
@@ -46,7 +47,7 @@ add("--beta", type=above(0.0), default=0.1, help="scale of a log-ratio")
 add("--smoothing", type=at_least(0.0), default=0.0, help="aot: assumed share of swapped pairs")
 add(
     "--label_weights",
-    type=float,
+    type=at_least(0.0),
     nargs=2,
     default=[1.0, 1.0],
     help="kto: weights of good and bad rows",
@@ -81,7 +82,10 @@ if args.sft_weight and is_kto:
 if args.label_weights != [1.0, 1.0] and not is_kto:
     raise InputError(f"--loss {args.loss} does not use --label_weights.")
 form = rows.unpaired if is_kto else rows.pair
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, form)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, form, args.to_messages
+)
+eval_rows = eval_rows[: args.eval_rows]
 max_length = min(args.max_length or args.tokens // 2, args.tokens, model.config.max_positions)
 
 
@@ -90,13 +94,15 @@ def encode(given):
     dropped)."""
     if is_kto:
         labelled = rows.take_pairs_apart(given)
-        examples = [tokenizer.example(row, "completion") for row in labelled]
+        examples = [
+            tokenizer.example(row, "completion") for row in progress(labelled, "rows encoded")
+        ]
         for e, row in zip(examples, labelled):
             e.columns["label"] = float(row["label"])
         examples, counts = packing.fit_to(examples, max_length, args.overlong)
         pairs_P = pairs.mismatched(examples, max_length)
     else:
-        encoded = [tokenizer.pair(row) for row in given]
+        encoded = [tokenizer.pair(row) for row in progress(given, "pairs encoded")]
         pairs_P, counts = pairs.fit_to(encoded, max_length, args.overlong)
     pairs.add_columns(pairs_P)
     return pairs_P, counts
@@ -114,11 +120,13 @@ per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["loss", "rewards/accuracies", "rewards/chosen", "entropy", "grad_norm", "lr"]
-run = Run(args.out, world, args.steps, vars(args), show)
+show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/chosen", "entropy", "grad_norm"]
+show += ["lr"]
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+run.say(tokenizer.plain_prompts(train_rows))
 if args.reference_model:
     run.say(check_stage(args.reference_model, tokenizer))
 run.say(
@@ -126,7 +134,11 @@ run.say(
 )
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
-run.say(f"each step takes {args.rows} of the {per_epoch:,} examples of an epoch")
+epochs = args.steps * args.rows / per_epoch
+run.say(
+    f"each step takes {args.rows} of the {per_epoch:,} examples of an epoch: {args.steps:,} steps, "
+    f"{epochs:.3g} epochs"
+)
 
 
 def coupled_loss(sequences):
@@ -172,6 +184,7 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+standstill = optim.Standstill(args.steps - state["step"])
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -231,14 +244,16 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
         every = [e for pair in step_pairs for e in pair]
         run.record(step, every, {"divisor": args.rows}, slope=slope_S[mine_S].tolist())
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
-run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+files = tokenizer_files(args.model, tokenizer)
+run.export(dist.full_weights(model), model.config, files, args.save_dtype)
 run.finish()

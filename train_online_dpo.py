@@ -32,7 +32,7 @@ from nanopost import (
     rewards,
     rows,
 )
-from nanopost.cli import above, at_least
+from nanopost.cli import above, at_least, finite
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.forward import batches, check_finite
 from nanopost.rollout import length_metrics, sample_records
@@ -52,10 +52,10 @@ add("--group", type=at_least(2), default=4, help="samples per prompt")
 add("--judge", metavar="file.py:f", help="f(prompts, pairs of texts) -> 0, 1 or None for each pair")
 add("--eos_penalty", type=at_least(0.0), default=1.0, help="penalty for an unfinished answer")
 add("--loss", nargs="+", default=["sigmoid"], choices=preference.LOSSES, metavar="LOSS")
-add("--loss_weights", type=float, nargs="+", help="one per --loss; default: all 1")
+add("--loss_weights", type=finite, nargs="+", help="one per --loss; default: all 1")
 add("--beta", type=above(0.0), default=0.1, help="scale of a log-ratio; ipo calls it tau")
 add("--smoothing", type=at_least(0.0), default=0.0, help="assumed share of swapped pairs")
-add("--gamma", type=float, default=0.5, help="target margin of simpo")
+add("--gamma", type=finite, default=0.5, help="target margin of simpo")
 add("--reference_model", help="folder of the reference; default: --model")
 args = parser.parse_args()
 
@@ -84,9 +84,12 @@ if preference.needs_reference(loss_functions):
     tokenizer.check_same(reference_folder, "--reference_model ")
     reference_model = hf.load_model(reference_folder, world.device, shard=shard)
     reference_model.requires_grad_(False)
-engine = Engine.beside(model, args.model, world, tokenizer, args.engine_rows)
+engine = Engine.beside(model, args.model, world, tokenizer, args.engine_rows, args.engine_tokens)
 
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.prompt)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
+)
+eval_rows = eval_rows[: args.eval_rows]
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,
@@ -98,21 +101,28 @@ train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.
 reward_functions, reward_weights = [], []
 if args.reward:
     reward_functions, reward_weights = rewards.load(
-        args.reward, args.reward_weights, tokenizer, world.device
+        args.reward, args.reward_weights, tokenizer, world, args.tokens, args.reward_timeout
     )
-judge = rewards.load_one(args.judge) if args.judge else None
+columns_report = rewards.check(reward_functions, train_rows + eval_rows)
+judge = rewards.load_one(args.judge, timeout=args.reward_timeout) if args.judge else None
+stateful = reward_functions + ([judge] if judge else [])
 sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["reward", "loss", "rewards/accuracies", "rewards/margins", "entropy", "grad_norm", "lr"]
-run = Run(args.out, world, args.steps, vars(args), show)
+show = ["reward", "loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy"]
+show += ["grad_norm", "lr"]
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
 if args.reference_model:
     run.say(check_stage(args.reference_model, tokenizer))
+epochs = args.steps * args.prompts / len(train_rows)
+run.say(f"{args.steps:,} steps of {args.prompts} prompts: {epochs:.3g} epochs")
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
+run.say(columns_report)
+run.say(rewards.restore(stateful, state))
 
 
 def rollout(rows_P, serials, n, sampling):
@@ -123,10 +133,10 @@ def rollout(rows_P, serials, n, sampling):
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
     reward_PG = torch.zeros(len(rows_P), n, dtype=torch.float64)
     if reward_functions:
-        reward_FPG = rewards.score(reward_functions, tokenizer.decode, rows_P, groups)
+        reward_FPG = rewards.score(reward_functions, tokenizer, rows_P, groups)
         reward_PG += rewards.total(reward_FPG, reward_weights)
     if judge:
-        reward_PG += rewards.judged(judge, tokenizer.decode, rows_P, groups)
+        reward_PG += rewards.judged(judge, tokenizer, rows_P, groups)
     return groups, reward_PG
 
 
@@ -140,12 +150,18 @@ def evaluate():
     rows_P, serials = [eval_rows[i] for i in mine], [2**32 + i for i in mine]
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
         held_out = replace(sampling, temperature=temperature)
-        groups, reward_PG = rollout(rows_P, serials, 1, held_out)
-        metrics |= dist.means({f"eval/{name}": (reward_PG.sum(), reward_PG.numel())})
+        with rewards.held_out(stateful):
+            groups, reward_PG = rollout(rows_P, serials, 1, held_out)
+        applies = (~reward_PG.isnan()).sum()
+        metrics |= dist.means({f"eval/{name}": (reward_PG.nansum(), applies)})
         if name == "accuracy" and reference_model is not None:
             examples = [r.example() for (r,) in groups]
-            logps = forward.logprobs(reference_model, examples, args.tokens, 1.0, world.device)
-            kl_P = [float((e.columns["engine_logp"] - x).sum()) for e, x in zip(examples, logps)]
+            # Both log-probs from the trainer: in bf16 the engine's rounding would count as a KL.
+            logps, ref_logps = [
+                forward.logprobs(x, examples, args.tokens, 1.0, world.device)
+                for x in (model, reference_model)
+            ]
+            kl_P = [float((x - ref_x).sum()) for x, ref_x in zip(logps, ref_logps)]
             metrics |= dist.means({"eval/kl": (sum(kl_P), len(kl_P))})
     return metrics
 
@@ -153,6 +169,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 engine.sync_weights(dist.full_weights(model), state["step"])
+standstill = optim.Standstill(args.steps - state["step"])
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -201,15 +218,18 @@ for step in range(state["step"] + 1, args.steps + 1):
         # A mean over the pairs of the step.
         # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / max(1, num_pairs)).backward()
-        metrics = preference.pair_metrics(pairs_P, args.beta)
-        meter.add(batch.num_examples // 2, loss=loss, **metrics)
+        if not batch.dummy:  # its empty pair would be a tie
+            metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
+            meter.add(batch.num_examples // 2, loss=loss, **metrics)
         meter.add(batch.num_targets, entropy=entropy_N.sum())
     examples = [e for pair in step_pairs for e in pair]
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
     check_finite(grad_norm, step, model, examples, tokenizer.decode)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
-    optimizer.step()
+    # Without a pair AdamW would still decay the weights and follow its momentum.
+    if num_pairs:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
     # ---- sync
@@ -218,7 +238,10 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- log
     tokens = dist.all_sum(sum(map(len, examples)))
     state["num_tokens"] += tokens
-    meter.add(reward_PG.numel(), reward=reward_PG.sum())
+    state["rewards"] = rewards.states(stateful)
+    unrewarded_PG = reward_PG.isnan()
+    meter.add((~unrewarded_PG).sum(), reward=reward_PG.nansum())
+    meter.add(reward_PG.numel(), **{"completions/unrewarded": unrewarded_PG.sum()})
     meter.add(len(groups), ties=len(groups) - len(step_pairs))
     metrics = {
         **meter.means(),
@@ -233,6 +256,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    run.say(standstill.hint(num_pairs == 0, optim.EQUAL_REWARDS))
     run.samples(
         step, sample_records(tokenizer.decode, rollouts[: args.group], reward=reward_PG.flatten())
     )
@@ -247,9 +271,10 @@ for step in range(state["step"] + 1, args.steps + 1):
         )
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
-run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+files = tokenizer_files(args.model, tokenizer)
+run.export(dist.full_weights(model), model.config, files, args.save_dtype)
 run.finish()

@@ -42,7 +42,7 @@ from nanopost import (
     rows,
 )
 from nanopost.batch import add_column, padded
-from nanopost.cli import at_least
+from nanopost.cli import above, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.forward import add_logprobs, add_values, batches, check_finite
 from nanopost.rollout import LogpGap, length_metrics, sample_records
@@ -80,7 +80,7 @@ add(
     default=0.2,
     help="clip range of a value around the old one",
 )
-add("--gamma", type=at_least(0.0), default=1.0, help="discount per token")
+add("--gamma", type=at_least(0.0, most=1.0), default=1.0, help="discount per token")
 add(
     "--lam",
     type=at_least(0.0, most=1.0),
@@ -103,7 +103,7 @@ add(
 )
 add(
     "--max_logp_gap",
-    type=at_least(0.0),
+    type=above(0.0),
     help="stop if engine and trainer log-probs differ more on average; default 1e-3, bf16 0.1",
 )
 args = parser.parse_args()
@@ -133,9 +133,14 @@ model = hf.load_actor_critic(args.model, value_folder, world.device, shard, pad_
 reference = None
 if args.beta:
     reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
-engine = Engine.beside(model.policy, args.model, world, tokenizer, args.engine_rows)
+engine = Engine.beside(
+    model.policy, args.model, world, tokenizer, args.engine_rows, args.engine_tokens
+)
 
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.prompt)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
+)
+eval_rows = eval_rows[: args.eval_rows]
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,
@@ -144,18 +149,23 @@ train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.
     model.config.max_positions,
 )
 reward_functions, reward_weights = rewards.load(
-    args.reward, args.reward_weights, tokenizer, world.device
+    args.reward, args.reward_weights, tokenizer, world, args.tokens, args.reward_timeout
 )
+columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay, value=value_rate)
 show = ["objective/scores", "objective/kl", "policy/entropy_avg", "loss/policy_avg"]
 show += ["loss/value_avg", "val/explained_variance", "grad_norm", "completions/mean_length"]
-run = Run(args.out, world, args.steps, vars(args), show)
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "score_sums": (0, 0.0, 0.0)}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+epochs = args.steps * args.prompts / len(train_rows)
+run.say(f"{args.steps:,} steps of {args.prompts} prompts: {epochs:.3g} epochs")
 run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; the first one:")
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
+run.say(columns_report)
+run.say(rewards.restore(reward_functions, state))
 
 sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
 kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
@@ -165,7 +175,7 @@ def rollout(rows_P, serials, n, sampling):
     """n completions per prompt -> (rollouts [P][n], float64 reward_FPG, NaN where not rewarded)."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
-    return groups, rewards.score(reward_functions, tokenizer.decode, rows_P, groups)
+    return groups, rewards.score(reward_functions, tokenizer, rows_P, groups)
 
 
 def evaluate():
@@ -176,7 +186,8 @@ def evaluate():
     rows_P = [eval_rows[i] for i in mine]
     serials = [2**32 + i for i in mine]  # disjoint from training's, so that seeds differ
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
-        _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
+        with rewards.held_out(reward_functions):
+            _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
         others = [f"eval/{name}/{f.name}" for f in reward_functions[1:]]
         metrics |= dist.means(rewards.sums([f"eval/{name}", *others], reward_FPG))
     return metrics
@@ -185,6 +196,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
+standstill = optim.Standstill(args.steps - state["step"])
 engine.sync_weights(dist.full_weights(model, "policy."), state["step"])
 if not run.resumed:
     run.log(0, evaluate())
@@ -200,31 +212,40 @@ for step in range(state["step"] + 1, args.steps + 1):
     rollouts = [r for group in groups for r in group]
     unended_B = torch.tensor([r.finish == "length" for r in rollouts])
     score_B = rewards.total(reward_FPG, reward_weights).flatten() - args.eos_penalty * unended_B
+    scored_B = ~score_B.isnan()
     rollout_seconds = time.perf_counter() - began
 
     # ---- log-probs and values of the sampled tokens
     examples = [r.example() for r in rollouts]
-    if args.old_logp == "trainer":
-        add_logprobs(examples, "old_logp", model, args.tokens, args.temperature, world.device)
-    else:
-        for e in examples:
-            e.columns["old_logp"] = e.columns["engine_logp"]
+    for e, scored in zip(examples, scored_B.tolist()):
+        if not scored:  # no reward applies: nothing to learn from
+            e.mask[:] = False
+            e.columns["engine_logp"] *= e.mask
+    if args.old_logp == "trainer" or reference is not None:
+        # Both log-probs of the KL are the trainer's: in bf16 the engine's rounding would count.
+        add_logprobs(examples, "policy_logp", model, args.tokens, args.temperature, world.device)
     if reference is not None:
         add_logprobs(examples, "ref_logp", reference, args.tokens, args.temperature, world.device)
+    source = "policy_logp" if args.old_logp == "trainer" else "engine_logp"
+    for e in examples:
+        e.columns["old_logp"] = e.columns[source]
     add_values(examples, model, args.tokens, world.device)
     # float64, zero after a row's last sampled token: below, only statistics need a mask
     old_BT, value_BT = padded(examples, "old_logp"), padded(examples, "value")
-    ref_BT = old_BT if reference is None else padded(examples, "ref_logp")
-    length_B = torch.tensor([r.length for r in rollouts])
+    policy_BT = ref_BT = torch.zeros_like(old_BT)
+    if reference is not None:
+        policy_BT, ref_BT = padded(examples, "policy_logp"), padded(examples, "ref_logp")
+    length_B = torch.tensor([int(e.mask.sum()) for e in examples])
     sampled_BT = torch.arange(old_BT.shape[1]) < length_B[:, None]
 
     # ---- advantage: the KL at each token, the score at the last one, and GAE
-    reward_BT = -args.beta * kl_estimate(old_BT, ref_BT)
+    reward_BT = -args.beta * kl_estimate(policy_BT, ref_BT)
     kl_reward_B = reward_BT.sum(1)
     scale = 1.0
     if args.score_scale:
-        state["score_sums"], scale = advantages.running_std(state["score_sums"], score_B)
-    reward_BT[torch.arange(len(rollouts)), length_B - 1] += score_B / scale
+        sums = state["score_sums"]
+        state["score_sums"], scale = advantages.running_std(sums, score_B[scored_B])
+    reward_BT[scored_B, length_B[scored_B] - 1] += score_B[scored_B] / scale
     if args.whiten_rewards:
         reward_BT = advantages.whiten(reward_BT, sampled_BT, shift_mean=False) * sampled_BT
     adv_BT, ret_BT = advantages.gae(reward_BT, value_BT, args.gamma, args.lam)
@@ -272,7 +293,9 @@ for step in range(state["step"] + 1, args.steps + 1):
                 gap.add(logp_N, batch["engine_logp"], batch.mask_N)
         grad_norm = dist.clip_grad_norm(model, args.grad_clip)
         check_finite(grad_norm, step, model, minibatch, tokenizer.decode)
-        optimizer.step()
+        # Without a trained token AdamW would still decay the weights and follow its momentum.
+        if targets:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
     # ---- sync
@@ -280,16 +303,18 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- log
     objective = {
-        "objective/scores": score_B.sum(),
+        "objective/scores": score_B.nansum(),
         "objective/entropy": -old_BT.sum(),
         "objective/non_score_reward": kl_reward_B.sum(),
-        "objective/rlhf_reward": (kl_reward_B + score_B).sum(),
+        "objective/rlhf_reward": (kl_reward_B + score_B).nansum(),
     }
     if reference is not None:
-        objective["objective/kl"] = (old_BT - ref_BT).sum()  # k1, whatever --kl is
-    meter.add(len(rollouts), **objective)
-    sampled, ended = dist.all_sums(length_B.sum(), (~unended_B).sum())
+        objective["objective/kl"] = (policy_BT - ref_BT).sum()  # k1, whatever --kl is
+    meter.add(scored_B.sum(), **objective)
+    meter.add(len(rollouts), **{"completions/unrewarded": (~scored_B).sum()})
+    sampled, ended = dist.all_sums(sum(r.length for r in rollouts), (~unended_B).sum())
     state["num_tokens"] += sampled
+    state["rewards"] = rewards.states(reward_functions)
     seconds = time.perf_counter() - began
     reward_names = [f"rewards/{f.name}/mean" for f in reward_functions]
     metrics = {
@@ -311,7 +336,9 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
-    numbers = {"score": score_B, "advantage": monte_carlo_BT[:, 0] - value_BT[:, 0]}
+    _, score_std = dist.mean_and_std(score_B[scored_B])
+    run.say(standstill.hint(score_std < 1e-8, optim.EQUAL_REWARDS))
+    numbers = {"score": score_B, "advantage": (monte_carlo_BT - value_BT)[:, :1].sum(1)}
     run.samples(step, sample_records(tokenizer.decode, rollouts[:8], **numbers))
     if args.record:
         run.record(
@@ -325,12 +352,13 @@ for step in range(state["step"] + 1, args.steps + 1):
     gap.check(step, metrics)
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
 files = tokenizer_files(args.model, tokenizer)
 if value_folder:  # a head is useless without its policy, so it is not exported
-    run.export(dist.full_weights(model, "value."), model.value.config, files, part="value")
-run.export(dist.full_weights(model, "policy."), model.config, files)
+    value_weights = dist.full_weights(model, "value.")
+    run.export(value_weights, model.value.config, files, args.save_dtype, part="value")
+run.export(dist.full_weights(model, "policy."), model.config, files, args.save_dtype)
 run.finish()

@@ -23,6 +23,7 @@ from nanopost.cli import at_least
 from nanopost.forward import batches, check_finite
 from nanopost.report import marked_text
 from nanopost.run import Run
+from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: P pairs, S sequences: 2p is the chosen one of pair p, 2p + 1 the rejected one.
@@ -44,13 +45,16 @@ model = hf.load_scalar_model(
     args.model, world.device, shard=cli.shard(args, world), new_head=True, pad_id=pad_id
 )
 
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.pair)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, rows.pair, args.to_messages
+)
+eval_rows = eval_rows[: args.eval_rows]
 max_length = min(args.max_length or args.tokens // 2, model.config.max_positions)
 
 
 def encode(rows_P):
     """Rows -> (pairs of examples with the column margin, counts of what was cut or dropped)."""
-    pairs_P = [tokenizer.pair(row) for row in rows_P]
+    pairs_P = [tokenizer.pair(row) for row in progress(rows_P, "pairs encoded")]
     for row, pair in zip(rows_P, pairs_P):
         for e in pair:
             e.columns["margin"] = rows.number(row, "margin", default=0.0)
@@ -66,16 +70,21 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "accuracy", "margin", "grad_norm", "lr", "tokens_per_second"]
-run = Run(args.out, world, args.steps, vars(args), show)
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
+run.say(tokenizer.plain_prompts(train_rows))
 run.say(
     f"{len(train_pairs):,} pairs, {len(eval_pairs):,} held out; the first, answers between » and «:"
 )
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
-run.say(f"each step takes {args.rows} of the {per_epoch:,} pairs of an epoch")
+epochs = args.steps * args.rows / per_epoch
+run.say(
+    f"each step takes {args.rows} of the {per_epoch:,} pairs of an epoch: {args.steps:,} steps, "
+    f"{epochs:.3g} epochs"
+)
 
 
 def forward(batch):
@@ -111,6 +120,7 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+standstill = optim.Standstill(args.steps - state["step"])
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -159,14 +169,16 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
         score_S = score_2P.T.flatten().tolist()
         run.record(step, examples, {"divisor": args.rows}, score=score_S)
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
-run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+files = tokenizer_files(args.model, tokenizer)
+run.export(dist.full_weights(model), model.config, files, args.save_dtype)
 run.finish()

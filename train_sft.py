@@ -21,6 +21,7 @@ from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite
 from nanopost.report import report
 from nanopost.run import Run
+from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens of a micro-batch.
@@ -59,11 +60,16 @@ world = dist.init(args.device, args.dtype, args.seed)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 
-train_rows, eval_rows = rows.load(args.data, args.eval_data, args.holdout, args.rename, rows.sft)
+train_rows, eval_rows = rows.load(
+    args.data, args.eval_data, args.holdout, args.rename, rows.sft, args.to_messages
+)
+eval_rows = eval_rows[: args.eval_rows]
 max_length = min(args.max_length or args.tokens, args.tokens, model.config.max_positions)
-encoded = [tokenizer.example(row, args.train_on) for row in train_rows]
+encoded = [tokenizer.example(row, args.train_on) for row in progress(train_rows, "rows encoded")]
 train_examples, cut = packing.fit_to(encoded, max_length, args.overlong)
-eval_encoded = [tokenizer.example(row, args.train_on) for row in eval_rows]
+eval_encoded = [
+    tokenizer.example(row, args.train_on) for row in progress(eval_rows, "held-out rows encoded")
+]
 eval_examples, eval_cut = packing.fit_to(eval_encoded, max_length, args.overlong)
 
 lengths = [len(e) for e in train_examples]
@@ -76,18 +82,21 @@ else:
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / per_step)
 
 optimizer = optim.adamw(model, args.weight_decay)
-run = Run(
-    args.out, world, args.steps, vars(args), show=["loss", "grad_norm", "lr", "tokens_per_second"]
-)
+show = ["loss", "grad_norm", "lr", "tokens_per_second"]
+run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
-run.say(f"{args.data}, before anything is cut: {report(encoded, tokenizer, train_rows)}")
+run.say(
+    f"{rows.named(args.data)}, before anything is cut: {report(encoded, tokenizer, train_rows)}"
+)
+run.say(f"{len(train_examples):,} rows to train on, {len(eval_examples):,} held out")
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")
+epochs = args.steps * per_step / per_epoch
 filled = packing.fill_rate(lengths, packing.pack(lengths, args.tokens), args.tokens)
 run.say(
-    f"each step takes {per_step} of the {per_epoch:,} {unit} of an epoch; packed as a whole, "
-    f"{args.tokens}-token bins are {filled:.1%} full"
+    f"each step takes {per_step} of the {per_epoch:,} {unit} of an epoch: {args.steps:,} steps, "
+    f"{epochs:.3g} epochs; packed as a whole, {args.tokens}-token bins are {filled:.1%} full"
 )
 
 
@@ -106,6 +115,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 loss_of = {"nll": losses.sft_nll, "dft": losses.sft_dft}[args.loss]
+standstill = optim.Standstill(args.steps - state["step"])
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
@@ -143,13 +153,15 @@ for step in range(state["step"] + 1, args.steps + 1):
     if run.due(step, args.eval_every):
         metrics |= evaluate()
     run.log(step, metrics)
+    run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
         run.record(step, examples, {"divisor": targets})
 
     # ---- save
-    if run.due(step, args.save_every):
+    if run.due_save(step, args.save_every, args.save_minutes):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
-run.export(dist.full_weights(model), model.config, tokenizer_files(args.model, tokenizer))
+files = tokenizer_files(args.model, tokenizer)
+run.export(dist.full_weights(model), model.config, files, args.save_dtype)
 run.finish()

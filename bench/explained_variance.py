@@ -24,7 +24,7 @@ from runs import toy
 
 def sampled_returns(tokenizer, policy, rows, samples: int) -> dict[tuple, list[float]]:
     """The returns seen from each state: {ids before a token: rewards of its completions}."""
-    engine = Engine(policy, tokenizer.stop_ids)
+    engine = Engine.of(policy, tokenizer)
     prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
     seeds = [prompt_seed(1, serial) for serial in range(len(rows))]
     returns = defaultdict(list)

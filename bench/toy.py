@@ -73,9 +73,7 @@ GRPO = {
     "GRPO (sequence)": grpo("--agg sequence"),
     "Dr. GRPO": grpo("--adv mean --agg constant"),
     "DAPO": grpo("--clip 0.2 0.28 --resample 2"),
-    "RLOO": grpo(
-        "--adv loo --ratio sequence_sum --agg sequence --beta 0.01 --kl k1", fork="kl_reward"
-    ),
+    "RLOO": grpo("--adv loo --ratio sequence_sum --agg sequence --beta 0.01", fork="kl_reward"),
     "GSPO": grpo("--ratio sequence --agg sequence --clip 0.03 0.04"),
     "LUSPO": grpo("--ratio sequence --agg sequence_sum --clip 0.03 0.04"),
     "CISPO": grpo("--loss cispo"),

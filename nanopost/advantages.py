@@ -9,10 +9,11 @@ from nanopost import InputError, dist
 
 
 # ---------------------------------------------------------------------------------- group baselines
-# How much better a sample is than the others of its group: reward_PG -> adv_PG.
+# How much better a sample is than the others of its group: reward_PG -> adv_PG. A NaN, where no
+# reward applies, is in no mean and no std, and its advantage is 0.
 def group(reward_PG):
     """(R - mean) / (std + 1e-4), both over the group, std with n - 1: GRPO 2402.03300."""
-    return centred(reward_PG) / (reward_PG.std(1, keepdim=True) + 1e-4)
+    return centred(reward_PG) / (std(reward_PG)[:, None] + 1e-4)
 
 
 def mean(reward_PG):
@@ -22,24 +23,31 @@ def mean(reward_PG):
 
 def leave_one_out(reward_PG):
     """R - mean of the OTHERS = (R - mean) G / (G - 1): an unbiased baseline, RLOO 2402.14740."""
-    num_samples = reward_PG.shape[1]
-    return centred(reward_PG) * (num_samples / (num_samples - 1))
+    num_samples_P1 = (~reward_PG.isnan()).sum(1, keepdim=True)
+    return centred(reward_PG) * (num_samples_P1 / (num_samples_P1 - 1).clamp(min=1))
 
 
 def batch(reward_PG):
     """(R - mean of the group) / (std + 1e-4), std of all rewards of all ranks. A collective."""
-    _, std = dist.mean_and_std(reward_PG)
+    _, std = dist.mean_and_std(reward_PG[~reward_PG.isnan()])
     return centred(reward_PG) / (std + 1e-4)
 
 
 def centred(reward_PG):
-    """R - mean of the group."""
+    """R - mean of the group; 0 for a NaN."""
     num_samples = reward_PG.shape[1]
     if num_samples < 2:
         raise InputError(
             f"--group {num_samples} leaves nothing to compare a sample with: give 2 or more."
         )
-    return reward_PG - reward_PG.mean(1, keepdim=True)
+    return (reward_PG - reward_PG.nanmean(1, keepdim=True)).nan_to_num(0)
+
+
+def std(reward_PG):
+    """The std of each group, with n - 1 -> std_P; 0 if fewer than two rewards apply."""
+    deviation_PG = reward_PG - reward_PG.nanmean(1, keepdim=True)
+    count_P = (~reward_PG.isnan()).sum(1)
+    return (deviation_PG.square().nansum(1) / (count_P - 1).clamp(min=1)).sqrt()
 
 
 # ------------------------------------------------------------------------------------ per token
@@ -53,7 +61,7 @@ def gae(reward_BT, value_BT, gamma: float, lam: float):
     targets.
     """
     adv_BT = torch.zeros_like(value_BT)
-    next_value_B = next_adv_B = torch.zeros_like(value_BT[:, 0])
+    next_value_B = next_adv_B = value_BT.new_zeros(len(value_BT))
     for t in reversed(range(value_BT.shape[1])):
         delta_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
         next_adv_B = delta_B + gamma * lam * next_adv_B

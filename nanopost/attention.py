@@ -137,28 +137,27 @@ def cached_attention(q_BHK, k_BGTK, v_BGTK, length_B, window: int | None = None)
 
 
 class Cache:
-    """Keys and values of B rows in every layer: `copies` rows per prompt, `capacity` tokens each.
+    """Keys and values of B rows in every layer, `capacity` tokens each.
 
-    length_B: tokens in use in each row. longest: their maximum.
+    length_B: tokens in use in each row; at first, those of its prompt. longest: their maximum.
     """
 
-    def __init__(self, layers, rows, copies, groups, capacity, width, dtype, device):
-        shape = (rows, groups, capacity, width)
+    def __init__(self, layers, lengths: list[int], groups, capacity, width, dtype, device):
+        shape = (len(lengths), groups, capacity, width)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.copies, self.longest = copies, 0
-        self.length_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self.length_B = torch.tensor(lengths, device=device)
+        self.longest = max(lengths)
 
-    def write_prompts(self, layer, k_NGK, v_NGK, cu_seqlens, max_seqlen):
-        """Write packed prompts from the first position on, each to its `copies` rows."""
+    def write_prompts(self, layer, k_NGK, v_NGK, cu_seqlens, max_seqlen, first, prompt_B):
+        """Write packed prompts into the rows from `first` on: prompt_B says which one each gets."""
         start_P, end_P = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
         at_T = torch.arange(max_seqlen, device=start_P.device)
         index_PT = torch.minimum(start_P[:, None] + at_T, end_P[:, None] - 1)
+        rows = slice(first, first + len(prompt_B))
         for new_NGK, cache_BGTK in ((k_NGK, self.k[layer]), (v_NGK, self.v[layer])):
             new_PGTK = rearrange(new_NGK[index_PT], "p t g k -> p g t k")
-            cache_BGTK[:, :, :max_seqlen] = new_PGTK.repeat_interleave(self.copies, 0)
-        self.length_B = (end_P - start_P).repeat_interleave(self.copies)
-        self.longest = max_seqlen
+            cache_BGTK[rows, :, :max_seqlen] = new_PGTK[prompt_B]
 
     def append(self, layer, k_BGK, v_BGK):
         """Write one token per row after those in use -> the part of the cache that is in use."""
@@ -167,9 +166,11 @@ class Cache:
         self.v[layer][row_B, :, self.length_B] = v_BGK
         return self.k[layer][:, :, : self.longest], self.v[layer][:, :, : self.longest]
 
-    def keep(self, row_A):
-        """Keep only these rows; the memory of the others is freed."""
-        self.k = [k.index_select(0, row_A) for k in self.k]
-        self.v = [v.index_select(0, row_A) for v in self.v]
+    def keep(self, row_A, longest: int):
+        """Keep only these rows, of at most `longest` tokens. The memory of the others is freed,
+        layer by layer: old and new never exist twice as a whole."""
+        for layer in range(len(self.k)):
+            self.k[layer] = self.k[layer].index_select(0, row_A)
+            self.v[layer] = self.v[layer].index_select(0, row_A)
         self.length_B = self.length_B[row_A]
-        self.longest = int(self.length_B.max())
+        self.longest = longest

@@ -15,11 +15,11 @@ from nanopost import InputError, dist
 
 
 def at_least(least: float, most: float = math.inf):
-    """An argparse type: a number within bounds, an int if `least` is an int, else a float."""
+    """An argparse type: a finite number within bounds, an int if `least` is one, else a float."""
     kind = type(least)
 
     def number(text):
-        value = kind(text)
+        value = _finite(kind(text), text)
         if not least <= value <= most:
             limit = "" if most == math.inf else f", and at most {most}"
             raise argparse.ArgumentTypeError(f"{text}: give {least} or more{limit}")
@@ -29,24 +29,43 @@ def at_least(least: float, most: float = math.inf):
     return number
 
 
-def above(bound: float):
-    """An argparse type: a float above a bound."""
+def above(bound: float, most: float = math.inf):
+    """An argparse type: a finite float above a bound."""
 
     def number(text):
-        value = float(text)
-        if not value > bound:
-            raise argparse.ArgumentTypeError(f"{text}: give more than {bound:g}")
+        value = _finite(float(text), text)
+        if not bound < value <= most:
+            limit = "" if most == math.inf else f", and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"{text}: give more than {bound:g}{limit}")
         return value
 
     number.__name__ = "float"
     return number
 
 
+def finite(text: str) -> float:
+    """An argparse type: a float that is neither infinite nor NaN."""
+    return _finite(float(text), text)
+
+
+def _finite(value, text):
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text}: give a finite number")
+    return value
+
+
 class Parser(argparse.ArgumentParser):
-    """--help shows each flag's default unless its text does; a bad flag gets a one-line error."""
+    """--help shows each flag's default unless its text does; a bad flag gets a one-line error.
+
+    Flags are not abbreviated: --step would be --steps, and another flag once there is a --step.
+    """
 
     def __init__(self, doc: str):
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def add_argument(self, *names, **options):
         action = super().add_argument(*names, **options)
@@ -76,20 +95,26 @@ def parser(
     parser = Parser(doc)
     add = parser.add_argument
     add("--model", default=model, required=model is None, help="folder of a Hugging Face model")
-    add("--data", required=True, help="rows: JSONL, .jsonl.gz, a .json list or Parquet")
-    add("--eval_data", help="held-out rows; default: --holdout rows of --data")
+    add("--data", nargs="+", required=True, help="rows: JSONL, .jsonl.gz, .json lists or Parquet")
+    add("--eval_data", nargs="+", help="held-out rows; default: --holdout rows of --data")
     add(
         "--holdout",
         type=at_least(0),
         default=100,
         help="rows of --data to hold out if --eval_data is not given",
     )
+    add("--eval_rows", type=at_least(1), help="evaluate on the first held-out rows; default: all")
     add(
         "--rename",
         nargs="*",
         default=[],
         metavar="THEIRS=OURS",
         help="rename columns: question=prompt",
+    )
+    add(
+        "--to_messages",
+        action="store_true",
+        help="put plain-text prompts and answers into the chat template, as messages",
     )
     add("--out", default=out, help="folder of the run, where the trained model is written")
     add("--chat_template", help="a Jinja file that replaces the model's own template")
@@ -119,7 +144,20 @@ def parser(
         "--save_every",
         type=at_least(0),
         default=save_every,
-        help="steps between checkpoints; 0: none",
+        help="steps between checkpoints; 0: by time alone",
+    )
+    add(
+        "--save_minutes",
+        type=at_least(0.0),
+        default=15.0,
+        help="minutes between checkpoints, where --save_every takes longer; 0: by steps alone",
+    )
+    add("--keep", type=at_least(1), default=2, help="checkpoints to keep")
+    add(
+        "--save_dtype",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="of the trained model's folder; auto: that of --model",
     )
     add("--record", action="store_true", help="write what each step was made of to --out/records")
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
@@ -153,8 +191,20 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
         help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or "
         "file.py:function",
     )
-    add("--reward_weights", type=float, nargs="+", help="one per --reward; default: all 1")
+    add("--reward_weights", type=finite, nargs="+", help="one per --reward; default: all 1")
+    add(
+        "--reward_timeout",
+        type=at_least(0.0),
+        default=0.0,
+        help="seconds per call of a reward or judge; 0: no limit",
+    )
     add("--engine_rows", type=at_least(1), default=512, help="completions sampled at once per rank")
+    add(
+        "--engine_tokens",
+        type=at_least(1),
+        default=2**18,
+        help="tokens in the cache at once per rank: lower it if sampling runs out of memory",
+    )
 
 
 def add_pair_flags(parser: Parser):

@@ -3,9 +3,14 @@
 A run always has a process group, even with a single process, so no call site checks for one.
 """
 
+import ctypes
+import io
+import json
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -14,7 +19,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from nanopost import InputError
+from nanopost import InputError, StepError
+
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
+last_words: Callable[[], str] | None = None  # of a run: printed after an error that ends it
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,12 @@ def init(
     device: auto, cpu or cuda. dtype: fp32, bf16, or auto, which is bf16 on CUDA and fp32 on a CPU.
     """
     sys.excepthook = _one_sentence
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a sample's letters end no run
+    _check_launch()
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        # A killed torchrun leaves no process behind: each gets SIGTERM (1: PR_SET_PDEATHSIG).
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -64,30 +78,63 @@ def init(
     return World(rank, size, where, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
 
 
+def _check_launch():
+    """InputError for half of what torchrun sets: the process would wait for others forever."""
+    several = "RANK" in os.environ or os.environ.get("WORLD_SIZE", "1") != "1"
+    given = [name for name in LAUNCHED if name in os.environ]
+    missing = [name for name in LAUNCHED if name not in os.environ]
+    if several and missing:
+        raise InputError(
+            f"the environment sets {', '.join(given)} but not {', '.join(missing)}: start several "
+            f"processes with torchrun, or a single one with env -u {' -u '.join(given)}."
+        )
+
+
 def _one_sentence(kind, error, trace):
-    """A user's mistake prints only its sentence; a bug keeps its traceback."""
-    if issubclass(kind, InputError):
+    """A user's mistake prints only its sentence; a bug keeps its traceback. Then what is saved."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    if several and "onnection" in str(error) and "gloo" in str(error):
+        print(f"rank {dist.get_rank()}: another rank has stopped", file=sys.stderr, flush=True)
+        time.sleep(1)  # so that torchrun reports the other one
+        _exit(1)
+    if issubclass(kind, (InputError, StepError)):
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
-        print("stopped: --resume continues from the newest checkpoint", file=sys.stderr, flush=True)
+        print("stopped", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, trace)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # a rank that waited for the others to clean up would keep them all waiting
+    if last_words is not None:
+        print(last_words(), file=sys.stderr, flush=True)
+    _tell_torchrun(f"{kind.__name__}: {error}")
+    if several:
+        _exit(1)  # a rank that waited for the others to clean up would keep them all waiting
 
 
-def finish():
-    """The last line of a script. Several processes wait for each other, then exit at once: on a
-    busy machine, tearing down gloo's threads has aborted a rank whose work was done."""
-    if dist.get_world_size() == 1:
-        dist.destroy_process_group()
-        return
-    dist.barrier()
+def _tell_torchrun(sentence):
+    """torchrun's own report, which comes last, then has the sentence in it."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"message": sentence, "timestamp": int(time.time())}, file)
+
+
+def _exit(code):
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(code)
+
+
+def finish(code: int = 0):
+    """The last line of a script. Several processes wait for each other, then exit at once: on a
+    busy machine, tearing down gloo's threads has aborted a rank whose work was done.
+
+    code: the exit status; a single process goes on after a 0."""
+    if dist.get_world_size() == 1:
+        dist.destroy_process_group()
+        if code:
+            sys.exit(code)
+        return
+    dist.barrier()
+    _exit(code)
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -220,7 +267,7 @@ class Meter:
         for name, value in sums.items():
             if isinstance(value, torch.Tensor):
                 value = value.detach().double()
-                if value.device.type == "cpu":  # nothing to wait for
+                if not value.is_cuda:  # nothing to wait for
                     value = value.item()
             self.sums[name] = self.sums.get(name, 0.0) + value
             self.counts[name] = self.counts.get(name, 0) + count

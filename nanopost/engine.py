@@ -8,8 +8,9 @@ random numbers, from its own seed. So a rollout depends on weights, prompt, samp
 not on its neighbours, the number of ranks, or the order in which rows finish.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ import torch
 from nanopost import InputError, hf
 from nanopost.attention import Cache
 from nanopost.rollout import Rollout
+
+PREFILL_TOKENS = 2**14  # of prompts in one pass: their activations are as large as a micro-batch's
 
 
 @dataclass(frozen=True)
@@ -45,40 +48,64 @@ class Engine:
         stop_ids: Iterable[int],
         decode: Callable[[list[int]], str] | None = None,
         rows: int = 512,
+        tokens: int = 2**18,
+        unused_ids: Iterable[int] = (),
+        shared: bool = False,
     ):
         """stop_ids end a completion. decode: token ids to text, which stop strings need.
 
-        rows: maximum completions sampled at once.
+        rows: maximum completions sampled at once. tokens: maximum tokens of their cache.
+        unused_ids: ids of the embedding that no token has; they are never drawn. shared: the model
+        is the trainer's own.
         """
         self.model = model
         self.decode = decode
-        self.rows = rows
+        self.rows, self.tokens = rows, tokens
+        self.shared = shared
         self.version = 0
-        self.stop_ids = torch.tensor(
-            sorted(stop_ids), dtype=torch.long, device=model.head_weight.device
-        )
+        self.stop_ids = sorted(stop_ids)
+        self.device = model.head_weight.device
+        self.unused_ids = torch.tensor(sorted(unused_ids), dtype=torch.long, device=self.device)
+        # Looking for ends makes the host wait for the device, and the device then for the host.
+        self.check_every = 1 if self.device.type == "cpu" else 16
 
     @classmethod
-    def beside(cls, model, folder, world, tokenizer, rows: int = 512) -> "Engine":
+    def beside(cls, model, folder, world, tokenizer, rows: int, tokens: int) -> "Engine":
         """The engine of a training script. model: its policy, loaded from the checkpoint `folder`.
 
         With one process in fp32 the engine samples with the trainer's own tensors. Otherwise those
         are shards or fp32 master weights, and the engine gets a full copy in world.dtype.
         """
-        if world.size > 1 or world.dtype != torch.float32:
+        shared = world.size == 1 and world.dtype == torch.float32
+        if not shared:
             model = hf.load_model(folder, world.device, world.dtype)
-        return cls(model, tokenizer.stop_ids, tokenizer.decode, rows)
+        return cls.of(model, tokenizer, rows, tokens, shared)
+
+    @classmethod
+    def of(
+        cls, model, tokenizer, rows: int = 512, tokens: int = 2**18, shared: bool = False
+    ) -> "Engine":
+        """An engine that stops, decodes and draws ids as a Tokenizer says."""
+        unused_ids = tokenizer.unused_ids(model.config.vocab_size)
+        stop_ids, decode = tokenizer.stop_ids, tokenizer.decode
+        return cls(model, stop_ids, decode, rows, tokens, unused_ids, shared)
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int):
         """Copy full weights, under their checkpoint names, into the engine's model.
 
-        A tensor that the engine shares with the trainer is skipped.
+        If the model is the trainer's own there is nothing to copy, and ValueError for tensors that
+        are not its own: they would be copied into the trainer.
         """
         own = dict(self.model.named_parameters())
         with torch.no_grad():
             for name, tensor in named_tensors:
-                if own[name].data_ptr() != tensor.data_ptr():
+                if not self.shared:
                     own[name].copy_(tensor)
+                elif own[name].data_ptr() != tensor.data_ptr():
+                    raise ValueError(
+                        f"{name}: this engine samples with the trainer's own weights and was given "
+                        "others: sync the trainer's, or give the engine a model of its own."
+                    )
         self.version = version
 
     def close(self):
@@ -90,7 +117,8 @@ class Engine:
     ) -> list[list[Rollout]]:
         """n rollouts of each prompt (token ids). Sample i of prompt p draws from seed seeds[p] + i.
 
-        InputError for an empty prompt, an empty stop string, or more tokens than model positions.
+        InputError for an empty prompt, an empty stop string, more tokens than model positions or
+        than the cache may hold, and for a device that runs out of memory.
         """
         lengths = [len(prompt) for prompt in prompts]
         if 0 in lengths:
@@ -104,95 +132,164 @@ class Engine:
                 f"a prompt of {longest} tokens and {sampling.max_tokens} new ones exceed the "
                 f"model's {positions} positions: lower --max_new_tokens or drop long prompts."
             )
+        if longest + sampling.max_tokens > self.tokens:
+            raise InputError(
+                f"a prompt of {longest} tokens and {sampling.max_tokens} new ones exceed "
+                f"--engine_tokens {self.tokens}: raise it, or lower --max_new_tokens."
+            )
         seeds = seeds or [0] * len(prompts)
-        at_once = max(1, self.rows // n)
-        groups = []
-        for i in range(0, len(prompts), at_once):
-            groups += self._generate(prompts[i : i + at_once], n, sampling, seeds[i : i + at_once])
-        return groups
+        rollouts = []
+        try:
+            for rows in self._parts(lengths, n, sampling.max_tokens):
+                prompts_B = [prompts[b // n] for b in rows]
+                seeds_B = [seeds[b // n] + b % n for b in rows]
+                rollouts += self._generate(prompts_B, sampling, seeds_B)
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"out of memory while sampling: lower --engine_tokens ({self.tokens}) or "
+                f"--engine_rows ({self.rows}). {error}"
+            ) from error
+        return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
-    def _generate(self, prompts, n, sampling, seeds):
-        rows = len(prompts) * n
-        device = self.stop_ids.device
-        uniforms = [_uniforms(seed + i, sampling.max_tokens) for seed in seeds for i in range(n)]
-        uniform_BT = torch.stack(uniforms).to(device)
-        token_BT = torch.zeros(rows, sampling.max_tokens, dtype=torch.long, device=device)
-        logp_BT = torch.zeros(rows, sampling.max_tokens, device=device)
-        length_B = torch.full((rows,), sampling.max_tokens, device=device)
-        stopped_B = torch.zeros(rows, dtype=torch.bool, device=device)
+    def _parts(self, lengths, n, max_tokens) -> Iterator[range]:
+        """Rows to sample at once. Row b is sample b % n of prompt b // n."""
+        first = longest = 0
+        for b in range(len(lengths) * n):
+            longest = max(longest, lengths[b // n])
+            count = b - first + 1
+            if count > self.rows or count * (longest + max_tokens) > self.tokens:
+                yield range(first, b)
+                first, longest = b, lengths[b // n]
+        if lengths:
+            yield range(first, len(lengths) * n)
 
-        logits_AV, cache = self._prefill(prompts, n, sampling.max_tokens)
+    def _generate(self, prompts_B, sampling, seeds_B) -> list[Rollout]:
+        rows, most, device = len(prompts_B), sampling.max_tokens, self.device
+        uniform_BT = torch.stack([_uniforms(seed, most) for seed in seeds_B]).to(device)
+        token_BT = torch.zeros(rows, most, dtype=torch.long, device=device)
+        logp_BT = torch.zeros(rows, most, device=device)
+        # On the host: what was sampled so far, and where each row ends.
+        host_BT = np.zeros((rows, most), np.int64)
+        length_B = np.full(rows, most)
+        stopped_B = np.zeros(rows, bool)
+        prompt_B = np.array([len(prompt) for prompt in prompts_B])
+
+        logits_AV, cache = self._prefill(prompts_B, most)
         row_A = torch.arange(rows, device=device)
-        for t in range(sampling.max_tokens):
-            token_A, logp_A = sample(logits_AV, uniform_BT[row_A, t], sampling)
-            token_BT[row_A, t] = token_A
-            logp_BT[row_A, t] = logp_A
-            ended_A = torch.isin(token_A, self.stop_ids)
-            if sampling.stop:
-                ended_A |= self._has_stop_string(token_BT[row_A, : t + 1], sampling.stop)
-            ended_A &= ~stopped_B[row_A]
-            length_B[row_A[ended_A]] = t + 1
-            stopped_B[row_A[ended_A]] = True
-            living_A = ~stopped_B[row_A]
-            if t + 1 == sampling.max_tokens or not living_A.any():
-                break
-            # Dropping finished rows copies the cache, so it waits until an eighth have finished.
-            if living_A.sum() <= len(row_A) * 7 // 8:
-                cache.keep(living_A.nonzero()[:, 0])
-                row_A = row_A[living_A]
-                token_A = token_A[living_A]
+        living_A = np.arange(rows)  # row_A on the host
+        seen = 0
+        for t in range(1, most + 1):
+            uniform_A = uniform_BT[row_A, t - 1]
+            token_A, logp_A = sample(logits_AV, uniform_A, sampling, self.unused_ids)
+            token_BT[row_A, t - 1] = token_A
+            logp_BT[row_A, t - 1] = logp_A
+            if t == most or t % self.check_every == 0:
+                host_BT[living_A, seen:t] = token_BT[row_A, seen:t].cpu().numpy()
+                for b in living_A[~stopped_B[living_A]]:
+                    if end := self._end(host_BT[b, :t], seen, sampling.stop):
+                        length_B[b], stopped_B[b] = end, True
+                seen = t
+                keep_A = (~stopped_B[living_A]).nonzero()[0]
+                if t == most or not len(keep_A):
+                    break
+                # Dropping rows copies the cache, so it waits until an eighth have finished.
+                if len(keep_A) <= len(living_A) * 7 // 8:
+                    living_A = living_A[keep_A]
+                    keep_A = torch.from_numpy(keep_A).to(device)
+                    row_A, token_A = row_A[keep_A], token_A[keep_A]
+                    cache.keep(keep_A, int(prompt_B[living_A].max()) + t - 1)
             logits_AV = self.model.logits(self.model.decode(token_A, cache))
 
-        token_BT = token_BT.cpu().numpy()
         logp_BT = logp_BT.cpu().numpy()
-        length_B = length_B.tolist()
-        stopped_B = stopped_B.tolist()
         rollouts = []
         for b in range(rows):
-            ids = token_BT[b, : length_B[b]].tolist()
+            ids = host_BT[b, : length_B[b]].tolist()
             logp = logp_BT[b, : length_B[b]].copy()
             finish = "stop" if stopped_B[b] else "length"
-            rollouts.append(Rollout(prompts[b // n], ids, logp, finish, self.version))
-        return [rollouts[i : i + n] for i in range(0, rows, n)]
+            rollouts.append(Rollout(prompts_B[b], ids, logp, finish, self.version))
+        return rollouts
 
-    def _prefill(self, prompts, n, max_tokens):
-        """-> logits_BV of the first sampled token, and the cache; each prompt is computed once."""
-        model = self.model
-        config = model.config
-        token_N, position_N, cu_seqlens, longest = _packed(prompts, self.stop_ids.device)
+    def _prefill(self, prompts_B, max_tokens):
+        """-> logits_BV of the first sampled token, and the cache.
+
+        A prompt that neighbours share is computed once; a pass holds at most PREFILL_TOKENS tokens,
+        or one prompt.
+        """
+        config, model = self.model.config, self.model
+        lengths_B = [len(prompt) for prompt in prompts_B]
         cache = Cache(
             config.layers,
-            len(prompts) * n,
-            n,
+            lengths_B,
             config.kv_heads,
-            longest + max_tokens,
+            max(lengths_B) + max_tokens,
             config.head_dim,
             model.head_weight.dtype,
-            self.stop_ids.device,
+            self.device,
         )
-        logits_PV = model.logits(model.prefill(token_N, position_N, cu_seqlens, longest, cache))
-        return logits_PV.repeat_interleave(n, 0), cache
+        logits, first = [], 0
+        for prompts, copies in _passes(prompts_B, min(PREFILL_TOKENS, self.tokens)):
+            token_N, position_N, cu_seqlens, longest = _packed(prompts, self.device)
+            prompt_B = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies))
+            prompt_B = prompt_B.to(self.device)
 
-    def _has_stop_string(self, token_AT, stop):
-        texts = [self.decode(ids) for ids in token_AT.tolist()]
-        found = [any(string in text for string in stop) for text in texts]
-        return torch.tensor(found, device=token_AT.device)
+            write = partial(
+                cache.write_prompts,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=longest,
+                first=first,
+                prompt_B=prompt_B,
+            )
+            hidden_PD = model.prefill(token_N, position_N, cu_seqlens, longest, write)
+            logits.append(model.logits(hidden_PD)[prompt_B])
+            first += len(prompt_B)
+        return torch.cat(logits), cache
+
+    def _end(self, ids, seen, stop) -> int:
+        """How many of the ids a completion keeps if it ends among those from `seen` on; else 0."""
+        (hits,) = np.isin(ids[seen:], self.stop_ids).nonzero()
+        end = seen + int(hits[0]) + 1 if len(hits) else 0
+        if stop:
+            for t in range(seen + 1, (end or len(ids)) + 1):
+                if self._ends_with(ids[:t], stop):
+                    return t
+        return end
+
+    def _ends_with(self, ids, stop) -> bool:
+        """Whether a stop string has just appeared. It decodes no more of the end than it needs."""
+        wanted = max(map(len, stop)) + len(self.decode(ids[-1:])) + 4
+        size = wanted
+        while True:
+            text = self.decode(ids[-size:])
+            if any(string in text for string in stop):
+                return True
+            if size >= len(ids) or len(text) >= wanted:
+                return False
+            size *= 2
 
 
-def sample(logits_BV, uniform_B, sampling: Sampling):
+def sample(logits_BV, uniform_B, sampling: Sampling, unused_ids=None):
     """Draw one token per row -> (token_B, logp_B in fp32).
 
-    Inverts the cumulative distribution at uniform_B in [0, 1).
+    Inverts the cumulative distribution at uniform_B in [0, 1). unused_ids: int64, never drawn; the
+    log-prob is that of the whole softmax nevertheless, as the trainer's is. The two differ by the
+    mass on such ids, which a trained model leaves empty.
     """
     if sampling.temperature == 0:
-        return logits_BV.argmax(-1), torch.zeros(len(logits_BV), device=logits_BV.device)
-    log_p_BV = (logits_BV / sampling.temperature).log_softmax(-1)
+        likeliest_B = _without(logits_BV, unused_ids).argmax(-1)
+        return likeliest_B, torch.zeros(len(logits_BV), device=logits_BV.device)
+    log_p_BV = _without((logits_BV / sampling.temperature).log_softmax(-1), unused_ids)
     if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
         log_p_BV = cut(log_p_BV, sampling.top_k, sampling.top_p, sampling.min_p)
     cdf_BV = log_p_BV.exp().double().cumsum(-1)
     token_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
     token_B1 = token_B1.clamp_(max=cdf_BV.shape[1] - 1)
     return token_B1[:, 0], log_p_BV.gather(1, token_B1)[:, 0]
+
+
+def _without(x_BV, ids):
+    if ids is None or not len(ids):
+        return x_BV
+    return x_BV.index_fill(1, ids, -torch.inf)
 
 
 def cut(log_p_BV, top_k: int, top_p: float, min_p: float):
@@ -223,6 +320,22 @@ def prompt_seed(seed: int, serial: int) -> int:
 
 def _uniforms(seed, count):
     return torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def _passes(prompts_B, most) -> Iterator[tuple[list, list[int]]]:
+    """(prompts, how many rows in succession each one has), at most `most` tokens at once."""
+    prompts, copies, tokens = [], [], 0
+    for prompt in prompts_B:
+        if prompts and prompt is prompts[-1]:
+            copies[-1] += 1
+            continue
+        if prompts and tokens + len(prompt) > most:
+            yield prompts, copies
+            prompts, copies, tokens = [], [], 0
+        prompts.append(prompt)
+        copies.append(1)
+        tokens += len(prompt)
+    yield prompts, copies
 
 
 def _packed(prompts, device):

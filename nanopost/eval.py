@@ -22,10 +22,12 @@ from pathlib import Path
 import numpy as np
 
 from nanopost import InputError, dist, forward, hf, packing, rewards
-from nanopost.cli import Parser, at_least
+from nanopost.cli import Parser, above, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
-from nanopost.rewards import ModelReward
+from nanopost.rollout import completion_text
 from nanopost.rows import pair, prompt, read_rows, sft
+from nanopost.run import named_files
+from nanopost.terminal import progress, say
 from nanopost.tokenizer import Tokenizer, check_stage
 from nanopost.verify import answer_of
 
@@ -104,10 +106,9 @@ class Sampler:
         self.args = args
         self.tokenizer = Tokenizer.load(folder, args.chat_template)
         if warning := check_stage(folder, self.tokenizer):
-            print(warning)
+            say(warning)
         self.model = hf.load_model(folder, world.device, world.dtype)
-        stop_ids, decode = self.tokenizer.stop_ids, self.tokenizer.decode
-        self.engine = Engine(self.model, stop_ids, decode, args.engine_rows)
+        self.engine = Engine.of(self.model, self.tokenizer, args.engine_rows, args.engine_tokens)
 
     def answers(self, rows):
         """-> (the rows with prompt_ids, --samples Rollouts of each)."""
@@ -115,6 +116,7 @@ class Sampler:
         (rows,), _ = self.tokenizer.with_prompts(
             ([prompt(row) for row in rows],), None, args.max_new_tokens, args.tokens, positions
         )
+        say(self.tokenizer.plain_prompts(rows))
         sampling = Sampling(
             args.max_new_tokens,
             args.temperature,
@@ -128,19 +130,21 @@ class Sampler:
         return rows, self.engine.generate(prompts, args.samples, sampling, seeds)
 
     def texts(self, groups):
-        return [
-            [self.tokenizer.decode(r.ids, skip_special=True) for r in group] for group in groups
-        ]
+        return [[completion_text(r, self.tokenizer) for r in group] for group in groups]
 
 
 # --------------------------------------------------------------- evaluations: -> (numbers, records)
 def accuracy(args, rows, world):
     sampler = Sampler(args.model, args, world)
-    functions, _ = rewards.load(args.reward, None, sampler.tokenizer, world.device)
+    tokenizer = sampler.tokenizer
+    functions, _ = rewards.load(
+        args.reward, None, tokenizer, world, args.tokens, args.reward_timeout
+    )
+    if warning := rewards.check(functions, rows):
+        print(warning)
     rows, groups = sampler.answers(rows)
     texts_PG = sampler.texts(groups)
-    decode = sampler.tokenizer.decode
-    reward_FPG = rewards.score(functions, decode, rows, groups).numpy()
+    reward_FPG = rewards.score(functions, tokenizer, rows, groups).numpy()
     numbers = []
     for reward, reward_PG in zip(functions, reward_FPG):
         applies = [p for p, reward_G in enumerate(reward_PG) if not np.isnan(reward_G).any()]
@@ -180,9 +184,10 @@ def win_rate(args, rows, world):
     for folder in (args.model, args.against):
         sampler = Sampler(folder, args, world)
         tokenizer = sampler.tokenizer
-        functions, _ = rewards.load([f"model:{args.reward_model}"], None, tokenizer, world.device)
+        spec = f"model:{args.reward_model}"
+        functions, _ = rewards.load([spec], None, tokenizer, world, args.tokens)
         answered, groups = sampler.answers(rows)
-        score_FPG = rewards.score(functions, tokenizer.decode, answered, groups)
+        score_FPG = rewards.score(functions, tokenizer, answered, groups)
         scores.append(score_FPG[0])
         texts.append(sampler.texts(groups))
     ours_PG, theirs_PG = scores
@@ -211,10 +216,12 @@ def divergence(args, rows, world):
     other = hf.load_model(args.kl, world.device, world.dtype)
     rollouts = [r for group in groups for r in group]
     examples = [r.example() for r in rollouts]
+    # Both by the same computation: in bf16 the engine's rounding would count as a divergence.
+    logps = forward.logprobs(sampler.model, examples, args.tokens, 1.0, world.device)
     other_logps = forward.logprobs(other, examples, args.tokens, 1.0, world.device)
     log_ratios = [
-        float(r.logp.sum(dtype=float) - other_logp.sum(dtype=float))
-        for r, other_logp in zip(rollouts, other_logps)
+        float(logp.sum(dtype=float) - other_logp.sum(dtype=float))
+        for logp, other_logp in zip(logps, other_logps)
     ]
     kl_PG = np.reshape(log_ratios, (len(rows), args.samples))
     numbers = [("kl", *normal(kl_PG.mean(1)), len(rows)), completion_length(groups)]
@@ -228,12 +235,13 @@ def divergence(args, rows, world):
 def of_text(args, rows, world):
     """Perplexity of the tokens that train_sft.py would train on."""
     tokenizer = Tokenizer.load(args.model, args.chat_template)
+    say(tokenizer.plain_prompts(rows))
     model = hf.load_model(args.model, world.device, world.dtype)
     longest = min(args.tokens, model.config.max_positions)
     examples, cut = packing.fit_to(
-        [tokenizer.example(sft(row)) for row in rows], longest, "truncate"
+        [tokenizer.example(sft(row)) for row in progress(rows, "rows encoded")], longest, "truncate"
     )
-    print(f"truncated or dropped: {packing.counted(cut)}")
+    say(f"truncated or dropped: {packing.counted(cut)}")
     logps = forward.logprobs(model, examples, args.tokens, 1.0, world.device)
     nll = [-float(logp.sum()) for logp in logps]
     tokens = [e.num_targets for e in examples]
@@ -244,12 +252,13 @@ def of_text(args, rows, world):
 def scored(args, rows, world):
     """A reward model on pairs, or on rows with one answer each."""
     tokenizer = Tokenizer.load(args.reward_model, args.chat_template)
-    model = ModelReward(args.reward_model, tokenizer, world.device, args.tokens).model
+    say(tokenizer.plain_prompts(rows))
+    model = hf.load_scalar_model(args.reward_model, world.device, world.dtype)
     if "chosen" not in rows[0]:
-        examples = [tokenizer.example(sft(row)).ended() for row in rows]
+        examples = [tokenizer.example(sft(row)).ended() for row in progress(rows, "rows encoded")]
         score_B = forward.scores(model, examples, args.tokens, world.device)
         return [("score", *normal(score_B), len(rows))], [{"score": score} for score in score_B]
-    examples = [e for row in rows for e in tokenizer.pair(pair(row))]
+    examples = [e for row in progress(rows, "pairs encoded") for e in tokenizer.pair(pair(row))]
     score_P2 = np.reshape(forward.scores(model, examples, args.tokens, world.device), (-1, 2))
     margin_P = score_P2[:, 0] - score_P2[:, 1]
     numbers = [
@@ -276,8 +285,14 @@ def parsed(arguments=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", metavar="DIR", help="folder of the model that answers")
-    add("--data", required=True, help="file of rows, as the training scripts read them")
+    add("--data", nargs="+", required=True, help="rows, as the training scripts read them")
     add("--reward", nargs="+", help="what scores the answers, as in train_grpo.py")
+    add(
+        "--reward_timeout",
+        type=at_least(0.0),
+        default=0.0,
+        help="seconds per call of a reward; 0: no limit",
+    )
     add("--against", metavar="DIR", help="another model, to compute the win rate over it")
     add("--reward_model", metavar="DIR", help="folder written by train_rm.py")
     add("--perplexity", action="store_true", help="perplexity of the rows' own answers")
@@ -289,6 +304,11 @@ def parsed(arguments=None):
         metavar="THEIRS=OURS",
         help="rename columns, such as question=prompt",
     )
+    add(
+        "--to_messages",
+        action="store_true",
+        help="put plain-text prompts and answers into the chat template, as messages",
+    )
     add("--limit", type=at_least(1), help="use only the first rows")
     add("--chat_template", help="Jinja file that replaces the model's chat template")
     add("--samples", type=at_least(1), default=1, help="samples per prompt")
@@ -299,7 +319,7 @@ def parsed(arguments=None):
         help="default: 0 (greedy) for one sample, 1 for several and for --kl",
     )
     add("--top_k", type=at_least(0), default=0, help="sample from the k likeliest; 0: all")
-    add("--top_p", type=at_least(0.0, 1.0), default=1.0, help="sample from this share of the mass")
+    add("--top_p", type=above(0.0, 1.0), default=1.0, help="sample from this share of the mass")
     add("--min_p", type=at_least(0.0, 1.0), default=0.0, help="least share of the likeliest's mass")
     add("--stop", nargs="*", default=[], help="strings that end a completion")
     add("--max_new_tokens", type=at_least(1), default=512, help="maximum completion length")
@@ -313,6 +333,7 @@ def parsed(arguments=None):
     )
     add("--tokens", type=at_least(2), default=8192, help="maximum tokens per batch")
     add("--engine_rows", type=at_least(1), default=512, help="completions sampled at once")
+    add("--engine_tokens", type=at_least(1), default=2**18, help="tokens in the cache at once")
     add("--out", metavar="FILE", help="JSONL with the result of each row")
     args = parser.parse_args(arguments)
     if args.temperature is None:
@@ -337,7 +358,7 @@ def evaluation(args):
             "--kl needs samples from the whole distribution: drop --temperature, --top_k, "
             "--top_p and --min_p."
         )
-    for read in filter(None, (args.data, args.model, args.against, args.reward_model, args.kl)):
+    for read in named_files({**vars(args), "out": None}):  # whatever the flag
         if args.out and Path(args.out).resolve().is_relative_to(Path(read).resolve()):
             raise InputError(
                 f"--out {args.out} would replace what is read, {read}: choose another."
@@ -366,12 +387,14 @@ def main(arguments=None):
     args = parsed(arguments)
     world = dist.init(args.device, args.dtype)
     evaluate = evaluation(args)
-    rows = read_rows(args.data, args.rename)[: args.limit]
+    rows = read_rows(args.data, args.rename, to_messages=args.to_messages)[: args.limit]
     numbers, records = evaluate(args, rows, world)
     for name, value, low, high, n in numbers:
-        print(f"{name:32s} {value:8.4f}   95% interval {low:8.4f} to {high:8.4f}   {n:,} rows")
+        say(f"{name:32s} {value:8.4f}   95% interval {low:8.4f} to {high:8.4f}   {n:,} rows")
     if args.out:
-        Path(args.out).write_text("".join(json.dumps(record) + "\n" for record in records))
+        Path(args.out).write_text(
+            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+        )
     dist.finish()
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import torch
 
+from nanopost import StepError
 from nanopost.batch import Batch, Example, batch_of
 from nanopost.dist import even, gather
 from nanopost.packing import micro_batches, pack
@@ -106,7 +107,7 @@ def scores(model, examples: list[Example], tokens: int, device) -> list[float]:
 
 @torch.no_grad()
 def check_finite(grad_norm: float, step: int, model, examples: list[Example], decode: Callable):
-    """FloatingPointError for a gradient norm that is inf or nan, before the optimizer spreads it.
+    """StepError for a gradient norm that is inf or nan, before the optimizer spreads it.
 
     It names the first example of this optimizer step whose columns or model outputs are not finite.
     A collective if the norm, which is that of all ranks, is not finite.
@@ -128,7 +129,7 @@ def check_finite(grad_norm: float, step: int, model, examples: list[Example], de
     cause = "no single example gives one: the loss overflows, or its backward pass does"
     if found:
         cause = f"not finite: {found[0]} (the first of {len(found)} such examples)"
-    raise FloatingPointError(
+    raise StepError(
         f"step {step}: the gradient norm is {grad_norm}; {cause}. The weights are still finite, "
         "as of the last optimizer step."
     )

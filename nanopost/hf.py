@@ -33,6 +33,7 @@ SHARDS = "model-*-of-*.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SCORE = "score.weight"
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -151,6 +152,11 @@ def load_weights(model: CausalLM | ScalarModel, folder):
             for name, p in wanted.items():
                 if file_of[name] == path:
                     _fill(p, file.get_slice(name), name, path)
+    _check_finite(folder, wanted)
+    with _opened(file_of[EMBEDDING]) as file:  # what config.json says may be wrong
+        stored = DTYPES.get(file.get_slice(EMBEDDING).get_dtype(), torch.float32)
+    kind = str(stored).removeprefix("torch.")
+    model.config.hf.update(dtype=kind, torch_dtype=kind)
     if model.config.tied and HEAD in file_of:
         if not torch.equal(_whole(file_of, HEAD), _whole(file_of, EMBEDDING)):
             raise InputError(
@@ -158,6 +164,12 @@ def load_weights(model: CausalLM | ScalarModel, folder):
                 f"{HEAD} that differs from it: set tie_word_embeddings to false in config.json to "
                 "use it."
             )
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """The dtype of the weights in the folder that the model was loaded from; else fp32."""
+    kind = config.hf.get("dtype") or config.hf.get("torch_dtype")
+    return getattr(torch, kind) if kind in ("bfloat16", "float16") else torch.float32
 
 
 def content_hash(folder) -> str:
@@ -172,9 +184,34 @@ def content_hash(folder) -> str:
 def read_json(path: Path):
     """The content of a JSON file; InputError if it is not JSON."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}); copy it again.") from error
+
+
+def _check_finite(folder, parameters):
+    """InputError for weights that are NaN or infinite: a model like that scores and learns nothing.
+    Of each rank's shards."""
+    finite = [_local(p).isfinite().all() for p in parameters.values()]
+    bad = [name for name, ok in zip(parameters, torch.stack(finite).tolist()) if not ok]
+    if bad:
+        raise InputError(
+            f"{folder}: not all weights are finite ({_some(bad)}): the run that wrote it had "
+            "diverged; take an earlier model, or train it again with a lower --lr."
+        )
+
+
+def _local(p):
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+def is_own(path) -> bool:
+    """Whether a file of a model folder is in it, or is a link within it. The hub's cache, where
+    snapshots/HASH/ links to blobs/, counts as one folder."""
+    path = Path(path)
+    folder, target = path.parent.resolve(), path.resolve()
+    blobs = folder.parent.parent / "blobs"
+    return target.is_file() and (target.is_relative_to(folder) or target.parent == blobs)
 
 
 def _new_head(p):
@@ -213,7 +250,7 @@ def _copy(p, source):
     if isinstance(p, DTensor):
         shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
         mine = tuple(slice(start, start + size) for start, size in zip(offset, shape))
-        p.to_local().copy_(source[mine])
+        _local(p).copy_(source[mine])
     else:
         p.copy_(source[:])
 
@@ -349,6 +386,9 @@ def _install(folder, saving, paths, sizes_of, files):
         if isinstance(content, str):
             content = content.encode()
         (saving / name).write_bytes(content)
+    mode = (saving / "config.json").stat().st_mode
+    for path in paths:
+        path.chmod(mode)  # safetensors would keep it from all other users
     for path in saving.iterdir():
         to_disk(path)
 

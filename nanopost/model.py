@@ -291,12 +291,15 @@ class CausalLM(nn.Module):
         """-> fp32 [N, V], all of them: for a few rows only."""
         return matmul_fp32(hidden_ND, self.head_weight.T)
 
-    def prefill(self, token_N, position_N, cu_seqlens, max_seqlen, cache: Cache):
-        """Packed prompts -> hidden_PD of their last tokens; keys and values go to the cache."""
+    def prefill(self, token_N, position_N, cu_seqlens, max_seqlen, write):
+        """Packed prompts -> hidden_PD of their last tokens.
+
+        write(layer, k_NGK, v_NGK) gets their keys and values, for a cache.
+        """
         packing = Packing(cu_seqlens, max_seqlen)
 
         def attend(layer, q, k, v, window):
-            cache.write_prompts(layer, k, v, cu_seqlens, max_seqlen)
+            write(layer, k, v)
             return packed_attention(q, k, v, packing, window)
 
         return self.model(token_N, position_N, attend)[cu_seqlens[1:].long() - 1]
@@ -386,7 +389,7 @@ def scalar_head(hidden_ND, weight_1D):
     Differentiable, unlike matmul_fp32, whose product has no derivative on CUDA in bf16.
     """
     precision = torch.promote_types(hidden_ND.dtype, torch.float32)
-    return (hidden_ND.to(precision) @ weight_1D.to(precision).T)[:, 0]
+    return hidden_ND.to(precision) @ weight_1D[0].to(precision)
 
 
 def _hidden(decoder, batch):

@@ -1,4 +1,4 @@
-"""Parameter groups, and the learning rate as a function of the step."""
+"""Parameter groups, the learning rate as a function of the step, and a word on no progress."""
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -44,3 +44,31 @@ def set_learning_rate(optimizer: Optimizer, rate: float):
     """Set the rate of every group, multiplied by the group's "rate" if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate", 1.0)
+
+
+# What Standstill says in the training scripts.
+NO_GRADIENT = (
+    "warning: nothing is learnt: the gradient was 0 in each step so far: check --data, and whether "
+    "the flags of the loss let it saturate."
+)
+EQUAL_REWARDS = (
+    "warning: nothing is learnt: the rewards that a step compares were equal in each step so far: "
+    "look at samples.jsonl, then check --reward and --data, warm up with train_sft.py, or raise "
+    "--group or --max_new_tokens."
+)
+
+
+class Standstill:
+    """Says, once, that none of a run's first steps has taught it anything."""
+
+    def __init__(self, steps: int, watched: int = 5):
+        """steps: of the run. watched: how many of them to watch."""
+        self.left = min(steps, watched)
+
+    def hint(self, idle: bool, sentence: str) -> str:
+        """idle: this step has taught nothing -> the sentence, at the last step watched and if all
+        of them were idle, else ""."""
+        self.left -= 1
+        if not idle:
+            self.left = -1  # it moves: nothing to say any more
+        return sentence if self.left == 0 else ""

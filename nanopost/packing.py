@@ -147,11 +147,21 @@ def by_bins(lengths, tokens: int, seed: int):
     return num_bins, of_step
 
 
-def minibatches(items: list, parts: int, group: int) -> list[list]:
-    """Split a list into `parts` of whole groups of `group` neighbours, as equal as possible."""
-    groups = [items[i : i + group] for i in range(0, len(items), group)]
-    cut = np.array_split(np.arange(len(groups)), parts)
-    return [[item for g in part for item in groups[g]] for part in cut]
+def minibatches(
+    items: list, group: int, serials: list[int], all_serials: list[int], parts: int
+) -> list[list]:
+    """This rank's share of `parts` minibatches of whole groups, as equal as possible over all
+    ranks, in the order of the groups' serials: they do not depend on the number of ranks.
+
+    items: `group` neighbours for each of this rank's serials. all_serials: those of all ranks.
+    """
+    part_of = {}
+    for part, cut in enumerate(np.array_split(sorted(all_serials), parts)):
+        part_of |= dict.fromkeys(cut.tolist(), part)
+    split = [[] for _ in range(parts)]
+    for i, serial in enumerate(serials):
+        split[part_of[serial]] += items[i * group : (i + 1) * group]
+    return split
 
 
 def shuffled_minibatches(

@@ -14,12 +14,14 @@ def fit_to(pairs: list[Pair], max_length: int, how: str) -> tuple[list[Pair], di
     """Bring both sides of every pair to at most max_length tokens -> (pairs, counts for the log).
 
     how: truncate (cut the end off) or drop. Also dropped and counted: pairs with a side that has
-    no trained token (emptied: perhaps by the cut), and pairs with identical sides (alike). Kept and
-    counted: swapped, where the same two completions also occur the other way round, so one of the
-    pairs is wrong. InputError if nothing is left.
+    no trained token (emptied: perhaps by the cut), with identical sides (alike), or with a side
+    that the other one begins with (continued). Kept and counted: swapped, where the same two
+    completions also occur the other way round, so one of the pairs is wrong. InputError if nothing
+    is left.
     """
     kept = []
-    counts = dict.fromkeys(("overlong", "truncated", "emptied", "alike", "swapped"), 0)
+    names = ("overlong", "truncated", "emptied", "alike", "continued", "swapped")
+    counts = dict.fromkeys(names, 0)
     for pair in pairs:
         overlong = max(map(len, pair)) > max_length
         counts["overlong"] += overlong
@@ -30,6 +32,8 @@ def fit_to(pairs: list[Pair], max_length: int, how: str) -> tuple[list[Pair], di
             counts["emptied"] += 1
         elif chosen.ids.tolist() == rejected.ids.tolist():
             counts["alike"] += 1
+        elif _begins(chosen, rejected) or _begins(rejected, chosen):
+            counts["continued"] += 1
         else:
             counts["truncated"] += overlong
             kept.append((chosen, rejected))
@@ -42,6 +46,10 @@ def fit_to(pairs: list[Pair], max_length: int, how: str) -> tuple[list[Pair], di
             f"(--overlong {how}): {reasons}."
         )
     return kept, counts
+
+
+def _begins(one, other):
+    return one.ids.tolist() == other.ids[: len(one)].tolist()
 
 
 def mismatched(examples: list[Example], max_length: int) -> list[Pair]:
@@ -71,12 +79,14 @@ def best_and_worst(groups: list[list], reward_PG: torch.Tensor) -> list[Pair]:
     """The rollouts of highest and of lowest reward of each prompt.
 
     A group where these rewards are equal gives no pair, nor does one where both rollouts are the
-    same tokens: a reward model's scores of those differ in the last digits.
+    same tokens: a reward model's scores of those differ in the last digits. A rollout without a
+    reward (NaN) is neither best nor worst.
     """
     pairs = []
     for group, reward_G in zip(groups, reward_PG):
-        best, worst = group[int(reward_G.argmax())], group[int(reward_G.argmin())]
-        if reward_G.max() > reward_G.min() and best.ids != worst.ids:
+        high_G, low_G = reward_G.nan_to_num(nan=-torch.inf), reward_G.nan_to_num(nan=torch.inf)
+        best, worst = group[int(high_G.argmax())], group[int(low_G.argmin())]
+        if high_G.max() > low_G.min() and best.ids != worst.ids:
             pairs.append((best.example(), worst.example()))
     return pairs
 

@@ -275,29 +275,49 @@ def alpha_divergence(log_ratio, alpha: float):
 
 
 # ---------------------------------------------------------------------------------------- metrics
-def pair_metrics(pairs: dict, beta: float) -> dict[str, torch.Tensor]:
-    """rewards/* and logps/* as in TRL: sums over pairs, for Meter.add(pairs, ...)."""
+def pair_metrics(pairs: dict, beta: float, losses: list[Callable] = ()) -> dict[str, torch.Tensor]:
+    """rewards/* and logps/* as in TRL: sums over pairs, for Meter.add(pairs, ...).
+
+    Rewards are beta times the log-ratio, also for ipo and sigmoid_norm; beta times the log-prob per
+    token if that is what the losses compare (simpo, orpo). rewards/accuracies counts a tie as
+    wrong; rewards/ties counts ties, such as all pairs while policy and reference are equal.
+    """
     chosen_P, rejected_P = beta * pairs["chosen_ratio_P"], beta * pairs["rejected_ratio_P"]
+    if normalised(losses):
+        chosen_P = chosen_P / pairs["chosen_length_P"]
+        rejected_P = rejected_P / pairs["rejected_length_P"]
     return {
         "rewards/chosen": chosen_P.sum(),
         "rewards/rejected": rejected_P.sum(),
         "rewards/margins": (chosen_P - rejected_P).sum(),
         "rewards/accuracies": (chosen_P > rejected_P).sum(),
+        "rewards/ties": (chosen_P == rejected_P).sum(),
         "logps/chosen": pairs["chosen_logp_P"].sum(),
         "logps/rejected": pairs["rejected_logp_P"].sum(),
     }
 
 
+def normalised(losses: list[Callable]) -> bool:
+    """Whether all losses that compare two answers compare their log-probs per token."""
+    names = [set(parameters(loss)) for loss in losses]
+    comparing = [x for x in names if any(name.startswith("rejected_") for name in x)]
+    per_token = {"rejected_logp_P", "rejected_length_P"}
+    return bool(comparing) and all(per_token <= x for x in comparing)
+
+
 def label_metrics(pairs: dict, label_P, beta: float) -> dict[str, tuple]:
     """The same for labelled rows (KTO) -> {name: (sum, count)}: "chosen" are the rows of label 1,
-    "rejected" those of label 0; accuracies compare each of the former with each of the latter."""
+    "rejected" those of label 0; accuracies and ties compare each of the former with each of the
+    latter."""
     good_P = label_P > 0
     reward_P, logp_P = beta * pairs["chosen_ratio_P"].detach(), pairs["chosen_logp_P"].detach()
     right = reward_P[good_P][:, None] > reward_P[~good_P]
+    tied = reward_P[good_P][:, None] == reward_P[~good_P]
     return {
         "rewards/chosen": (reward_P[good_P].sum(), good_P.sum()),
         "rewards/rejected": (reward_P[~good_P].sum(), (~good_P).sum()),
         "rewards/accuracies": (right.sum(), right.numel()),
+        "rewards/ties": (tied.sum(), tied.numel()),
         "logps/chosen": (logp_P[good_P].sum(), good_P.sum()),
         "logps/rejected": (logp_P[~good_P].sum(), (~good_P).sum()),
     }

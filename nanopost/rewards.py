@@ -1,43 +1,73 @@
 """Rewards: loading, calling and summing them.
 
-A reward is f(completions, **columns) -> list[float | None], TRL's signature. completions: strings,
-or lists of messages of which the last is read. columns: those of the rows, plus prompts, prompt_ids
-and completion_ids, each a list as long as completions. None: the reward does not apply.
+A reward is f(completions, **columns) -> list[float | None], TRL's signature. None: the reward does
+not apply. completions: as in TRL, strings where a row's prompt is a string, and lists of one
+message where it is a list of messages; verify.text_of reads both. Their text is what samples.jsonl
+shows, without the token that ended it. columns: those of the rows, plus
+
+    prompts, prompt_ids, completion_ids
+    step          of training, that in metrics.jsonl; in an evaluation, the step that would follow
+
+each a list as long as completions. All are copies, so a reward may change them.
+
+A reward with state_dict() and load_state_dict(state) is saved in checkpoints and restored by
+--resume, on each rank its own; an evaluation leaves its state as it was. Any other state (globals,
+attributes, files) is lost when a run is killed, and evaluations change it too.
 
 Shapes: F reward functions, P prompts, G completions per prompt.
 """
 
+import base64
+import copy
 import importlib.util
 import inspect
+import io
 import math
+import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from nanopost import InputError, forward
+from nanopost import InputError, dist, forward
 from nanopost.batch import Example
 from nanopost.hf import load_scalar_model
+from nanopost.rollout import completion_text
+from nanopost.rows import errors_at, place
 from nanopost.verify import boxed, exact, full_match, gsm8k, gsm8k_format, length_limit, text_of
 
 BUILT_IN = {"gsm8k": gsm8k, "boxed": boxed, "exact": exact, "format": gsm8k_format}
+GIVEN = ("completions", "prompts", "prompt_ids", "completion_ids", "step")  # by the run
+LARGEST_STATE = 64 * 2**20  # bytes
 
 
 class Reward(NamedTuple):
     name: str  # in the metrics: rewards/NAME/mean
     function: Callable
+    timeout: float = 0.0  # seconds per call; 0: no limit
 
 
 # ------------------------------------------------------------------------------------------ loading
-def load(specs: list[str], weights: list[float] | None, tokenizer=None, device=None):
+def load(
+    specs: list[str],
+    weights: list[float] | None,
+    tokenizer=None,
+    world=None,
+    tokens: int = 8192,
+    timeout: float = 0.0,
+):
     """The values of --reward and --reward_weights -> (list[Reward], list[float]).
 
-    Weights are 1 by default. Each reward gets its own name, and so its own metrics.
+    Weights are 1 by default. Each reward gets its own name, and so its own metrics. tokenizer: the
+    policy's. world, tokens: device, dtype and maximum tokens per micro-batch of reward models.
+    timeout: seconds per call of a reward, 0 for no limit; see guarded.
     """
     if not specs:
         raise InputError("--reward is missing: say what scores the answers (see --help).")
@@ -47,9 +77,9 @@ def load(specs: list[str], weights: list[float] | None, tokenizer=None, device=N
         )
     rewards = []
     for spec in specs:
-        reward = load_one(spec, tokenizer, device)
+        reward = load_one(spec, tokenizer, world, tokens, timeout)
         taken = [other.name for other in rewards]
-        rewards.append(Reward(_unused_name(reward.name, taken), reward.function))
+        rewards.append(reward._replace(name=_unused_name(reward.name, taken)))
     return rewards, weights or [1.0] * len(rewards)
 
 
@@ -63,27 +93,33 @@ def _unused_name(name, taken):
     return unused
 
 
-def load_one(spec: str, tokenizer=None, device=None) -> Reward:
-    """One value of --reward.
+def load_one(
+    spec: str, tokenizer=None, world=None, tokens: int = 8192, timeout: float = 0.0
+) -> Reward:
+    """One value of --reward, with the arguments of load.
 
     That is gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or
     file.py:function. A class in place of the function can keep state between calls: it is
     instantiated once, without arguments.
     """
     if spec in BUILT_IN:
-        return Reward(spec, BUILT_IN[spec])
+        return Reward(spec, BUILT_IN[spec], timeout)
     kind, _, argument = spec.partition(":")
+    if kind in ("regex", "model") and not argument:
+        what = {"regex": "PATTERN, such as regex:yes|no", "model": "FOLDER of a reward model"}
+        raise InputError(f"--reward {spec}: write {kind}:{what[kind]}.")
     if kind == "regex":
-        return Reward(spec, full_match(argument))
+        return Reward(spec, full_match(argument), timeout)
     if kind == "length":
-        return Reward(kind, length_limit(argument))
+        return Reward(kind, length_limit(argument), timeout)
     if kind == "model":
-        return Reward(kind, ModelReward(argument, tokenizer, device))
+        model = ModelReward(argument, tokenizer, world.device, world.dtype, tokens)
+        return Reward(kind, model, timeout)
     if spec.endswith(".py"):
         spec += ":"  # no function is named: the error lists those of the file
     path, _, name = spec.rpartition(":")
     if path.endswith(".py"):
-        return Reward(name, _from_file(Path(path), name))
+        return Reward(name, _from_file(Path(path), name), timeout)
     raise InputError(
         f"--reward {spec!r} is unknown: built in are {', '.join(BUILT_IN)}, regex:PATTERN, "
         f"length:MAX:BUFFER and model:FOLDER; give your own as file.py:function."
@@ -100,7 +136,8 @@ def _from_file(path, name):
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)  # an error in the file itself keeps its own traceback
+    with _no_exit(f"--reward {path}:{name}"), guarded():
+        spec.loader.exec_module(module)  # an error in the file itself keeps its own traceback
     function = vars(module).get(name)
     if not callable(function):
         own = []
@@ -112,7 +149,8 @@ def _from_file(path, name):
             f"{', '.join(own) or 'none'}."
         )
     if inspect.isclass(function):
-        function = function()
+        with _no_exit(f"--reward {path}:{name}"), guarded():
+            function = function()
     if not callable(function):
         raise InputError(
             f"--reward {path}:{name}: an instance of the class {name} is not callable; give it "
@@ -123,7 +161,7 @@ def _from_file(path, name):
 
 def _check_neighbours(path, name):
     """A neighbour that the file imports must not be shadowed by another module of its name."""
-    source = path.read_text()
+    source = path.read_text(encoding="utf-8")
     for neighbour in path.parent.resolve().glob("*.py"):
         imported = rf"^\s*(from|import)\s+{neighbour.stem}\b"
         if not re.search(imported, source, re.MULTILINE):
@@ -139,13 +177,12 @@ def _check_neighbours(path, name):
 class ModelReward:
     """A reward: a reward model's score of prompt and completion, token by token as sampled."""
 
-    def __init__(self, folder, tokenizer, device, tokens: int = 8192):
+    def __init__(self, folder, tokenizer, device, dtype, tokens: int):
         """tokenizer: the policy's; the reward model's must be the same.
 
-        tokens: maximum tokens per micro-batch.
+        dtype: of the weights. tokens: maximum tokens per micro-batch.
         """
         tokenizer.check_same(folder, "--reward model:")
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.model = load_scalar_model(folder, device, dtype)
         self.device = device
         self.tokens = tokens
@@ -158,19 +195,122 @@ class ModelReward:
         return forward.scores(self.model, examples, self.tokens, self.device)
 
 
-# ------------------------------------------------------------------------------------------ calling
-def score(
-    functions: list[Reward], decode: Callable, rows_P: list[dict], groups: list[list]
-) -> torch.Tensor:
-    """Rewards of the G Rollouts of each row -> float64 reward_FPG, NaN where one does not apply.
+# ---------------------------------------------------------------------------------- before step 1
+def check(functions: list[Reward], rows: list[dict]) -> str:
+    """InputError, with file and line, if a reward does not find its columns in the rows -> a
+    warning about columns that rewards do not see, or "".
 
-    Special tokens are not decoded. A row whose prompt is a list of messages has its completions as
-    messages. The columns are the row's own, plus prompts, prompt_ids and completion_ids.
+    The built-in rewards need theirs in each row, and a gold answer that they can read. Own rewards
+    may meet rows without, which have None there; a column that no row has is missing.
     """
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = [name for name in names if name not in ("prompt", "__line__", *GIVEN)]
+    for reward in functions:
+        is_built_in = reward.function in BUILT_IN.values()
+        for name in _needed(reward.function):
+            without = [row for row in rows if row.get(name) is None]
+            if without and (is_built_in or len(without) == len(rows)):
+                raise InputError(
+                    f"{place(without[0])}: reward {reward.name} needs the column {name}, which "
+                    f"{len(without):,} of {len(rows):,} rows lack; the columns are "
+                    f"{', '.join(columns) or 'none'}: --rename theirs={name}."
+                )
+        _check_arguments(reward, [*columns, *GIVEN])
+        if is_built_in:
+            for row in rows:
+                with errors_at(row):
+                    reward.function([""], **{name: [row.get(name)] for name in columns})
+    hidden = [name for name in names if name in GIVEN and name != "prompt_ids"]
+    if not hidden:
+        return ""
+    return (
+        f"warning: rewards do not see the data's {', '.join(hidden)}, since the run gives them "
+        f"columns of that name: --rename {hidden[0]}=other."
+    )
+
+
+def _needed(function):
+    """The columns of the data that a reward cannot be called without."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):  # a builtin of C
+        return []
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    return [p.name for p in named if p.default is p.empty and p.name not in GIVEN]
+
+
+def _check_arguments(reward, columns):
+    """InputError if the reward cannot be called with completions and columns of these names."""
+    try:
+        inspect.signature(reward.function).bind(**dict.fromkeys(["completions", *columns]))
+    except ValueError:  # a builtin of C: the call itself will tell
+        return
+    except TypeError as error:
+        raise InputError(
+            f"Reward {reward.name} cannot be called with completions and the columns "
+            f"{', '.join(columns) or '(none)'}: {error}; it takes completions, the columns it "
+            f"needs and **columns, and --rename renames those of the data."
+        ) from error
+
+
+# ------------------------------------------------------------------------------------------ calling
+class _Expired(BaseException):
+    """Not an Exception, which a reward may catch."""
+
+
+@contextmanager
+def guarded(timeout: float = 0.0):
+    """For code of the user, which must neither end the process nor change what the run relies on.
+
+    What it prints goes to stderr; the working directory and autograd's mode are restored; os._exit
+    raises SystemExit, as exit() does. After `timeout` seconds (0: never) it is stopped by SIGALRM.
+    That reaches Python code, waiting (sleep, sockets, processes) and regular expressions, but
+    neither native code that does not return nor threads and processes that it has started; and code
+    that sets SIGALRM itself stops the clock.
+    """
+    folder, process, leave, grad = os.getcwd(), os.getpid(), os._exit, torch.is_grad_enabled()
+
+    def no_exit(status):
+        if os.getpid() != process:  # a process that the user's code has forked may end
+            leave(status)
+        raise SystemExit(status)
+
+    def expire(*_):
+        raise _Expired
+
+    os._exit = no_exit
+    if timeout:
+        before = signal.signal(signal.SIGALRM, expire)
+        signal.setitimer(signal.ITIMER_REAL, timeout, 1.0)  # again, if the first is caught
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if timeout:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        os._exit = leave
+        os.chdir(folder)
+        torch.set_grad_enabled(grad)
+
+
+@contextmanager
+def _no_exit(what):
+    """InputError where user's code, called `what`, ends the process."""
+    try:
+        yield
+    except SystemExit as error:
+        raise InputError(
+            f"{what} {_raised(error)}: a file of rewards must not end the run."
+        ) from error
+
+
+def score(functions: list[Reward], tokenizer, rows_P: list[dict], groups: list[list]):
+    """Rewards of the G Rollouts of each row -> float64 reward_FPG, NaN where one does not apply."""
     flat = [(row, rollout) for row, group in zip(rows_P, groups) for rollout in group]
     completions = []
     for row, rollout in flat:
-        text = decode(rollout.ids, skip_special=True)
+        text = completion_text(rollout, tokenizer)
         if isinstance(row["prompt"], list):
             completions.append([{"role": "assistant", "content": text}])
         else:
@@ -178,11 +318,12 @@ def score(
     names = dict.fromkeys(name for row in rows_P for name in row)
     columns = {}
     for name in names:
-        if name not in ("prompt", "prompt_ids", "__line__"):
+        if name not in ("prompt", "__line__", *GIVEN):
             columns[name] = [row.get(name) for row, _ in flat]
     columns["prompts"] = [row["prompt"] for row, _ in flat]
     columns["prompt_ids"] = [rollout.prompt for _, rollout in flat]
     columns["completion_ids"] = [rollout.ids for _, rollout in flat]
+    columns["step"] = [rollout.version + 1 for _, rollout in flat]
 
     scores = [call(reward, completions, columns) for reward in functions]
     size = max(map(len, groups), default=0)
@@ -197,16 +338,25 @@ def call(reward: Reward, completions: list, columns: dict[str, list]) -> list[fl
     """
     if not completions:
         return []
-    _check_arguments(reward, completions, columns)
+    _check_arguments(reward, columns)
     try:
-        values = reward.function(completions=completions, **columns)
+        with guarded(reward.timeout):
+            values = _called(reward, completions, columns)
     except InputError:
         raise
-    except Exception as error:  # a user's function may raise anything
+    except _Expired as error:
+        raise InputError(
+            f"Reward {reward.name} took more than --reward_timeout {reward.timeout:g} seconds for "
+            f"{len(completions)} completions, the first of them {_excerpt(completions[0])}: raise "
+            "the limit, or make the reward return."
+        ) from error
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         raise InputError(
             f"Reward {reward.name} {_raised(error)} {_culprit(reward, completions, columns, error)}"
         ) from error
-    if not hasattr(values, "__len__"):
+    if hasattr(values, "tolist"):  # an array or a tensor
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)):
         raise InputError(
             f"Reward {reward.name} returned {type(values).__name__}, not a list of float | None."
         )
@@ -218,7 +368,15 @@ def call(reward: Reward, completions: list, columns: dict[str, list]) -> list[fl
     return [_number(reward, value, i, completions[i]) for i, value in enumerate(values)]
 
 
-def judged(judge: Reward, decode: Callable, rows_P: list[dict], groups: list[list]) -> torch.Tensor:
+def _called(reward, completions, columns):
+    """Call the function with copies, which it may change."""
+    copies = {}
+    for name, column in {"completions": completions, **columns}.items():
+        copies[name] = [copy.deepcopy(value) for value in column]
+    return reward.function(**copies)
+
+
+def judged(judge: Reward, tokenizer, rows_P: list[dict], groups: list[list]) -> torch.Tensor:
     """Each completion's wins over the others of its group -> float64 reward_PG.
 
     judge: f(prompts, pairs) -> for each pair of texts, 0 (the first is better), 1 (the second is)
@@ -226,19 +384,31 @@ def judged(judge: Reward, decode: Callable, rows_P: list[dict], groups: list[lis
     """
     duels, prompts, pairs = [], [], []
     for p, group in enumerate(groups):
-        texts = [decode(rollout.ids, skip_special=True) for rollout in group]
+        texts = [completion_text(rollout, tokenizer) for rollout in group]
         for i in range(len(group)):
             for j in range(i):
                 duels.append((p, i, j))
-                prompts.append(rows_P[p]["prompt"])
+                prompts.append(copy.deepcopy(rows_P[p]["prompt"]))
                 pairs.append((texts[i], texts[j]))
     wins_PG = torch.zeros(len(groups), max(map(len, groups), default=0), dtype=torch.float64)
     if not duels:
         return wins_PG
     try:
-        verdicts = judge.function(prompts, pairs)
-    except Exception as error:  # a user's function may raise anything
+        with guarded(judge.timeout):
+            verdicts = judge.function(prompts, pairs)
+    except _Expired as error:
+        raise InputError(
+            f"--judge {judge.name} took more than --reward_timeout {judge.timeout:g} seconds for "
+            f"{len(duels)} pairs: raise the limit, or make the judge return."
+        ) from error
+    except (Exception, SystemExit) as error:  # a user's function may raise anything
         raise InputError(f"--judge {judge.name} {_raised(error)} on {len(duels)} pairs.") from error
+    if hasattr(verdicts, "tolist"):
+        verdicts = verdicts.tolist()
+    if not isinstance(verdicts, (list, tuple)):
+        raise InputError(
+            f"--judge {judge.name} returned {type(verdicts).__name__}, not a list of 0, 1 or None."
+        )
     if len(verdicts) != len(duels) or any(v not in (0, 1, None) for v in verdicts):
         raise InputError(
             f"--judge {judge.name} gave {len(verdicts)} verdicts for {len(duels)} pairs, or one "
@@ -252,20 +422,14 @@ def judged(judge: Reward, decode: Callable, rows_P: list[dict], groups: list[lis
     return wins_PG
 
 
-def _check_arguments(reward, completions, columns):
-    try:
-        inspect.signature(reward.function).bind(completions=completions, **columns)
-    except TypeError as error:
-        raise InputError(
-            f"Reward {reward.name} cannot be called with completions and the columns "
-            f"{', '.join(columns) or '(none)'}: {error}; it takes completions, the columns it "
-            f"needs and **columns, and --rename renames those of the data."
-        ) from error
-
-
 def _raised(error):
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"raised {type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [f for f in frames if f.filename not in (__file__, "<frozen _sitebuiltins>")]
+    last = (theirs or frames)[-1]
+    at = f"({last.filename}:{last.lineno})"
+    if isinstance(error, SystemExit):
+        return f"called exit({error.code}) {at}"
+    return f"raised {type(error).__name__}: {error} {at}"
 
 
 def _culprit(reward, completions, columns, error):
@@ -273,10 +437,13 @@ def _culprit(reward, completions, columns, error):
     for i, completion in enumerate(completions):
         own = {name: column[i : i + 1] for name, column in columns.items()}
         try:
-            reward.function(completions=[completion], **own)
+            with guarded(reward.timeout):
+                _called(reward, [completion], own)
         except type(error):
             return f"on completion {i} of {len(completions)}, called alone: {_excerpt(completion)}."
-        except Exception:  # not the failure to be explained
+        except _Expired:
+            break
+        except (Exception, SystemExit):  # not the failure to be explained
             continue
     return f"on the batch of {len(completions)} completions; none of them fails like that alone."
 
@@ -284,17 +451,22 @@ def _culprit(reward, completions, columns, error):
 def _number(reward, value, i, completion):
     if value is None:
         return None
-    if isinstance(value, str) or not hasattr(value, "__float__"):
+    try:
+        is_number = not isinstance(value, str) and np.shape(value) == ()
+        number = float(value) if is_number else None
+    except Exception:  # whatever a user's object does
+        number = None
+    if number is None:
         raise InputError(
-            f"Reward {reward.name} returned {value!r}, not a number, for completion {i}: "
+            f"Reward {reward.name} returned {value!r:.80}, not a number, for completion {i}: "
             f"{_excerpt(completion)}."
         )
-    if not math.isfinite(value):
+    if not math.isfinite(number):
         raise InputError(
-            f"Reward {reward.name} returned {float(value)} for completion {i}, "
+            f"Reward {reward.name} returned {number} for completion {i}, "
             f"{_excerpt(completion)}: return None where it does not apply."
         )
-    return float(value)
+    return number
 
 
 def _excerpt(completion, length=120):
@@ -304,22 +476,84 @@ def _excerpt(completion, length=120):
     return repr(text)
 
 
+# -------------------------------------------------------------------------------------------- state
+def states(functions: list[Reward]) -> list[str]:
+    """The state of all rewards that have one, as one text per rank for state.json; [] if none has.
+    A collective."""
+    own = [_state(reward) for reward in functions]
+    if not any(state is not None for state in own):
+        return []
+    buffer = io.BytesIO()
+    try:
+        torch.save(own, buffer)
+        buffer.seek(0)
+        torch.load(buffer, weights_only=True)
+    except Exception as error:  # of pickle, or of the user's objects
+        raise InputError(
+            "a reward's state_dict() cannot be saved: make it of numbers, text, lists, dicts and "
+            f"tensors ({type(error).__name__})."
+        ) from error
+    if buffer.tell() > LARGEST_STATE:
+        raise InputError(
+            f"a reward's state_dict() takes {buffer.tell() >> 20} MiB of at most "
+            f"{LARGEST_STATE >> 20}: leave out what does not change."
+        )
+    return dist.gather([base64.b64encode(buffer.getvalue()).decode()])
+
+
+def restore(functions: list[Reward], state: dict) -> str:
+    """Give rewards what a run's state holds from `states` -> a warning if that is lost, or "".
+
+    A fresh run's state gets it here, so that what cannot be saved is known before the first step. A
+    collective.
+    """
+    saved = state.setdefault("rewards", states(functions))
+    if not saved:
+        return ""
+    if len(saved) != torch.distributed.get_world_size():
+        return (
+            f"warning: rewards start without their state, which {len(saved)} ranks had saved and "
+            f"{torch.distributed.get_world_size()} resume."
+        )
+    data = io.BytesIO(base64.b64decode(saved[torch.distributed.get_rank()]))
+    _restore(functions, torch.load(data, weights_only=True))
+    return ""
+
+
+@contextmanager
+def held_out(functions: list[Reward]):
+    """For an evaluation: the rewards' state is afterwards what it was before."""
+    before = [copy.deepcopy(_state(reward)) for reward in functions]
+    try:
+        yield
+    finally:
+        _restore(functions, before)
+
+
+def _state(reward):
+    """state_dict() of a reward that has it and load_state_dict, else None."""
+    if not all(hasattr(reward.function, name) for name in ("state_dict", "load_state_dict")):
+        return None
+    with _no_exit(f"Reward {reward.name}'s state_dict"), guarded():
+        return reward.function.state_dict()
+
+
+def _restore(functions, given):
+    for reward, state in zip(functions, given):
+        if state is not None and hasattr(reward.function, "load_state_dict"):
+            with _no_exit(f"Reward {reward.name}'s load_state_dict"), guarded():
+                reward.function.load_state_dict(state)
+
+
 # ------------------------------------------------------------------------------------------ summing
 def total(reward_FPG, weights: list[float]) -> torch.Tensor:
-    """Weighted sum over the F rewards -> float64 reward_PG. NaN (does not apply) adds nothing.
-
-    InputError names a completion that no reward scores.
-    """
+    """Weighted sum over the F rewards -> float64 reward_PG. NaN (does not apply) adds nothing, but
+    the sum is NaN where no reward applies."""
     reward_FPG = np.asarray(reward_FPG, np.float64)
-    unscored = np.argwhere(np.isnan(reward_FPG).all(0))
-    if len(unscored):
-        raise InputError(
-            f"No reward applies to completion {', '.join(map(str, unscored[0]))}, nor to "
-            f"{len(unscored) - 1} others of {reward_FPG[0].size}: all returned None; add a "
-            f"--reward that scores such rows."
-        )
     weight_F = np.array(weights, np.float64)
-    return torch.from_numpy(np.tensordot(weight_F, np.nan_to_num(reward_FPG), 1))
+    reward_PG = np.tensordot(weight_F, np.nan_to_num(reward_FPG), 1)
+    reward_PG[np.isnan(reward_FPG).all(0)] = np.nan
+    return torch.from_numpy(reward_PG)
 
 
 def sums(names: list[str], reward_FPG: torch.Tensor) -> dict:

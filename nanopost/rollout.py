@@ -3,13 +3,14 @@
 Shapes: T tokens of a completion.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from nanopost import dist
+from nanopost import StepError, dist
 from nanopost.batch import Example
 
 GAP = "sampling/sampling_logp_difference"
@@ -48,11 +49,22 @@ class Rollout:
         return Example(self.prompt + self.ids, mask, {"engine_logp": logp})
 
 
+def completion_text(rollout: Rollout, tokenizer) -> str:
+    """The text of a completion as samples.jsonl shows it, special tokens too, but without the token
+    that ended it: what rewards and judges read."""
+    ids = rollout.ids
+    if ids and ids[-1] in tokenizer.stop_ids:
+        ids = ids[: len(ids) - 1]
+    return tokenizer.decode(ids)
+
+
 def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list[dict]:
-    """Rollouts for samples.jsonl: text, finish reason, and columns of one number per rollout."""
+    """Rollouts for samples.jsonl: text, finish reason, and columns of one number per rollout, None
+    where it is NaN."""
     records = []
     for i, r in enumerate(rollouts):
         numbers = {name: float(values[i]) for name, values in columns.items()}
+        numbers = {name: None if math.isnan(x) else x for name, x in numbers.items()}
         record = {"prompt": decode(r.prompt), "completion": decode(r.ids), "finish": r.finish}
         records.append(record | numbers)
     return records
@@ -81,28 +93,26 @@ class LogpGap:
         if limit is None:
             limit = 0.1 if dtype == torch.bfloat16 else 1e-3
         self.limit = limit
-        self.total = self.largest = self.tokens = 0
+        self.found = []  # of each micro-batch, on its device: sum, tokens and maximum
 
     def add(self, logp_N, engine_logp_N, mask_N):
         gap_N = (logp_N.detach() - engine_logp_N).abs() * mask_N
-        self.total = self.total + gap_N.sum().double()
-        self.tokens = self.tokens + mask_N.sum()
-        self.largest = torch.maximum(
-            gap_N.max(), torch.as_tensor(self.largest, device=gap_N.device)
-        )
+        self.found.append(torch.stack([gap_N.sum(), mask_N.sum(), gap_N.max()]).double())
 
     def metrics(self) -> dict[str, float]:
         """Mean and largest gap since the last call, over all ranks. A collective."""
-        (largest,) = dist.all_max(self.largest)
-        mean = dist.means({f"{GAP}/mean": (self.total, self.tokens)})
-        self.total = self.largest = self.tokens = 0
-        return mean | {f"{GAP}/max": largest}
+        sums, tokens, largest = [[0.0]] * 3
+        if self.found:
+            sums, tokens, largest = torch.stack(self.found).T.tolist()  # the host waits here alone
+        self.found = []
+        mean = dist.means({f"{GAP}/mean": (sum(sums), sum(tokens))})
+        return mean | {f"{GAP}/max": dist.all_max(max(largest))[0]}
 
     def check(self, step: int, metrics: dict[str, float]):
-        """RuntimeError if the mean is above the limit."""
+        """StepError if the mean is above the limit."""
         gap = metrics.get(f"{GAP}/mean", 0.0)
         if not gap <= self.limit:  # nan too
-            raise RuntimeError(
+            raise StepError(
                 f"step {step}: before the first update engine and trainer are one policy, but "
                 f"their log-probs differ by {gap:.2g} on average (--max_logp_gap "
                 f"{self.limit:g}). Either the trainer sees different tokens, masks or a "

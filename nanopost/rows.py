@@ -1,18 +1,22 @@
 """Files -> rows, in TRL's formats.
 
-A row is a dict. Its "__line__" says where it comes from, "file:line", for error messages. A form
-(sft, prompt, pair, unpaired) checks a row and returns it in the shape that the tokenizer reads.
+A row is a dict. Its "__line__" says where it comes from, "file:line", for error messages. Rows of
+other formats become TRL's in normalize.py. A form (sft, prompt, pair, unpaired) checks a row and
+returns it in the shape that the tokenizer reads.
 """
 
 import gzip
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
 from nanopost import InputError
+from nanopost.normalize import normalize
 from nanopost.packing import order
+from nanopost.terminal import say
 
 GZIP, PARQUET, BOM = b"\x1f\x8b", b"PAR1", b"\xef\xbb\xbf"  # first bytes of files
 ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
@@ -21,19 +25,21 @@ MESSAGES = "a non-empty list of messages"
 Form = Callable[[dict], dict]
 
 
-def load(path, eval_path, holdout: int, rename, form: Form) -> tuple[list[dict], list[dict]]:
-    """Rows to train on, and held-out rows: those of eval_path, or else `holdout` rows of `path`.
+def load(
+    paths, eval_paths, holdout: int, rename, form: Form, to_messages: bool = False
+) -> tuple[list[dict], list[dict]]:
+    """Rows to train on, and held-out rows: those of eval_paths, or else `holdout` rows of `paths`.
 
     The held-out rows are drawn at random but do not depend on a run's seed: a later stage must not
-    train on what an earlier one held out.
+    train on what an earlier one held out. paths, eval_paths, rename, to_messages: see read_rows.
     """
-    rows = read_rows(path, rename, form)
-    if eval_path:
-        return rows, read_rows(eval_path, rename, form)
+    rows = read_rows(paths, rename, form, to_messages)
+    if eval_paths:
+        return rows, read_rows(eval_paths, rename, form, to_messages)
     if not 0 <= holdout < len(rows):
         raise InputError(
-            f"--holdout {holdout} of the {len(rows)} rows of {path} leaves none to train on: give "
-            f"at most {len(rows) - 1}, or --eval_data."
+            f"--holdout {holdout} of the {len(rows)} rows of {named(paths)} leaves none to train "
+            f"on: give at most {len(rows) - 1}, or --eval_data."
         )
     held_out = set(order(len(rows), 0, 0)[:holdout].tolist())
     train_rows = [row for i, row in enumerate(rows) if i not in held_out]
@@ -42,14 +48,41 @@ def load(path, eval_path, holdout: int, rename, form: Form) -> tuple[list[dict],
 
 
 def read_rows(
-    path, rename: dict[str, str] | list[str] = (), form: Form | None = None
+    paths,
+    rename: dict[str, str] | list[str] = (),
+    form: Form | None = None,
+    to_messages: bool = False,
 ) -> list[dict]:
-    """Rows of JSONL, JSON (one list) or Parquet; the first two may be gzipped.
+    """Rows of one file or of several, in order: JSONL, JSON (one list) or Parquet; the first two
+    may be gzipped.
 
     The format is read from the content, not the name. rename: {theirs: ours}, or
-    ["theirs=ours", ...] as --rename takes them. InputError names file, line and reason.
+    ["theirs=ours", ...] as --rename takes them. to_messages: text of prompts and answers becomes
+    messages. What is read as another format, and what is not read, is said. InputError names file,
+    line and reason.
     """
-    path = Path(path)
+    if isinstance(paths, (str, Path)):
+        paths = [paths]
+    ours = _renames(rename)
+    rows = []
+    for path in map(Path, paths):
+        raw, is_parquet = _read_file(path)
+        if ours:
+            raw = [_renamed(row, ours) for row in raw]
+        found, sentences = normalize(raw, ours, is_parquet, to_messages)
+        for sentence in [*sentences, *_unread(found, form)]:
+            say(f"{path}: {sentence}")
+        rows += found if form is None else [form(row) for row in found]
+    return rows
+
+
+def named(paths) -> str:
+    """The files of --data, for a sentence."""
+    return str(paths) if isinstance(paths, (str, Path)) else " ".join(map(str, paths))
+
+
+def _read_file(path):
+    """-> (the rows as they are, whether it is Parquet)."""
     if path.is_dir():
         raise InputError(f"{path} is a folder: give a file in it.")
     if not path.is_file():
@@ -64,9 +97,28 @@ def read_rows(
         rows = _read_json(path, open)
     if not rows:
         raise InputError(f"{path}: no rows in it; give a file with one JSON object per line.")
-    if rename:
-        rows = _renamed(rows, rename)
-    return rows if form is None else [form(row) for row in rows]
+    return rows, start == PARQUET
+
+
+def _unread(rows, form):
+    """A sentence about the columns that a form does not read, if there are any."""
+    if form not in READ:
+        return []
+    counts = Counter()
+    for row in rows:
+        read = READ[form]
+        if form is sft and "messages" in row:
+            read = ("messages",)
+        elif form is sft and "prompt" not in row:
+            read = ("text",)
+        if any(isinstance(row.get(name), list) for name in read):
+            read += ("tools", "chat_template_kwargs")  # of the template
+        for name, value in row.items():
+            if name not in read and name != "__line__" and value not in (None, "", [], {}):
+                counts[name] += 1
+    if not counts:
+        return []
+    return ["columns not read: " + ", ".join(f"{name} ({n:,} rows)" for name, n in counts.items())]
 
 
 def place(row: dict) -> str:
@@ -133,13 +185,13 @@ def pair(row: dict) -> dict:
         return row
     if all(texts):
         raise InputError(
-            f"{place(row)}: chosen and rejected are text, so it needs prompt: --rename "
-            "theirs=prompt."
+            f"{place(row)}: chosen and rejected are text, so it needs prompt, the text before "
+            "them: --rename theirs=prompt, or cut it off both and write it there."
         )
     if any(texts):
         raise InputError(
             f"{place(row)}: {', '.join(names)} are partly text and partly messages: make all of "
-            "them text, or all lists of messages."
+            "them text, or all lists of messages (--to_messages does)."
         )
     for name in names:
         _check_messages(row, name)
@@ -162,16 +214,24 @@ def unpaired(row: dict) -> dict:
 
 
 def take_pairs_apart(rows: list[dict]) -> list[dict]:
-    """Rows of the form unpaired, with each pair as two labelled rows: chosen, then rejected."""
-    flat = []
+    """Rows of the form unpaired, with each pair as two labelled rows: chosen, then rejected.
+
+    A pair of equal sides, whose answer would be good and bad, is left out, and the number is said.
+    """
+    flat, alike = [], 0
     for row in rows:
         if "chosen" not in row:
             flat.append(row)
+            continue
+        if row["chosen"] == row["rejected"]:
+            alike += 1
             continue
         own = ("chosen", "rejected", "messages")
         shared = {name: row[name] for name in row if name not in own}
         flat.append({**shared, "completion": row["chosen"], "label": True})
         flat.append({**shared, "completion": row["rejected"], "label": False})
+    if alike:
+        say(f"{alike:,} pairs are left out, whose chosen and rejected are the same")
     return flat
 
 
@@ -183,6 +243,14 @@ def number(row: dict, name: str, default: float) -> float:
     if not isinstance(value, (int, float)):
         raise InputError(f"{place(row)}: {name} is {value!r:.60}: make it a number.")
     return float(value)
+
+
+# The columns that a form reads. Rewards read every column of a prompt.
+READ = {
+    sft: ("prompt", "completion"),
+    pair: ("prompt", "chosen", "rejected", "margin"),
+    unpaired: ("prompt", "completion", "label", "chosen", "rejected"),
+}
 
 
 def _check_completion(row):
@@ -197,7 +265,8 @@ def _check_completion(row):
     if any(texts):
         raise InputError(
             f"{place(row)}: prompt is {row['prompt']!r:.60} and completion is "
-            f"{row['completion']!r:.60}: make both text, or both non-empty lists of messages."
+            f"{row['completion']!r:.60}: make both text, or both non-empty lists of messages "
+            "(--to_messages does)."
         )
     _check_messages(row, "prompt")
     _check_messages(row, "completion")
@@ -228,11 +297,13 @@ def _split_at_shared_prefix(row):
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
-    if shared in (0, len(chosen), len(rejected)):
+    if not shared:
         raise InputError(
-            f"{place(row)}: chosen and rejected share no prompt, or one has no answer after it: "
-            "begin both with the same messages and end them differently."
+            f"{place(row)}: chosen and rejected share no prompt: begin both with the same messages."
         )
+    # Sides that are equal, or one of which begins the other, keep an answer: pairs.fit_to leaves
+    # such pairs out, and counts them.
+    shared = min(shared, len(chosen) - 1, len(rejected) - 1)
     parts = {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
     return {**row, **parts}
 
@@ -266,7 +337,9 @@ def _parsed(raw, path, line):
         raise InputError(
             f"{path}:{line}: not UTF-8 text: give JSONL or JSON in UTF-8, or Parquet."
         ) from error
-    except json.JSONDecodeError as error:
+    except (RecursionError, ValueError) as error:
+        if not isinstance(error, json.JSONDecodeError):  # nested too deep, or an endless number
+            raise InputError(f"{path}:{line}: JSON that cannot be read ({error}).") from error
         line += error.lineno - 1
         raise InputError(
             f"{path}:{line}: not valid JSON ({error.msg}, column {error.colno}): write one object "
@@ -302,22 +375,26 @@ def _row(value, where):
     return {**value, "__line__": where}
 
 
-def _renamed(rows, rename):
+def _renames(rename):
+    """--rename as {theirs: ours}."""
     pairs = rename.items() if isinstance(rename, dict) else [p.partition("=")[::2] for p in rename]
     ours = dict(pairs)
     if not all(ours.keys()) or not all(ours.values()):
         raise InputError(
             f"--rename {' '.join(rename)}: write it as theirs=ours, such as question=prompt."
         )
-    for row in rows:
-        if missing := ours.keys() - row.keys():
-            raise InputError(
-                f"{place(row)}: the columns are {_columns(row)}; --rename asks for "
-                f"{', '.join(sorted(missing))}."
-            )
-        if len({ours.get(name, name) for name in row}) < len(row):
-            raise InputError(
-                f"{place(row)}: the columns are {_columns(row)}; --rename gives two of them the "
-                "same name."
-            )
-    return [{ours.get(name, name): value for name, value in row.items()} for row in rows]
+    return ours
+
+
+def _renamed(row, ours):
+    if missing := ours.keys() - row.keys():
+        raise InputError(
+            f"{place(row)}: the columns are {_columns(row)}; --rename asks for "
+            f"{', '.join(sorted(missing))}."
+        )
+    if len({ours.get(name, name) for name in row}) < len(row):
+        raise InputError(
+            f"{place(row)}: the columns are {_columns(row)}; --rename gives two of them the same "
+            "name."
+        )
+    return {ours.get(name, name): value for name, value in row.items()}

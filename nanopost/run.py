@@ -5,12 +5,17 @@ A Run never calls the loop and reads no flag by name. It writes only on rank 0, 
 asks for the rank.
 """
 
+import copy
+import fcntl
+import hashlib
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,20 +25,31 @@ import torch
 
 from nanopost import InputError, checkpoint, dist, hf
 from nanopost.batch import Example
+from nanopost.terminal import printable
 from nanopost.tokenizer import FILES
 
 WRITTEN = ("value", "checkpoints", "records", "metrics.jsonl", "samples.jsonl", "run.json")
+MODEL = (*FILES, "config.json", "nanopost.json", "chat_template.jinja", "*.safetensors")
 NOT_COMPARED = ("resume", "overwrite")
+AGAIN_AFTER = 2.0  # seconds: an earlier signal is the same one
+SEEN_WITHIN = 10.0  # seconds until what rank 0 writes is seen by all ranks
 
 
 class Run:
-    def __init__(self, out, world, steps: int, arguments: dict, show: list[str]):
-        """arguments: all flags and values, for run.json. show: metrics for the printed line."""
+    def __init__(self, out, world, steps: int, arguments: dict, show: list[str], keep: int = 2):
+        """arguments: all flags and values, for run.json. show: metrics for the printed line.
+        keep: checkpoints to keep."""
         self.out = Path(out)
         self.rank, self.writes = world.rank, world.rank == 0
-        self.steps, self.arguments, self.show = steps, arguments, show
+        self.steps, self.arguments, self.show, self.keep = steps, arguments, show, keep
         self.resumed = False
         self.clock = None  # (time, step) of the first line logged
+        self.began = self.saved_at = time.monotonic()
+        self.signal = 0  # that this process has got
+        self.stop = 0  # the signal that all ranks have agreed to stop for
+        self.hashes = {}  # of the files that flags name
+        self.state = None  # the loop's own, which it changes
+        self.boundary = None  # (step, state, random state) while the weights are as of that step
 
     # ------------------------------------------------------------------------------------- start
     def start(
@@ -43,38 +59,101 @@ class Run:
 
         state: {"step": 0, ...}, what a fresh run begins with. about: more for run.json. others:
         further models whose weights change over the run. An existing run is replaced only with
-        overwrite, or if it was killed before its first checkpoint. Files that no script wrote, or
-        that this run reads, are never replaced.
+        overwrite, if it was killed before its first checkpoint, or if it trained nothing. Files
+        that no script wrote, or that this run reads, are never replaced.
         """
-        found = None
-        if resume:
-            if overwrite:
-                raise InputError(
-                    "--resume continues and --overwrite starts over: choose one of them."
-                )
-            found = self._to_resume()
+        if resume and overwrite:
+            raise InputError("--resume continues and --overwrite starts over: choose one of them.")
+        if self.writes:
+            self._check_free()
+            self._lock()
+        self._check_seen()
+        found = self._to_resume() if resume else None
+        hashes = _hashes(self.arguments) if self.writes else {}
         if found:
             state = state | checkpoint.load(found, model, optimizer, **others)
             self.resumed = True
+        saved_hashes = state.pop("hashes", hashes)
+        saved_arguments = state.pop("args", self.arguments)
         if self.writes:
             ended = (self.out / "config.json").exists()
             killed_early = resume and not ended and bool(starts_of(self.out))
-            self._open(state["step"] if found else None, overwrite or killed_early, about)
+            replace = overwrite or killed_early or self._trained_nothing()
+            self._open(state["step"] if found else None, replace, {"hashes": hashes, **about})
         if resume and not found:
             self.say(f"--resume: no checkpoint in {self.out}, so the run starts from the beginning")
         if found:
             self.say(f"resumed at step {state['step']}")
-        for change in changed_arguments(state.pop("args", self.arguments), self.arguments):
+        for change in changed_arguments(saved_arguments, self.arguments):
             self.say(f"resumed with a different {change}")
+        for path in hashes:
+            if saved_hashes.get(path, hashes[path]) != hashes[path]:
+                self.say(f"WARNING: {path} has changed since the run started")
+        self.hashes = hashes
+        self._watch(model, optimizer, state, others)
         return state
 
+    def _lock(self):
+        """Lock OUT/.lock until this process ends, however it ends. InputError if another has it."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.lock = open(self.out / ".lock", "a+", encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"--out {self.out}: cannot make the folder ({error.strerror}); choose another."
+            ) from error
+        try:
+            # Not flock: a process that a reward forks would inherit that lock. This one is lost
+            # when the process closes the file, so it is opened once.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            self.lock.seek(0)
+            raise InputError(
+                f"--out {self.out}: {self.lock.read() or 'another process'} is running in it: wait "
+                "for it, stop it, or choose another --out."
+            ) from error
+        except OSError as error:
+            self.say(f"{self.out} cannot be locked ({error.strerror}): start no second run in it")
+        self.holder = f"process {os.getpid()} on {platform.node()}, since {time.ctime()},"
+        self.lock.truncate(0)
+        self.lock.write(self.holder)
+        self.lock.flush()
+
+    def _check_seen(self):
+        """InputError on all ranks if one does not see what rank 0 has written. A collective."""
+        lock = self.out / ".lock"
+        (written,) = dist.gather([self.holder] if self.writes else []) or [None]
+        deadline = time.monotonic() + SEEN_WITHIN
+        while written and not self.writes and not _is_text(lock, written):
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        seen = self.writes or not written or _is_text(lock, written)
+        blind = dist.gather([] if seen else [f"rank {self.rank} on {platform.node()}"])
+        if blind:
+            raise InputError(
+                f"--out {self.out}: {', '.join(blind)} cannot see what rank 0 writes there: choose "
+                "a folder on a disk that all nodes share."
+            )
+
     def _to_resume(self) -> Path | None:
-        """The newest checkpoint; None if the run was killed before its first. InputError if the run
-        ended, went past its steps, or is another script's."""
-        found = checkpoint.latest(self.out)
+        """The newest sound checkpoint; None if the run was killed before its first. InputError if
+        the run ended, went past its steps, or is another script's. A collective."""
+        found, damaged = None, []
+        for path in reversed(checkpoint.complete(self.out)):
+            damage = checkpoint.damage(path)
+            if not damage:
+                found = path
+                break
+            self.say(f"WARNING: --resume skips {path}: {damage}")
+            damaged.append(path)
+        if damaged and not found:
+            raise InputError(
+                f"--resume: every checkpoint in {self.out} is damaged: --overwrite starts over."
+            )
         last = {"step": 0, **(starts_of(self.out) or [{}])[-1]}
         if found:
-            last = json.loads((found / "state.json").read_text())
+            last = hf.read_json(found / "state.json")
         foreign = sorted(last.get("args", {}).keys() - self.arguments.keys())
         if foreign:
             raise InputError(
@@ -91,18 +170,20 @@ class Run:
                 f"(--save_every): continue with --model {self.out} and another --out, or "
                 "--overwrite it."
             )
+        for path in damaged if self.writes else []:  # these steps will be saved again
+            shutil.rmtree(path.with_suffix(".damaged"), ignore_errors=True)
+            path.rename(path.with_suffix(".damaged"))
         return found
+
+    def _trained_nothing(self) -> bool:
+        """Whether the run in the folder failed in its first step, with nothing to lose."""
+        started = bool(starts_of(self.out))
+        kept = checkpoint.latest(self.out) or (self.out / "config.json").exists()
+        return started and not kept and _last_step(self.out / "metrics.jsonl") < 1
 
     def _open(self, resumed_at: int | None, replace: bool, about: dict):
         """Prepare the folder. Lines logged after the checkpoint are removed, since they will be
         logged again."""
-        self._check_free()
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"--out {self.out}: cannot make the folder ({error.strerror}); choose another."
-            ) from error
         logs = [self.out / "metrics.jsonl", self.out / "samples.jsonl"]
         if resumed_at is None:
             if any(path.exists() for path in logs) and not replace:
@@ -111,11 +192,14 @@ class Run:
                     "replace it, or choose another --out."
                 )
             # What is left of the run that this one replaces would pass for its own.
-            for folder in ("checkpoints", "records", "value"):
+            checkpoint.delete(self.out)
+            for folder in ("records", "value"):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             for path in (*logs, self.out / "config.json"):
                 path.unlink(missing_ok=True)
         earlier = starts_of(self.out) if resumed_at is not None else []
+        if resumed_at is not None and not earlier:
+            self.say(f"{self.out}/run.json was lost or cut off: it begins anew with this start")
         start = {
             "command": " ".join(sys.argv),
             "resumed_at": resumed_at,
@@ -128,49 +212,117 @@ class Run:
             **about,
         }
         # Renamed once complete: a folder without run.json is not ours.
-        temporary = self.out / "run.json.tmp"
-        temporary.write_text(json.dumps([*earlier, start], indent=1, default=str) + "\n")
-        temporary.replace(self.out / "run.json")
+        _replace(self.out / "run.json", json.dumps([*earlier, start], indent=1, default=str) + "\n")
         for path in logs:
-            lines = path.read_text().split("\n") if path.exists() else []
-            kept = [line + "\n" for line in lines if _step_of(line) <= resumed_at]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            temporary.replace(path)
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+            lines = text.split("\n") if resumed_at is not None else []
+            kept = [line + "\n" for line in lines if _number_of(line, "step") <= resumed_at]
+            _replace(path, "".join(kept))
+            if kept and path == logs[0]:
+                self.began -= _number_of(kept[-1], "time/elapsed", 0.0)
 
     def _check_free(self):
         """InputError if the folder holds files that this run reads, or that no script wrote."""
         out = self.out.resolve()
         for path in _paths_read(self.arguments, self.out, starts_of(self.out)):
             read = Path(path).resolve()
-            if read == out or any(read.is_relative_to(out / name) for name in WRITTEN):
+            in_model = read.parent == out and any(read.match(name) for name in MODEL)
+            written = any(read.is_relative_to(out / name) for name in WRITTEN)
+            if read == out or written or in_model:
                 raise InputError(
                     f"--out {self.out}: this run reads {path}, which would be overwritten: choose "
                     "another --out."
                 )
-        signs = (*WRITTEN, *FILES, "config.json", "chat_template.jinja", "*.safetensors")
-        if not starts_of(self.out) and any(any(self.out.glob(sign)) for sign in signs):
+        ours = starts_of(self.out) or checkpoint.complete(self.out)  # run.json may be cut off
+        if not ours and any(any(self.out.glob(sign)) for sign in (*WRITTEN, *MODEL)):
             raise InputError(
                 f"--out {self.out} holds files that no run of these scripts wrote: choose another "
                 "--out."
             )
+
+    # -------------------------------------------------------------------------- signals and errors
+    def _watch(self, model, optimizer, state, others):
+        """From here on, SIGTERM and SIGINT (Ctrl-C) save and stop after a step, and an error saves
+        what it can."""
+        self.trained, self.state = (model, optimizer, others), state
+        optimizer.register_step_pre_hook(self._weights_change)
+        self._mark(state["step"])
+        self.saved_at = time.monotonic()
+        dist.last_words = self._last_words
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._on_signal)
+
+    def _mark(self, step):
+        """The weights are as of the end of `step`. What else a checkpoint needs is copied, since
+        the next step changes it at once."""
+        self.boundary = step, copy.deepcopy(self.state), checkpoint.random_state()
+
+    def _weights_change(self, *_):
+        self.boundary = None
+
+    def _on_signal(self, number, _):
+        if self.signal and time.monotonic() - self.signal_at < AGAIN_AFTER:
+            return  # one event, told by terminal and launcher
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal_at = time.monotonic()
+        self.signal = number
+        if self.writes:  # no print: it may be what the signal has interrupted
+            name = signal.Signals(number).name
+            os.write(2, f"{name}: saves and stops after this step; again: stops now\n".encode())
+
+    def _last_words(self) -> str:
+        """What --resume continues from after an error. The last whole step is saved, if the weights
+        are still as of that step and no other rank is needed."""
+        failed = ""
+        if self.boundary and self.boundary[0] > 0 and torch.distributed.get_world_size() == 1:
+            step, state, drawn = self.boundary
+            try:
+                self._save(step, state, drawn)
+            except Exception as error:
+                failed = f"step {step} could not be saved ({error}); "
+        newest = checkpoint.latest(self.out)
+        if newest:
+            return f"{failed}--resume continues after step {checkpoint.step_of(newest)}"
+        if self._trained_nothing():
+            return f"{failed}nothing was trained yet: correct it, then run the same command again"
+        return f"{failed}no checkpoint was written yet: --resume starts from the beginning"
+
+    def _save(self, step, state, drawn=None):
+        model, optimizer, others = self.trained
+        record = {**state, "args": self.arguments, "hashes": self.hashes}
+        checkpoint.save(self.out, step, model, optimizer, record, self.keep, drawn, **others)
 
     # ------------------------------------------------------------------------------- in the loop
     def due(self, step: int, every: int) -> bool:
         """Whether `step` is a multiple of `every` (0: never) or the last step."""
         return step == self.steps or (every > 0 and step % every == 0)
 
+    def due_save(self, step: int, every: int, minutes: float) -> bool:
+        """Whether to save after `step`: it is due, the last save is `minutes` ago (0: never mind),
+        or a rank has been told to stop. A collective: all ranks get the same answer."""
+        self._mark(step)
+        late = 0 < 60 * minutes < time.monotonic() - self.saved_at
+        late, self.stop = map(int, dist.all_max(late, self.signal))
+        return self.due(step, every) or bool(late or self.stop)
+
     def say(self, text: str):
         if self.writes and text:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def log(self, step: int, metrics: dict[str, float]):
-        """Write one object per step to metrics.jsonl, and one line with the time left to stdout."""
+        """Write one object per step to metrics.jsonl, and one line with the time left to stdout.
+
+        time/elapsed: seconds since the run began; what a resumed run spent before its checkpoint
+        counts.
+        """
         if not self.writes:
             return
-        with open(self.out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"step": step, **metrics}) + "\n")
         now = time.monotonic()
+        record = {"step": step, **metrics, "time/elapsed": round(now - self.began, 3)}
+        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
         left = ""
         if self.clock is None:
             self.clock = now, step
@@ -180,12 +332,12 @@ class Run:
         evaluated = [name for name in metrics if name.startswith("eval/")]
         shown = [name for name in dict.fromkeys(self.show + evaluated) if name in metrics]
         text = "  ".join(f"{name} {_number(metrics[name])}" for name in shown)
-        print(f"step {step}/{self.steps}  {text}{left}", flush=True)
+        print(printable(f"step {step}/{self.steps}  {text}{left}"), flush=True)
 
     def samples(self, step: int, records: list[dict]):
         """Write decoded text and numbers about it to samples.jsonl, one object per line."""
         if self.writes:
-            with open(self.out / "samples.jsonl", "a") as file:
+            with open(self.out / "samples.jsonl", "a", encoding="utf-8") as file:
                 for record in records:
                     file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
 
@@ -205,33 +357,50 @@ class Run:
         if self.writes:
             path = self.out / "records" / f"{step:06d}.jsonl"
             path.parent.mkdir(exist_ok=True)
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            temporary.replace(path)
+            _replace(path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def save(self, step: int, model, optimizer, state: dict, **others):
-        """Write a checkpoint to resume from, and delete the one before it. A collective.
+        """Write a checkpoint to resume from, and delete the oldest. A collective. If the run has
+        been told to stop, it ends here.
 
         Does nothing at the last step, when the trained model itself is written.
         """
-        if step < self.steps:
-            state = {**state, "args": self.arguments}
-            checkpoint.save(self.out, step, model, optimizer, state, **others)
+        if step >= self.steps:
+            return
+        self.boundary = None  # if this fails, an error does not try again
+        self.trained = model, optimizer, others
+        self._save(step, state)
+        self.saved_at = time.monotonic()
+        if self.stop:
+            name = signal.Signals(self.stop).name
+            self.say(f"stopped by {name}: --resume continues after step {step}")
+            dist.finish(128 + self.stop)
 
     # --------------------------------------------------------------------------------------- end
-    def export(self, named_tensors, config, files: dict, part: str = ""):
+    def export(self, named_tensors, config, files: dict, dtype: str = "fp32", part: str = ""):
         """Write a model for transformers and vLLM to the folder, or its subfolder `part`. A
         collective.
 
-        named_tensors, config, files: see hf.save_model.
+        named_tensors, config, files: see hf.save_model. dtype: fp32, bf16, or auto, which is that
+        of the folder from which the model was loaded.
         """
-        hf.save_model(self.out / part, named_tensors, config, files, write=self.writes)
-        self.say(f"the model is in {self.out / part}")
+        read = hf.dtype_of(config)
+        written = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": read}[dtype]
+        folder = self.out / part
+        hf.save_model(folder, named_tensors, config, files, written, write=self.writes)
+        note = ""
+        if torch.float32 not in (read, written):
+            note = f" in {written}, rounded from fp32 (--save_dtype fp32 keeps it)"
+        elif read != written:
+            note = f" in {written}, though it was read in {read} (--save_dtype auto keeps that)"
+        self.say(f"the model is in {folder}{note.replace('torch.', '')}")
 
     def finish(self):
         """Print the held-out metrics before and after, and leave the process group."""
+        dist.last_words = None
         if self.writes:
-            lines = [json.loads(x) for x in (self.out / "metrics.jsonl").read_text().splitlines()]
+            text = (self.out / "metrics.jsonl").read_text(encoding="utf-8")
+            lines = [json.loads(line) for line in text.splitlines()]
             evaluated = [x for x in lines if any(name.startswith("eval/") for name in x)]
             if len(evaluated) > 1:
                 first, last = evaluated[0], evaluated[-1]
@@ -244,7 +413,7 @@ class Run:
 def starts_of(out) -> list[dict]:
     """What run.json in `out` says about each start of its run; [] if no script wrote one."""
     try:
-        starts = json.loads((Path(out) / "run.json").read_text())
+        starts = json.loads((Path(out) / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
     if isinstance(starts, list) and all(isinstance(s, dict) and "args" in s for s in starts):
@@ -274,21 +443,59 @@ def _paths_read(arguments, out: Path, starts: list[dict]) -> list[str]:
     return [text for text in new if os.path.exists(text)]
 
 
+def named_files(arguments: dict) -> list[str]:
+    """The files and folders that flags name, whatever the flag."""
+    return [text for text in _texts(arguments.values()) if os.path.exists(text)]
+
+
 def _texts(values) -> list[str]:
-    """Strings and paths among the values of flags, those in lists too, without "model:"."""
+    """Strings and paths among the values of flags, those in lists too, without "model:" and, after
+    a file, ":function"."""
     flat = []
     for value in values:
         flat += value if isinstance(value, (list, tuple)) else [value]
     named = [str(value) for value in flat if isinstance(value, (str, Path))]
-    return [text.removeprefix("model:") for text in named if text]
+    named = [text.removeprefix("model:") for text in named if text]
+    return [text.partition(".py:")[0] + ".py" if ".py:" in text else text for text in named]
 
 
-def _step_of(line):
-    """A line's step; infinite for a line that a kill cut short."""
+def _hashes(arguments) -> dict[str, str]:
+    """{file that a flag names: SHA-256 of its content}."""
+    hashes = {}
+    for text in named_files(arguments):
+        if os.path.isfile(text):
+            with open(text, "rb") as file:
+                hashes[text] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
+
+
+def _is_text(path, text) -> bool:
     try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return float("inf")
+        return path.read_text(encoding="utf-8") == text
+    except OSError:
+        return False
+
+
+def _replace(path, text):
+    """Write a file so that a kill leaves the old one or the new one, whole."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    hf.to_disk(temporary)
+    temporary.replace(path)
+
+
+def _number_of(line, name, default=float("inf")):
+    """A number in a line of a log; `default` for a line that a kill cut short, or without it."""
+    try:
+        return json.loads(line).get(name, default)
+    except (ValueError, AttributeError):
+        return default
+
+
+def _last_step(path) -> int:
+    """The last step in a log; -1 without a whole line."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return max((_number_of(line, "step", -1) for line in text.split("\n")), default=-1)
 
 
 def _number(x):
@@ -305,10 +512,13 @@ def _duration(seconds):
 
 
 def _git_commit():
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
+    try:
+        done = subprocess.run(
+            ["git", "describe", "--always", "--dirty"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+        )
+    except OSError:  # no git here
+        return None
     return done.stdout.strip() or None

@@ -7,8 +7,14 @@ text into token ids.
 import hashlib
 import json
 import re
+import resource
+import signal
+import sys
+import threading
+import time
+from contextlib import contextmanager
 from datetime import datetime
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from typing import NamedTuple
 
 import jinja2
@@ -20,7 +26,18 @@ from nanopost import InputError
 # Private-use characters that mark places in renderings; a text that holds one is refused.
 PROBE, OPEN, CLOSE = "\U000f5a5a", "\U000f5a5b", "\U000f5a5c"
 # What a template may raise while it runs.
-ERRORS = (TypeError, AttributeError, LookupError, ValueError, ArithmeticError, RecursionError)
+ERRORS = (
+    *(TypeError, AttributeError, LookupError, ValueError, ArithmeticError),
+    *(RecursionError, MemoryError),
+)
+# What a rendering may take. Templates are untrusted, and rows may be endless too.
+SECONDS = 10  # of CPU time
+CHARACTERS = 2**26
+BYTES = 2**30  # by which the peak memory of the process may grow
+
+
+class TooMuch(InputError):
+    """A rendering that takes too long or is too large: whatever it was for, it ends here."""
 
 
 class Trial(NamedTuple):
@@ -72,18 +89,22 @@ class Template:
                 "messages need a chat template, and this model has none: give one "
                 "(--chat_template FILE)."
             )
+        variables = {
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
+        template = _compile(self.source, *marks)
+        messages = [_as_templates_expect(message) for message in messages]
         try:
-            return _compile(self.source, *marks).render(
-                {
-                    **self.named,
-                    "messages": [_as_templates_expect(message) for message in messages],
-                    "tools": tools,
-                    "documents": None,
-                    "add_generation_prompt": add_generation_prompt,
-                    **variables,
-                }
-            )
-        except InputError:  # a ValueError; from _compile
+            with _limited():
+                try:
+                    text = template.render({**self.named, "messages": messages, **variables})
+                except TypeError:  # perhaps it puts arguments of calls between text (DeepSeek's)
+                    messages = [_with_text_arguments(message) for message in messages]
+                    text = template.render({**self.named, "messages": messages, **variables})
+        except InputError:  # a ValueError; from the limits
             raise
         except jinja2.TemplateError as error:
             raise InputError(f"the chat template refuses this conversation: {error}.") from error
@@ -91,11 +112,15 @@ class Template:
             raise InputError(
                 f"the chat template fails on this conversation ({type(error).__name__}: {error})."
             ) from error
+        _check_size(len(text))
+        return text
 
     def try_render(self, *args, **variables) -> str:
         """The same, or "" if the template refuses; some refuse a conversation cut short."""
         try:
             return self.render(*args, **variables)
+        except TooMuch:
+            raise
         except InputError:
             return ""
 
@@ -136,15 +161,20 @@ class Template:
             ways.insert(0, re.escape(before + end))
         return re.compile("|".join(ways))
 
-    @cached_property
-    def closing(self) -> re.Pattern:
-        """The special tokens and whitespace at the end of a text."""
-        return re.compile(rf"(?:\s|{any_of(self.special)})*$")
+    def closing(self, text: str) -> int:
+        """Where the special tokens and the whitespace that end a text begin."""
+        end = len(text)
+        while True:
+            at = len(text[:end].rstrip())
+            tokens = [token for token in self.special if token and text.endswith(token, 0, at)]
+            if not tokens:
+                return at
+            end = at - max(map(len, tokens))
 
     def _closing_token(self, text):
-        """The last token of the first run of special tokens in `closing`."""
+        """The last token of the first run of special tokens in what closes a text."""
         special = any_of(self.special)
-        run = re.search(f"(?:{special})+", self.closing.search(text).group())
+        run = re.search(f"(?:{special})+", text[self.closing(text) :])
         return run and re.findall(special, run.group())[-1]
 
     def warnings(self) -> list[str]:
@@ -191,6 +221,121 @@ def _as_templates_expect(message):
     return message
 
 
+def _with_text_arguments(message):
+    """A message with the arguments of its tool calls as JSON text."""
+    if not message.get("tool_calls"):
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        inner = call.get("function", call)
+        inner = {**inner, "arguments": _tojson(inner.get("arguments"))}
+        calls.append({**call, "function": inner} if "function" in call else inner)
+    return {**message, "tool_calls": calls}
+
+
+# ------------------------------------------------------------------------------------------ limits
+@contextmanager
+def _limited():
+    """TooMuch if what runs inside takes too long or too much memory.
+
+    Python's signals reach the main thread alone: elsewhere there is no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    began, peak = time.thread_time(), _peak_bytes()
+
+    def check(signum, frame):
+        if time.thread_time() - began > SECONDS:
+            raise TooMuch(
+                f"the chat template takes more than {SECONDS} seconds for one conversation: give "
+                "another template (--chat_template FILE), or leave this row out."
+            )
+        if _peak_bytes() - peak > BYTES:
+            raise TooMuch(_too_large())
+
+    before = signal.signal(signal.SIGVTALRM, check)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 0.05, 0.05)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _peak_bytes():
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _too_large():
+    return (
+        f"the chat template writes more than {CHARACTERS:,} characters for one conversation: give "
+        "another template (--chat_template FILE), or leave this row out."
+    )
+
+
+def _check_size(size):
+    if size > CHARACTERS:
+        raise TooMuch(_too_large())
+
+
+def _check_arguments(values):
+    """TooMuch for a width or a count that would make an endless text at once: no signal interrupts
+    that."""
+    for value in values:
+        if isinstance(value, int):
+            _check_size(value)
+
+
+def _check_format(pattern):
+    if isinstance(pattern, str) and re.search(r"[0-9]{8}|%[^%a-zA-Z]*[*]", pattern):
+        raise TooMuch(_too_large())
+
+
+def _bounded(function):
+    @wraps(function)
+    def checked(value, *args, **more):
+        _check_arguments([*args, *more.values()])
+        return function(value, *args, **more)
+
+    return checked
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context, operator, left, right):
+        if operator == "%":
+            _check_format(left)
+        elif operator == "**":
+            _check_size(_bits(left) * (right if isinstance(right, int) else 1))
+        elif isinstance(left, int) and isinstance(right, int):
+            _check_size(_bits(left) + _bits(right))
+        else:
+            _check_size(_length(left) * _length(right))
+        return super().call_binop(context, operator, left, right)
+
+    def call(*given, **more):  # self is in given, so an argument may have that name
+        environment, context, function, *args = given
+        _check_arguments([*args, *more.values()])
+        if getattr(function, "__name__", "") in ("format", "format_map"):
+            method = getattr(function, "__wrapped__", function)
+            _check_format(getattr(method, "__self__", ""))
+        return super(_Environment, environment).call(context, function, *args, **more)
+
+
+def _bits(number):
+    return number.bit_length() if isinstance(number, int) else 1
+
+
+def _length(operand):
+    """Of a sequence, or how often a number repeats one."""
+    if isinstance(operand, (str, list, tuple)):
+        return len(operand)
+    return operand if isinstance(operand, int) else 1
+
+
 # ----------------------------------------------------------------------------------------- sandbox
 @lru_cache(8)
 def _compile(source, begin, end):
@@ -210,10 +355,13 @@ def _compile(source, begin, end):
         def mark(self, caller):
             return begin + caller() + end
 
-    environment = ImmutableSandboxedEnvironment(
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
+    for name in ("center", "indent", "tojson"):
+        environment.filters[name] = _bounded(environment.filters[name])
+    environment.filters["format"] = _format
     environment.globals |= {
         "raise_exception": _raise_exception,
         "strftime_now": _strftime_now,
@@ -242,6 +390,11 @@ def _strftime_now(pattern):
 def _dict(*args, **more):
     """The class itself would give access to dict.update, which changes messages in place."""
     return dict(*args, **more)
+
+
+def _format(pattern, *args, **more):
+    _check_format(pattern)
+    return pattern % (more or args)
 
 
 def _tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):

@@ -19,9 +19,11 @@ from tokenizers import processors
 
 from nanopost import InputError
 from nanopost.batch import Example
+from nanopost.hf import is_own
 from nanopost.rows import errors_at, place
 from nanopost.spans import answer_spans
 from nanopost.template import Template
+from nanopost.terminal import progress
 from nanopost.tokenizer_json import (
     listed,
     named_tokens,
@@ -87,6 +89,10 @@ class Tokenizer:
         """Number of tokens, added ones included; a model's embedding may have more rows."""
         return self.raw.get_vocab_size()
 
+    def unused_ids(self, size: int) -> list[int]:
+        """Ids below `size` that no token has: rows that pad an embedding, and holes."""
+        return sorted(set(range(size)) - set(self.raw.get_vocab().values()))
+
     def encode(self, text: str) -> list[int]:
         """Token ids. Special tokens spelled out in the text are recognised; none are added."""
         return self.raw.encode(text, add_special_tokens=False).ids
@@ -132,16 +138,15 @@ class Tokenizer:
         """
         columns = dict.fromkeys(chain.from_iterable(chain(*parts)))
         kept = [[] for _ in parts]
-        dropped = plain = 0
+        dropped = 0
         for rows, keep in zip(parts, kept):
-            for row in rows:
+            for row in progress(rows, "prompts encoded"):
                 with errors_at(row):
                     ids = self.prompt_ids(row["prompt"], **_variables(row))
                     if max_prompt is not None and len(ids) > max_prompt:
                         dropped += 1
                         continue
                     _check_room(len(ids), max_new, tokens, positions, sides)
-                plain += isinstance(row["prompt"], str)
                 keep.append({**columns, **row, "prompt_ids": ids})
             if rows and not keep:
                 counts = " and ".join(str(len(rows)) for rows in parts)
@@ -150,9 +155,20 @@ class Tokenizer:
                     f"(training and held-out prompts: {counts})."
                 )
         report = f"{dropped:,} dropped by --max_prompt"
-        if plain and self.template.source:
-            report += f"; warning: {plain:,} prompts are plain text, but the model has a template"
-        return kept, report
+        doubt = self.plain_prompts(list(chain(*parts)))
+        return kept, f"{report}; {doubt}" if doubt else report
+
+    def plain_prompts(self, rows: list[dict]) -> str:
+        """A warning if prompts are plain text although there is a chat template, or ""."""
+        plain = [row for row in rows if isinstance(row.get("prompt"), str)]
+        plain = [row for row in plain if "messages" not in row]
+        if not plain or not self.template.source:
+            return ""
+        return (
+            f"warning: {len(plain):,} of {len(rows):,} prompts are plain text, which gets no chat "
+            f"template, though the model has one ({place(plain[0])} is the first): --to_messages "
+            "makes them messages"
+        )
 
     def example(self, row: dict, train_on: str = "assistant") -> Example:
         """A row of the form sft, with optional columns tools and chat_template_kwargs.
@@ -171,24 +187,29 @@ class Tokenizer:
     def pair(self, row: dict) -> tuple[Example, Example]:
         """A row of the form pair -> chosen and rejected.
 
-        Both end with their last trained token, as rollouts do. InputError if the tokens of their
-        prompts differ.
+        Both end with their last trained token, as rollouts do. Where an answer begins with text
+        that forms one token with the end of its prompt, both answers begin at the last token that
+        the prompts share. InputError if the prompts differ otherwise.
         """
         names = ("prompt", "tools", "chat_template_kwargs", "__line__")
         shared = {name: row[name] for name in names if name in row}
-        examples, prompts = [], []
-        for side in ("chosen", "rejected"):
-            example = self.example({**shared, "completion": row[side]}, "completion")
-            prompts.append(example.ids[: example.mask.argmax()].tolist())
-            examples.append(example.ended())
-        if prompts[0] != prompts[1]:
-            at = len(os.path.commonprefix(prompts))
+        examples = [
+            self.example({**shared, "completion": row[side]}, "completion").ended()
+            for side in ("chosen", "rejected")
+        ]
+        if not all(e.mask.any() for e in examples):
+            return tuple(examples)  # pairs.fit_to leaves it out
+        prompts = [e.ids[: e.mask.argmax()].tolist() for e in examples]
+        at = len(os.path.commonprefix(prompts))
+        if at < min(map(len, prompts)):
             chosen, rejected = (self.decode(ids[at : at + 5]) for ids in prompts)
             raise InputError(
                 f"{place(row)}: the prompts of chosen and rejected differ from token {at} on "
                 f"({chosen!r} and {rejected!r}): the template or the tokenizer lets an answer "
                 "change what comes before it."
             )
+        for e in examples:
+            e.mask[at : e.mask.argmax()] = True
         return tuple(examples)
 
     def _text_example(self, prompt, completion, train_on):
@@ -243,7 +264,9 @@ class Tokenizer:
 
     @cached_property
     def hash(self) -> str:
-        return hashlib.sha256(f"{self.raw.to_str()}{self.prefix}".encode()).hexdigest()[:16]
+        """A hash of what decides ids, whoever wrote the files and in whatever form."""
+        what = [_deciding_ids(json.loads(self.raw.to_str())), self.prefix]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
     def check_same(self, folder, flag: str):
         """InputError if the checkpoint in `folder`, given by `flag`, has another tokenizer."""
@@ -263,17 +286,27 @@ def _prefix(raw):
     return ids[: ids.index(plain[0])]
 
 
+# Parts of tokenizer.json that change no id of a text.
+NO_ID = ("version", "truncation", "padding", "post_processor", "decoder", "trim_offsets", "special")
+
+
+def _deciding_ids(part):
+    """A part of tokenizer.json without what changes no id, and without keys that say nothing."""
+    if isinstance(part, list):
+        return [_deciding_ids(inner) for inner in part]
+    if not isinstance(part, dict):
+        return part
+    if "vocab" in part:  # of a model, where a key without a value means what its absence does
+        return {k: v for k, v in part.items() if v is not None and v is not False and v != ""}
+    steps = part.get("pretokenizers", part.get("normalizers"))
+    if steps is not None and len(steps) < 2:  # a sequence of one step, or of none
+        return _deciding_ids(steps[0]) if steps else None
+    return {name: _deciding_ids(inner) for name, inner in part.items() if name not in NO_ID}
+
+
 def _variables(row):
-    """What a row gives the template besides its messages; its tools may be JSON text."""
-    tools = row.get("tools")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except ValueError as error:
-            raise InputError(
-                f"tools is text, but not JSON ({error}): make it a list of tools."
-            ) from error
-    return {"tools": tools, **(row.get("chat_template_kwargs") or {})}
+    """What a row gives the template besides its messages."""
+    return {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
 
 
 def _check_room(length, max_new, tokens, positions, sides):
@@ -312,7 +345,7 @@ def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes | Non
     folder = Path(folder)
     files = dict.fromkeys(FILES)
     for name in FILES:
-        if (folder / name).is_file():
+        if (folder / name).is_file() and name not in _foreign(folder):
             files[name] = (folder / name).read_bytes()
     files["chat_template.jinja"] = tokenizer.template.source
     generation = read_optional_json(folder / "generation_config.json")
@@ -327,6 +360,13 @@ def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes | Non
     return files
 
 
+def _foreign(folder) -> list[str]:
+    """Links to elsewhere, which are not copied, since they may lead to anything: all but
+    tokenizer.json, which has been read as a tokenizer."""
+    there = [name for name in FILES[1:] if (folder / name).is_file()]
+    return [name for name in there if not is_own(folder / name)]
+
+
 def fingerprint(tokenizer: Tokenizer) -> dict:
     return {
         "template_hash": tokenizer.template.hash,
@@ -336,7 +376,8 @@ def fingerprint(tokenizer: Tokenizer) -> dict:
 
 
 def check_stage(folder, tokenizer: Tokenizer) -> str:
-    """A warning if the model in `folder` was trained with another template or tokenizer, or ""."""
+    """A warning if the model in `folder` was trained with another template or tokenizer, or has
+    files that will not be copied; else ""."""
     trained = read_optional_json(Path(folder) / "nanopost.json")
     now = fingerprint(tokenizer)
     changed = [
@@ -344,6 +385,11 @@ def check_stage(folder, tokenizer: Tokenizer) -> str:
         for name in ("template", "tokenizer")
         if trained and trained[f"{name}_hash"] != now[f"{name}_hash"]
     ]
+    if foreign := _foreign(Path(folder)):
+        return (
+            f"WARNING: {folder}: {', '.join(foreign)}: links to elsewhere, which are not copied to "
+            "the trained model: put the files there instead."
+        )
     if not changed:
         return ""
     return (

@@ -128,7 +128,9 @@ def final_number(text: str) -> Decimal | None:
 
 # -------------------------------------------------------------------------------------------- boxed
 ARGUMENT = r"(\{(?:[^{}]|\{[^{}]*\})*\}|\\[a-z]+|\w)"
-# Applied in this order to the stripped text: (pattern, replacement).
+# Applied in this order to the stripped text: (pattern, replacement). Each takes linear time: no two
+# repetitions that match the same characters stand next to each other, and none that can fail begins
+# at each of a run of characters.
 REWRITES = [
     # "3 or 5" is "3,5"
     (r"\\(text|mbox|mathrm)\s*\{\s*(or|and)\s*\}", ","),
@@ -140,7 +142,7 @@ REWRITES = [
     (r"\\(text|mbox|mathrm|textbf|mathbf)\s*\{([^{}]*)\}", r"\2"),
     # dollars, percent, \left and \right, degrees
     (
-        r"\\[$%]|[$%]|\\(left|right|displaystyle)(?![a-zA-Z])|\^\s*\{?\s*\\circ\s*\}?|\\degree|°",
+        r"\\[$%]|[$%]|\\(left|right|displaystyle)(?![a-zA-Z])|\^\s*(\{\s*)?\\circ\s*\}?|\\degree|°",
         "",
     ),
     (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1"),
@@ -155,7 +157,7 @@ REWRITES = [
     (r"(?<![\d.])\.(?=\d)", "0."),
     # x = 5, x \in [0, 1]
     (r"^\w{1,2}(=|\\in(?![a-zA-Z]))(?!.*=)", ""),
-    (r"\.+$", ""),
+    (r"(?<!\.)\.+$", ""),
     # (C)
     (r"^\((\w)\)$", r"\1"),
 ]

@@ -126,7 +126,7 @@ def pair_rows(folder, held_out: bool, samples: int = 2, seed: int = 0) -> list[d
     chosen: the right answer; rejected: the first wrong one of `samples` samples.
     """
     tokenizer = Tokenizer.load(folder)
-    engine = Engine(hf.load_model(folder), tokenizer.stop_ids)
+    engine = Engine.of(hf.load_model(folder), tokenizer)
     rows = prompt_rows(held_out)
     prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
     seeds = [prompt_seed(seed, serial) for serial in range(len(rows))]

@@ -201,15 +201,19 @@ def test_length_penalty_equals_trl_at_every_length(buffer):
     assert [length_penalty(n, 100, buffer) for n in range(121)] == pytest.approx(theirs, abs=1e-12)
 
 
-def test_a_completion_that_no_reward_scores_is_named():
-    with pytest.raises(
-        InputError, match=r"No reward applies to completion 1, nor to 1 others of 4"
-    ):
-        total([[1.0, None, 0.0, None], [None, None, 0.0, None]], [1.0, 1.0])
-    with pytest.raises(
-        InputError, match=r"No reward applies to completion 1, 0, nor to 0 others of 4"
-    ):
-        total([[[1.0, 1.0], [NAN, 0.0]]], [1.0])
+@pytest.mark.parametrize("how", BASELINES)
+def test_what_no_reward_scores_is_in_no_mean_and_no_std(how, alone):
+    """As if the group had one sample less; a group with one reward or none has nothing to say."""
+    rewards_PG = torch.tensor([[1.0, NAN, 4.0, 0.0], [2.0, 2.5, NAN, 9.0]], dtype=torch.float64)
+    others_PG = torch.tensor([[1.0, 4.0, 0.0], [2.0, 2.5, 9.0]], dtype=torch.float64)
+    adv_PG, expected_PG = BASELINES[how](rewards_PG), BASELINES[how](others_PG)
+    applies_PG = ~rewards_PG.isnan()
+    assert adv_PG[applies_PG].tolist() == pytest.approx(expected_PG.flatten().tolist())
+    assert adv_PG[~applies_PG].tolist() == [0, 0]
+    bare_PG = torch.tensor([[3.0, NAN, NAN], [NAN] * 3], dtype=torch.float64)
+    assert not BASELINES[how](bare_PG).any()
+    assert advantages.std(rewards_PG).tolist() == pytest.approx(others_PG.std(1).tolist())
+    assert advantages.std(bare_PG).tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("how", BASELINES)

@@ -115,8 +115,13 @@ def test_cached_equals_the_last_row_of_packed(window, heads, groups):
 def test_a_cache_holds_each_prompt_once_a_copy_and_what_is_appended_after_it():
     lengths, copies = [2, 5], 3
     k_NGK, v_NGK = torch.randn(2, sum(lengths), 2, 4)
-    cache = Cache(1, 6, copies, 2, 8, 4, torch.float32, "cpu")
-    cache.write_prompts(0, k_NGK, v_NGK, torch.tensor([0, 2, 7], dtype=torch.int32), 5)
+    cache = Cache(1, [2] * copies + [5] * copies, 2, 8, 4, torch.float32, "cpu")
+    # In two passes, as prompts too long for one would be.
+    for first, prompt, part in ((0, 0, slice(0, 2)), (copies, 1, slice(2, 7))):
+        k, v, length = k_NGK[part], v_NGK[part], lengths[prompt]
+        cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
+        rows = torch.zeros(copies, dtype=torch.long)
+        cache.write_prompts(0, k, v, cu_seqlens, length, first, rows)
     assert cache.length_B.tolist() == [2, 2, 2, 5, 5, 5] and cache.longest == 5
     new_k, new_v = torch.randn(2, 6, 2, 4)
     cache.longest += 1
@@ -127,7 +132,7 @@ def test_a_cache_holds_each_prompt_once_a_copy_and_what_is_appended_after_it():
         for row, prompt in enumerate(given.split(lengths)[b] for b in (0, 0, 0, 1, 1, 1)):
             assert torch.equal(seen[row, :, : len(prompt)], prompt.transpose(0, 1))
             assert torch.equal(seen[row, :, len(prompt)], new[row])
-    cache.keep(torch.tensor([1, 2]))
+    cache.keep(torch.tensor([1, 2]), 3)
     assert (
         cache.length_B.tolist() == [3, 3]
         and cache.longest == 3

@@ -1,7 +1,14 @@
 """What a run leaves and resumes from: checkpoints, the log, folders that another run has used."""
 
+import json
+import os
+import pickle
+import random
+
+import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
 from small import small_model
 from torch.distributed.fsdp import fully_shard
@@ -173,6 +180,66 @@ def test_only_the_newest_checkpoint_stays_whatever_its_number(tmp_path):
     for step in (9, 3):
         checkpoint.save(tmp_path, step, *fresh(), {})
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [f"step-{step:06d}"]
+
+
+def test_the_random_state_is_restored_to_the_last_draw(tmp_path):
+    random.gauss(0, 1), np.random.normal()  # each keeps a second number for the next call
+    checkpoint.save(tmp_path, 1, *fresh(), {})
+    drawn = [(random.gauss(0, 1), np.random.normal(), float(torch.randn(1))) for _ in range(3)]
+    checkpoint.load(checkpoint.latest(tmp_path), *fresh(1))
+    again = [(random.gauss(0, 1), np.random.normal(), float(torch.randn(1))) for _ in range(3)]
+    assert again == drawn
+    json.loads((checkpoint.latest(tmp_path) / "random-0.json").read_text())
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_loading_a_checkpoint_runs_no_code_of_its_metadata(tmp_path):
+    checkpoint.save(tmp_path, 1, *fresh(), {})
+    path = checkpoint.latest(tmp_path)
+    for evil in (pickle.dumps(Evil(tmp_path / "ran")), b"cos.path\njoin\n."):
+        (path / ".metadata").write_bytes(evil)
+        with pytest.raises(InputError, match="is damaged, or was written by no script here"):
+            checkpoint.load(path, *fresh(1))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_loading_a_checkpoint_runs_no_code_of_a_pickled_object_in_it(tmp_path):
+    """torch.distributed.checkpoint would unpickle it where the model has a tensor of that name."""
+    checkpoint.save(tmp_path, 1, *fresh(), {})
+    path = checkpoint.latest(tmp_path)
+    model, optimizer = fresh()
+    names = [f"model.{name}" for name in model.state_dict()]
+    (path / ".metadata").unlink()
+    dcp.save(dict.fromkeys(names, Evil(tmp_path / "ran")), checkpoint_id=path)
+    with pytest.raises(InputError, match="holds pickled objects"):
+        checkpoint.load(path, model, optimizer)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_kill_left_of_a_save_or_a_deletion_goes_with_the_next_save(tmp_path):
+    for name in ("step-000001", "step-000003", "step-000003.tmp", "step-000002.tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "__0_0.distcp").write_text("")
+    assert checkpoint.latest(tmp_path) is None
+    checkpoint.save(tmp_path, 3, *fresh(), {}, keep=5)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
+    assert checkpoint.damage(checkpoint.latest(tmp_path)) == ""
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (999_999, 1_000_000, 1_000_001):
+        checkpoint.save(tmp_path, step, *fresh(), {}, keep=2)
+    assert [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path)] == [
+        1_000_000,
+        1_000_001,
+    ]
 
 
 def _rank(rank, size, folder, name, task):

@@ -35,9 +35,11 @@ def one_flag(**options):
     [
         (at_least(2), {"2": 2, "7": 7}, ["1", "-3", "2.5", "two", ""]),
         (at_least(0), {"0": 0}, ["-1"]),
-        (at_least(0.0), {"0": 0.0, "1e-3": 1e-3, "2": 2.0}, ["-1e-9", "nan", "x"]),
+        (at_least(0.0), {"0": 0.0, "1e-3": 1e-3, "2": 2.0}, ["-1e-9", "nan", "inf", "x"]),
         (at_least(0.0, most=1.0), {"0": 0.0, "1": 1.0, "0.5": 0.5}, ["1.01", "-0.1", "nan"]),
-        (above(0.0), {"1e-9": 1e-9, "3": 3.0}, ["0", "-1", "nan", "x"]),
+        (above(0.0), {"1e-9": 1e-9, "3": 3.0}, ["0", "-1", "nan", "inf", "x"]),
+        (above(0.0, most=1.0), {"1e-9": 1e-9, "1": 1.0}, ["0", "1.01", "nan"]),
+        (cli.finite, {"-3": -3.0, "0": 0.0}, ["nan", "inf", "-inf", "x"]),
     ],
 )
 def test_numbers_within_bounds_are_read_and_others_are_refused(kind, fits, wrong, capsys):
@@ -57,6 +59,9 @@ def test_numbers_within_bounds_are_read_and_others_are_refused(kind, fits, wrong
         (at_least(0.0), "a", "invalid float value: 'a'"),
         (at_least(0.0, most=1.0), "2", "2: give 0.0 or more, and at most 1.0"),
         (above(0.0), "0", "0: give more than 0"),
+        (above(0.0, most=1.0), "2", "2: give more than 0, and at most 1"),
+        (above(0.0), "inf", "inf: give a finite number"),
+        (at_least(0.0), "nan", "nan: give a finite number"),
         (above(0.0), "a", "invalid float value: 'a'"),
     ],
 )
@@ -203,3 +208,41 @@ def test_the_flags_reach_the_model():
     world = World(0, 1, torch.device("cpu"), torch.float32)
     model = cli.shard(args, world)(small_model())
     assert model.kernels == "torch" and model.model.checkpointing
+
+
+# ------------------------------------------------------------------------------ flags of scripts
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("train_sft.py", "--epochs 0"),
+        ("train_dpo.py", "--epochs 0"),
+        ("train_dpo.py", "--loss_weights nan"),
+        ("train_dpo.py", "--gamma inf"),
+        ("train_kto.py", "--label_weights -1 1"),
+        ("train_grpo.py", "--lr inf"),
+        ("train_grpo.py", "--max_logp_gap 0"),
+        ("train_ppo.py", "--max_logp_gap nan"),
+        ("train_ppo.py", "--gamma 2"),
+        ("train_online_dpo.py", "--reward_weights inf"),
+        ("train_grpo.py", "--reward_timeout -1"),
+    ],
+)
+def test_numbers_that_cannot_be_meant_are_refused(script, flags, capsys):
+    parser = parser_of(script)
+    given = ["--model", "m", "--data", "d"]
+    if script in ("train_grpo.py", "train_ppo.py"):
+        given += ["--reward", "exact"]
+    parser.parse_args(given)
+    error = refused(parser, *given, *flags.split(), capsys=capsys)
+    assert error.startswith(f"error: {flags.split()[0]}: ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_are_not_abbreviated(script, capsys):
+    """--step would be --steps today, and perhaps another flag tomorrow."""
+    parser = parser_of(script)
+    given = ["--model", "m", "--data", "d"]
+    if script in ("train_grpo.py", "train_ppo.py"):
+        given += ["--reward", "exact"]
+    assert parser.parse_args([*given, "--steps", "3"]).steps == 3
+    assert "--step 3" in refused(parser, *given, "--step", 3, capsys=capsys)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from small import small_model
 
-from nanopost import dist, packing
+from nanopost import InputError, StepError, dist, packing
 
 WORKER = Path(__file__).parent / "dist_worker.py"
 
@@ -92,6 +92,8 @@ def test_an_error_on_one_rank_ends_all_of_them_promptly(tmp_path):
     start = time.monotonic()
     done = run(2, tmp_path / "x.pt", "fail", timeout=60)
     assert done.returncode != 0 and "error: the last rank has had enough." in done.stderr
+    report = done.stderr.split("Root Cause")[-1]
+    assert "had enough" in report  # torchrun's own, which comes last
     assert "Traceback" not in done.stderr.split("error: the last rank")[0]
     assert time.monotonic() - start < 45
 
@@ -109,6 +111,47 @@ def test_statistics_are_of_all_ranks(results, ranks):
             assert many[name] == pytest.approx(expected), name
     assert one["means"].keys() == {"mean", "of one rank"} and one["means"]["of one rank"] == 1.5
     assert one["meter"].keys() == {"reward", "masked", "share"} and one["running std"][0] == 40
+
+
+@pytest.mark.parametrize(
+    "given, missing",
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "MASTER_ADDR, MASTER_PORT"),
+        ({"RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, "WORLD_SIZE"),
+    ],
+)
+def test_half_of_what_torchrun_sets_is_a_sentence_and_no_wait(monkeypatch, given, missing):
+    for name in dist.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    hook = sys.excepthook
+    with pytest.raises(
+        InputError, match=f"sets .*{[*given][0]}.* but not {missing}: start several"
+    ):
+        dist.init("cpu")
+    sys.excepthook = hook
+
+
+@pytest.mark.parametrize("alone", [{"MASTER_ADDR": "localhost"}, {"WORLD_SIZE": "1"}])
+def test_a_single_process_needs_nothing_that_torchrun_sets(monkeypatch, alone):
+    for name in dist.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in alone.items():
+        monkeypatch.setenv(name, value)
+    hook = sys.excepthook
+    assert dist.init("cpu").size == 1
+    dist.finish()
+    sys.excepthook = hook
+    torch.set_flush_denormal(False)
+
+
+def test_an_error_of_a_step_is_one_sentence_and_then_what_is_saved(monkeypatch, capsys):
+    monkeypatch.setattr(dist, "last_words", lambda: "--resume continues after step 3")
+    dist._one_sentence(StepError, StepError("step 4: the gradient norm is nan."), None)
+    said = "error: step 4: the gradient norm is nan.\n--resume continues after step 3\n"
+    assert capsys.readouterr().err == said
 
 
 # ------------------------------------------------------------------------------- one process's part
@@ -162,10 +205,24 @@ def test_ranks_share_out_the_rows_of_a_step_with_their_serials(size):
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])
 def test_minibatches_are_whole_groups_in_order_and_nearly_equal(parts):
     items = [(group, i) for group in range(5) for i in range(3)]
-    cut = packing.minibatches(items, parts, 3)
+    serials = [7, 9, 12, 20, 21]
+    cut = packing.minibatches(items, 3, serials, serials, parts)
     assert len(cut) == parts and [item for part in cut for item in part] == items
     assert all(len(part) % 3 == 0 for part in cut)
     assert max(map(len, cut)) - min(map(len, cut)) <= 3
+
+
+@pytest.mark.parametrize("dealt", [[[3, 5, 8, 9, 14]], [[14], [3, 9], [], [5, 8]]])
+def test_minibatches_of_groups_do_not_depend_on_which_rank_has_them(dealt):
+    """Resampling leaves unequal numbers of groups on the ranks."""
+    of_all = [serial for serials in dealt for serial in serials]
+    shares = []
+    for serials in dealt:
+        items = [(serial, i) for serial in serials for i in range(2)]
+        shares.append(packing.minibatches(items, 2, serials, of_all, 2))
+    first, second = [[x for share in shares for x in share[part]] for part in (0, 1)]
+    assert sorted(first) == [(serial, i) for serial in (3, 5, 8) for i in (0, 1)]
+    assert sorted(second) == [(serial, i) for serial in (9, 14) for i in (0, 1)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])

@@ -1,5 +1,6 @@
 """The native engine against the trainer's forward, transformers' samplers and the distribution."""
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from small import random_ids, small_model
+from syncs import counted
 
+import nanopost.engine as engine_module
 from nanopost import InputError, hf
+from nanopost.attention import Cache
 from nanopost.batch import Example, batch_of
 from nanopost.engine import Engine, Sampling, cut, prompt_seed, sample
 
@@ -52,7 +56,7 @@ def test_log_probs_follow_the_weights_after_a_sync():
 
 def test_shared_weights_are_seen_without_a_copy():
     model = small_model()
-    engine = Engine(model, stop_ids=[])
+    engine = Engine(model, stop_ids=[], shared=True)
     with torch.no_grad():
         model.lm_head.weight.mul_(-1)
     before = model.lm_head.weight.data_ptr()
@@ -70,10 +74,11 @@ def test_a_scripts_engine_shares_the_weights_of_one_process_in_fp32(tmp_path, si
     model = small_model()
     hf.save_model(tmp_path, model.state_dict().items(), model.config, {})
     world = SimpleNamespace(size=size, dtype=dtype, device=torch.device("cpu"))
-    tokenizer = SimpleNamespace(stop_ids={3}, decode=str)
-    engine = Engine.beside(model, tmp_path, world, tokenizer, rows=7)
-    assert (engine.model is model) == shares
-    assert (engine.stop_ids.tolist(), engine.decode, engine.rows) == ([3], str, 7)
+    tokenizer = SimpleNamespace(stop_ids={3}, decode=str, unused_ids=lambda size: [size - 1])
+    engine = Engine.beside(model, tmp_path, world, tokenizer, rows=7, tokens=900)
+    assert (engine.model is model) == engine.shared == shares
+    assert (engine.stop_ids, engine.decode, engine.unused_ids.tolist()) == ([3], str, [60])
+    assert (engine.rows, engine.tokens) == (7, 900)
     for name, tensor in engine.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name].to(dtype))
 
@@ -83,11 +88,13 @@ def test_a_rollout_depends_on_its_seed_and_not_on_its_neighbours():
     together = engine.generate(PROMPTS, 6, Sampling(30), SEEDS)
     again = engine.generate(PROMPTS, 6, Sampling(30), SEEDS)
     alone = [engine.generate([p], 6, Sampling(30), [s])[0] for p, s in zip(PROMPTS, SEEDS)]
-    few_rows = Engine(small_model(), stop_ids=range(8), rows=7).generate(
-        PROMPTS, 6, Sampling(30), SEEDS
-    )
+    few_rows = Engine(small_model(), stop_ids=range(8), rows=7)
+    few_tokens = Engine(small_model(), stop_ids=range(8), tokens=100)
+    seldom = Engine(small_model(), stop_ids=range(8))
+    seldom.check_every = 7
+    others = [e.generate(PROMPTS, 6, Sampling(30), SEEDS) for e in (few_rows, few_tokens, seldom)]
     ids = [[r.ids for r in group] for group in together]
-    for other in (again, alone, few_rows):
+    for other in (again, alone, *others):
         assert ids == [[r.ids for r in group] for group in other]
     assert len({tuple(r) for group in ids for r in group}) > 12
     assert len({len(r) for group in ids for r in group}) > 3
@@ -104,10 +111,12 @@ def test_stop_tokens_end_a_completion_and_stay_in_it():
         assert r.finish == "stop" or len(r.ids) == 6
 
 
-def test_stop_strings_end_a_completion():
+@pytest.mark.parametrize("check_every", [1, 6])
+def test_stop_strings_end_a_completion(check_every):
     engine = Engine(
         small_model(), stop_ids=[], decode=lambda ids: "".join(chr(97 + i % 26) for i in ids)
     )
+    engine.check_every = check_every
     plain = engine.generate(PROMPTS, 4, Sampling(20), SEEDS)
     stopped = engine.generate(PROMPTS, 4, Sampling(20, stop=("a", "bc")), SEEDS)
     for p, s in zip((r for g in plain for r in g), (r for g in stopped for r in g)):
@@ -172,6 +181,120 @@ def test_what_cannot_be_sampled_is_refused_in_a_sentence():
         InputError, match="prompt of 200 tokens and 57 new ones exceed the model's 256"
     ):
         engine.generate([[1] * 200], 1, Sampling(57))
+
+
+def test_a_stop_string_is_found_however_little_its_tokens_say():
+    """Tokens of no text, and one of much: what is decoded grows until it holds enough."""
+    pieces = {0: "", 1: "e", 2: "nd", 3: "x" * 50, 4: "e"}
+    engine = Engine(small_model(), [], decode=lambda ids: "".join(pieces[int(i)] for i in ids))
+    ids = np.array([3, 1, *[0] * 40, 2, 3])
+    assert engine._end(ids, 0, ("end",)) == len(ids) - 1
+    assert engine._end(ids, 30, ("end",)) == len(ids) - 1
+    assert engine._end(ids, 0, ("ne",)) == 0
+    assert engine._end(np.array([1, 2, 3]), 0, ("end", "e")) == 1
+
+
+def test_looking_for_a_stop_string_costs_linear_time():
+    decoded = []
+
+    def decode(ids):
+        decoded.append(len(ids))
+        return "".join(chr(97 + i % 26) for i in ids)
+
+    engine = Engine(small_model(), stop_ids=[], decode=decode)
+    costs = []
+    for most in (50, 200):
+        decoded.clear()
+        engine.generate(PROMPTS[:1], 2, Sampling(most, stop=("never, not once",)), SEEDS[:1])
+        costs.append(sum(decoded))
+    assert costs[1] < 5 * costs[0]  # quadratic: 16
+
+
+def test_a_shared_engine_refuses_weights_that_are_not_its_own():
+    model = small_model()
+    engine = Engine(model, stop_ids=[], shared=True)
+    before = model.lm_head.weight.clone()
+    with pytest.raises(ValueError, match="the trainer's own weights and was given others"):
+        engine.sync_weights(small_model(1).state_dict().items(), 1)
+    assert torch.equal(model.lm_head.weight, before)
+    engine.sync_weights(model.state_dict().items(), 2)
+    assert engine.version == 2
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_ids_that_no_token_has_are_never_drawn(temperature):
+    model, unused = small_model(), [0, *range(13, 40), 60]
+    plain = Engine(model, stop_ids=[3]).generate(PROMPTS, 8, Sampling(20, temperature), SEEDS)
+    assert {i for group in plain for r in group for i in r.ids} & set(unused)
+    engine = Engine(model, stop_ids=[3], unused_ids=unused)
+    rollouts = [r for g in engine.generate(PROMPTS, 8, Sampling(20, temperature), SEEDS) for r in g]
+    assert not {i for r in rollouts for i in r.ids} & set(unused)
+    if temperature:
+        for r in rollouts:
+            np.testing.assert_allclose(r.logp, trainer_logp(model, r, temperature), atol=1e-5)
+
+
+def test_prefill_and_cache_stay_within_their_tokens(monkeypatch):
+    draw = np.random.default_rng(0)
+    prompts = [random_ids(int(n), seed=i) for i, n in enumerate(draw.integers(1, 180, 512))]
+    model, held, passes = small_model(), [], []
+    prefill = model.prefill
+
+    def new_cache(layers, lengths, groups, capacity, *more):
+        held.append(len(lengths) * capacity)
+        return Cache(layers, lengths, groups, capacity, *more)
+
+    def watched(token_N, *more):
+        passes.append(len(token_N))
+        return prefill(token_N, *more)
+
+    monkeypatch.setattr(engine_module, "Cache", new_cache)
+    monkeypatch.setattr(model, "prefill", watched)
+    monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 700)
+    groups = Engine(model, stop_ids=[], tokens=6000).generate(prompts, 2, Sampling(3), [0] * 512)
+    assert [[r.prompt for r in group] for group in groups] == [[p, p] for p in prompts]
+    assert 5000 < max(held) <= 6000 and 600 < max(passes) <= 700
+    assert sum(passes) <= sum(map(len, prompts)) + len(held) * 180  # each prompt once, or cut once
+    with pytest.raises(InputError, match="exceed --engine_tokens 100: raise it, or lower"):
+        Engine(model, stop_ids=[], tokens=100).generate([[1] * 99], 1, Sampling(2))
+
+
+def test_a_cache_drops_rows_layer_by_layer(monkeypatch):
+    cache = Cache(3, [4] * 6, 2, 8, 4, torch.float32, "cpu")
+    old, freed, select = [weakref.ref(x) for x in cache.k], [], torch.Tensor.index_select
+
+    def watched(*given):
+        freed.append(sum(ref() is None for ref in old))
+        return select(*given)
+
+    monkeypatch.setattr(torch.Tensor, "index_select", watched)
+    cache.keep(torch.tensor([1, 4]), 4)
+    assert freed == [0, 1, 1, 2, 2, 3] and cache.k[2].shape[0] == 2
+
+
+def test_a_device_out_of_memory_is_answered_with_the_flags_to_lower(monkeypatch):
+    model = small_model()
+
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 81 GiB.")
+
+    monkeypatch.setattr(model, "decode", full)
+    said = r"lower --engine_tokens \(777\) or --engine_rows \(9\). CUDA out of memory"
+    with pytest.raises(InputError, match=said):
+        Engine(model, stop_ids=[], rows=9, tokens=777).generate([[1]], 1, Sampling(3))
+
+
+def test_the_host_waits_for_the_device_once_in_so_many_tokens():
+    engine = Engine(small_model(), stop_ids=[3])
+    engine.check_every = 16
+    counts, lengths = [], []
+    for most in (33, 240):
+        with counted() as waits:
+            groups = engine.generate(PROMPTS[:1], 4, Sampling(most), SEEDS[:1])
+        lengths.append(max(len(r.ids) for r in groups[0]))
+        counts.append(len(waits))
+    assert lengths[1] > 150
+    assert counts[1] - counts[0] <= (lengths[1] - lengths[0]) // 16 + 1, waits
 
 
 def test_samplings_are_values():

@@ -19,6 +19,7 @@ from nanopost.batch import Example, batch_of
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.eval import (
     evaluation,
+    main,
     majority,
     normal,
     parsed,
@@ -318,13 +319,45 @@ def test_kl_of_a_sample_is_its_log_ratio_and_of_a_model_with_itself_zero(place):
     rows, records = read(place / "prompts.jsonl"), read(place / "kl.jsonl")
     prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
     seeds = [prompt_seed(0, serial) for serial in range(len(rows))]
-    groups = Engine(models[0], tokenizer.stop_ids).generate(prompts, 1, Sampling(8), seeds)
+    groups = Engine.of(models[0], tokenizer).generate(prompts, 1, Sampling(8), seeds)
     for (rollout,), record in zip(groups, records):
         ids = torch.tensor(rollout.prompt + rollout.ids)
         ours, theirs = (log_probs(m, ids[None])[0] for m in models)
         at = torch.arange(len(rollout.prompt) - 1, len(ids) - 1)
         ratio = (ours - theirs)[at, ids[at + 1]].sum()
         assert record["log_ratios"] == pytest.approx([float(ratio)], abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------ plain prompts
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--perplexity",),
+        ("--reward", "exact", "--max_new_tokens", "4"),
+        ("--reward_model", "rm"),
+    ],
+)
+def test_plain_prompts_are_a_doubt_and_several_files_are_read_in_order(
+    place, capsys, monkeypatch, flags
+):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    plain = []
+    for row in read(place / "chats.jsonl")[:4]:
+        question, reply = row["prompt"][0]["content"], row["completion"][0]["content"]
+        plain.append({"prompt": question, "completion": reply, "answer": reply})
+    files = place / "first.jsonl", place / "second.jsonl"
+    toy.write_rows(files[0], plain[:1])
+    toy.write_rows(files[1], plain[1:])
+    flags = [str(place / flag) if flag == "rm" else flag for flag in flags]
+    model = () if "--reward_model" in flags else ("--model", str(place / "sft"))
+    data = [*model, "--data", *map(str, files), *flags]
+    doubt = "warning: 4 of 4 prompts are plain text, which gets no chat template"
+    main(data)
+    said = capsys.readouterr().out
+    assert doubt in said and said.strip().endswith("   4 rows")
+    main([*data, "--to_messages"])
+    assert doubt not in capsys.readouterr().out
+    torch.set_flush_denormal(False)
 
 
 # ------------------------------------------------------------------------------------------- scores
@@ -365,12 +398,55 @@ def test_flags_that_do_not_go_together_say_so(flags, sentence):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--samples 0", "--tokens 1", "--top_p 1.5", "--temperature -1", "--k 2 0"]
+    "flags", ["--chat_template mine", "--reward mine.py:f", "--reward exact model:mine"]
+)
+def test_out_replaces_nothing_that_any_flag_names(tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine", "mine.py"):
+        (tmp_path / name).write_text("kept")
+    out = "mine.py" if "mine.py" in flags else "mine"
+    given = ["--model", "x", "--data", "y", "--reward", "exact", *flags.split(), "--out", out]
+    with pytest.raises(InputError, match=f"--out {out} would replace what is read"):
+        evaluation(parsed(given))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *("--samples 0", "--tokens 1", "--top_p 1.5", "--top_p 0", "--temperature -1", "--k 2 0"),
+        *("--temperature inf", "--reward_timeout -1"),
+    ],
 )
 def test_numbers_out_of_bounds_are_refused_by_their_flag(capsys, flags):
     with pytest.raises(SystemExit):
         parsed(["--data", "x", *flags.split()])
     assert f"error: {flags.split()[0]}: " in capsys.readouterr().err
+
+
+def test_flags_are_not_abbreviated(capsys):
+    with pytest.raises(SystemExit):
+        parsed(["--data", "x", "--sample", "3"])
+    assert "--sample 3" in capsys.readouterr().err
+
+
+def test_rewards_find_their_columns_before_anything_is_sampled(place):
+    flags = ("--model", place / "sft", "--data", place / "chats.jsonl", "--reward", "exact")
+    error = evaluated(*flags, ok=False)
+    assert "chats.jsonl:1: reward exact needs the column answer" in error
+    assert "Traceback" not in error
+
+
+def test_a_reward_that_leaves_or_hangs_is_an_error(place):
+    (place / "bad.py").write_text(
+        "import sys, time\n\n\ndef leaves(completions, **columns):\n    sys.exit(0)\n\n\n"
+        "def hangs(completions, **columns):\n    time.sleep(99)\n"
+    )
+    flags = ("--model", place / "sft", "--data", place / "prompts.jsonl", "--max_new_tokens", 2)
+    error = evaluated(*flags, "--reward", f"{place}/bad.py:leaves", ok=False)
+    assert "Reward leaves called exit(0)" in error
+    flags += ("--reward_timeout", 0.5)
+    error = evaluated(*flags, "--reward", f"{place}/bad.py:hangs", ok=False)
+    assert "Reward hangs took more than --reward_timeout 0.5 seconds" in error
 
 
 def test_a_mistake_is_answered_with_one_sentence(place):

@@ -36,6 +36,7 @@ from nanopost.batch import Batch, Example, Sequences, batch_of
 from nanopost.dist import World
 from nanopost.engine import Engine, Sampling
 from nanopost.forward import logprobs
+from nanopost.rewards import Reward
 from nanopost.rollout import Rollout, length_metrics
 from nanopost.run import Run
 from runs import toy
@@ -295,6 +296,7 @@ def rollouts_and_examples(finishes):
         rollouts.append(Rollout([5, 6], [7, 8, 1], logp, finish, 0))
         example = rollouts[-1].example()
         example.columns["old_logp"] = example.columns["engine_logp"]
+        example.columns["policy_logp"] = np.float32([0, 0, *-draw.random(3)])
         example.columns["ref_logp"] = np.float32([0, 0, *-draw.random(3)])
         examples.append(example)
     return rollouts, examples
@@ -331,7 +333,7 @@ KL = {
 
 
 def kl_in_reward(reward_PG, examples, beta, kl, advantage):
-    """The patched lines of the advantage -> (reward_PG, adv_PG)."""
+    """The patched lines of the advantage -> (what is logged as reward_PG, adv_PG)."""
     names = run_lines(
         patched_source(SCRIPT, "kl_reward"),
         "reward_PG = rewards.total(",
@@ -344,20 +346,21 @@ def kl_in_reward(reward_PG, examples, beta, kl, advantage):
         args=SimpleNamespace(beta=beta),
         kl_estimate=getattr(losses, f"kl_{kl}"),
     )
-    return names["reward_PG"], names["adv_PG"]
+    return names["score_PG"], names["adv_PG"]
 
 
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
 def test_the_kl_of_a_sample_is_taken_from_its_reward(kl):
     _, examples = rollouts_and_examples(["stop"] * 4)
     reward_PG = torch.tensor([[1.0, 0.0], [0.5, 0.25]], dtype=torch.float64)
-    found_PG, adv_PG = kl_in_reward(reward_PG, examples, 0.3, kl, advantages.mean)
+    logged_PG, adv_PG = kl_in_reward(reward_PG, examples, 0.3, kl, advantages.mean)
+    assert logged_PG.tolist() == reward_PG.tolist()  # the metric reward is without the KL
     expected = []
     for reward, e in zip(reward_PG.flatten().tolist(), examples):
-        old, ref = e.columns["old_logp"][2:].tolist(), e.columns["ref_logp"][2:].tolist()
-        expected.append(reward - 0.3 * sum(KL[kl](a - b) for a, b in zip(old, ref)))
-    assert found_PG.flatten().tolist() == pytest.approx(expected, abs=1e-12)
-    close(adv_PG, found_PG - found_PG.mean(1, keepdim=True))
+        policy, ref = e.columns["policy_logp"][2:].tolist(), e.columns["ref_logp"][2:].tolist()
+        expected.append(reward - 0.3 * sum(KL[kl](a - b) for a, b in zip(policy, ref)))
+    expected_PG = torch.tensor(expected, dtype=torch.float64).view_as(reward_PG)
+    close(adv_PG, expected_PG - expected_PG.mean(1, keepdim=True))
 
 
 def test_rloo_with_the_kl_in_the_reward_is_the_gradient_of_reward_minus_kl(double):
@@ -369,7 +372,7 @@ def test_rloo_with_the_kl_in_the_reward_is_the_gradient_of_reward_minus_kl(doubl
     for draws in product(range(3), repeat=2):
         examples = []
         for v in draws:
-            columns = {"old_logp": np.array([0, logp_V[v].item()])}
+            columns = {"policy_logp": np.array([0, logp_V[v].item()])}
             columns["ref_logp"] = np.array([0, ref_V[v].item()])
             examples.append(Example([0, v], [False, True], columns))
         _, adv_PG = kl_in_reward(
@@ -449,10 +452,12 @@ def test_half_of_a_batch_are_the_prompts_that_varied_most(alone):
         world=SimpleNamespace(rank=0, size=1),
         train_rows=list(range(12)),
         rollout=rollout,
+        reward_functions=[None],
         reward_weights=[1.0],
         sampling=None,
+        state={"again": [8, 3]},
     )
-    _, _, count, equal, spreads = rollout_batch(0, [8, 3])
+    _, _, _, count, equal, spreads = rollout_batch(0)
     (first, serials), (second, more_serials) = drawn
     fresh = packing.take(12, 0, 0, 6)
     assert first == [8, 3, *fresh[2:4]] and serials == [0, 1, 2, 3] and equal == 2
@@ -510,7 +515,7 @@ def dialogues(alone):
         args=SimpleNamespace(seed=3),
         engine=SimpleNamespace(generate=generate),
         tokenizer=Tokens(),
-        reward_functions=[SimpleNamespace(name="length", function=length)],
+        reward_functions=[Reward("length", length)],
         turn_ids=turn_ids,
     )
     rows_P = [{"prompt": "a", "prompt_ids": random_ids(4, 0)}]

@@ -10,6 +10,7 @@ import torch.distributed
 import torch.multiprocessing as mp
 from small import random_ids, small_config, small_model
 
+from nanopost import StepError
 from nanopost.batch import Example, batch_of
 from nanopost.forward import add_logprobs, add_values, batches, check_finite, logprobs, scores
 from nanopost.model import ActorCritic, ScalarModel
@@ -132,14 +133,14 @@ def test_a_finite_gradient_norm_costs_nothing(norm):
 def test_a_column_that_is_not_finite_is_named_with_step_and_example(alone, value):
     made = with_adv(1.0, value, 2.0, value)
     said = rf"step 7: .* norm is nan; not finite: adv of '{decode(made[1].ids)}' .*the first of 2 "
-    with pytest.raises(FloatingPointError, match=said):
+    with pytest.raises(StepError, match=said):
         check_finite(math.nan, 7, small_model(), made, decode)
 
 
 def test_a_value_of_one_token_is_found_too(alone):
     made = with_adv(1.0, 2.0)
     made[1].columns["old_logp"][2] = -math.inf
-    with pytest.raises(FloatingPointError, match=f"old_logp of '{decode(made[1].ids)}'"):
+    with pytest.raises(StepError, match=f"old_logp of '{decode(made[1].ids)}'"):
         check_finite(math.inf, 7, small_model(), made, decode)
 
 
@@ -148,15 +149,15 @@ def test_a_weight_that_is_not_finite_shows_in_the_models_output(alone):
     with torch.no_grad():
         model.model.norm.weight[3] = math.inf
     said = rf"step 2: .*: the model's output of '{decode(made[0].ids)}' .*the first of 2 such"
-    with pytest.raises(FloatingPointError, match=said):
+    with pytest.raises(StepError, match=said):
         check_finite(math.inf, 2, model, made, decode)
 
 
 def test_where_every_example_is_finite_the_loss_is_blamed(alone):
     said = "step 3: .* inf; no single example gives one: the loss overflows.* still finite"
-    with pytest.raises(FloatingPointError, match=said):
+    with pytest.raises(StepError, match=said):
         check_finite(math.inf, 3, small_model(), with_adv(1.0, 2.0), decode)
-    with pytest.raises(FloatingPointError, match="no single example"):
+    with pytest.raises(StepError, match="no single example"):
         check_finite(math.inf, 3, small_model(), [], decode)
 
 
@@ -165,5 +166,5 @@ def test_a_reward_models_scores_are_checked_as_well(alone):
     with torch.no_grad():
         for p in model.parameters():
             p.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="the model's output of .*the first of 2"):
+    with pytest.raises(StepError, match="the model's output of .*the first of 2"):
         check_finite(math.nan, 1, model, examples(3, 4), decode)

@@ -426,3 +426,50 @@ def test_a_full_disk_leaves_the_old_model_and_one_sentence(tmp_path, room):
     assert in_child(save_without_room) == 0
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
     assert equal(hf.load_model(tmp_path), old)
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+@pytest.mark.parametrize("shard_bytes", [2**30, 20_000])
+def test_the_umask_decides_who_may_read_every_file(tmp_path, mask, mode, shard_bytes):
+    model = small_model()
+    before = os.umask(mask)
+    try:
+        hf.save_model(
+            tmp_path,
+            model.state_dict().items(),
+            model.config,
+            {"a.txt": "text"},
+            max_shard_bytes=shard_bytes,
+        )
+    finally:
+        os.umask(before)
+    assert len([*tmp_path.iterdir()]) >= 3
+    for path in tmp_path.iterdir():
+        assert path.stat().st_mode & 0o777 == mode, path.name
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_not_finite_are_refused(folder, value, dtype):
+    name = "model.layers.1.mlp.up_proj.weight"
+    change(folder, lambda weights: weights[name][3, 4].fill_(value))
+    with pytest.raises(
+        InputError, match=f"not all weights are finite .{name}.: the run that wrote"
+    ):
+        hf.load_model(folder, dtype=dtype)
+
+
+def test_a_file_is_a_folders_own_unless_it_is_a_link_to_elsewhere(tmp_path):
+    snapshot, blobs = tmp_path / "hub" / "snapshots" / "1a", tmp_path / "hub" / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for path in (tmp_path / "secret", blobs / "2b", snapshot / "plain"):
+        path.write_text("text")
+    (snapshot / "cached").symlink_to("../../blobs/2b")
+    (snapshot / "within").symlink_to("plain")
+    (snapshot / "leak").symlink_to(tmp_path / "secret")
+    (snapshot / "dangling").symlink_to("nowhere")
+    own = [name for name in sorted(os.listdir(snapshot)) if hf.is_own(snapshot / name)]
+    assert own == ["cached", "plain", "within"]
+    (tmp_path / "link").symlink_to(snapshot)  # the folder itself may be one
+    assert hf.is_own(tmp_path / "link" / "plain") and not hf.is_own(tmp_path / "link" / "leak")

@@ -79,7 +79,7 @@ REPEATED = [
     "optimizer.zero_grad(set_to_none=True)\n",
     "    if run.due(step, args.eval_every):\n        metrics |= evaluate()\n"
     "    run.log(step, metrics)\n",
-    "    # ---- save\n    if run.due(step, args.save_every):\n"
+    "    # ---- save\n    if run.due_save(step, args.save_every, args.save_minutes):\n"
     "        run.save(step, model, optimizer, state)\n",
 ]
 
@@ -222,6 +222,24 @@ def test_batch_py_alone_shifts_targets():
     for path in [*LIBRARY, *KERNELS, *SCRIPTS]:
         if path != "nanopost/batch.py":
             assert not shifts(path), path
+
+
+# ----------------------------------------------------------------------------------------- files
+def opened_as_text(path):
+    """Calls that read or write text, and whether they name its encoding."""
+    for node in ast.walk(ast.parse(text(path))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func).split(".")[-1]
+        modes = [ast.unparse(argument) for argument in node.args[1:2]]
+        if name in ("read_text", "write_text") or name == "open" and "b" not in "".join(modes):
+            yield ast.unparse(node), any(word.arg == "encoding" for word in node.keywords)
+
+
+def test_text_is_utf_8_in_any_locale():
+    found = [call for path in [*LIBRARY, *SCRIPTS] for call in opened_as_text(path)]
+    assert len(found) >= 10  # or this test sees nothing
+    assert [call for call, names_it in found if not names_it and "os.O_" not in call] == []
 
 
 # ------------------------------------------------------------------------------------------ tools

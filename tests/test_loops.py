@@ -1,13 +1,15 @@
 """The loops of the training scripts, watched in the test's own process: which rows a step takes,
 what is sampled with which weights, and what a sampled token is credited with."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from inprocess import run_here
 from scripts import SCRIPTS, metrics
 
-from nanopost import dist, forward, hf, packing, pairs, rows
+from nanopost import InputError, dist, forward, hf, packing, pairs, rows
 from nanopost.batch import batch_of
 from nanopost.engine import Engine
 from nanopost.tokenizer import Tokenizer
@@ -87,6 +89,32 @@ def test_each_step_takes_the_rows_after_those_of_the_last(place, tmp_path, monke
     assert taken == [(0, 4), (4, 4), (8, 4)]
 
 
+def as_text(row):
+    """A row of messages, each part one message, as plain text."""
+    if "messages" in row:
+        row = {"prompt": row["messages"][:1], "completion": row["messages"][1:]}
+    return {k: v[0]["content"] if isinstance(v, list) else v for k, v in row.items()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_plain_prompts_are_a_doubt_and_become_messages_if_asked(place, tmp_path, script, capsys):
+    given = flags(place, script, tmp_path / "chat", "--steps", 1)
+    run_here(script, *given)
+    assert "plain text" not in capsys.readouterr().out
+    plain = [as_text(row) for row in rows.read_rows(given[3])]
+    files = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    toy.write_rows(files[0], plain[:7])
+    toy.write_rows(files[1], plain[7:])
+    given = [*given[:3], *files, *given[4:]]
+    run_here(script, *given, "--out", tmp_path / "text")
+    said = capsys.readouterr().out
+    assert "prompts are plain text, which gets no chat template, though the model has one" in said
+    run_here(script, *given, "--out", tmp_path / "again", "--to_messages")
+    assert "plain text" not in capsys.readouterr().out
+    chat, text, again = (metrics(tmp_path / out)[-1] for out in ("chat", "text", "again"))
+    assert chat["grad_norm"] == again["grad_norm"] != text["grad_norm"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_empty_micro_batches_change_nothing(place, tmp_path, monkeypatch, gradients, script):
     """A rank with less data than another has some."""
@@ -106,7 +134,12 @@ def test_empty_micro_batches_change_nothing(place, tmp_path, monkeypatch, gradie
         same(gradient, other)
     for line, other in zip(metrics(tmp_path / "with"), metrics(tmp_path / "without"), strict=True):
         assert line.keys() == other.keys()
-        for name in line.keys() - {"tokens_per_second", "time/rollout", "time/step"}:
+        for name in line.keys() - {
+            "tokens_per_second",
+            "time/rollout",
+            "time/step",
+            "time/elapsed",
+        }:
             assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
@@ -137,9 +170,9 @@ def test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer(
     """As with several ranks: before the first step, after each one, and where a run is resumed."""
     policies, current, generate = [], [], Engine.generate
 
-    def apart(model, folder, world, tokenizer, rows):
+    def apart(model, folder, world, tokenizer, rows, tokens):
         policies.append(model)
-        return Engine(hf.load_model(folder), tokenizer.stop_ids, tokenizer.decode, rows)
+        return Engine.of(hf.load_model(folder), tokenizer, rows, tokens)
 
     def watched(engine, *given):
         trained = dict(policies[-1].named_parameters())
@@ -184,9 +217,9 @@ def test_held_out_prompts_are_answered_once_at_temperature_1_and_once_greedily(
 
 @pytest.mark.parametrize("script", ["train_grpo.py", "train_ppo.py"])
 def test_an_engine_that_is_not_the_trainer_stops_the_run(place, tmp_path, script):
-    """Rounding is enough at a limit of 0; the step is in the log, so that one can look at it."""
-    with pytest.raises(RuntimeError, match="step 1: before the first update .*--max_logp_gap 0"):
-        run_here(script, *flags(place, script, tmp_path, "--max_logp_gap", 0))
+    """Rounding is enough at a tiny limit; the step is in the log, so that one can look at it."""
+    with pytest.raises(RuntimeError, match="step 1: before the first .*--max_logp_gap 1e-12"):
+        run_here(script, *flags(place, script, tmp_path, "--max_logp_gap", 1e-12))
     assert [line["step"] for line in metrics(tmp_path)] == [0, 1]
     assert (tmp_path / "samples.jsonl").exists()
 
@@ -260,10 +293,10 @@ def test_groups_of_equal_rewards_are_replaced_by_others(place, tmp_path, monkeyp
         out = tmp_path / str(rounds)
         run_here("train_grpo.py", *grpo(place, out, *reward, "--resample", rounds))
     varied = [[e.columns["adv"].any() for e in examples] for examples in trained]
-    assert 0 < sum(varied[0]) < 8 == len(varied[0]) <= len(varied[1]) and all(varied[1])
+    assert 0 < sum(varied[0]) < 8 == len(varied[0]) == len(varied[1]) and all(varied[1])
     kept, line = metrics(tmp_path / "0")[1], metrics(tmp_path / "9")[1]
     assert (kept["groups"], kept["prompts_drawn"]) == (4, 4)
-    assert line["groups"] == len(varied[1]) / 2 and line["prompts_drawn"] % 4 == 0
+    assert line["groups"] == 4 < line["prompts_drawn"]
     share = 1 - line["groups"] / line["prompts_drawn"]
     assert line["frac_reward_zero_std"] == pytest.approx(share) and share > 0
 
@@ -364,3 +397,247 @@ def test_epochs_say_how_many_steps_there_are_unless_steps_do(place, tmp_path, sc
     assert metrics(tmp_path / "x")[-1]["epoch"] == 1.5
     run_here(script, *plain, "--epochs", 1.5, "--steps", 1, "--overwrite")
     assert metrics(tmp_path / "x")[-1]["step"] == 1
+
+
+# ------------------------------------------------------------------------ rewards, inside the loops
+OWN = """
+class Fed:
+    '''Counts the completions it has seen, as a reward relative to a running mean would.'''
+
+    def __init__(self):
+        self.seen = 0
+
+    def __call__(self, completions, completion_ids, **columns):
+        self.seen += len(completions)
+        return [float(sum(ids) % 7) + 100 * self.seen for ids in completion_ids]
+
+    def state_dict(self):
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.seen = state["seen"]
+
+
+def sometimes(completions, completion_ids, **columns):
+    return [None if applies_not(ids) else float(sum(ids) % 7) for ids in completion_ids]
+
+def applies_not(ids):
+    return sum(ids) % 3 == 0
+
+def first_step_alone(completions, completion_ids, step, **columns):
+    return [float(sum(ids) % 7) if step[0] == 1 else None for ids in completion_ids]
+
+def steps(completions, step, **columns):
+    return [float(number) for number in step]
+
+def leaves(completions, **columns):
+    raise SystemExit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def own(place):
+    (place / "own.py").write_text(OWN)
+    return lambda name: ("--reward", f"{place}/own.py:{name}")
+
+
+def samples(out):
+    return [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("script", SAMPLING)
+def test_the_state_of_a_reward_survives_a_kill_and_no_evaluation_feeds_it(
+    place, tmp_path, own, script
+):
+    arguments = flags(place, script, tmp_path / "x", *own("Fed"), "--steps", 3)
+    run_here(script, *arguments, "--save_every", 2, "--eval_every", 1)
+    whole = samples(tmp_path / "x")
+    (tmp_path / "x" / "model.safetensors").unlink()
+    run_here(script, *arguments, "--save_every", 2, "--eval_every", 1, "--resume")
+    assert samples(tmp_path / "x") == whole
+    name = "score" if script == "train_ppo.py" else "reward"
+    penalty = script == "train_online_dpo.py"  # of answers that do not end
+    for step in (1, 2, 3):
+        seen = {(s[name] + penalty) // 100 for s in whole if s["step"] == step}
+        assert seen == {8 * step}  # 4 prompts, 2 samples of each: training's alone
+
+
+@pytest.mark.parametrize("script", SAMPLING)
+def test_a_reward_is_told_the_step(place, tmp_path, own, script):
+    more = ("--eos_penalty", 0) if script == "train_online_dpo.py" else ()
+    run_here(script, *flags(place, script, tmp_path, *own("steps"), *more))
+    name = "objective/scores" if script == "train_ppo.py" else "reward"
+    assert [line[name] for line in metrics(tmp_path)[1:]] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("script", SAMPLING)
+def test_a_reward_that_leaves_is_an_error(place, tmp_path, own, script):
+    with pytest.raises(InputError, match=r"Reward leaves called exit\(0\)"):
+        run_here(script, *flags(place, script, tmp_path, *own("leaves")))
+
+
+@pytest.mark.parametrize("script", SAMPLING)
+def test_rewards_find_their_columns_before_the_first_step(place, tmp_path, script):
+    lines = (place / "prompts.jsonl").read_text().splitlines()
+    row = json.loads(lines[6])
+    del row["answer"]
+    lines[6] = json.dumps(row)
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    arguments = flags(place, script, tmp_path / "x", "--data", tmp_path / "data.jsonl")
+    with pytest.raises(InputError, match="data.jsonl:7: reward exact needs the column answer"):
+        run_here(script, *arguments, "--reward", "exact")
+    assert not (tmp_path / "x").exists()
+
+
+def test_grpo_learns_nothing_from_what_no_reward_scores(place, tmp_path, monkeypatch, own):
+    trained, minibatches = [], packing.minibatches
+
+    def watched(items, *rest):
+        trained.append(items)
+        return minibatches(items, *rest)
+
+    monkeypatch.setattr(packing, "minibatches", watched)
+    more = (*own("sometimes"), "--group", 4, "--beta", 0.1)
+    run_here("train_grpo.py", *grpo(place, tmp_path, *more))
+    (examples,), line = trained, metrics(tmp_path)[1]
+    rewards = []
+    for e in examples:
+        total = int(e.ids[e.mask].sum())
+        rewards.append(np.nan if total % 3 == 0 else total % 7)
+    reward_PG = np.array(rewards).reshape(4, 4)
+    assert 0 < np.isnan(reward_PG).sum() < 16
+    assert line["completions/unrewarded"] == np.isnan(reward_PG).mean()
+    assert line["reward"] == pytest.approx(np.nanmean(reward_PG))
+    stds = [
+        row[~np.isnan(row)].std(ddof=1) if (~np.isnan(row)).sum() > 1 else 0 for row in reward_PG
+    ]
+    assert line["reward_std"] == pytest.approx(np.mean(stds))
+    assert line["frac_reward_zero_std"] == np.mean(np.array(stds) == 0)
+    for e, reward, row, std in zip(examples, rewards, reward_PG.repeat(4, 0), np.repeat(stds, 4)):
+        expected = 0.0
+        if not np.isnan(reward):
+            expected = (reward - np.nanmean(row)) / (std + 1e-4)
+        assert e.columns["adv"][e.mask] == pytest.approx(np.full(e.mask.sum(), expected), rel=1e-5)
+    assert [s["reward"] for s in samples(tmp_path)] == [
+        None if np.isnan(x) else x for x in reward_PG[0]
+    ]
+
+
+def test_ppo_learns_nothing_from_what_no_reward_scores(place, tmp_path, monkeypatch, own):
+    """Their tokens are in no loss, no statistic and no divisor."""
+    trained, shuffled = [], packing.shuffled_minibatches
+
+    def watched(examples, *rest):
+        trained.extend(examples)
+        return shuffled(examples, *rest)
+
+    monkeypatch.setattr(packing, "shuffled_minibatches", watched)
+    more = (*own("sometimes"), "--steps", 1, "--prompts", 8, "--beta", 0.1)
+    run_here("train_ppo.py", *flags(place, "train_ppo.py", tmp_path, *more))
+    line, scores, advantages = metrics(tmp_path)[1], [], []
+    assistant = Tokenizer.load(place / "toy").special["<|assistant|>"]
+    for e in trained:
+        ids = e.ids.tolist()
+        total = sum(ids[ids.index(assistant) + 1 :])
+        assert e.mask.any() == (total % 3 != 0)
+        if e.mask.any():
+            scores.append(total % 7)
+            advantages += e.columns["adv"][e.mask].tolist()
+        else:
+            assert not any(np.any(column) for column in e.columns.values())
+    assert 0 < len(scores) < 16 and line["completions/unrewarded"] == 1 - len(scores) / 16
+    assert line["objective/scores"] == pytest.approx(np.mean(scores))
+    assert np.mean(advantages) == pytest.approx(0, abs=1e-5)
+    assert np.std(advantages, ddof=1) == pytest.approx(1, rel=1e-4)
+    assert {s["score"] for s in samples(tmp_path)} >= {None}
+
+
+def test_online_dpo_pairs_nothing_that_no_reward_scores(place, tmp_path, monkeypatch, own):
+    compared, best_and_worst = [], pairs.best_and_worst
+
+    def watched(groups, reward_PG):
+        compared.append((groups, reward_PG, best_and_worst(groups, reward_PG)))
+        return compared[-1][2]
+
+    monkeypatch.setattr(pairs, "best_and_worst", watched)
+    more = (*own("sometimes"), "--group", 4, "--steps", 1)
+    run_here("train_online_dpo.py", *flags(place, "train_online_dpo.py", tmp_path, *more))
+    ((groups, reward_PG, made),) = compared
+    assert 0 < reward_PG.isnan().sum() < 16 and made
+    reward_of = {}
+    for group, reward_G in zip(groups, reward_PG.tolist()):
+        for r, reward in zip(group, reward_G):
+            reward_of[tuple(r.prompt + r.ids)] = reward
+    for best, worst in made:
+        assert reward_of[tuple(best.ids.tolist())] > reward_of[tuple(worst.ids.tolist())]
+    assert metrics(tmp_path)[1]["completions/unrewarded"] == reward_PG.isnan().double().mean()
+
+
+@pytest.mark.parametrize("script", SAMPLING)
+def test_a_minibatch_without_trained_tokens_takes_no_step(
+    place, tmp_path, monkeypatch, own, script
+):
+    """Neither decay nor momentum moves the weights."""
+    taken, step = [], torch.optim.AdamW.step
+
+    def watched(optimizer, *rest):
+        taken.append(1)
+        return step(optimizer, *rest)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    more = (*own("first_step_alone"), "--weight_decay", 0.1, "--steps", 3, "--save_every", 1)
+    run_here(script, *flags(place, script, tmp_path, *more))
+    per_step = {"train_grpo.py": 2, "train_ppo.py": 4, "train_online_dpo.py": 1}[script]
+    assert len(taken) == per_step
+    lines = metrics(tmp_path)
+    assert lines[1]["grad_norm"] > 0 and lines[1]["completions/unrewarded"] == 0
+    assert [line["completions/unrewarded"] for line in lines[2:]] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("script", SAMPLING)
+def test_a_run_that_learns_nothing_says_so_once(place, tmp_path, capsys, script):
+    for reward, times in (("regex:never", 1), (f"{place}/reward.py:ids", 0)):
+        more = ("--reward", reward, "--steps", 7, "--overwrite")
+        if script == "train_online_dpo.py":
+            more += ("--eos_penalty", 0)
+        run_here(script, *flags(place, script, tmp_path, *more))
+        said = capsys.readouterr().out
+        assert said.count("nothing is learnt") == times
+        if times:
+            assert said.index("step 5/7") < said.index("nothing is learnt") < said.index("step 6/7")
+
+
+def test_so_does_one_whose_loss_has_no_gradient(place, tmp_path, capsys):
+    for weight, times in ((0, 1), (1, 0)):
+        more = ("--label_weights", weight, weight, "--steps", 6, "--overwrite")
+        run_here("train_kto.py", *flags(place, "train_kto.py", tmp_path, *more))
+        said = capsys.readouterr().out
+        assert said.count("the gradient was 0 in each step so far") == times
+
+
+def test_a_kl_that_cannot_be_learnt_is_refused(place, tmp_path):
+    with pytest.raises(InputError, match="--kl k1 has no expected gradient in a loss: use --kl k3"):
+        run_here("train_grpo.py", *grpo(place, tmp_path / "x", "--beta", 0.1, "--kl", "k1"))
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_clip_that_never_clips_is_said(place, tmp_path, capsys):
+    for more, said in (
+        (("--ratio", "sequence"), True),
+        (("--ratio", "sequence", "--clip", 0.2, 0.28), True),
+        (("--ratio", "sequence", "--clip", 3e-4, 4e-4), False),
+        (("--ratio", "sequence", "--loss", "sapo"), False),
+        (("--ratio", "sequence_sum"), False),
+    ):
+        run_here("train_grpo.py", *grpo(place, tmp_path, *more, "--overwrite"))
+        assert ("never clips at --ratio sequence" in capsys.readouterr().out) == said
+
+
+@pytest.mark.parametrize("more", [(), ("--old_logp", "trainer")])
+def test_both_log_probs_of_the_kl_in_ppos_reward_are_the_trainers(place, tmp_path, more):
+    """So the KL is exactly 0 before the first update, whatever the engine's rounding."""
+    more += ("--beta", 0.1, "--steps", 1, "--dtype", "bf16")
+    run_here("train_ppo.py", *flags(place, "train_ppo.py", tmp_path, *more))
+    line = metrics(tmp_path)[1]
+    assert line["objective/kl"] == 0 == line["objective/non_score_reward"]
+    assert line["sampling/sampling_logp_difference/mean"] > 0

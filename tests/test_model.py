@@ -170,18 +170,18 @@ def test_logits_equal_those_of_transformers_packed_and_alone(pair, case):
     assert (alone - expected).abs().max() <= 1e-4
 
 
-def new_cache(model, prompts, copies, capacity):
+def prefilled(model, prompts, copies, capacity):
+    """-> (logits of each prompt's next token, a cache of so many rows of each)."""
     c = model.config
-    return Cache(
-        c.layers,
-        len(prompts) * copies,
-        copies,
-        c.kv_heads,
-        capacity,
-        c.head_dim,
-        torch.float32,
-        "cpu",
-    )
+    lengths = [len(prompt) for prompt in prompts for _ in range(copies)]
+    cache = Cache(c.layers, lengths, c.kv_heads, capacity, c.head_dim, torch.float32, "cpu")
+    token_N, position_N, cu, longest = packed(prompts)
+    prompt_B = torch.arange(len(prompts)).repeat_interleave(copies)
+
+    def write(layer, k, v):
+        cache.write_prompts(layer, k, v, cu, longest, 0, prompt_B)
+
+    return model.logits(model.prefill(token_N, position_N, cu, longest, write)), cache
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -194,8 +194,7 @@ def test_cached_logits_equal_those_of_transformers_while_rows_leave(pair, case):
     )
     whole = [torch.cat([prompts[b // copies], further_BT[b]]) for b in range(len(further_BT))]
     expected = [logits_of(oracle, w) for w in whole]
-    cache = new_cache(model, prompts, copies, 41 + steps)
-    first = model.logits(model.prefill(*packed(prompts), cache))
+    first, cache = prefilled(model, prompts, copies, 41 + steps)
     for p, prompt in enumerate(prompts):
         assert (first[p] - expected[p * copies][len(prompt) - 1]).abs().max() <= 1e-4
     row_A = torch.arange(len(whole))
@@ -203,7 +202,7 @@ def test_cached_logits_equal_those_of_transformers_while_rows_leave(pair, case):
         if t in (4, 8):
             # First one row each of two prompts leaves, then all but the two of another prompt.
             stay = torch.tensor([0, 2, 4, 5]) if t == 4 else torch.tensor([2, 3])
-            cache.keep(stay)
+            cache.keep(stay, int(cache.length_B[stay].max()))
             row_A = row_A[stay]
         got = model.logits(model.decode(further_BT[row_A, t], cache))
         for logits, b in zip(got, row_A.tolist()):
@@ -219,8 +218,8 @@ def test_greedy_generation_is_token_identical_over_64_tokens(pair, case):
         oracle.generate(p[None], max_new_tokens=64, do_sample=False)[0, len(p) :].tolist()
         for p in prompts
     ]
-    cache = new_cache(model, prompts, 1, 23 + 64)
-    tokens = [model.logits(model.prefill(*packed(prompts), cache)).argmax(-1)]
+    first, cache = prefilled(model, prompts, 1, 23 + 64)
+    tokens = [first.argmax(-1)]
     while len(tokens) < 64:
         tokens.append(model.logits(model.decode(tokens[-1], cache)).argmax(-1))
     assert torch.stack(tokens, 1).tolist() == expected

@@ -20,11 +20,19 @@ def test_pairs_are_cut_dropped_and_counted():
     mirrored = good[1], example([1, 2, 3, 4], 2)
     kept, counts = pairs.fit_to([good, emptied, alike, mirrored], 4, "truncate")
     assert [[len(e) for e in pair] for pair in kept] == [[4, 3], [3, 4]]
-    assert counts == {"overlong": 2, "truncated": 1, "emptied": 1, "alike": 1, "swapped": 2}
+    wanted = {"overlong": 2, "truncated": 1, "emptied": 1, "alike": 1, "continued": 0, "swapped": 2}
+    assert counts == wanted
     kept, counts = pairs.fit_to([good, emptied, alike, mirrored], 4, "drop")
     assert [[len(e) for e in pair] for pair in kept] == [[3, 4]]
-    assert counts == {"overlong": 2, "truncated": 0, "emptied": 0, "alike": 1, "swapped": 0}
+    assert counts == {**wanted, "truncated": 0, "emptied": 0, "swapped": 0}
     assert pairs.fit_to([], 4, "drop")[0] == []
+
+
+def test_a_side_that_goes_on_where_the_other_ends_makes_no_pair():
+    short, long = example([1, 2, 7], 2), example([1, 2, 7, 3, 8], 2)
+    other = example([1, 2, 9], 2)
+    kept, counts = pairs.fit_to([(short, long), (other, short), (long, short)], 9, "truncate")
+    assert len(kept) == 1 and counts["continued"] == 2 and not counts["alike"]
 
 
 def test_where_no_pair_is_left_the_counts_are_said():

@@ -445,10 +445,32 @@ def test_metrics_of_pairs_are_sums_of_rewards_and_log_probs():
             "rewards/rejected": -8 * BETA,
             "rewards/margins": 2 * BETA,
             "rewards/accuracies": 1,  # of three: equal rewards are not right
+            "rewards/ties": 1,
             "logps/chosen": -6,
             "logps/rejected": -8,
         }
     )
+
+
+def test_rewards_are_per_token_where_the_loss_is():
+    """The longer answer is the likelier one per token, and the unlikelier one as a whole."""
+    pairs_P, _ = of_pairs([-3.0], [-2.0])
+    pairs_P |= {"chosen_length_P": torch.tensor([6.0]), "rejected_length_P": torch.tensor([1.0])}
+    per_token, whole = (-3 / 6 + 2 / 1) * BETA, (-3 + 2) * BETA
+    for names, margin in (
+        (["simpo"], per_token),
+        (["orpo"], per_token),
+        (["simpo", "sft"], per_token),
+        (["sigmoid"], whole),
+        (["ipo"], whole),  # as in TRL
+        (["cpo"], whole),
+        (["sft"], whole),
+        (["simpo", "sigmoid"], whole),
+    ):
+        losses = [preference.LOSSES[name] for name in names]
+        found = preference.pair_metrics(pairs_P, BETA, losses)
+        assert float(found["rewards/margins"].detach()) == pytest.approx(margin), names
+        assert int(found["rewards/accuracies"]) == (margin > 0) and not int(found["rewards/ties"])
 
 
 def test_metrics_of_labelled_rows_compare_each_good_row_with_each_bad_one():
@@ -459,6 +481,7 @@ def test_metrics_of_labelled_rows_compare_each_good_row_with_each_bad_one():
         "rewards/chosen": (pytest.approx(-5.5 * BETA), 3),
         "rewards/rejected": (pytest.approx(-6 * BETA), 2),
         "rewards/accuracies": (4, 6),  # -3 and -2 above -5 alone, -0.5 above both
+        "rewards/ties": (0, 6),
         "logps/chosen": (-5.5, 3),
         "logps/rejected": (-6.0, 2),
     }

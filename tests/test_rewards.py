@@ -2,18 +2,23 @@
 
 import gzip
 import json
+import os
+import re
+import signal
 import sys
 import time
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from nanopost import InputError, rewards
+from nanopost.dist import World
 from nanopost.rewards import call, judged, load, load_one
-from nanopost.rollout import Rollout
+from nanopost.rollout import Rollout, sample_records
 from nanopost.verify import (
     boxed,
     exact,
@@ -169,6 +174,37 @@ def test_verifiers_take_linear_time_on_long_degenerate_texts():
         gsm8k([text], ["5"])
         assert boxed([text], ["5"]) == [0.0]
     assert time.perf_counter() - began < 10
+
+
+HOSTILE_TEXTS = [
+    ("\\boxed{^", " ", "x}"),
+    ("\\boxed{", ".", "x}"),
+    ("\\boxed{1", "\n", "x}"),
+    ("\\boxed{1\\text{}", " ", "x}"),
+    ("\\boxed{\\frac{", "{}", "}"),
+    ("\\boxed{", "1\\text{", "}"),
+    ("\\boxed{", "1/", "x}"),
+    ("#### ", "1,", "x"),
+    ("a\n#### 1", " ", "x"),
+    ("", "-$", "x"),
+]
+
+
+@pytest.mark.parametrize("head, piece, tail", HOSTILE_TEXTS)
+def test_a_verifier_takes_twice_the_time_for_twice_the_text(head, piece, tail):
+    def seconds(length):
+        text = head + piece * (length // len(piece)) + tail
+        times = []
+        for _ in range(3):
+            began = time.process_time()
+            gsm8k_format([text])
+            gsm8k([text], ["5"])
+            boxed([text], ["5"])
+            exact([text], ["5"])
+            times.append(time.process_time() - began)
+        return min(times)
+
+    assert seconds(80_000) < 8 * seconds(20_000) + 0.05  # quadratic: 16 times, and seconds
 
 
 # -------------------------------------------------------------------------------------------- boxed
@@ -362,6 +398,9 @@ def test_length_punishes_the_tokens_over_its_limit():
             "'gsm9k' is unknown: built in are gsm8k, boxed, exact, format, regex:PATTERN, "
             "length:MAX:BUFFER and model:FOLDER; give your own as file.py:function",
         ),
+        ("regex", "write regex:PATTERN"),
+        ("regex:", "write regex:PATTERN"),
+        ("model:", "write model:FOLDER"),
         ("regex:(", r"regex:\(: not a regular expression"),
         ("length", "write length:MAX:BUFFER in tokens"),
         ("length:100", "write length:MAX:BUFFER in tokens"),
@@ -483,8 +522,17 @@ def test_an_exception_of_the_batch_alone_is_not_blamed_on_a_completion(user):
         ([1.0, 0.0, float("inf"), 0.0], "returned inf for completion 2"),
         ([1.0, 0.0, 0.0, "1"], "returned '1', not a number, for completion 3: 'd'"),
         ([1.0, [1.0], 0.0, 0.0], r"returned \[1.0\], not a number, for completion 1"),
+        ([1.0, np.zeros(1), 0.0, 0.0], r"returned array\(\[0.\]\), not a number, for completion 1"),
+        ([1.0, 10**400, 0.0, 0.0], "returned 1000.*, not a number, for completion 1"),
+        ([1j, 0.0, 0.0, 0.0], "returned 1j, not a number, for completion 0"),
+        (np.zeros((4, 1)), r"returned \[0.0\], not a number, for completion 0"),
+        (torch.zeros(4, 2), r"returned \[0.0, 0.0\], not a number, for completion 0"),
+        (torch.tensor(1.0), "returned float, not a list"),
         (None, "returned NoneType, not a list"),
         (1.0, "returned float, not a list"),
+        ({0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}, "returned dict, not a list"),
+        ({1.0, 2.0, 3.0, 4.0}, "returned set, not a list"),
+        ("1111", "returned str, not a list"),
     ],
 )
 def test_a_wrong_return_is_refused_with_the_completion_named(user, value, message):
@@ -571,16 +619,21 @@ def test_an_input_error_of_a_reward_passes_as_it_is():
 
 
 # ------------------------------------------------------------------------------- groups of rollouts
-TEXTS = {1: "a", 2: "bb", 3: "ccc", 4: ""}
+TEXTS = {1: "a", 2: "bb", 3: "ccc", 4: "<end>", 5: "<answer>", 9: "p"}  # 4, 5 are special
 
 
-def decode(ids, skip_special):
-    assert skip_special
-    return "".join(TEXTS[i] for i in ids)
+class Letters:
+    stop_ids = frozenset({4})
+
+    def decode(self, ids, skip_special=False):
+        return "".join(TEXTS[i] for i in ids if i not in (4, 5) or not skip_special)
 
 
-def rollout(*ids):
-    return Rollout([9], list(ids), np.zeros(len(ids)), "stop", 0)
+letters = Letters()
+
+
+def rollout(*ids, version=0):
+    return Rollout([9], list(ids), np.zeros(len(ids)), "stop", version)
 
 
 def seen_by(rows_P, groups):
@@ -591,7 +644,7 @@ def seen_by(rows_P, groups):
         seen.update(completions=completions, **columns)
         return [float(len(ids)) for ids in columns["completion_ids"]]
 
-    return rewards.score([rewards.Reward("r", function)], decode, rows_P, groups), seen
+    return rewards.score([rewards.Reward("r", function)], letters, rows_P, groups), seen
 
 
 def test_each_rollout_is_scored_with_the_columns_of_its_row():
@@ -615,6 +668,7 @@ def test_each_rollout_is_scored_with_the_columns_of_its_row():
         "prompts": ["p", "p", q, q],
         "prompt_ids": [[9]] * 4,
         "completion_ids": [[1, 4], [2], [3, 4], [1, 2, 3]],
+        "step": [1] * 4,
     }
 
 
@@ -624,7 +678,7 @@ def test_what_does_not_apply_is_nan_and_counts_in_no_mean():
         rewards.Reward("whole", lambda completions, **columns: [1.0, 1.0, 1.0, 0.0]),
     ]
     rows_P = [{"prompt": "p"}, {"prompt": "p"}]
-    reward_FPG = rewards.score(functions, decode, rows_P, [[rollout(1), rollout(2)]] * 2)
+    reward_FPG = rewards.score(functions, letters, rows_P, [[rollout(1), rollout(2)]] * 2)
     assert reward_FPG.shape == (2, 2, 2)
     assert reward_FPG.isnan().tolist() == [[[True, False], [False, True]], [[False] * 2] * 2]
     assert rewards.sums(["a", "b"], reward_FPG) == {"a": (3.0, 2), "b": (3.0, 4)}
@@ -634,10 +688,10 @@ def test_what_does_not_apply_is_nan_and_counts_in_no_mean():
 
 def test_a_rank_without_groups_has_no_rewards_and_no_mean():
     functions, weights = load(["exact", "length:9:3"], None)
-    reward_FPG = rewards.score(functions, decode, [], [])
+    reward_FPG = rewards.score(functions, letters, [], [])
     assert reward_FPG.shape == (2, 0, 0) and rewards.total(reward_FPG, weights).shape == (0, 0)
     assert rewards.sums(["a", "b"], reward_FPG) == {"a": (0.0, 0), "b": (0.0, 0)}
-    assert judged(rewards.Reward("j", None), decode, [], []).shape == (0, 0)
+    assert judged(rewards.Reward("j", None), letters, [], []).shape == (0, 0)
 
 
 def test_a_judge_compares_all_of_a_group_and_a_tie_is_no_win():
@@ -649,7 +703,7 @@ def test_a_judge_compares_all_of_a_group_and_a_tie_is_no_win():
 
     groups = [[rollout(1), rollout(3), rollout(1)], [rollout(2), rollout(2), rollout(4)]]
     wins_PG = judged(
-        rewards.Reward("j", longer), decode, [{"prompt": "p"}, {"prompt": "q"}], groups
+        rewards.Reward("j", longer), letters, [{"prompt": "p"}, {"prompt": "q"}], groups
     )
     assert wins_PG.dtype == torch.float64 and wins_PG.tolist() == [[0, 2, 0], [1, 1, 0]]
     ((prompts, pairs),) = calls
@@ -665,8 +719,320 @@ def test_a_judge_that_raises_or_gives_no_verdict_is_named(tmp_path):
     )
     rows_P, groups = [{"prompt": "p"}], [[rollout(1), rollout(2)]]
     with pytest.raises(InputError, match=r"--judge f raised IndexError: .*judge.py:2\) on 1 pairs"):
-        judged(load_one(f"{file}:f"), decode, rows_P, groups)
+        judged(load_one(f"{file}:f"), letters, rows_P, groups)
     with pytest.raises(
         InputError, match="--judge g gave 1 verdicts for 1 pairs, or one that is not"
     ):
-        judged(load_one(f"{file}:g"), decode, rows_P, groups)
+        judged(load_one(f"{file}:g"), letters, rows_P, groups)
+
+
+def test_a_reward_reads_what_samples_jsonl_shows_but_for_the_token_that_ended_it():
+    """The user's own special tokens too; a second end token is text like any other."""
+    groups = [[rollout(5, 1, 5, 4), rollout(5, 1)], [rollout(1, 4, 4), rollout(4)]]
+    _, seen = seen_by([{"prompt": "p"}] * 2, groups)
+    assert seen["completions"] == ["<answer>a<answer>", "<answer>a", "a<end>", ""]
+    shown = [r["completion"] for group in groups for r in sample_records(letters.decode, group)]
+    assert len(shown) == 4
+    for text, completion in zip(seen["completions"], shown):
+        assert completion in (text, text + "<end>")
+    compared = []
+    judge = rewards.Reward("j", lambda prompts, pairs: compared.extend(pairs) or [None])
+    judged(judge, letters, [{"prompt": "p"}], [[rollout(1, 4), rollout(5)]])
+    assert compared == [("<answer>", "a")]
+
+
+def test_a_reward_gets_copies_of_its_own():
+    """Whatever it does to them, the run and the next reward have what they had."""
+    row = {"prompt": [{"role": "user", "content": "q"}], "tests": [{"in": 1}], "prompt_ids": [9]}
+    rows_P, groups = [row], [[rollout(1, 2, 4), rollout(3)]]
+    seen = []
+
+    def spoils(completions, tests, prompts, prompt_ids, completion_ids, **columns):
+        seen.append(repr((completions, tests, prompts, prompt_ids, completion_ids)))
+        for i in range(2):
+            completions[i][0]["content"] = "spoilt"
+            tests[i][0]["in"] = prompts[i][0]["content"] = "spoilt"
+            prompt_ids[i].clear()
+            completion_ids[i].clear()
+        completions.clear()
+        return [0.0, 0.0]
+
+    def judge(prompts, pairs):
+        prompts[0].clear()
+        return [None]
+
+    rewards.score([rewards.Reward("r", spoils)] * 2, letters, rows_P, groups)
+    judged(rewards.Reward("j", judge), letters, rows_P, groups)
+    assert seen[0] == seen[1] and "spoilt" not in seen[0]
+    assert "spoilt" not in repr(rows_P) and row["prompt"] and row["prompt_ids"] == [9]
+    assert [r.ids for r in groups[0]] == [[1, 2, 4], [3]] and groups[0][0].prompt == [9]
+
+
+def test_a_reward_may_take_the_step():
+    """The step of metrics.jsonl: one more than the version of the weights that sampled."""
+    _, seen = seen_by([{"prompt": "p"}], [[rollout(1, version=6), rollout(2, version=6)]])
+    assert seen["step"] == [7, 7]
+
+
+# ------------------------------------------------------------------- what a user's code may not do
+HOSTILE = """
+import os, sys, time
+
+def leaves(completions, **columns):
+    sys.exit(0)
+
+def leaves_too(completions, **columns):
+    raise SystemExit
+
+def leaves_at_once(completions, **columns):
+    os._exit(0)
+
+def asks_twice(completions, **columns):
+    try:
+        exit()
+    except SystemExit:
+        pass
+    quit(0)
+
+def child(completions, **columns):
+    process = os.fork()
+    if process == 0:
+        os._exit(7)
+    return [float(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]))] * len(completions)
+
+def wanders(completions, **columns):
+    import torch
+    os.chdir("/")
+    torch.set_grad_enabled(False)
+    print("hello from a reward")
+    return [0.0] * len(completions)
+
+def lost(completions, **columns):
+    os.chdir("/")
+    raise ValueError("lost")
+
+def sleeps(completions, **columns):
+    time.sleep(30)
+
+def insists(completions, **columns):
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            time.sleep(0.01)
+        except Exception:
+            pass
+
+def hanging_judge(prompts, pairs):
+    time.sleep(30)
+
+def leaving_judge(prompts, pairs):
+    sys.exit(0)
+
+class Leaves:
+    def __init__(self):
+        exit()
+"""
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    file = tmp_path / "hostile.py"
+    file.write_text(HOSTILE)
+    return lambda name, timeout=0.0: load_one(f"{file}:{name}", timeout=timeout)
+
+
+@pytest.mark.parametrize("name", ["leaves", "leaves_too", "leaves_at_once", "asks_twice"])
+def test_a_reward_cannot_end_the_run(hostile, name):
+    with pytest.raises(InputError, match=rf"Reward {name} called exit\((0|None)\) \(.*hostile.py:"):
+        call(hostile(name), ["a"], {})
+    assert os._exit.__name__ == "_exit"
+
+
+def test_neither_can_a_judge_a_class_or_the_file_of_a_reward(hostile, tmp_path):
+    groups = [[rollout(1), rollout(2)]]
+    with pytest.raises(InputError, match=r"--judge leaving_judge called exit\(0\)"):
+        judged(hostile("leaving_judge"), letters, [{"prompt": "p"}], groups)
+    with pytest.raises(InputError, match=r"Leaves called exit\(None\) .*must not end the run"):
+        hostile("Leaves")
+    (tmp_path / "script.py").write_text("def f(completions): pass\n\n\nraise SystemExit(0)\n")
+    with pytest.raises(InputError, match=r"script.py:f called exit\(0\) \(.*script.py:4\)"):
+        load_one(f"{tmp_path}/script.py:f")
+
+
+def test_a_process_that_a_reward_forks_may_end(hostile):
+    assert call(hostile("child"), ["a", "b"], {}) == [7.0, 7.0]
+
+
+def test_a_reward_leaves_folder_output_and_autograd_as_they_were(hostile, capsys):
+    before = os.getcwd()
+    assert call(hostile("wanders"), ["a"], {}) == [0.0]
+    assert os.getcwd() == before and torch.is_grad_enabled()
+    output = capsys.readouterr()
+    assert output.out == "" and output.err == "hello from a reward\n"
+    with pytest.raises(InputError, match="raised ValueError: lost"):
+        call(hostile("lost"), ["a"], {})
+    assert os.getcwd() == before
+
+
+@pytest.mark.parametrize("name", ["sleeps", "insists"])
+def test_a_reward_that_hangs_is_stopped(hostile, name):
+    began, handler = time.monotonic(), signal.getsignal(signal.SIGALRM)
+    with pytest.raises(
+        InputError, match=f"{name} took more than --reward_timeout 0.2 seconds for 2 completions"
+    ):
+        call(hostile(name, timeout=0.2), ["a", "b"], {})
+    assert time.monotonic() - began < 10
+    assert signal.getsignal(signal.SIGALRM) == handler
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_so_are_a_judge_and_a_regular_expression_that_backtracks(hostile):
+    began = time.monotonic()
+    with pytest.raises(InputError, match="--judge hanging_judge took more than --reward_timeout"):
+        judge = hostile("hanging_judge", timeout=0.2)
+        judged(judge, letters, [{"prompt": "p"}], [[rollout(1), rollout(2)]])
+    with pytest.raises(InputError, match="took more than --reward_timeout 0.2 seconds"):
+        call(load_one("regex:(a+)+b", timeout=0.2), ["a" * 60], {})
+    assert time.monotonic() - began < 10
+    functions, _ = load(["exact", "regex:x"], None, timeout=3.0)
+    assert [f.timeout for f in functions] == [3.0, 3.0]
+
+
+# -------------------------------------------------------------------------------- before the run
+def test_a_built_in_reward_needs_its_column_in_every_row():
+    rows_P = [
+        {"prompt": "p", "answer": "1", "__line__": "f.jsonl:1"},
+        {"prompt": "p", "answer": None, "__line__": "f.jsonl:2"},
+        {"prompt": "p", "other": "x", "__line__": "f.jsonl:3"},
+    ]
+    for name in ("exact", "gsm8k", "boxed"):
+        with pytest.raises(
+            InputError,
+            match=f"f.jsonl:2: reward {name} needs the column answer, which 2 of 3 rows lack; the "
+            "columns are answer, other: --rename theirs=answer",
+        ):
+            rewards.check([load_one(name)], rows_P)
+        assert rewards.check([load_one(name)], rows_P[:1]) == ""
+    functions, _ = load(["format", "regex:a", "length:9:3"], None)
+    assert rewards.check(functions, rows_P) == ""
+
+
+def test_a_gold_answer_that_cannot_be_read_is_found_before_the_run():
+    rows_P = [{"prompt": "p", "answer": x, "__line__": f"f:{x}"} for x in ("1", "2", "many")]
+    with pytest.raises(InputError, match="f:many: Reward gsm8k: the answer 'many'"):
+        rewards.check([load_one("gsm8k")], rows_P)
+
+
+def test_an_own_reward_finds_its_columns_before_the_run(user, tmp_path):
+    with_first = [{"prompt": "p", "first": "a"}, {"prompt": "p", "first": None}]
+    assert rewards.check([load_one(user("starts"))], with_first) == ""  # it has None there
+    with pytest.raises(InputError, match="data:1: reward starts needs the column first, which 1"):
+        rewards.check([load_one(user("starts"))], [{"prompt": "p", "__line__": "data:1"}])
+    with pytest.raises(InputError, match="no_columns cannot be called .* unexpected keyword"):
+        rewards.check([load_one(user("no_columns"))], with_first)
+
+
+def test_columns_of_the_data_that_the_run_hides_are_said():
+    rows_P = [{"prompt": "p", "step": 3, "completions": ["x"], "prompt_ids": [9]}]
+    said = rewards.check([rewards.Reward("r", lambda **columns: None)], rows_P)
+    assert "do not see the data's step, completions" in said and "--rename step=other" in said
+    _, seen = seen_by(rows_P, [[rollout(1)]])
+    assert seen["step"] == [1] and seen["completions"] == ["a"]
+
+
+# ------------------------------------------------------------------------------------------- state
+class Mean:
+    """A reward relative to the mean so far."""
+
+    def __init__(self):
+        self.total, self.seen = 0.0, []
+
+    def __call__(self, completions, **columns):
+        self.total += sum(map(len, completions))
+        self.seen += completions
+        return [self.total] * len(completions)
+
+    def state_dict(self):
+        return {"total": torch.tensor(self.total, dtype=torch.float64), "seen": self.seen}
+
+    def load_state_dict(self, state):
+        self.total, self.seen = float(state["total"]), state["seen"]
+
+
+def with_mean():
+    return [load_one("format"), rewards.Reward("mean", Mean())]
+
+
+def test_the_state_of_a_reward_is_saved_and_restored(alone):
+    functions, others = with_mean(), with_mean()
+    call(functions[1], ["abc", "d"], {})
+    saved = json.loads(json.dumps(rewards.states(functions)))
+    assert rewards.restore(others, {"rewards": saved}) == ""
+    assert call(others[1], ["a"], {}) == call(functions[1], ["a"], {}) == [5.0]
+    assert others[1].function.seen == ["abc", "d", "a"]
+    fresh = {}
+    assert rewards.restore(others, fresh) == "" and fresh == {"rewards": rewards.states(others)}
+    assert rewards.states([load_one("format")]) == []
+    assert "without their state, which 2 ranks had saved and 1 resume" in rewards.restore(
+        others, {"rewards": saved * 2}
+    )
+
+
+def test_an_evaluation_leaves_the_state_of_a_reward_alone():
+    functions = with_mean()
+    call(functions[1], ["abc"], {})
+    for error in (None, KeyError):
+        try:
+            with rewards.held_out(functions):
+                call(functions[1], ["a"] * 5, {})
+                assert functions[1].function.total == 8.0
+                if error:
+                    raise error
+        except KeyError:
+            pass
+        assert functions[1].function.total == 3.0 and functions[1].function.seen == ["abc"]
+
+
+def test_a_state_that_cannot_be_saved_says_so(alone, monkeypatch):
+    functions = with_mean()
+    functions[1].function.seen = [Mean()]
+    with pytest.raises(InputError, match="cannot be saved: make it of numbers, text, lists, dicts"):
+        rewards.restore(functions, {})
+    functions[1].function.seen = ["a"]
+    monkeypatch.setattr(rewards, "LARGEST_STATE", 100)
+    with pytest.raises(InputError, match="leave out what does not change"):
+        rewards.states(functions)
+
+
+def test_where_no_reward_applies_the_sum_is_nan():
+    nan = float("nan")
+    total_PG = rewards.total([[[1.0, nan, nan]], [[2.0, 4.0, nan]]], [1.0, 0.5])
+    assert total_PG[0, :2].tolist() == [2.0, 2.0] and total_PG.isnan().tolist() == [
+        [False, False, True]
+    ]
+
+
+# --------------------------------------------------------------------------- models, and the README
+def test_a_reward_model_has_the_dtype_and_the_tokens_of_the_run(monkeypatch):
+    seen = []
+
+    class Same:
+        def check_same(self, folder, flag):
+            seen.append((folder, flag))
+
+    monkeypatch.setattr(rewards, "load_scalar_model", lambda *given: seen.append(given))
+    for dtype in (torch.float32, torch.bfloat16):
+        functions, _ = load(["model:rm"], None, Same(), World(0, 1, "cpu", dtype), tokens=77)
+        assert seen[-2:] == [("rm", "--reward model:"), ("rm", "cpu", dtype)]
+        assert functions[0].function.tokens == 77
+
+
+def test_the_reward_in_the_readme_scores_chat_prompts_and_plain_ones():
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
+    (source,) = [x for x in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "def " in x]
+    defined = {}
+    exec(source, defined)
+    reward = rewards.Reward("short", defined["short"])
+    rows_P = [{"prompt": "2+2?"}, {"prompt": [{"role": "user", "content": "2+2?"}]}]
+    reward_FPG = rewards.score([reward], letters, rows_P, [[rollout(1), rollout(*[1] * 99)]] * 2)
+    assert reward_FPG.tolist() == [[[1.0, 0.0], [1.0, 0.0]]]

@@ -83,6 +83,8 @@ def test_records_are_text_and_a_number_of_each_column():
         {"prompt": "5 6", "completion": "9", "finish": "length", "reward": 1.0, "advantage": 1.0},
     ]
     assert sample_records(decode, [], **columns) == []
+    (unrewarded,) = sample_records(decode, rollouts[:1], reward=torch.tensor([torch.nan]))
+    assert unrewarded["reward"] is None  # NaN is no JSON
 
 
 # ----------------------------------------------------------------------------------------- lengths
@@ -136,6 +138,13 @@ def test_the_limit_is_given_or_that_of_the_precision(limit, dtype, expected):
     sentence = str(raised.value)
     assert sentence.startswith("step 3: ") and f"--max_logp_gap {expected:g}" in sentence
     assert f"differ by {expected * 1.1:.2g} " in sentence
+
+
+def test_a_gap_that_is_no_number_is_an_alarm(alone):
+    gap = LogpGap(None, torch.float32)
+    gap.add(torch.tensor([torch.nan]), torch.tensor([-1.0]), torch.tensor([True]))
+    with pytest.raises(RuntimeError, match="differ by nan on average"):
+        gap.check(1, gap.metrics())
 
 
 def _rank(rank, size, folder):

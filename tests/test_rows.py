@@ -85,6 +85,8 @@ BAD_FILES = [
     ("cut.jsonl.gz", ZIPPED[:-5], ": a damaged gzip file"),
     ("damaged.jsonl.gz", ZIPPED[:14] + b"\x00" + ZIPPED[15:], ": a damaged gzip file"),
     ("only_two_bytes.gz", b"\x1f\x8b\x00\x00", ": a damaged gzip file"),
+    ("deep.jsonl", b'{"a": 1}\n{"a": ' + b"[" * 100000, ":2: JSON that cannot be read"),
+    ("endless.jsonl", b'{"a": 1}\n{"a": ' + b"7" * 9999, ":2: JSON that cannot be read"),
     ("binary.jsonl", b'{"a": 1}\n\x80\x81\xff', ":2: not UTF-8"),
     (
         "latin1.jsonl.gz",
@@ -145,6 +147,45 @@ def test_a_rename_that_does_not_fit_names_the_columns(tmp_path, rename, said):
     path = write(tmp_path / "qa.jsonl", first + '{"question": "q", "answer": "a"}')
     with pytest.raises(InputError, match=said):
         read_rows(path, rename)
+
+
+def test_several_files_are_read_in_order_and_each_row_names_its_own(tmp_path):
+    one = write(tmp_path / "one.jsonl", '{"q": "a"}\n{"q": "b"}')
+    two = write(tmp_path / "two.json", '[{"q": "c"}]')
+    rows = read_rows([one, str(two)], ["q=prompt"], prompt)
+    assert [row["prompt"] for row in rows] == ["a", "b", "c"]
+    assert [row["__line__"] for row in rows] == [f"{one}:1", f"{one}:2", f"{two}: row 1"]
+    train_rows, eval_rows = load([one, two], [two, one], 0, ["q=prompt"], prompt)
+    assert [row["prompt"] for row in train_rows + eval_rows] == [*"abc", *"cab"]
+    with pytest.raises(InputError, match=r"--holdout 3 of the 3 rows of \S+one.jsonl \S+two.json"):
+        load([one, two], None, 3, ["q=prompt"], prompt)
+
+
+def test_columns_that_no_form_reads_are_named_once_with_their_counts(tmp_path, capsys):
+    rows = [
+        {"prompt": "q", "completion": "a", "source": "x", "id": i, "input": "" if i else "y"}
+        for i in range(3)
+    ]
+    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    said = f"{path}: columns not read: "
+    read_rows(path, (), sft)
+    assert capsys.readouterr().out == f"{said}source (3 rows), id (3 rows), input (1 rows)\n"
+    read_rows(path, (), prompt)  # rewards read them
+    assert capsys.readouterr().out == ""
+    tools = [{"name": "f"}]
+    for row, form, unread in (
+        ({"messages": [USER, BOT], "prompt": "hi", "tools": tools}, sft, "prompt"),
+        ({"prompt": "hi", "completion": "ho", "tools": tools}, sft, "tools"),
+        ({"text": "hi", "tools": tools}, sft, "tools"),
+        ({"prompt": [USER], "chosen": [BOT], "rejected": [BOT], "id": 3}, pair, "id"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "tools": tools}, pair, "tools"),
+        ({"prompt": "q", "completion": "a", "label": True, "weight": 2}, unpaired, "weight"),
+    ):
+        read_rows(write(path, json.dumps(row)), (), form)
+        assert capsys.readouterr().out == f"{said}{unread} (1 rows)\n"
+    for row in ({"chosen": [USER, BOT], "rejected": [USER, CALL], "tools": tools}, {"text": "a"}):
+        read_rows(write(path, json.dumps(row)), (), pair if "chosen" in row else sft)
+        assert capsys.readouterr().out == ""
 
 
 def ids_of(parts):
@@ -217,8 +258,8 @@ BAD_ROWS = [
     ({"messages": "hi"}, ": messages is 'hi'"),
     ({"messages": [USER, "ho"]}, r": messages\[1\] is 'ho': make it {"),
     (
-        {"messages": [{"from": "human", "value": "hi"}]},
-        r": messages\[0\] is {'from': 'human'.* with a role of system",
+        {"messages": [{"from": "bing", "value": "hi"}]},
+        r": messages\[0\] is {'role': 'bing'.* with a role of system",
     ),
     ({"messages": [USER, {"role": "bot", "content": "ho"}]}, r": messages\[1\] is {'role': 'bot'"),
     ({"messages": [USER, {"role": ["assistant"], "content": "ho"}]}, r": messages\[1\] is "),
@@ -284,6 +325,20 @@ def test_a_pair_gets_the_messages_that_both_sides_begin_with_as_its_prompt():
         assert pair(row) is row
 
 
+def test_sides_that_begin_alike_to_the_end_of_one_keep_a_message_each():
+    """As explicit pairs do: what cannot be trained is counted where pairs are fitted."""
+    for chosen, rejected in (
+        ([USER, BOT], [USER, BOT]),
+        ([USER, BOT], [USER, BOT, USER, BOT]),
+        ([USER, BOT, USER, BOT], [USER, BOT]),
+        ([USER, BOT], [USER]),
+    ):
+        row = pair({"chosen": chosen, "rejected": rejected})
+        assert row["chosen"] and row["rejected"]
+        assert row["prompt"] + row["chosen"] == chosen
+        assert row["prompt"] + row["rejected"] == rejected
+
+
 BAD_PAIRS = [
     (
         {"prompt": "a", "chosen": "b"},
@@ -295,8 +350,6 @@ BAD_PAIRS = [
         "prompt, chosen, rejected are partly text",
     ),
     ({"chosen": "b", "rejected": "c"}, "chosen and rejected are text, so it needs prompt"),
-    ({"chosen": [USER, BOT], "rejected": [USER]}, "one has no answer after it"),
-    ({"chosen": [USER, BOT], "rejected": [USER, BOT]}, "one has no answer after it"),
     ({"chosen": [BOT], "rejected": [USER]}, "share no prompt"),
     ({"prompt": [USER], "chosen": [BOT], "rejected": []}, r"rejected is \[\]: make it a non-empty"),
     ({"prompt": [], "chosen": [BOT], "rejected": [BOT]}, r"prompt is \[\]: make it a non-empty"),
@@ -347,6 +400,12 @@ def test_take_pairs_apart_makes_two_labelled_rows_of_each_pair_in_place():
         {**rest, "completion": "b", "label": False},
         labelled,
     ]
+
+
+def test_pairs_of_equal_sides_give_no_labelled_rows(capsys):
+    alike = {"prompt": "q", "chosen": "a", "rejected": "a"}
+    assert len(take_pairs_apart([alike, {**alike, "chosen": "b"}, alike])) == 2
+    assert capsys.readouterr().out.startswith("2 pairs are left out")
 
 
 def test_a_number_is_read_as_one_or_refused_with_its_row():

@@ -1,21 +1,40 @@
 """The run's folder: what it says of a run, what it never replaces, and what --resume continues."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from small import small_model
 
-from nanopost import InputError, checkpoint, hf, optim
-from nanopost.batch import Example
+from nanopost import InputError, checkpoint, dist, hf, optim
+from nanopost.batch import Example, batch_of
 from nanopost.dist import World
-from nanopost.run import Run, changed_arguments, starts_of
-from nanopost.tokenizer import Tokenizer, tokenizer_files
+from nanopost.run import Run, changed_arguments, named_files, starts_of
+from nanopost.tokenizer import Tokenizer, check_stage, tokenizer_files
 from runs import toy
 
-pytestmark = pytest.mark.usefixtures("alone")
+pytestmark = pytest.mark.usefixtures("alone", "signals")
+
+
+@pytest.fixture
+def signals():
+    """What a run changes in its process, and a test must not leave behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    dist.last_words = None
+
 
 ABOUT = {"template_hash": "abc"}
 DATA = {"model": "elsewhere", "data": "rows.jsonl", "steps": 9}
@@ -101,7 +120,7 @@ def test_a_new_run_keeps_nothing_of_the_one_it_replaces(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == logged and checkpoint.latest(tmp_path)
     begun(tmp_path, overwrite=True)
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert found.keys() == {"run.json", "metrics.jsonl", "samples.jsonl"}
+    assert found.keys() == {"run.json", "metrics.jsonl", "samples.jsonl", ".lock"}
     assert found["metrics.jsonl"] == found["samples.jsonl"] == ""
 
 
@@ -202,6 +221,20 @@ def test_a_folder_that_another_model_used_holds_the_new_one_alone(tmp_path):
     assert not (tmp_path / "out" / "generation_config.json").exists()
     assert not (tmp_path / "out" / "chat_template.jinja").exists()
     assert 7 not in Tokenizer.load(tmp_path / "out").stop_ids
+
+
+def test_links_to_elsewhere_in_a_model_folder_are_not_copied(tmp_path):
+    toy.write_model(tmp_path / "in")
+    (tmp_path / "secret.json").write_text('{"key": 1}')
+    (tmp_path / "in" / "special_tokens_map.json").symlink_to(tmp_path / "secret.json")
+    (tmp_path / "in" / "tokenizer.json").rename(tmp_path / "base.json")
+    (tmp_path / "in" / "tokenizer.json").symlink_to("../base.json")
+    tokenizer = Tokenizer.load(tmp_path / "in")
+    files = tokenizer_files(tmp_path / "in", tokenizer)
+    said = check_stage(tmp_path / "in", tokenizer)
+    assert "in: special_tokens_map.json: links to elsewhere, which are not copied" in said
+    assert files["special_tokens_map.json"] is None
+    assert files["tokenizer.json"] == (tmp_path / "base.json").read_bytes()
 
 
 # ---------------------------------------------------------------------------------------- resuming
@@ -318,7 +351,10 @@ def test_a_step_is_a_line_in_the_file_and_one_for_the_reader(tmp_path, capsys):
     run.start(*model_and_optimizer(), {"step": 0}, False, False, ABOUT)
     run.log(0, {"eval/loss": 2.5})
     run.log(1, {"loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0})
-    assert lines(tmp_path / "metrics.jsonl") == [
+    logged = lines(tmp_path / "metrics.jsonl")
+    seconds = [line.pop("time/elapsed") for line in logged]
+    assert 0 <= seconds[0] <= seconds[1] < 60
+    assert logged == [
         {"step": 0, "eval/loss": 2.5},
         {"step": 1, "loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0},
     ]
@@ -383,7 +419,7 @@ def test_without_two_evaluations_there_is_no_change_to_tell(
 def test_the_model_is_written_where_it_belongs(tmp_path, capsys):
     run, _, (model, _) = begun(tmp_path)
     for part in ("", "value"):
-        run.export(model.state_dict().items(), model.config, {"a.txt": "text"}, part)
+        run.export(model.state_dict().items(), model.config, {"a.txt": "text"}, part=part)
         assert (tmp_path / part / "a.txt").read_text() == "text"
         assert f"the model is in {tmp_path / part}\n" in capsys.readouterr().out
         found = dict(hf.load_model(tmp_path / part).named_parameters())
@@ -452,3 +488,381 @@ def test_a_record_holds_all_numbers_of_a_step_and_is_gone_with_its_run(tmp_path)
     assert second == {"rank": 0, "ids": [8], "mask": [1], "finish": "length"}
     begun(tmp_path / "run", overwrite=True)
     assert not (tmp_path / "run/records").exists()
+
+
+# --------------------------------------------------------------------------- what else is protected
+@pytest.mark.parametrize(
+    "name", ["chat_template.jinja", "tokenizer.json", "config.json", "model-00001-of-2.safetensors"]
+)
+def test_a_file_of_the_model_that_a_run_writes_is_not_read_by_it(tmp_path, name):
+    begun(tmp_path)
+    (tmp_path / name).write_text("old")
+    with pytest.raises(InputError, match=f"this run reads .*{name}, which would be overwritten"):
+        begun(tmp_path, overwrite=True, a_flag_of_a_fork=str(tmp_path / name))
+    assert (tmp_path / name).read_text() == "old"
+
+
+def test_files_are_named_by_flags_in_any_form(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("reward.py").write_text("")
+    Path("folder").mkdir()
+    flags = {"reward": ["exact", "reward.py:f", "model:folder"], "data": Path("none"), "n": 3}
+    assert named_files(flags) == ["reward.py", "folder"]
+
+
+def test_a_run_needs_no_git(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    begun(tmp_path / "run")
+    assert starts_of(tmp_path / "run")[0]["git"] is None
+
+
+def test_a_run_that_failed_in_its_first_step_does_not_block_its_folder(tmp_path):
+    run, _, _ = begun(tmp_path)
+    run.log(0, {"eval/loss": 2.0})
+    run, _, _ = begun(tmp_path, lr=2.0)
+    assert lines(tmp_path / "metrics.jsonl") == []
+    run.log(1, {"loss": 2.0})
+    with pytest.raises(InputError, match="already holds a run"):
+        begun(tmp_path)
+
+
+# ----------------------------------------------------------------------------------------- the lock
+def _hold(out, begins, ends):
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    begun(out)
+    begins.set()
+    ends.wait(60)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_second_run_in_the_folder_is_refused_until_the_first_one_is_gone(tmp_path, resume):
+    context = mp.get_context("spawn")
+    begins, ends = context.Event(), context.Event()
+    other = context.Process(target=_hold, args=(tmp_path, begins, ends))
+    other.start()
+    assert begins.wait(60)
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(InputError, match=f"process {other.pid} on .* is running in it: wait for"):
+        begun(tmp_path, resume=resume, overwrite=not resume)
+    assert (tmp_path / "run.json").read_bytes() == before
+    other.kill()
+    other.join()
+    begun(tmp_path, resume=resume, overwrite=not resume)
+
+
+def test_what_a_reward_forks_holds_no_lock(tmp_path):
+    """A process that outlives its run, and would hold an inherited lock."""
+    run, _, _ = begun(tmp_path)
+    child = mp.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    run.lock.close()
+    try:
+        probe = (
+            "import fcntl,sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        )
+        subprocess.run([sys.executable, "-c", probe, tmp_path / ".lock"], check=True)
+    finally:
+        child.kill()
+        child.join()
+
+
+# -------------------------------------------------------------------------- when it is time to save
+def test_a_save_is_due_by_steps_by_time_and_at_the_last_step(tmp_path, monkeypatch):
+    run, state, trained = begun(tmp_path)
+    now = time.monotonic()
+    monkeypatch.setattr("nanopost.run.time.monotonic", lambda: now)
+    run.saved_at = now
+    assert [step for step in range(1, 10) if run.due_save(step, 4, 15)] == [4, 8, 9]
+    now += 15 * 60 + 1
+    assert run.due_save(5, 0, 15) and not run.due_save(5, 0, 15.1) and not run.due_save(5, 0, 0)
+    run.save(5, *trained, state)
+    assert not run.due_save(6, 0, 15)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_after_the_step_and_ends_the_run(tmp_path, capfd, monkeypatch, number):
+    finished = []
+    monkeypatch.setattr("nanopost.dist.finish", finished.append)
+    run, state, trained = begun(tmp_path)
+    assert not run.due_save(3, 0, 0)
+    os.kill(os.getpid(), number)
+    assert "saves and stops after this step; again: stops now" in capfd.readouterr().err
+    assert run.due_save(4, 0, 0)
+    run.save(4, *trained, state)
+    assert finished == [128 + number]
+    assert checkpoint.step_of(checkpoint.latest(tmp_path)) == 4
+    said = f"stopped by {number.name}: --resume continues after step 4\n"
+    assert capfd.readouterr().out.endswith(said)
+
+
+def test_a_second_signal_ends_the_run_at_once_unless_it_is_the_same_one(tmp_path, monkeypatch):
+    begun(tmp_path)
+    now = time.monotonic()
+    monkeypatch.setattr("nanopost.run.time.monotonic", lambda: now)
+    for _ in range(3):
+        os.kill(os.getpid(), signal.SIGTERM)
+    now += 3
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanopost.dist.finish", lambda code: pytest.fail("ended"))
+    run, state, trained = begun(tmp_path)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert run.due_save(9, 0, 0)
+    run.save(9, *trained, state)
+    assert checkpoint.latest(tmp_path) is None
+
+
+# ----------------------------------------------------------------------------------- after an error
+def step_of_training(model, optimizer):
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 0.5)
+    optimizer.step()
+
+
+def test_after_an_error_before_the_update_the_last_step_is_saved_as_it_was(tmp_path):
+    run, state, trained = begun(tmp_path)
+    step_of_training(*trained)
+    state["consumed"] += 10
+    run.log(1, {"loss": 1.0})
+    assert not run.due_save(1, 0, 0)
+    expected = torch.get_rng_state(), [p.detach().clone() for p in trained[0].parameters()]
+    state["consumed"] += 10  # the next step begins, draws, and fails
+    torch.rand(3)
+    assert dist.last_words() == "--resume continues after step 1"
+    _, state, (model, _) = begun(tmp_path, resume=True)
+    assert (state["step"], state["consumed"]) == (1, 10)
+    assert torch.equal(torch.get_rng_state(), expected[0])
+    assert all(map(torch.equal, model.parameters(), expected[1]))
+
+
+def test_after_an_error_in_the_middle_of_the_update_nothing_is_saved_and_it_says_so(tmp_path):
+    run, state, trained = begun(tmp_path)
+    step_of_training(*trained)
+    assert dist.last_words().startswith("nothing was trained yet: correct it, then run the same")
+    run.log(1, {"loss": 1.0})
+    assert not run.due_save(1, 0, 0)
+    step_of_training(*trained)
+    assert dist.last_words() == "no checkpoint was written yet: --resume starts from the beginning"
+    assert run.due_save(2, 2, 0)
+    run.save(2, *trained, state)
+    run.due_save(3, 2, 0)
+    step_of_training(*trained)
+    assert dist.last_words() == "--resume continues after step 2"
+
+
+def test_an_error_amid_a_sharded_forward_saves_the_shards_and_not_what_was_gathered(tmp_path):
+    """FSDP2 in a group of one, in bf16: whole weights lie there in bf16 when a forward fails."""
+    model = dist.shard(small_model(), World(0, 1, torch.device("cpu"), torch.bfloat16))
+    optimizer = optim.adamw(model, 0.01)
+    run = new_run(tmp_path)
+    run.start(model, optimizer, {"step": 0}, False, False, ABOUT)
+    step_of_training(model, optimizer)
+    expected = {name: p.clone() for name, p in dist.full_weights(model)}
+    run.log(1, {"loss": 1.0})
+    run.due_save(1, 0, 0)
+
+    def fail(*_):
+        raise ZeroDivisionError
+
+    model.model.layers[1].mlp.register_forward_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        model(batch_of([Example([1, 2, 3], [True] * 3)]))
+    assert dist.last_words() == "--resume continues after step 1"
+    plain, optimizer = model_and_optimizer(1)
+    checkpoint.load(checkpoint.latest(tmp_path), plain, optimizer)
+    for name, p in plain.named_parameters():
+        assert torch.equal(p, expected[name]), name
+
+
+def test_a_save_that_fails_is_said_and_not_repeated(tmp_path, monkeypatch):
+    run, state, trained = begun(tmp_path)
+    run.log(1, {"loss": 1.0})
+    run.due_save(1, 1, 0)
+
+    def full(*_, **__):
+        raise InputError("the disk is full.")
+
+    monkeypatch.setattr("nanopost.checkpoint.save", full)
+    said = "step 1 could not be saved (the disk is full.); no checkpoint was written yet"
+    assert dist.last_words().startswith(said)
+    with pytest.raises(InputError):
+        run.save(1, *trained, state)
+    assert dist.last_words().startswith("no checkpoint was written yet")
+
+
+# ------------------------------------------------------------------------------ several checkpoints
+def test_as_many_checkpoints_as_asked_are_kept_and_others_folders_stay(tmp_path):
+    run, state, trained = begun(tmp_path)
+    run.keep = 3
+    theirs = ["step-best", "step-000001-backup", "notes", "step-2"]
+    for name in theirs:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
+    for step in range(1, 7):
+        run.save(step, *trained, state)
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == sorted([*theirs, "step-000004", "step-000005", "step-000006"])
+    begun(tmp_path, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == sorted(theirs)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [cut, flip, Path.unlink])
+@pytest.mark.parametrize(
+    "name", ["__0_0.distcp", ".metadata", "state.json", "random-0.json", "checksums.json"]
+)
+def test_a_damaged_checkpoint_is_skipped_aloud_and_the_one_before_it_taken(
+    tmp_path, capsys, name, harm
+):
+    run, state, trained = begun(tmp_path)
+    for step in (2, 4):
+        run.log(step, {"loss": 1.0})
+        run.save(step, *trained, state)
+    harm(tmp_path / "checkpoints" / "step-000004" / name)
+    run, state, _ = begun(tmp_path, resume=True)
+    assert state["step"] == 2 and steps_of(tmp_path / "metrics.jsonl") == [2]
+    if (name, harm) != ("state.json", Path.unlink):  # a deletion that was cut off
+        said = capsys.readouterr().out
+        assert "WARNING: --resume skips" in said and "step-000004: " in said
+        assert (tmp_path / "checkpoints" / "step-000004.damaged").is_dir()
+    run.save(4, *trained, state)  # its place is free
+    assert checkpoint.damage(checkpoint.latest(tmp_path)) == ""
+    assert begun(tmp_path, resume=True)[1]["step"] == 4
+
+
+def test_without_a_sound_checkpoint_nothing_is_begun_anew_unasked(tmp_path):
+    run, state, trained = begun(tmp_path)
+    run.log(2, {"loss": 1.0})
+    run.save(2, *trained, state)
+    flip(tmp_path / "checkpoints" / "step-000002" / "__0_0.distcp")
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match="every checkpoint in .* is damaged: --overwrite starts"
+        ):
+            begun(tmp_path, resume=True)
+    assert steps_of(tmp_path / "metrics.jsonl") == [2]
+
+
+@pytest.mark.parametrize("content", ["", "[{"])
+def test_a_manifest_that_is_cut_off_does_not_strand_a_good_checkpoint(tmp_path, capsys, content):
+    saved(tmp_path, 4, lr=1e-3)
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(InputError, match="already holds a run"):
+        begun(tmp_path)
+    _, state, _ = begun(tmp_path, resume=True, lr=1e-3)
+    assert state["step"] == 4 and "run.json was lost or cut off" in capsys.readouterr().out
+    assert [start["resumed_at"] for start in starts_of(tmp_path)] == [4]
+
+
+# --------------------------------------------------------------------------------- what has changed
+def test_other_content_of_a_file_that_a_flag_names_is_said(tmp_path, capsys):
+    for name in ("a.jsonl", "b.jsonl", "reward.py"):
+        (tmp_path / name).write_text("one")
+    flags = {"data": [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]}
+    flags["reward"] = [f"{tmp_path}/reward.py:f"]
+    saved(tmp_path / "run", 4, **flags)
+    begun(tmp_path / "run", resume=True, **flags)
+    assert "changed" not in capsys.readouterr().out
+    for name in ("b.jsonl", "reward.py"):
+        (tmp_path / name).write_text("two")
+    begun(tmp_path / "run", resume=True, **flags)
+    said = [line for line in capsys.readouterr().out.splitlines() if "changed" in line]
+    assert said == [
+        f"WARNING: {tmp_path}/{name} has changed since the run started"
+        for name in ("b.jsonl", "reward.py")
+    ]
+
+
+def test_the_seconds_of_a_resumed_run_go_on(tmp_path, monkeypatch):
+    saved(tmp_path, 4)
+    log = tmp_path / "metrics.jsonl"
+    old = [line | {"time/elapsed": 100.0 * line["step"]} for line in lines(log)]
+    log.write_text("".join(json.dumps(line) + "\n" for line in old))
+    run, _, _ = begun(tmp_path, resume=True)
+    run.log(5, {"loss": 1.0})
+    assert 400 <= lines(log)[-1]["time/elapsed"] < 460
+
+
+# --------------------------------------------------------------------------------- dtype of a model
+@pytest.mark.parametrize(
+    "read, flag, written, said",
+    [
+        ("float32", "auto", "float32", ""),
+        ("bfloat16", "auto", "bfloat16", " in bfloat16, rounded from fp32 (--save_dtype fp32"),
+        ("bfloat16", "fp32", "float32", " in float32, though it was read in bfloat16 (--save_d"),
+        ("float32", "bf16", "bfloat16", " in bfloat16, though it was read in float32 (--save_d"),
+        ("float16", "auto", "float16", " in float16, rounded from fp32 (--save_dtype fp32"),
+    ],
+)
+def test_a_model_is_written_in_the_dtype_asked_for_and_a_change_is_said(
+    tmp_path, capsys, read, flag, written, said
+):
+    model = small_model()
+    hf.save_model(
+        tmp_path / "in", model.state_dict().items(), model.config, {}, getattr(torch, read)
+    )
+    lying = json.loads((tmp_path / "in" / "config.json").read_text())
+    lying["dtype"] = lying["torch_dtype"] = "float64"  # the weights themselves decide
+    (tmp_path / "in" / "config.json").write_text(json.dumps(lying))
+    loaded = hf.load_model(tmp_path / "in")
+    run, _, _ = begun(tmp_path / "out")
+    run.export(loaded.state_dict().items(), loaded.config, {}, flag)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == written
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert {str(w.dtype) for w in weights.values()} == {f"torch.{written}"}
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith(f"the model is in {tmp_path / 'out'}{said}")
+    assert bool(said) == ("--save_dtype" in line)
+
+
+# ------------------------------------------------------------------------------- ranks apart
+def _apart(rank, folder, shared):
+    os.chdir(folder / ("shared" if shared else str(rank)))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    world = World(rank, 2, torch.device("cpu"), torch.float32)
+    run, began = Run("run", world, 9, DATA, []), time.monotonic()
+    try:
+        run.start(*model_and_optimizer(), {"step": 0}, False, False, ABOUT)
+        run.signal = 15 if rank == 1 else 0
+        stops = run.due_save(1, 0, 0), run.stop
+        text = str(stops)
+    except InputError as error:
+        text = f"{error} after {time.monotonic() - began:.0f}s"
+    (folder / f"said-{rank}").write_text(text)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("alone", [None])  # no process group here: each worker joins its own
+def test_ranks_that_do_not_see_the_same_folder_say_so_in_seconds(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanopost.run.SEEN_WITHIN", 0.3)
+    for name in ("0", "1", "shared"):
+        (tmp_path / name).mkdir()
+    mp.start_processes(_apart, (tmp_path, False), nprocs=2, start_method="fork")
+    for rank in (0, 1):
+        said = (tmp_path / f"said-{rank}").read_text()
+        assert re.match(r"--out run: rank 1 on .* cannot see what rank 0 writes there", said)
+        assert int(re.search(r"after (\d+)s", said)[1]) < 5
+
+
+@pytest.mark.parametrize("alone", [None])
+def test_a_signal_that_reaches_one_rank_stops_all_of_them(tmp_path):
+    (tmp_path / "shared").mkdir()
+    mp.start_processes(_apart, (tmp_path, True), nprocs=2, start_method="fork")
+    assert [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)] == ["(True, 15)"] * 2

@@ -21,9 +21,23 @@ SFT = ("--steps", 8, "--rows", 16, "--lr", 3e-3, "--save_every", 2, "--eval_ever
 GRPO = ("--steps", 6, "--prompts", 4, "--group", 4, "--save_every", 2, "--eval_every", 3)
 REWARD = """
 class Digits:
+    calls = 0
+
     def __call__(self, completions, answer, **columns):
         assert len(completions) == len(answer)
-        return [sum(c.isdigit() for c in text[0]["content"]) / 8 for text in completions]
+        self.calls += 1
+        bonus = self.calls / 1000
+        return [bonus + sum(c.isdigit() for c in text[0]["content"]) / 8 for text in completions]
+
+    def state_dict(self):
+        return {"calls": self.calls}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+def digits(completions, **columns):
+    return [sum(c.isdigit() for c in text[0]["content"]) / 8 for text in completions]
 """
 
 
@@ -139,7 +153,7 @@ def test_grpo_on_two_ranks_is_grpo_on_one(place, grpo_run):
 
 # Every choice of every flag of the family, with defaults and the tests above.
 VARIANTS = [
-    "--adv loo --ratio sequence_sum --beta 0.1 --kl k1",
+    "--adv loo --ratio sequence_sum --beta 0.1",
     "--adv mean --agg constant --old_logp trainer --correct token-truncate",
     "--ratio sequence --agg sequence --beta 0.05 --tokens 64",
     "--loss cispo --adv batch --resample 3 --stop 999 --temperature 0.7",
@@ -311,7 +325,7 @@ def killed_and_resumed(run, instants, seed, longest) -> list[str]:
 
 def same_lines(out, other):
     """Of two runs, but for what a clock measures."""
-    clocks = ("time/rollout", "time/step", "tokens_per_second")
+    clocks = ("time/rollout", "time/step", "time/elapsed", "tokens_per_second")
     parts = []
     for folder in (out, other):
         lines = metrics(folder)
@@ -340,3 +354,120 @@ def test_grpo_killed_five_times_ends_with_the_weights_of_one_never_killed(place,
     same_lines(place / "grpo_killed", grpo_run)
     lines = [(p / "samples.jsonl").read_text() for p in (place / "grpo_killed", grpo_run)]
     assert lines[0] == lines[1]
+
+
+# ------------------------------------------------------------------------- signals and failed steps
+def started(script, arguments, out, ranks=0):
+    """A run in the background that has logged two steps and never saves by itself."""
+    flags = (*arguments, "--save_every", 0, "--keep", 1)
+    with open(f"{out}.log", "w") as log:
+        process = subprocess.Popen(
+            command(script, *flags, ranks=ranks), env=ENVIRONMENT, stdout=log, stderr=log
+        )
+    deadline = time.monotonic() + 200
+    path = out / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < 3:
+        assert process.poll() is None and time.monotonic() < deadline, said(out)
+        time.sleep(0.01)
+    return process
+
+
+def said(out):
+    return Path(f"{out}.log").read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_saves_and_resumes_to_the_last_bit(place, tmp_path, number):
+    out = tmp_path / "run"
+    process = started("train_sft.py", sft(place, out, "--steps", 8), out)
+    process.send_signal(number)
+    assert process.wait(60) == 128 + number and "Traceback" not in said(out)
+    step = metrics(out)[-1]["step"]
+    assert 2 <= step < 8
+    assert f"stopped by {number.name}: --resume continues after step {step}\n" in said(out)
+    done = run("train_sft.py", *sft(place, out, "--resume"))
+    assert f"resumed at step {step}\n" in done.stdout
+    assert weights(out) == weights(place / "sft")
+    same_lines(out, place / "sft")
+
+
+def workers(out):
+    """Processes of the run in `out`, by their command lines."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(out).encode() in words and b"torch.distributed.run" not in words:
+            found.append(int(path.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_launcher_that_is_stopped_or_killed_leaves_a_checkpoint_and_no_process(
+    place, tmp_path, number
+):
+    out = tmp_path / "run"
+    process = started("train_sft.py", sft(place, out, "--steps", 500), out, ranks=2)
+    assert len(workers(out)) == 2
+    process.send_signal(number)
+    process.wait(60)
+    deadline = time.monotonic() + 60
+    while workers(out):
+        assert time.monotonic() < deadline, said(out)
+        time.sleep(0.05)
+    step = metrics(out)[-1]["step"]
+    assert [p.name for p in (out / "checkpoints").iterdir()] == [f"step-{step:06d}"], said(out)
+    assert f"stopped by SIGTERM: --resume continues after step {step}\n" in said(out)
+
+
+def test_a_reward_that_fails_leaves_the_step_before_it_to_resume_from(place, tmp_path, grpo_run):
+    out, flag = tmp_path / "run", tmp_path / "fails"
+    fails = f"calls.append(1); assert len(calls) < 10 or not os.path.exists({str(flag)!r})"
+    failing = REWARD.replace("        assert", f"        {fails}\n        assert")
+    (tmp_path / "reward.py").write_text("import os\ncalls = []\n" + failing)
+    flag.write_text("")
+    flags = ("--reward", f"{tmp_path}/reward.py:Digits", "--save_every", 0)
+    done = run("train_grpo.py", *grpo(place, out, *flags), ok=False)
+    step = metrics(out)[-1]["step"]
+    assert done.returncode == 1 and 1 <= step < 6
+    assert done.stderr.endswith(f"\n--resume continues after step {step}\n")
+    assert "Traceback" not in done.stderr
+    flag.unlink()
+    run("train_grpo.py", *grpo(place, out, *flags, "--resume"))
+    assert weights(out) == weights(grpo_run)
+    same_lines(out, grpo_run)
+
+
+def test_a_run_whose_reward_fails_at_once_is_run_again_by_the_same_command(place, tmp_path):
+    (tmp_path / "reward.py").write_text("def f(completions, **columns):\n    return [1 / 0]\n")
+    flags = ("--reward", f"{tmp_path}/reward.py:f", "--steps", 1)
+    for _ in range(2):
+        done = run("train_grpo.py", *grpo(place, tmp_path / "x", *flags), ok=False)
+        assert done.stderr.endswith(
+            "\nnothing was trained yet: correct it, then run the same command again\n"
+        )
+
+
+def test_a_resampled_batch_does_not_depend_on_the_number_of_ranks(place, tmp_path):
+    """The groups kept, and which minibatch each is in; a rank draws none in a round of one."""
+    flags = ("--resample", 6, "--steps", 3, "--reward", f"{place}/reward.py:digits")
+    flags += ("--temperature", 0.5, "--lr", 1e-5, "--eval_every", 0, "--minibatches", 2)
+    for ranks in (1, 2):
+        run("train_grpo.py", *grpo(place, tmp_path / str(ranks), *flags), ranks=ranks)
+    one, two = (metrics(tmp_path / name)[1:] for name in ("1", "2"))
+    assert any(line["prompts_drawn"] % 2 for line in one)
+    for a, b in zip(one, two, strict=True):
+        for name in ("groups", "prompts_drawn", "frac_reward_zero_std"):
+            assert a[name] == b[name], name
+        for name in ("reward", "reward_std", "loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+
+
+def test_what_a_run_will_do_is_said_before_it_starts(place, tmp_path):
+    done = run("train_sft.py", *sft(place, tmp_path / "x", "--steps", 2, "--eval_rows", 7))
+    assert "1,000 rows to train on, 7 held out\n" in done.stdout
+    assert "of the 1,000 rows of an epoch: 2 steps, 0.032 epochs" in done.stdout
+    done = run("train_grpo.py", *grpo(place, tmp_path / "y", "--steps", 1, "--eval_rows", 3))
+    assert "10 prompts, 3 held out" in done.stdout and "1 steps of 4 prompts: 0.4 ep" in done.stdout

@@ -1,9 +1,11 @@
 """Renderings against transformers, the sandbox, and what a template says about itself."""
 
 import json
+import signal
+import time
 
 import pytest
-from chats import CHATML, CONVERSATIONS, REAL, TOOLS, answer, folder_of, make, raw_bytes, user
+from chats import CHATML, CONVERSATIONS, REAL, TOOLS, answer, call, folder_of, make, raw_bytes, user
 
 from nanopost import InputError
 from nanopost.template import Template
@@ -131,3 +133,62 @@ def test_a_template_is_untrusted(template):
     with pytest.raises(InputError, match="the chat template"):
         make(template).template.render(messages)
     assert messages == [user("Hi")]
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{% for a in range(99999) %}{% for b in range(99999) %}xxxxx{% endfor %}{% endfor %}",
+        "{% set n = namespace(x='x') %}"
+        "{% for a in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x=['x']) %}"
+        "{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{{ 'x' * 10 ** 10 }}",
+        "{{ 10 ** 10 * ['x'] }}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 2 ** 60000000 * 2 ** 60000000 }}",
+        "{{ '%9999999999d' % 1 }}",
+        "{{ '%*d' % (9999999999, 1) }}",
+        "{{ '%9999999999d' | format(1) }}",
+        "{{ '{:9999999999d}'.format(1) }}",
+        "{{ 'x'.ljust(10 ** 10) }}",
+        "{{ 'x' | center(10 ** 10) }}",
+        "{{ 'x\ny' | indent(10 ** 10) }}",
+        "{{ messages | tojson(indent=10 ** 10) }}",
+        "{{ messages[0].content * 40000000 }}",
+    ],
+)
+def test_a_rendering_has_limits_of_time_and_size(monkeypatch, template):
+    monkeypatch.setattr("nanopost.template.SECONDS", 0.4)
+    before = signal.getsignal(signal.SIGVTALRM)
+    began = time.thread_time()
+    with pytest.raises(InputError, match="the chat template (takes|writes) more than"):
+        make(template).template.render([user("Hi")])
+    assert time.thread_time() - began < 4
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
+
+
+def test_an_endless_template_is_tried_once_and_named_with_its_row(monkeypatch):
+    monkeypatch.setattr("nanopost.template.SECONDS", 0.4)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = make(f"{{% if messages | length > 2 %}}{endless}{{% endif %}}")
+    with pytest.raises(InputError, match="^f:3: the chat template takes more than 0.4 seconds"):
+        tokenizer.example({"messages": [user("a")] * 3, "__line__": "f:3"})
+
+
+def test_sizes_that_templates_do_use_are_within_the_limits():
+    ours = "{{ '-' * 40 }}{{ 'x' | center(9) }}{{ '%5d|%s' % (7, 2 ** 9) }}{{ '{:>4}'.format(3) }}"
+    assert make(ours).template.render([]) == "-" * 40 + "    x        7|512   3"
+    assert make("{{ 'a\nb' | indent(2) }}{{ '%03d' | format(7) }}").template.render([]) == (
+        "a\n  b007"
+    )
+
+
+def test_a_template_that_takes_arguments_as_text_gets_them_as_text():
+    """DeepSeek's puts them between strings."""
+    ours = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments + ';' }}"
+    ours += "{% endfor %}{% endfor %}"
+    calling = {"role": "assistant", "tool_calls": [call("add", {"a": "é"}), call("add", {"b": 1})]}
+    assert make(ours).template.render([user("x"), calling]) == '{"a": "é"};{"b": 1};'

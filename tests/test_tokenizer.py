@@ -25,7 +25,7 @@ from chats import (
 from tokenizers import Tokenizer as Raw
 from tokenizers import models, normalizers, processors
 
-from nanopost import InputError, rows
+from nanopost import InputError, pairs, rows
 from nanopost.tokenizer import (
     Tokenizer,
     check_stage,
@@ -326,7 +326,8 @@ def test_prompts_are_tokenized_and_counted_and_get_the_same_columns():
     kept, said = with_prompts(tokenizer, [prompt_row("x"), prompt_row("x" * 60)], max_prompt=20)
     assert len(kept) == 1 and said == "1 dropped by --max_prompt"
     _, said = with_prompts(tokenizer, [{"prompt": "1+1=?"}])
-    assert "warning: 1 prompts are plain text, but the model has a template" in said
+    assert "warning: 1 of 1 prompts are plain text, which gets no chat template" in said
+    assert said.endswith("(row is the first): --to_messages makes them messages")
     _, said = with_prompts(make(None, SPECIAL), [{"prompt": "1+1=?"}])
     assert "warning" not in said
 
@@ -363,12 +364,8 @@ def test_a_prompt_without_room_for_its_completion_is_refused(name, limit, sides,
 def test_tools_and_template_variables_of_a_row_reach_its_prompt():
     template = "{{ tools | length if tools else 0 }}{{ mood }}{{ messages[0].content }}"
     row = prompt_row("a", chat_template_kwargs={"mood": "!"})
-    for tools in ([{"name": "f"}], '[{"name": "f"}]'):
-        kept, _ = with_prompts(make(template), [{**row, "tools": tools}])
-        assert make(template).decode(kept[0]["prompt_ids"]) == "1!a"
-    for use in (lambda t, row: with_prompts(t, [row]), lambda t, row: t.example(row)):
-        with pytest.raises(InputError, match="^f:3: tools is text, but not JSON"):
-            use(make(CHATML), {"prompt": [user("a")], "completion": [], "tools": "f()"} | LINE)
+    kept, _ = with_prompts(make(template), [{**row, "tools": [{"name": "f"}]}])
+    assert make(template).decode(kept[0]["prompt_ids"]) == "1!a"
 
 
 def test_a_pair_has_one_prompt_and_ends_with_the_end_of_the_turn():
@@ -385,6 +382,45 @@ def test_a_pair_has_one_prompt_and_ends_with_the_end_of_the_turn():
     for labelled, side in zip(rows.take_pairs_apart([row]), (chosen, rejected)):
         example = tokenizer.example(labelled, "completion").ended()
         assert example.ids.tolist() == side.ids.tolist()
+
+
+def test_an_answer_that_merges_with_the_end_of_the_prompt_keeps_its_pair():
+    tokenizer = make(CHATML, SPECIAL, eos="<|im_end|>", merges=[("Ċ", "Ċ")])
+    row = {"prompt": [user("1+1=?")], "chosen": [answer("\n2")], "rejected": [answer("11")]}
+    header = "<|im_start|>user\n1+1=?<|im_end|>\n<|im_start|>assistant"
+    for chosen, rejected in (("\n\n2", "11"), ("11", "\n\n2"), ("\n\n2", "\n\n\n3")):
+        row |= {"chosen": [answer(chosen)], "rejected": [answer(rejected)]}
+        pair = tokenizer.pair(row)
+        for example, text in zip(pair, (chosen, rejected)):
+            assert tokenizer.decode(example.ids[~example.mask]) == header
+            assert tokenizer.decode(example.ids[example.mask]) == f"\n{text}<|im_end|>"
+        assert np.diff(pair[0].mask).sum() == np.diff(pair[1].mask).sum() == 1
+    row |= {"chosen": [answer("2")], "rejected": [answer("11")]}
+    assert tokenizer.decode(tokenizer.pair(row)[0].ids[-2:]) == "2<|im_end|>"
+
+
+def test_implicit_pairs_that_cannot_be_used_are_counted_as_explicit_ones_are():
+    tokenizer = make(CHATML, SPECIAL, eos="<|im_end|>")
+    q, a, b = user("q"), answer("a"), answer("b")
+    implicit = [
+        {"chosen": [q, a], "rejected": [q, b]},
+        {"chosen": [q, a], "rejected": [q, a]},
+        {"chosen": [q, a], "rejected": [q, a, q, b]},
+        {"chosen": [q, a], "rejected": [q]},
+        {"chosen": [q, a, q], "rejected": [q, a, q, b]},
+    ]
+    explicit = [
+        {"prompt": [q], "chosen": [a], "rejected": [b]},
+        {"prompt": [q], "chosen": [a], "rejected": [a]},
+        {"prompt": [q], "chosen": [a], "rejected": [a, q, b]},
+        {"prompt": [q], "chosen": [a], "rejected": [q]},
+        {"prompt": [q, a], "chosen": [q], "rejected": [q, b]},
+    ]
+    for given in (implicit, explicit):
+        encoded = [tokenizer.pair(rows.pair(row)) for row in given]
+        kept, counts = pairs.fit_to(encoded, 200, "truncate")
+        assert len(kept) == 1
+        assert {k: n for k, n in counts.items() if n} == {"alike": 1, "continued": 1, "emptied": 2}
 
 
 def test_a_prompt_that_depends_on_the_answer_is_refused_by_its_row():
@@ -432,6 +468,75 @@ def test_a_model_with_another_tokenizer_is_refused_by_its_flag(tmp_path):
     Tokenizer.load(tmp_path).check_same(tmp_path, "--value_model ")
     with pytest.raises(InputError, match=f"^--value_model {tmp_path}: its tokenizer is not"):
         make(None, SPECIAL[:-1]).check_same(tmp_path, "--value_model ")
+
+
+def same_ids(path, change):
+    """Whether the tokenizer is taken for the same after a change of tokenizer.json."""
+    raw = raw_bytes(SPECIAL, merges=[("a", "b"), ("ab", "c")])
+    folder_of(path, raw)
+    tokenizer = Tokenizer.load(path)
+    content = json.loads((path / "tokenizer.json").read_text())
+    change(content)
+    (path / "tokenizer.json").write_text(json.dumps(content))
+    return Tokenizer.load(path).hash == tokenizer.hash
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t["decoder"].update(add_prefix_space=True, trim_offsets=False),
+        lambda t: t.update(decoder=None),
+        lambda t: t["pre_tokenizer"].update(trim_offsets=False),
+        lambda t: t.update(
+            pre_tokenizer={"type": "Sequence", "pretokenizers": [t["pre_tokenizer"]]}
+        ),
+        lambda t: t.update(normalizer={"type": "Sequence", "normalizers": []}),
+        lambda t: t["model"].update(merges=["a b", "ab c"]),
+        lambda t: t["model"].update(continuing_subword_prefix="", byte_fallback=False),
+        lambda t: t["model"].update(vocab=dict(reversed(t["model"]["vocab"].items()))),
+        lambda t: t["added_tokens"][3].update(special=False),
+        lambda t: (
+            t.update(truncation={"max_length": 9, "strategy": "LongestFirst", "stride": 0})
+            or t["truncation"].update(direction="Right")
+        ),
+    ],
+)
+def test_what_decides_no_id_makes_no_other_tokenizer(tmp_path, change):
+    assert same_ids(tmp_path, change)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t["pre_tokenizer"].update(add_prefix_space=True),
+        lambda t: t["pre_tokenizer"].update(use_regex=False),
+        lambda t: t.update(normalizer={"type": "NFC"}),
+        lambda t: t["model"].update(merges=t["model"]["merges"][::-1]),
+        lambda t: t["model"].update(ignore_merges=True),
+        lambda t: t["added_tokens"][3].update(lstrip=True),
+        lambda t: t["added_tokens"].pop(3),
+    ],
+)
+def test_what_decides_ids_makes_another_tokenizer(tmp_path, change):
+    assert not same_ids(tmp_path, change)
+
+
+def test_a_tokenizer_that_transformers_saves_again_is_the_same(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    folder = folder_of(tmp_path, raw_bytes(SPECIAL), config)
+    tokenizer = Tokenizer.load(folder)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    tokenizer.check_same(tmp_path / "saved", "--reference_model ")
+    # or this test shows nothing
+    saved = tmp_path / "saved/tokenizer.json"
+    assert saved.read_bytes() != (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "minimind", "tiny_llama3"])
+def test_real_tokenizers_that_transformers_saves_again_are_the_same(real, auto, tmp_path, name):
+    auto(name).save_pretrained(tmp_path)
+    real(name)[0].check_same(tmp_path, "--reference_model ")
 
 
 def test_what_ends_an_answer_here_ends_one_in_transformers_too(tmp_path):

@@ -129,7 +129,7 @@ def exact_match(model) -> float:
     """Share of the held-out sums that a sample at temperature 1 gets right."""
     rows = toy.prompt_rows(held_out=True)
     tokenizer = Tokenizer.load(model)
-    engine = Engine(hf.load_model(model), tokenizer.stop_ids)
+    engine = Engine.of(hf.load_model(model), tokenizer)
     prompts = [tokenizer.prompt_ids(row["prompt"]) for row in rows]
     seeds = [prompt_seed(0, serial) for serial in range(len(rows))]
     groups = engine.generate(prompts, 1, Sampling(8), seeds)

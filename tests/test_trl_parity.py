@@ -246,7 +246,7 @@ def test_two_optimizer_steps_of_train_grpo_are_those_of_trl(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     rows = assets.prompt_rows(tokenizer, 6)
     assets.write_rows(tmp_path / "prompts.jsonl", rows)
-    peak = 3e-3
+    peak, seed = 3e-3, 4  # a seed with few gradients that are 0 but for rounding: see the end
     arguments = flags(
         model=folder,
         data=tmp_path / "prompts.jsonl",
@@ -258,7 +258,7 @@ def test_two_optimizer_steps_of_train_grpo_are_those_of_trl(folder, tmp_path):
         minibatches=2,
         max_new_tokens=NEW,
         temperature=TEMPERATURE,
-        seed=SEED,
+        seed=seed,
         lr=peak,
         warmup=0,
         agg="sequence",
@@ -270,17 +270,19 @@ def test_two_optimizer_steps_of_train_grpo_are_those_of_trl(folder, tmp_path):
     ours = metrics(tmp_path / "grpo")[-1]
 
     prompts = []
-    for i in packing.take(len(rows), SEED, 0, 4):
+    for i in packing.take(len(rows), seed, 0, 4):
         ids = tokenizer.apply_chat_template(
             rows[i]["prompt"], add_generation_prompt=True, return_dict=False
         )
         prompts.append(ids)
-    engine = Engine(hf.load_model(folder), Tokenizer.load(folder).stop_ids)
-    seeds = [prompt_seed(SEED, serial) for serial in range(4)]
+    engine = Engine.of(hf.load_model(folder), Tokenizer.load(folder))
+    seeds = [prompt_seed(seed, serial) for serial in range(4)]
     groups = engine.generate(prompts, GROUP, Sampling(NEW, TEMPERATURE), seeds)
     rollouts = [r for group in groups for r in group]
     assert len({len(r.ids) for r in rollouts}) > 3
-    texts = tokenizer.batch_decode([r.ids for r in rollouts], skip_special_tokens=True)
+    # Unlike TRL's, our rewards read special tokens too, but for the one that ends an answer.
+    stops = Tokenizer.load(folder).stop_ids
+    texts = [tokenizer.decode([*r.ids[:-1], *{r.ids[-1]} - stops]) for r in rollouts]
     reward_PG = torch.tensor(length_modulo_7(texts)).view(4, GROUP)
     adv_PG = (reward_PG - reward_PG.mean(1, keepdim=True)) / (reward_PG.std(1, keepdim=True) + 1e-4)
     assert ours["reward"] == pytest.approx(float(reward_PG.mean()))

@@ -210,10 +210,12 @@ INVARIANT = {"tokens", "checkpointing", "kernels", "engine_rows", "reference", "
 
 
 # --------------------------------------------------------------------------------------------- rows
-def read_rows(path, rename=()) -> list[dict]:
+def read_rows(paths, rename=()) -> list[dict]:
     """rename: ["theirs=ours", ...]."""
     ours = dict(pair.split("=") for pair in rename)
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    rows = []
+    for path in paths:
+        rows += [json.loads(line) for line in Path(path).read_text().splitlines()]
     return [{ours.get(name, name): value for name, value in row.items()} for row in rows]
 
 
@@ -222,9 +224,11 @@ def split_rows(args) -> tuple[list[dict], list[dict]]:
     unless there is --eval_data."""
     rows = read_rows(args.data, args.rename)
     if args.eval_data:
-        return rows, read_rows(args.eval_data, args.rename)
+        return rows, read_rows(args.eval_data, args.rename)[: args.eval_rows]
     held_out = sorted(np.random.default_rng((0, 0)).permutation(len(rows))[: args.holdout])
-    return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in held_out]
+    return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in held_out][
+        : args.eval_rows
+    ]
 
 
 def drawn(n, seed, first, count) -> list[int]:
