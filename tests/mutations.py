@@ -1231,8 +1231,8 @@ MUTATIONS = [
     mutation(
         "sft-evaluates-other-targets-than-it-trains",
         "train_sft.py",
-        "tokenizer.example(row, args.train_on) for row in eval_rows",
-        "tokenizer.example(row) for row in eval_rows",
+        'tokenizer.example(row, args.train_on) for row in progress(eval_rows, "',
+        'tokenizer.example(row) for row in progress(eval_rows, "',
         "twins/test_sft.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
