@@ -1230,8 +1230,8 @@ MUTATIONS = [
     mutation(
         "sft-evaluates-other-targets-than-it-trains",
         "train_sft.py",
-        'row, args.train_on) for row in progress(eval_rows, "held-out rows encoded")',
-        'row) for row in progress(eval_rows, "held-out rows encoded")',
+        'tokenizer.example(row, args.train_on) for row in progress(eval_rows, "',
+        'tokenizer.example(row) for row in progress(eval_rows, "',
         "twins/test_sft.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
@@ -1458,6 +1458,87 @@ MUTATIONS = [
         "        for layer in range(len(self.k)):\n",
         "        old = self.k[:]\n        for layer in range(len(old)):\n",
         "test_engine.py::test_a_cache_drops_rows_layer_by_layer",
+    ),
+    # ---- slow twins of train_dpo.py, train_kto.py and train_online_dpo.py
+    mutation(
+        "dpo-order-begins-anew-on-resume",
+        "train_dpo.py",
+        'indices, _ = packing.share(per_epoch, args.seed, state["consumed"], args.rows, world)',
+        'state["consumed"] *= not run.resumed\n'
+        '    indices, _ = packing.share(per_epoch, args.seed, state["consumed"], args.rows, world)',
+        "twins/test_dpo.py::test_it_agrees_after_a_resume[forward_kl]",
+    ),
+    mutation(
+        "dpo-evaluates-its-training-pairs",
+        "train_dpo.py",
+        "mine = eval_pairs[world.rank :: world.size]",
+        "mine = train_pairs[world.rank :: world.size]",
+        "twins/test_dpo.py::test_the_twin_agrees_and_each_flag_matters[forward_kl]",
+    ),
+    mutation(
+        "cached-reference-of-another-model",
+        "nanopost/reference.py",
+        "{hf.content_hash(reference_folder)}",
+        "any",
+        "twins/test_kto.py::test_the_twin_agrees_and_each_flag_matters[aot]",
+        "twins/test_kto.py::test_the_twin_agrees_and_each_flag_matters[aot_unpaired]",
+    ),
+    mutation(
+        "kl-of-kto-not-clamped",
+        "nanopost/preference.py",
+        "rejected_ratio_P.detach().mean().clamp(min=0)",
+        "rejected_ratio_P.detach().mean()",
+        "twins/test_kto.py::test_the_twin_agrees_and_each_flag_matters[kto]",
+    ),
+    mutation(
+        "mean-of-good-rows-over-all-rows",
+        "nanopost/preference.py",
+        '"rewards/chosen": (reward_P[good_P].sum(), good_P.sum())',
+        '"rewards/chosen": (reward_P[good_P].sum(), len(good_P))',
+        "twins/test_kto.py::test_the_twin_agrees_and_each_flag_matters[kto]",
+    ),
+    mutation(
+        "boundary-of-bco-begins-anew-on-resume",
+        "train_kto.py",
+        "args.resume, args.overwrite, fingerprint(tokenizer))",
+        "args.resume, args.overwrite, fingerprint(tokenizer))\n"
+        'state |= {"reward_sum": 0.0, "reward_count": 0}',
+        "twins/test_kto.py::test_it_agrees_after_a_resume[bco]",
+    ),
+    mutation(
+        "constant-of-the-js-score-dropped",
+        "nanopost/preference.py",
+        "math.log(2) + F.logsigmoid(log_ratio)",
+        "F.logsigmoid(log_ratio)",
+        "twins/test_dpo.py::test_the_twin_agrees_and_each_flag_matters[js]",
+    ),
+    mutation(
+        "reference-of-tr-dpo-not-resumed",
+        "forks/tr_dpo.diff",
+        "+state = run.start(model, optimizer, fresh, args.resume, args.overwrite, about, **moving)",
+        "+state = run.start(model, optimizer, fresh, args.resume, args.overwrite, about)",
+        "twins/test_dpo.py::test_it_agrees_after_a_resume[fork tr_dpo]",
+    ),
+    mutation(
+        "engine-of-online-dpo-not-synced-on-resume",
+        "train_online_dpo.py",
+        'engine.sync_weights(dist.full_weights(model), state["step"])\n',
+        "",
+        "twins/test_online_dpo.py::test_it_agrees_after_a_resume_on_two_ranks[all]",
+    ),
+    mutation(
+        "held-out-answers-of-online-dpo-as-hot-as-in-training",
+        "train_online_dpo.py",
+        '("accuracy", 1.0)',
+        '("accuracy", args.temperature)',
+        "twins/test_online_dpo.py::test_the_twin_agrees_and_each_flag_matters[all]",
+    ),
+    mutation(
+        "ties-of-a-judge-won",
+        "nanopost/rewards.py",
+        "elif verdict == 1:",
+        "else:",
+        "twins/test_online_dpo.py::test_the_twin_agrees_and_each_flag_matters[judge]",
     ),
 ]
 

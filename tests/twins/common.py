@@ -200,35 +200,54 @@ PLUMBING = {
     "dtype": "twins/sft.py",
     "compile": "twins/sft.py",
     "save_every": "test_scripts.py",
+    "save_minutes": "test_layout.py",
+    "keep": "test_run.py",
+    "save_dtype": "test_run.py",
+    "reward_timeout": "test_rewards.py",
     "record": "twins/common.py",
     "resume": "test_scripts.py",
     "overwrite": "test_loops.py",
 }
 # Flags that say how, not what, is computed: some run of the twins gives each a value other than its
 # default, and the twin, which does not read it, agrees.
-INVARIANT = {"tokens", "checkpointing", "kernels", "engine_rows", "reference", "cache"}
+INVARIANT = {
+    "tokens",
+    "checkpointing",
+    "kernels",
+    "engine_rows",
+    "engine_tokens",
+    "reference",
+    "cache",
+}
 
 
 # --------------------------------------------------------------------------------------------- rows
-def read_rows(paths, rename=()) -> list[dict]:
-    """rename: ["theirs=ours", ...]."""
+def read_rows(paths, rename=(), to_messages=False) -> list[dict]:
+    """rename: ["theirs=ours", ...]. to_messages: a prompt or an answer that is text is a message of
+    the user or the assistant."""
     ours = dict(pair.split("=") for pair in rename)
     rows = []
     for path in paths:
         rows += [json.loads(line) for line in Path(path).read_text().splitlines()]
-    return [{ours.get(name, name): value for name, value in row.items()} for row in rows]
+    rows = [{ours.get(name, name): value for name, value in row.items()} for row in rows]
+    for row in rows if to_messages else ():
+        for name in ("prompt", "completion", "chosen", "rejected"):
+            if isinstance(row.get(name), str):
+                row[name] = [message("user" if name == "prompt" else "assistant", row[name])]
+    return rows
 
 
 def split_rows(args) -> tuple[list[dict], list[dict]]:
     """Rows to train on, and held-out rows: --holdout rows of a permutation that no seed changes,
-    unless there is --eval_data."""
-    rows = read_rows(args.data, args.rename)
+    unless there is --eval_data; of the held-out ones, the first --eval_rows."""
+    rows = read_rows(args.data, args.rename, args.to_messages)
     if args.eval_data:
-        return rows, read_rows(args.eval_data, args.rename)[: args.eval_rows]
-    held_out = sorted(np.random.default_rng((0, 0)).permutation(len(rows))[: args.holdout])
-    return [row for i, row in enumerate(rows) if i not in held_out], [rows[i] for i in held_out][
-        : args.eval_rows
-    ]
+        train, held_out = rows, read_rows(args.eval_data, args.rename, args.to_messages)
+    else:
+        chosen = np.random.default_rng((0, 0)).permutation(len(rows))[: args.holdout]
+        train = [row for i, row in enumerate(rows) if i not in chosen]
+        held_out = [row for i, row in enumerate(rows) if i in chosen]
+    return train, held_out[: args.eval_rows]
 
 
 def drawn(n, seed, first, count) -> list[int]:

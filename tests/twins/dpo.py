@@ -29,7 +29,7 @@ RUNS = {
     "--reference precomputed --cache {place}/cache",
     "alpha": NEAR + SCORES + "--loss_weights 0.9 0.4 0.02 1.2 0.8 1.4 0.5 --smoothing 0.1 "
     "--divergence alpha --alpha 0.3 --steps 3 --rows 5 --lr 3e-3 --warmup 0 --tokens 50 "
-    "--reference precomputed --cache {place}/cache",
+    "--reference precomputed --cache {place}/cache --to_messages --eval_rows 4",
     "ratios": PLAIN + "--reference_model {place}/other --loss nca sppo apo_zero apo_down "
     "--loss_weights 1 0.01 1.4 0.7 --beta 0.07 --steps 3 --rows 5 --lr 3e-3 --warmup 0",
     "without_reference": PLAIN + "--loss simpo cpo sft --loss_weights 0.8 0.5 0.3 --beta 0.7 "
@@ -41,7 +41,8 @@ RUNS = {
 }
 PAIR_METRICS = (
     "loss",
-    *("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("rewards/chosen", "rewards/rejected", "rewards/margins"),
+    *("rewards/accuracies", "rewards/ties"),
     *("logps/chosen", "logps/rejected"),
 )
 METRICS = {
@@ -181,15 +182,24 @@ def numbers(model, reference, ids, start, end=None, prompt_too=False, weight_T=N
     )
 
 
-def pair_metrics(chosen, rejected, loss, beta):
-    """Those of one pair; a step's are means over its pairs."""
-    c, r = (beta * (x.logp.item() - x.ref_logp) for x in (chosen, rejected))
+def pair_metrics(chosen, rejected, loss, args):
+    """Those of one pair; a step's are means over its pairs.
+
+    Rewards are per token if all losses that compare two answers do so per token, without a
+    reference."""
+    comparing = set(args.loss) - {"sft"}
+    per_token = bool(comparing) and comparing <= {"simpo", "orpo"}
+    c, r = (
+        args.beta * (x.logp.item() - x.ref_logp) / (x.length if per_token else 1)
+        for x in (chosen, rejected)
+    )
     return {
         "loss": loss.item(),
         "rewards/chosen": c,
         "rewards/rejected": r,
         "rewards/margins": c - r,
         "rewards/accuracies": float(c > r),
+        "rewards/ties": float(c == r),
         "logps/chosen": chosen.logp.item(),
         "logps/rejected": rejected.logp.item(),
     }
@@ -261,7 +271,7 @@ def twin(args):
         sides = [of_pair(model, reference, pair, args) for pair in held_out]
         nll_tokens = sum(chosen.targets for chosen, _ in sides) / len(sides)
         losses = [total_loss(*pair, nll_tokens, args) for pair in sides]
-        every = [pair_metrics(*pair, loss, args.beta) for pair, loss in zip(sides, losses)]
+        every = [pair_metrics(*pair, loss, args) for pair, loss in zip(sides, losses)]
         return {f"eval/{name}": value for name, value in means(every).items()}
 
     lines, tokens = [{"step": 0, **evaluated()}], 0
@@ -277,7 +287,7 @@ def twin(args):
             if args.fork == "wpo":
                 loss = wpo_weight(model, pair) * loss
             (loss / args.rows).backward()
-            each.append(pair_metrics(chosen, rejected, loss, args.beta))
+            each.append(pair_metrics(chosen, rejected, loss, args))
             for (ids, start), n in zip(pair, (chosen, rejected)):
                 entropy, targets, tokens = (
                     entropy + n.entropy,

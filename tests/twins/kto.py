@@ -20,7 +20,7 @@ RUNS = {
     "kto of pairs": "--model {place}/near --reference_model {place}/model "
     "--data {place}/theirs.jsonl --rename better=chosen worse=rejected --holdout 6 --epochs 1.6 "
     "--rows 5 --max_length 20 --overlong drop --tokens 50 --lr 3e-3 --warmup 1 --kernels torch "
-    "--reference precomputed --cache {place}/cache",
+    "--reference precomputed --cache {place}/cache --to_messages --eval_rows 4",
     "bco": PAIRS + "--loss bco --sft_weight 0.4 --beta 0.4 --steps 4 --rows 5 --lr 3e-3 --warmup 0 "
     "--eval_every 1 --max_length 19",
     # No step of these holds a pair twice: its slope would depend on how a sort breaks the tie.
@@ -137,8 +137,9 @@ def step_metrics(sides, label_P, losses, args):
     """Means over pairs. Of rows with labels: over good ones (chosen), over bad ones (rejected), and
     over all pairs of a good and a bad one (accuracies)."""
     if args.loss != "kto":
+        as_list = SimpleNamespace(beta=args.beta, loss=[args.loss])
         every = zip(sides, losses)
-        return dpo.means([dpo.pair_metrics(*pair, loss, args.beta) for pair, loss in every])
+        return dpo.means([dpo.pair_metrics(*pair, loss, as_list) for pair, loss in every])
     own = [
         SimpleNamespace(reward=args.beta * (x.logp.item() - x.ref_logp), logp=x.logp.item())
         for x, _ in sides
@@ -150,6 +151,7 @@ def step_metrics(sides, label_P, losses, args):
         "rewards/chosen": mean(x.reward for x in good),
         "rewards/rejected": mean(x.reward for x in bad),
         "rewards/accuracies": mean(x.reward > y.reward for x in good for y in bad),
+        "rewards/ties": mean(x.reward == y.reward for x in good for y in bad),
         "logps/chosen": mean(x.logp for x in good),
         "logps/rejected": mean(x.logp for x in bad),
     }

@@ -1,5 +1,6 @@
 """The twin of train_online_dpo.py: it samples the answers itself, ranks them and pairs them."""
 
+import math
 import runpy
 from argparse import Namespace
 
@@ -17,21 +18,24 @@ RUNS = {
     "--loss sigmoid ipo robust exo --loss_weights 1 0.05 0.6 0.8 --smoothing 0.15 --beta 0.3 "
     "--eos_penalty 0.4 --temperature 0.7 --steps 3 --prompts 5 --group 3 --seed 3 "
     "--weight_decay 0.4 --grad_clip 0.5 --eval_every 2 --tokens 100 --engine_rows 4 "
-    "--chat_template {place}/chat.jinja --checkpointing --kernels torch",
+    "--engine_tokens 200 --chat_template {place}/chat.jinja --checkpointing --kernels torch",
+    # Without near/, policy and reference would be equal in the first step, and rewards/ties would
+    # be a matter of rounding.
     "judge": "--model {place}/model --data {place}/puzzled.jsonl --rename puzzle=prompt "
     "--holdout 4 --max_prompt 20 --judge {place}/judge.py:longer --loss sigmoid_norm hinge "
     "discopop nca sppo apo_zero apo_down --eos_penalty 0.3 --max_new_tokens 5 --steps 3 "
-    "--prompts 3 --lr 2e-3 --warmup 1",
+    "--prompts 3 --lr 2e-3 --warmup 1 --to_messages --reference_model {place}/near",
     # Rewards are seldom unequal: there are steps with few pairs, and ranks with none.
     "without_reference": PLAIN + "--reward {place}/judge.py:rarely --loss simpo cpo sft "
-    "--gamma 0.9 --beta 0.4 --eos_penalty 0 --steps 3 --prompts 3 --group 2",
+    "--eval_rows 4 --gamma 0.9 --beta 0.4 --eos_penalty 0 --steps 3 --prompts 3 --group 2",
     "orpo": PLAIN + "--reward {place}/reward.py:letters --loss orpo --steps 3 --prompts 2",
 }
 METRICS = {
     *dpo.PAIR_METRICS,
     *("eval/accuracy", "eval/greedy", "eval/kl", "reward", "ties", "pairs", "entropy"),
     *("completions/mean_length", "completions/min_length", "completions/max_length"),
-    *("completions/clipped_ratio", "grad_norm", "lr", "epoch", "num_tokens"),
+    *("completions/clipped_ratio", "completions/unrewarded"),
+    *("grad_norm", "lr", "epoch", "num_tokens"),
 }
 JUDGE = '''
 def longer(prompts, pairs):
@@ -45,8 +49,9 @@ def longer(prompts, pairs):
 
 
 def rarely(completions, **columns):
-    """Equal for most answers."""
-    return [float(sum(map(ord, text[0]["content"])) % 4 == 0) for text in completions]
+    """Equal for most answers, and does not apply to others."""
+    sums = [sum(map(ord, text[0]["content"])) for text in completions]
+    return [None if x % 3 == 0 else float(x % 4 == 0) for x in sums]
 '''
 
 
@@ -55,7 +60,8 @@ def write_more(place):
     dpo.write_near(place)
     (place / "judge.py").write_text(JUDGE)
     rows = common.prompt_rows(14)
-    toy.write_rows(place / "puzzled.jsonl", [{"puzzle": row["prompt"]} for row in rows])
+    rows = [{"puzzle": row["prompt"] if i % 3 else f"{i}, "} for i, row in enumerate(rows)]
+    toy.write_rows(place / "puzzled.jsonl", rows)
 
 
 # ----------------------------------------------------------------------------------------- ranking
@@ -71,17 +77,21 @@ def wins(judge, s, row, texts):
 
 
 def ranked(judge, s, row, samples):
-    """Give each sample of a group its reward: total, less the penalty if it was cut off."""
+    """Give each sample of a group its reward, less the penalty if it was cut off; None if there are
+    rewards and none applies."""
     texts = [rollouts.text_of(s, sample.new) for sample in samples]
     won = wins(judge, s, row, texts) if judge else [0] * len(samples)
     for sample, w in zip(samples, won):
-        sample.reward = rollouts.total(s, sample) + w
-        if sample.finish == "length":
-            sample.reward -= s.args.eos_penalty
+        sample.reward = rollouts.total(s, sample) if s.rewards else 0.0
+        if sample.reward is not None:
+            sample.reward += w - s.args.eos_penalty * (sample.finish == "length")
 
 
 def best_and_worst(samples):
     """-> (chosen, rejected), the first of equals; None if they are equal."""
+    samples = [sample for sample in samples if sample.reward is not None]
+    if not samples:
+        return None
     best = max(samples, key=lambda sample: sample.reward)
     worst = min(samples, key=lambda sample: sample.reward)
     if best.reward == worst.reward or best.new == worst.new:
@@ -101,7 +111,10 @@ def evaluated(model, reference, s):
         samples = []
         for i, row in enumerate(s.held_out):
             samples += rollouts.group(model, s, row, 2**32 + i, 1, temperature)
-        found[f"eval/{name}"] = sum(rollouts.total(s, x) for x in samples) / len(samples)
+        totals = [rollouts.total(s, x) for x in samples]
+        totals = [x for x in totals if x is not None]
+        if totals:
+            found[f"eval/{name}"] = sum(totals) / len(totals)
         if name == "accuracy" and reference is not None:
             kl = 0.0
             for x in samples:
@@ -125,7 +138,10 @@ def check_recorded(recorded, about, groups, version):
         assert line["finish"] == sample.finish and line["version"] == version
         logp = [0.0] * len(sample.prompt) + sample.logp
         assert max(abs(a - b) for a, b in zip(line["engine_logp"], logp)) < rollouts.RECORDED
-        assert abs(line["reward"] - sample.reward) < rollouts.RECORDED
+        if sample.reward is None:
+            assert math.isnan(line["reward"])
+        else:
+            assert abs(line["reward"] - sample.reward) < rollouts.RECORDED
 
 
 def twin(args):
@@ -166,23 +182,21 @@ def twin(args):
         for pair in sides:
             loss = dpo.total_loss(*pair, nll_tokens, loss_args)
             (loss / len(pairs)).backward()
-            each.append(dpo.pair_metrics(*pair, loss, args.beta))
-        for p in model.parameters():  # without a pair: 0, and AdamW goes on
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+            each.append(dpo.pair_metrics(*pair, loss, args))
         grad_norm = common.clip_gradients(model, args.grad_clip)
         lr = common.learning_rate(step, args.steps, args.lr, args.warmup)
-        optimizer.step(lr)
+        optimizer.step(lr)  # nothing without a pair
         samples = [x for group in groups for x in group]
         every_side = [x for pair in sides for x in pair]
         tokens += sum(x.tokens for x in every_side)
-        rewards = [x.reward for x in samples]
-        rollouts.check_samples(args, step, [{"reward": x} for x in rewards[: args.group]])
+        rewards = [x.reward for x in samples if x.reward is not None]
+        first = [{} if x.reward is None else {"reward": x.reward} for x in samples[: args.group]]
+        rollouts.check_samples(args, step, first)
         lengths = [len(x.new) for x in samples]
         line = {
             "step": step,
             **dpo.means(each),
-            "reward": sum(rewards) / len(rewards),
+            "completions/unrewarded": 1 - len(rewards) / len(samples),
             "ties": 1 - len(pairs) / len(groups),
             "pairs": len(pairs),
             "completions/mean_length": sum(lengths) / len(lengths),
@@ -194,6 +208,8 @@ def twin(args):
             "epoch": step * args.prompts / len(s.rows),
             "num_tokens": tokens,
         }
+        if rewards:
+            line["reward"] = sum(rewards) / len(rewards)
         if every_side:
             line["entropy"] = sum(x.entropy for x in every_side) / sum(
                 x.targets for x in every_side
