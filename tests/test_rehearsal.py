@@ -13,8 +13,9 @@ from small import small_config
 from test_loops import SAMPLING, flags, place  # noqa: F401 (a fixture)
 
 from kernels.logprob import _add_product
+from nanopost import losses, preference
 from nanopost.attention import Packing, packed_attention
-from nanopost.batch import Example, batch_of
+from nanopost.batch import Example, Sequences, batch_of
 from nanopost.logprob import logprob, matmul_fp32
 from nanopost.model import ActorCritic, CausalLM, ScalarModel
 
@@ -117,3 +118,47 @@ def test_every_script_takes_two_steps_as_on_a_gpu(place, tmp_path, script, versi
             assert ours[1][name] == pytest.approx(exact[1][name], rel=5e-2, abs=5e-3)
     for p in load_file(tmp_path / "bf16/model.safetensors").values():
         assert p.isfinite().all() and p.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------- other devices
+# On meta tensors: what a loss makes on a CPU meets them in an error, as it would a GPU's.
+META = {"device": "meta"}
+
+
+def on_meta(count, dtype=torch.float32):
+    return torch.ones(count, dtype=dtype, **META)
+
+
+def test_losses_of_tokens_stay_on_their_device():
+    x_N, adv_N = on_meta(6).requires_grad_(), on_meta(6)
+    mask_N, index_N = on_meta(6, torch.bool), on_meta(6, torch.long)
+    sequences = Sequences(mask_N, index_N, 2)
+    found = [losses.sft_nll(x_N, mask_N), losses.sft_dft(x_N, mask_N)]
+    for level in ("token", "sequence", "sequence_sum"):
+        log_ratio_N = losses.log_ratio(x_N, adv_N, sequences, level)
+        for how in ("token", "sequence", "constant", "sequence_sum"):
+            weight_N = losses.token_weights(sequences, how)
+            given = log_ratio_N, x_N, adv_N, weight_N
+            found += losses.policy_loss_clip(*given, 0.1, 0.2)[:1]
+            found += losses.policy_loss_cispo(*given, 5.0)[:1]
+            found += losses.policy_loss_sapo(*given, (1.0, 1.05))[:1]
+    for level in ("token", "sequence"):
+        for mode in ("truncate", "mask"):
+            weight_N, metrics = losses.importance_weight(adv_N, adv_N, sequences, level, mode, 2.0)
+            found += [weight_N, *metrics.values()]
+    value_loss, metrics = losses.value_loss(x_N, adv_N, adv_N, mask_N, 0.2)
+    found += [value_loss, *metrics.values()]
+    found += [kl(x_N, adv_N) for kl in (losses.kl_k1, losses.kl_k2, losses.kl_k3)]
+    assert {x.device.type for x in found if isinstance(x, torch.Tensor)} == {"meta"}
+
+
+@pytest.mark.parametrize("name", [*preference.LOSSES, *preference.COUPLED])
+def test_losses_of_pairs_stay_on_their_device(name):
+    loss = {**preference.LOSSES, **preference.COUPLED}[name]
+    columns = dict.fromkeys(("logp", "ref_logp", "nll"), on_meta(4).requires_grad_())
+    pairs_P = preference.read_pairs({**columns, "length": on_meta(4)}, preference.js)
+    scalars = {"beta": 0.1, "smoothing": 0.1, "gamma": 0.5, "nll_tokens": 3.0, "shift": 0.1}
+    labels = {"label_P": on_meta(2), "label_weights": [1.0, 2.0]}
+    loss_P = preference.weighted([loss], [0.5], pairs_P, **scalars, **labels)
+    sums = preference.pair_metrics(pairs_P, 0.1, [loss])
+    assert {x.device.type for x in (loss_P, *sums.values())} == {"meta"}
