@@ -239,7 +239,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
-standstill = optim.Standstill(args.steps - state["step"])
+standstill = optim.Standstill(0 if run.resumed else args.steps)
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not run.resumed:
     run.log(0, evaluate())
@@ -249,7 +249,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     groups, reward_FPG, serials, drawn, equal = rollout_batch(state["consumed"])
     all_serials = dist.gather(serials)
     if not all_serials:
-        run.save(step - 1, model, optimizer, state)
+        if step > 1:
+            run.save(step - 1, model, optimizer, state)
         raise InputError(
             f"step {step}: in {args.resample + 1} rounds of {args.prompts} prompts every group of "
             f"{args.group} had equal rewards: warm up with train_sft.py, change --data or "

@@ -184,7 +184,7 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
-standstill = optim.Standstill(args.steps - state["step"])
+standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):

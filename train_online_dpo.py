@@ -135,8 +135,8 @@ def rollout(rows_P, serials, n, sampling):
     if reward_functions:
         reward_FPG = rewards.score(reward_functions, tokenizer, rows_P, groups)
         reward_PG += rewards.total(reward_FPG, reward_weights)
-    if judge:
-        reward_PG += rewards.judged(judge, tokenizer, rows_P, groups)
+    if judge:  # it ranks what no reward applies to, too
+        reward_PG = reward_PG.nan_to_num(0) + rewards.judged(judge, tokenizer, rows_P, groups)
     return groups, reward_PG
 
 
@@ -169,7 +169,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 engine.sync_weights(dist.full_weights(model), state["step"])
-standstill = optim.Standstill(args.steps - state["step"])
+standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):

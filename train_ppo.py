@@ -196,7 +196,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
-standstill = optim.Standstill(args.steps - state["step"])
+standstill = optim.Standstill(0 if run.resumed else args.steps)
 engine.sync_weights(dist.full_weights(model, "policy."), state["step"])
 if not run.resumed:
     run.log(0, evaluate())

@@ -308,7 +308,7 @@ def check_resume(checks: Checks, folder: Path, tiny: bool):
         apart = relative(second, first)
         checks.add(f"resume, {name}: two runs left alone (moved {moved:.0e})", apart, moved / 2)
         gap = relative(resumed, first)
-        checks.add(f"resume, {name}: killed and resumed", gap, apart and moved / 10)
+        checks.add(f"resume, {name}: killed and resumed", gap, 10 * apart)
 
 
 def kill_at(command, log: Path, lines: int):

@@ -308,7 +308,10 @@ def main():
             if not name.startswith(tuple(args.only)):
                 continue
             if args.seconds and time.perf_counter() - began > args.seconds:
-                print(f"{name}: not measured, --seconds {args.seconds} are over", flush=True)
+                print(
+                    f"{name}: not measured: the time limit (--seconds {args.seconds}) is reached",
+                    flush=True,
+                )
                 continue
             try:
                 lines, peak = run(folder, command, args.steps)

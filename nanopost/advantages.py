@@ -82,9 +82,12 @@ def whiten(x_BT, mask_BT, shift_mean: bool = True):
 
 def running_std(sums: tuple, score_B) -> tuple[tuple, float]:
     """Add the scores of all ranks to (count, sum, sum of squares) -> (the new sums, the std with n
-    of all scores so far; 1 if these are all equal, since they have no scale). A collective."""
+    of all scores so far; 1 if there is none or all are equal: they have no scale). A
+    collective."""
     new = dist.all_sums(len(score_B), score_B.sum(), score_B.square().sum())
     count, total, squares = sums = tuple(a + b for a, b in zip(sums, new))
+    if not count:
+        return sums, 1.0
     mean = total / count
     std = max(0.0, squares / count - mean**2) ** 0.5
     if std <= 1e-6 * (1 + abs(mean)):

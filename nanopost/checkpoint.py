@@ -158,20 +158,26 @@ def load(path: Path, model, optimizer, **others) -> dict:
     return state
 
 
+METADATA = {  # what torch.distributed.checkpoint's metadata consists of
+    "torch.distributed.checkpoint.metadata": (
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties"),
+        *("ChunkStorageMetadata", "BytesStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    ),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.serialization": ("_get_layout",),
+    "torch": ("Size",),
+    "pathlib": ("PosixPath",),
+    "pathlib._local": ("PosixPath",),
+}
+
+
 class _Unpickler(pickle.Unpickler):
-    """Makes what torch.distributed.checkpoint's metadata consists of, and nothing else."""
+    """Makes what is named in METADATA, and dtypes, and nothing else."""
 
     def find_class(self, module, name):
-        known = (
-            module == "torch.distributed.checkpoint.metadata"
-            or (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo")
-            or (module, name) == ("torch.serialization", "_get_layout")
-            or (module.split(".")[0], name) == ("pathlib", "PosixPath")
-            or (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype))
-            or (module, name) == ("torch", "Size")
-        )
-        if not known or "." in name:
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong into a checkpoint")
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if name not in METADATA.get(module, ()) and not is_dtype:
+            raise pickle.UnpicklingError(f"{module}.{name} does not belong in a checkpoint")
         return super().find_class(module, name)
 
 

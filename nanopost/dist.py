@@ -232,10 +232,10 @@ def even(micro_batches: list[list]) -> list[list]:
 def mean_and_std(x: torch.Tensor) -> tuple[float, float]:
     """Mean and std (with n - 1) of all numbers on all ranks."""
     x = x.double()
-    total, squares, count = all_sums(x.sum(), x.square().sum(), x.numel())
+    total, count = all_sums(x.sum(), x.numel())
     mean = total / max(1, count)
-    variance = max(0.0, squares - count * mean**2) / max(1, count - 1)
-    return mean, variance**0.5
+    squares = all_sum((x - mean).square().sum())  # of x itself they would cancel
+    return mean, (squares / max(1, count - 1)) ** 0.5
 
 
 def means(metrics: dict[str, tuple[float, float]]) -> dict[str, float]:

@@ -141,7 +141,7 @@ def accuracy(args, rows, world):
         args.reward, None, tokenizer, world, args.tokens, args.reward_timeout
     )
     if warning := rewards.check(functions, rows):
-        print(warning)
+        say(warning)
     rows, groups = sampler.answers(rows)
     texts_PG = sampler.texts(groups)
     reward_FPG = rewards.score(functions, tokenizer, rows, groups).numpy()

@@ -48,13 +48,13 @@ def set_learning_rate(optimizer: Optimizer, rate: float):
 
 # What Standstill says in the training scripts.
 NO_GRADIENT = (
-    "warning: nothing is learnt: the gradient was 0 in each step so far: check --data, and whether "
+    "warning: nothing is learnt. The gradient was 0 in each step so far: check --data, and whether "
     "the flags of the loss let it saturate."
 )
 EQUAL_REWARDS = (
-    "warning: nothing is learnt: the rewards that a step compares were equal in each step so far: "
+    "warning: nothing is learnt. The rewards that a step compares were equal in each step so far: "
     "look at samples.jsonl, then check --reward and --data, warm up with train_sft.py, or raise "
-    "--group or --max_new_tokens."
+    "--max_new_tokens."
 )
 
 

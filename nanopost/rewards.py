@@ -275,7 +275,10 @@ def guarded(timeout: float = 0.0):
             leave(status)
         raise SystemExit(status)
 
+    expired = []
+
     def expire(*_):
+        expired.append(True)
         raise _Expired
 
     os._exit = no_exit
@@ -292,6 +295,8 @@ def guarded(timeout: float = 0.0):
         os._exit = leave
         os.chdir(folder)
         torch.set_grad_enabled(grad)
+    if expired:  # and caught: what came after is not an answer
+        raise _Expired
 
 
 @contextmanager
@@ -442,7 +447,7 @@ def _culprit(reward, completions, columns, error):
         except type(error):
             return f"on completion {i} of {len(completions)}, called alone: {_excerpt(completion)}."
         except _Expired:
-            break
+            return f"on the batch of {len(completions)} completions."
         except (Exception, SystemExit):  # not the failure to be explained
             continue
     return f"on the batch of {len(completions)} completions; none of them fails like that alone."
@@ -480,8 +485,9 @@ def _excerpt(completion, length=120):
 def states(functions: list[Reward]) -> list[str]:
     """The state of all rewards that have one, as one text per rank for state.json; [] if none has.
     A collective."""
-    own = [_state(reward) for reward in functions]
-    if not any(state is not None for state in own):
+    own = {reward.name: _state(reward) for reward in functions}
+    own = {name: state for name, state in own.items() if state is not None}
+    if not own:
         return []
     buffer = io.BytesIO()
     try:
@@ -493,9 +499,10 @@ def states(functions: list[Reward]) -> list[str]:
             "a reward's state_dict() cannot be saved: make it of numbers, text, lists, dicts and "
             f"tensors ({type(error).__name__})."
         ) from error
-    if buffer.tell() > LARGEST_STATE:
+    size = len(buffer.getvalue())
+    if size > LARGEST_STATE:
         raise InputError(
-            f"a reward's state_dict() takes {buffer.tell() >> 20} MiB of at most "
+            f"a reward's state_dict() takes {size >> 20} MiB of at most "
             f"{LARGEST_STATE >> 20}: leave out what does not change."
         )
     return dist.gather([base64.b64encode(buffer.getvalue()).decode()])
@@ -516,14 +523,17 @@ def restore(functions: list[Reward], state: dict) -> str:
             f"{torch.distributed.get_world_size()} resume."
         )
     data = io.BytesIO(base64.b64decode(saved[torch.distributed.get_rank()]))
-    _restore(functions, torch.load(data, weights_only=True))
+    given = torch.load(data, weights_only=True)
+    _restore(functions, given)
+    if lost := given.keys() - {reward.name for reward in functions}:
+        return f"warning: the saved state of {', '.join(sorted(lost))} is lost: no such reward."
     return ""
 
 
 @contextmanager
 def held_out(functions: list[Reward]):
     """For an evaluation: the rewards' state is afterwards what it was before."""
-    before = [copy.deepcopy(_state(reward)) for reward in functions]
+    before = {reward.name: copy.deepcopy(_state(reward)) for reward in functions}
     try:
         yield
     finally:
@@ -539,7 +549,8 @@ def _state(reward):
 
 
 def _restore(functions, given):
-    for reward, state in zip(functions, given):
+    for reward in functions:
+        state = given.get(reward.name)
         if state is not None and hasattr(reward.function, "load_state_dict"):
             with _no_exit(f"Reward {reward.name}'s load_state_dict"), guarded():
                 reward.function.load_state_dict(state)

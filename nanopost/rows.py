@@ -231,7 +231,7 @@ def take_pairs_apart(rows: list[dict]) -> list[dict]:
         flat.append({**shared, "completion": row["chosen"], "label": True})
         flat.append({**shared, "completion": row["rejected"], "label": False})
     if alike:
-        say(f"{alike:,} pairs are left out, whose chosen and rejected are the same")
+        say(f"{alike:,} pairs are left out: their chosen and rejected are the same")
     return flat
 
 

@@ -122,13 +122,12 @@ class Run:
     def _check_seen(self):
         """InputError on all ranks if one does not see what rank 0 has written. A collective."""
         lock = self.out / ".lock"
-        (written,) = dist.gather([self.holder] if self.writes else []) or [None]
+        (written,) = dist.gather([self.holder] if self.writes else [])
         deadline = time.monotonic() + SEEN_WITHIN
-        while written and not self.writes and not _is_text(lock, written):
-            if time.monotonic() > deadline:
-                break
+        seen = self.writes or _is_text(lock, written)
+        while not seen and time.monotonic() < deadline:
             time.sleep(0.1)
-        seen = self.writes or not written or _is_text(lock, written)
+            seen = _is_text(lock, written)
         blind = dist.gather([] if seen else [f"rank {self.rank} on {platform.node()}"])
         if blind:
             raise InputError(
@@ -199,7 +198,7 @@ class Run:
                 path.unlink(missing_ok=True)
         earlier = starts_of(self.out) if resumed_at is not None else []
         if resumed_at is not None and not earlier:
-            self.say(f"{self.out}/run.json was lost or cut off: it begins anew with this start")
+            self.say(f"{self.out}/run.json is missing or cut off: a new one starts here")
         start = {
             "command": " ".join(sys.argv),
             "resumed_at": resumed_at,
@@ -252,6 +251,7 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
+            os.register_at_fork(after_in_child=_forget_the_run)
 
     def _mark(self, step):
         """The weights are as of the end of `step`. What else a checkpoint needs is copied, since
@@ -300,7 +300,7 @@ class Run:
         return step == self.steps or (every > 0 and step % every == 0)
 
     def due_save(self, step: int, every: int, minutes: float) -> bool:
-        """Whether to save after `step`: it is due, the last save is `minutes` ago (0: never mind),
+        """Whether to save after `step`: it is due, the last save is `minutes` ago (0: no limit),
         or a rank has been told to stop. A collective: all ranks get the same answer."""
         self._mark(step)
         late = 0 < 60 * minutes < time.monotonic() - self.saved_at
@@ -408,6 +408,13 @@ class Run:
                 change = [f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in names]
                 self.say(f"held out, before and after: {', '.join(change)}")
         dist.finish()
+
+
+def _forget_the_run():
+    """In a process that a reward has forked: it ends when it is told to, and saves nothing."""
+    dist.last_words = None
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def starts_of(out) -> list[dict]:

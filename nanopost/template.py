@@ -289,8 +289,44 @@ def _check_arguments(values):
 
 
 def _check_format(pattern):
-    if isinstance(pattern, str) and re.search(r"[0-9]{8}|%[^%a-zA-Z]*[*]", pattern):
-        raise TooMuch(_too_large())
+    """TooMuch for widths of more characters than there may be, or given apart from the pattern."""
+    if isinstance(pattern, str):
+        if re.search(r"[0-9]{9}|%[^%a-zA-Z]*[*]", pattern):
+            raise TooMuch(_too_large())
+        _check_size(sum(map(int, re.findall(r"[0-9]+", pattern))))
+
+
+def _check_method(name, text, args):
+    """TooMuch for a method of strings, or a filter of its name, whose result would be too long."""
+    if name == "join" and isinstance(text, str) and args and isinstance(args[0], (list, tuple)):
+        _check_size(sum(_length(part) + len(text) for part in args[0]))
+    elif name == "replace" and isinstance(text, str) and len(args) > 1:
+        old, new = str(args[0]), str(args[1])
+        _check_size(len(text) + text.count(old) * len(new))
+    elif name == "expandtabs" and isinstance(text, str):
+        width = args[0] if args and isinstance(args[0], int) else 8
+        _check_size(len(text) + text.count("\t") * width)
+
+
+def _joined(function):
+    """The filter join, which is called with the parts, then what is between them."""
+
+    @wraps(function)
+    def checked(context, value, d="", attribute=None):  # d: what goes between, by jinja's name
+        value = list(value)
+        _check_method("join", str(d), [value])
+        return function(context, value, d, attribute)
+
+    return checked
+
+
+def _replaced(function):
+    @wraps(function)
+    def checked(context, text, *args, **more):
+        _check_method("replace", str(text), [*args, *more.values()])
+        return function(context, text, *args, **more)
+
+    return checked
 
 
 def _bounded(function):
@@ -322,6 +358,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         if getattr(function, "__name__", "") in ("format", "format_map"):
             method = getattr(function, "__wrapped__", function)
             _check_format(getattr(method, "__self__", ""))
+        name, owner = getattr(function, "__name__", ""), getattr(function, "__self__", None)
+        _check_method(name, owner, [*args, *more.values()])
         return super(_Environment, environment).call(context, function, *args, **more)
 
 
@@ -361,6 +399,8 @@ def _compile(source, begin, end):
     environment.filters["tojson"] = _tojson
     for name in ("center", "indent", "tojson"):
         environment.filters[name] = _bounded(environment.filters[name])
+    environment.filters["join"] = _joined(environment.filters["join"])
+    environment.filters["replace"] = _replaced(environment.filters["replace"])
     environment.filters["format"] = _format
     environment.globals |= {
         "raise_exception": _raise_exception,

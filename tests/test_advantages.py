@@ -220,3 +220,10 @@ def test_what_no_reward_scores_is_in_no_mean_and_no_std(how, alone):
 def test_a_group_of_one_is_refused(how, alone):
     with pytest.raises(InputError, match="--group 1 .* 2 or more"):
         BASELINES[how](torch.zeros(3, 1))
+
+
+def test_a_batch_without_scores_has_no_scale(alone):
+    sums, scale = advantages.running_std((0, 0.0, 0.0), torch.zeros(0, dtype=torch.float64))
+    assert scale == 1.0
+    sums, scale = advantages.running_std(sums, torch.tensor([1.0, 3.0], dtype=torch.float64))
+    assert scale == 1.0 and sums == (2, 4.0, 10.0)  # the std is 1, with n

@@ -203,7 +203,8 @@ class Evil:
 def test_loading_a_checkpoint_runs_no_code_of_its_metadata(tmp_path):
     checkpoint.save(tmp_path, 1, *fresh(), {})
     path = checkpoint.latest(tmp_path)
-    for evil in (pickle.dumps(Evil(tmp_path / "ran")), b"cos.path\njoin\n."):
+    dcp = b"ctorch.distributed.checkpoint.metadata\n"  # the module has dataclass, which runs text
+    for evil in (pickle.dumps(Evil(tmp_path / "ran")), b"cos.path\njoin\n.", dcp + b"dataclass\n."):
         (path / ".metadata").write_bytes(evil)
         with pytest.raises(InputError, match="is damaged, or was written by no script here"):
             checkpoint.load(path, *fresh(1))

@@ -261,3 +261,9 @@ def test_training_that_runs_out_of_memory_names_the_flags_to_lower(capsys):
     dist._one_sentence(type(error), error, None)
     said = "error: out of memory: lower --tokens (per micro-batch), or add --checkpointing. CUDA"
     assert capsys.readouterr().err.startswith(said)
+
+
+def test_equal_numbers_have_no_spread_however_far_from_zero(alone):
+    assert dist.mean_and_std(torch.full((256,), -7.3)) == (pytest.approx(-7.3), 0.0)
+    far = torch.tensor([1e9, 1e9 + 2.0], dtype=torch.float64)
+    assert dist.mean_and_std(far)[1] == pytest.approx(2**0.5, rel=1e-12)

@@ -641,3 +641,29 @@ def test_both_log_probs_of_the_kl_in_ppos_reward_are_the_trainers(place, tmp_pat
     line = metrics(tmp_path)[1]
     assert line["objective/kl"] == 0 == line["objective/non_score_reward"]
     assert line["sampling/sampling_logp_difference/mean"] > 0
+
+
+def test_a_judge_ranks_what_no_reward_applies_to(place, tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def none(completions, **columns):\n"
+        "    return [None] * len(completions)\n"
+        "def longer(prompts, pairs):\n"
+        "    return [None if len(a) == len(b) else int(len(b) > len(a)) for a, b in pairs]\n"
+    )
+    more = ("--reward", f"{tmp_path}/own.py:none", "--judge", f"{tmp_path}/own.py:longer")
+    given = flags(place, "train_online_dpo.py", tmp_path / "out")
+    at = given.index("--reward")
+    run_here("train_online_dpo.py", *given[:at], *given[at + 2 :], *more)
+    assert metrics(tmp_path / "out")[1]["pairs"] > 0
+
+
+@pytest.mark.parametrize("script", ["train_grpo.py"])
+def test_a_first_step_that_fails_does_not_block_its_folder(place, tmp_path, script):
+    (tmp_path / "own.py").write_text(
+        "def one(completions, **c):\n    return [1.0] * len(completions)\n"
+    )
+    out, rewarded = tmp_path / "out", ("--reward", f"{tmp_path}/own.py:one", "--resample", 1)
+    for _ in range(2):
+        with pytest.raises(InputError, match="had equal rewards"):
+            run_here(script, *grpo(place, out, *rewarded))
+    assert not (out / "checkpoints").exists()

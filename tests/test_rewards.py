@@ -1036,3 +1036,40 @@ def test_the_reward_in_the_readme_scores_chat_prompts_and_plain_ones():
     rows_P = [{"prompt": "2+2?"}, {"prompt": [{"role": "user", "content": "2+2?"}]}]
     reward_FPG = rewards.score([reward], letters, rows_P, [[rollout(1), rollout(*[1] * 99)]] * 2)
     assert reward_FPG.tolist() == [[[1.0, 0.0], [1.0, 0.0]]]
+
+
+def test_a_reward_that_catches_its_timeout_does_not_answer_with_what_it_caught():
+    def catches_all(completions, **columns):
+        scores = []
+        for _ in completions:
+            try:
+                time.sleep(0.2)
+                scores.append(1.0)
+            except BaseException:
+                scores.append(0.0)
+        return scores
+
+    with pytest.raises(InputError, match="took more than --reward_timeout 0.1 seconds"):
+        rewards.call(rewards.Reward("slow", catches_all, 0.1), ["a", "b"], {})
+
+
+def test_the_state_of_rewards_goes_by_their_names(alone):
+    class Counts:
+        count = 0
+
+        def __call__(self, completions, **columns):
+            return [0.0] * len(completions)
+
+        def state_dict(self):
+            return {"count": self.count}
+
+        def load_state_dict(self, state):
+            self.count = state["count"]
+
+    first, second = Counts(), Counts()
+    first.count, second.count = 1, 2
+    state = {"rewards": rewards.states([rewards.Reward("a", first), rewards.Reward("b", second)])}
+    again = {name: Counts() for name in "bc"}
+    said = rewards.restore([rewards.Reward(name, f) for name, f in again.items()], state)
+    assert again["b"].count == 2 and again["c"].count == 0
+    assert said == "warning: the saved state of a is lost: no such reward."

@@ -764,7 +764,7 @@ def test_a_manifest_that_is_cut_off_does_not_strand_a_good_checkpoint(tmp_path, 
     with pytest.raises(InputError, match="already holds a run"):
         begun(tmp_path)
     _, state, _ = begun(tmp_path, resume=True, lr=1e-3)
-    assert state["step"] == 4 and "run.json was lost or cut off" in capsys.readouterr().out
+    assert state["step"] == 4 and "run.json is missing or cut off" in capsys.readouterr().out
     assert [start["resumed_at"] for start in starts_of(tmp_path)] == [4]
 
 
@@ -866,3 +866,16 @@ def test_a_signal_that_reaches_one_rank_stops_all_of_them(tmp_path):
     (tmp_path / "shared").mkdir()
     mp.start_processes(_apart, (tmp_path, True), nprocs=2, start_method="fork")
     assert [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)] == ["(True, 15)"] * 2
+
+
+def test_a_process_that_a_reward_forks_ends_when_it_is_told_to_and_saves_nothing(tmp_path):
+    run, _, _ = begun(tmp_path)
+    run.log(1, {"loss": 1.0})
+    run.due_save(1, 0, 0)
+    child = mp.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    time.sleep(0.2)
+    child.terminate()
+    child.join(10)
+    assert child.exitcode == -signal.SIGTERM
+    assert checkpoint.latest(tmp_path) is None and run.signal == 0

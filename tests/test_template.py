@@ -157,6 +157,13 @@ def test_a_template_is_untrusted(template):
         "{{ 'x\ny' | indent(10 ** 10) }}",
         "{{ messages | tojson(indent=10 ** 10) }}",
         "{{ messages[0].content * 40000000 }}",
+        "{{ (['b' * 700000] * 4096) | join | length }}",
+        "{{ 'b'.join([['b' * 700000] * 200, 'b' * 70000000][1:]) }}",
+        "{{ ('b' * 7000).join(['b'] * 10000) }}",
+        "{{ ('\t' * 60).expandtabs(50000000) | length }}",
+        "{{ ('a' * 4096).replace('', 'b' * 700000) | length }}",
+        "{{ ('a' * 4096) | replace('a', 'b' * 700000) | length }}",
+        "{{ ('{0:9999999}' * 300).format(1) | length }}",
     ],
 )
 def test_a_rendering_has_limits_of_time_and_size(monkeypatch, template):
