@@ -2003,6 +2003,41 @@ MUTATIONS = [
         "            pass\n+            break",
         "twins/test_ppo.py::test_the_twin_agrees_and_each_flag_matters[fork kl_stop]",
     ),
+    mutation(
+        "grpo-stale-engine-within-the-gap-on-resume",
+        "train_grpo.py",
+        'engine.sync_weights(dist.full_weights(model), state["step"])',
+        'engine.version = state["step"]',
+        "twins/test_grpo.py::test_it_agrees_after_a_resume_on_two_ranks[token-mask]",
+    ),
+    mutation(
+        "ppo-policy-rate-for-the-value-model",
+        "train_ppo.py",
+        "optim.adamw(model, args.weight_decay, value=value_rate)",
+        "optim.adamw(model, args.weight_decay)",
+        "twins/test_ppo.py::test_the_twin_agrees_and_each_flag_matters[ppo]",
+    ),
+    mutation(
+        "ppo-every-evaluation-is-greedy",
+        "train_ppo.py",
+        '("accuracy", 1.0)',
+        '("accuracy", 0.0)',
+        "twins/test_ppo.py::test_the_twin_agrees_and_each_flag_matters[ppo]",
+    ),
+    mutation(
+        "ppo-exports-the-initial-value-model",
+        "train_ppo.py",
+        'dist.full_weights(model, "value.")',
+        "hf.load_scalar_model(value_folder, new_head=True).state_dict().items()",
+        "twins/test_ppo.py::test_the_twin_agrees_and_each_flag_matters[ppo]",
+    ),
+    mutation(
+        "ppo-minibatches-without-shuffling",
+        "nanopost/packing.py",
+        "order = np.random.default_rng((*seed, epoch)).permutation(prompts)",
+        "order = np.arange(prompts)",
+        "twins/test_ppo.py::test_the_twin_agrees_and_each_flag_matters[ppo]",
+    ),
 ]
 
 
