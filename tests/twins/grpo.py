@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from twins import common, rollouts
-from twins.rollouts import GAP, Means, kl_estimate, positions, spread, std
+from twins.rollouts import GAP, Means, kl_estimate, positions, spread, std, there
 
 SCRIPT = "train_grpo.py"
 PLAIN = (
@@ -17,21 +17,25 @@ PLAIN = (
     "--lr 4e-3 --warmup 2 --weight_decay 0.2 --grad_clip 0.6 --stop e 7 / "
 )
 TWO = "--reward {place}/reward.py:letters {place}/reward.py:scaled --reward_weights 0.7 -0.45 "
+SCALED = "--reward {place}/reward.py:scaled "  # which does not apply to some completions
 GAPS = "--max_logp_gap 5 "  # of an engine that lies: see rollouts.lying_engine
 RUNS = {
-    "grpo": PLAIN + TWO + "--eval_every 2 --tokens 70 --checkpointing --kernels torch "
-    "--engine_rows 7 --clip 0.02 0.05 --beta 0.3 --agg sequence",
+    "grpo": PLAIN + TWO + "--eval_every 2 --eval_rows 3 --tokens 70 --checkpointing "
+    "--kernels torch --engine_rows 7 --engine_tokens 200 --clip 0.02 0.05 --beta 0.3 "
+    "--agg sequence",
     "resampled": PLAIN + "--prompts 6 --minibatches 3 --resample 2 --adv batch --agg constant "
     "--clip 0.01 0.03 --reward {place}/rewards.py:rarely --beta 0.1 --kl k2",
     "other rows": "--model {place}/model --data {place}/puzzles.jsonl --holdout 3 "
     "--rename puzzle=prompt weight=factor --max_prompt 30 --chat_template {place}/chat.jinja "
     "--reward {place}/rewards.py:letters {place}/rewards.py:factors {place}/rewards.py:letters "
     "--steps 3 --prompts 4 --group 2 --minibatches 1 --max_new_tokens 5 --lr 3e-3 --grad_clip 0 "
-    "--adv mean --beta 0.2 --kl k1",
-    "rloo": PLAIN + TWO + "--adv loo --ratio sequence_sum --agg sequence --clip 0.1 0.3",
-    "luspo": PLAIN + TWO + "--ratio sequence --agg sequence_sum --clip 0.003 0.004",
+    "--adv mean --beta 0.2 --seed 2",
+    "rloo": PLAIN + SCALED + "--adv loo --ratio sequence_sum --agg sequence --clip 0.1 0.3",
+    "luspo": PLAIN + SCALED + "--ratio sequence --agg sequence_sum --clip 0.003 0.004",
     "cispo": PLAIN + TWO + GAPS + "--loss cispo --cispo_cap 1.3",
-    "sapo": PLAIN + TWO + GAPS + "--loss sapo --sapo_tau 0.6 1.7 --agg constant",
+    "sapo": PLAIN + TWO + GAPS + "--loss sapo --sapo_tau 0.6 1.7 --agg constant "
+    "--data {place}/puzzles.jsonl --eval_data {place}/puzzles.jsonl --rename puzzle=prompt "
+    "weight=scale --to_messages",
     "token-truncate": PLAIN + TWO + GAPS + "--old_logp trainer --correct token-truncate "
     "--correct_cap 1.2",
     "token-mask": PLAIN + TWO + GAPS + "--old_logp trainer --correct token-mask "
@@ -43,13 +47,12 @@ RUNS = {
     "fork curriculum": PLAIN + TWO,
     "fork entropy_bonus": PLAIN + TWO + "--entropy_coef 0.2 --agg sequence",
     "fork gdpo": PLAIN + TWO + "--adv gdpo",
-    "fork kl_reward": PLAIN + TWO + "--adv loo --ratio sequence_sum --agg sequence --beta 0.3 "
-    "--kl k1",
-    "fork median_baseline": PLAIN + TWO + "--adv median --group 4",
+    "fork kl_reward": PLAIN + SCALED + "--adv loo --ratio sequence_sum --agg sequence --beta 0.3",
+    "fork median_baseline": PLAIN + SCALED + "--adv median --group 4",
     "fork multi_turn": PLAIN + TWO + "--turn <|user|>Sure?<|assistant|> --beta 0.1",
     "fork off_policy_mask": PLAIN + TWO + "--off_policy_mask 0.02 --beta 0.1",
     "fork overlong_mask": PLAIN + TWO + "--agg sequence --beta 0.2",
-    "fork top_entropy": PLAIN + TWO + "--top_entropy 0.4 --beta 0.2",
+    "fork top_entropy": PLAIN + TWO + "--top_entropy 0.37 --beta 0.2",
     "fork two_sided_clip": PLAIN + TWO + "--clip 0.02 0.01 --delta 1.015",
 }
 METRICS = rollouts.METRICS | {
@@ -63,15 +66,14 @@ METRICS = rollouts.METRICS | {
 
 # ------------------------------------------------------------------------------------------ rollout
 def rollout_batch(model, s, consumed, ranks, again) -> Namespace:
-    """The groups that a step trains on, rank by rank [(rank, group)]; how many prompts were drawn,
-    how many of these had equal rewards, and (spread, row) of each that was drawn."""
+    """The groups that a step trains on, rank by rank [(rank, serial, group)]; how many
+    prompts were drawn, how many had equal rewards, and (spread, row) of each that was drawn."""
     args = s.args
     batch = Namespace(groups=[], drawn=0, equal=0, spreads=[])
     missing = args.prompts
     for _ in range(args.resample + 1):
-        count = math.ceil(missing / ranks) * ranks
         first = consumed + batch.drawn
-        for i, row in enumerate(common.drawn(len(s.rows), args.seed, first, count)):
+        for i, row in enumerate(common.drawn(len(s.rows), args.seed, first, missing)):
             if i < len(again):
                 row = again[i]
             group = rollouts.group(model, s, s.rows[row], first + i, args.group, args.temperature)
@@ -79,13 +81,13 @@ def rollout_batch(model, s, consumed, ranks, again) -> Namespace:
             batch.spreads.append((width, row))
             batch.equal += width <= 1e-8
             if width > 1e-8 or not args.resample:
-                batch.groups.append((i % ranks, group))
+                batch.groups.append((i % ranks, first + i, group))
         again = []
-        batch.drawn += count
+        batch.drawn += missing
         missing = args.prompts - len(batch.groups)
-        if missing <= 0:
+        if not missing:
             break
-    batch.groups.sort(key=lambda pair: pair[0])
+    batch.groups.sort(key=lambda group: group[0])
     return batch
 
 
@@ -96,23 +98,25 @@ def advantages(s, groups, totals) -> list[list[float]]:
         sums = [gdpo(s, group) for group in groups]
         width = std([x for group in sums for x in group])
         return [[x / (width + 1e-4) for x in group] for group in sums]
-    if s.args.fork == "median_baseline":
-        return [[reward - median(group) for reward in group] for group in totals]
     whole = std([reward for group in totals for reward in group])
     found = []
     for group in totals:
-        mean = sum(group) / len(group)
+        scores = there(group)
         found.append([])
         for reward in group:
-            others = (sum(group) - reward) / (len(group) - 1)
-            found[-1].append(
-                {
-                    "group": (reward - mean) / (std(group) + 1e-4),
-                    "mean": reward - mean,
-                    "loo": reward - others,
-                    "batch": (reward - mean) / (whole + 1e-4),
-                }[s.args.adv]
-            )
+            if reward is None:
+                found[-1].append(0.0)
+                continue
+            centred = reward - sum(scores) / len(scores)
+            adv = {
+                "group": centred / (std(scores) + 1e-4),
+                "mean": centred,
+                "loo": centred * len(scores) / max(1, len(scores) - 1),
+                "batch": centred / (whole + 1e-4),
+            }
+            if s.args.fork == "median_baseline":
+                adv["median"] = reward - median(scores)
+            found[-1].append(adv[s.args.adv])
     return found
 
 
@@ -120,10 +124,10 @@ def gdpo(s, group) -> list[float]:
     """The weighted sum of each reward's z-score in the group, 0 where it does not apply."""
     sums = [0.0] * len(group)
     for k, weight in enumerate(s.weights):
-        there = [sample.rewards[k] for sample in group if sample.rewards[k] is not None]
+        scores = there(sample.rewards[k] for sample in group)
         for i, sample in enumerate(group):
             if sample.rewards[k] is not None:
-                z = (sample.rewards[k] - sum(there) / len(there)) / (std(there) + 1e-4)
+                z = (sample.rewards[k] - sum(scores) / len(scores)) / (std(scores) + 1e-4)
                 sums[i] += weight * z
     return sums
 
@@ -216,6 +220,14 @@ def loss_of(args, model, sample, meter, gap):
     return loss
 
 
+def with_kl(args, sample, reward):
+    """A reward less the KL of the whole sample: of a fork."""
+    if reward is None:
+        return None
+    each = [kl_estimate(args.kl, sample.policy[t], sample.ref[t]) for t in positions(sample)]
+    return reward - args.beta * sum(each)
+
+
 # --------------------------------------------------------------------------------------------- twin
 def twin(args):
     s = rollouts.setting(args)
@@ -233,66 +245,59 @@ def twin(args):
             most = sorted(batch.spreads, reverse=True)
             again = [row for width, row in most if width > 1e-8][: args.prompts // 2]
         about, recorded = records[step]
-        samples = [sample for _, group in batch.groups for sample in group]
-        assert [line["rank"] for line in recorded] == [
-            rank for rank, group in batch.groups for _ in group
-        ]
-
-        # ---- log-probs
-        entropies = []
-        for sample, line in zip(samples, recorded, strict=True):
+        groups = [group for _, _, group in batch.groups]
+        samples = [sample for group in groups for sample in group]
+        owners = [rank for rank, _, group in batch.groups for _ in group]
+        assert [line["rank"] for line in recorded] == owners
+        for sample, line in zip(samples, recorded):
+            rollouts.check_drawn(line, sample)
             sample.ids = sample.prompt + sample.new
             sample.engine = line["engine_logp"]
+
+        # ---- log-probs
+        for sample in samples:
             with torch.no_grad():
                 logp_T, entropy_T = common.logp_and_entropy(model, sample.ids, args.temperature)
-                sample.old = sample.engine
-                if args.old_logp == "trainer":
-                    sample.old = spread(sample, [float(logp_T[t]) for t in positions(sample)])
-                sample.entropy = entropy_T.tolist()
-                entropies += [sample.entropy[t] for t in positions(sample)]
+                sample.policy = spread(sample, [float(logp_T[t]) for t in positions(sample)])
+                sample.entropy = spread(sample, [float(entropy_T[t]) for t in positions(sample)])
                 if args.beta:
                     logp_T, _ = common.logp_and_entropy(reference, sample.ids, args.temperature)
                     sample.ref = spread(sample, [float(logp_T[t]) for t in positions(sample)])
+            sample.old = sample.policy if args.old_logp == "trainer" else sample.engine
 
         # ---- advantage
-        totals = [[rollouts.total(s, sample) for sample in group] for _, group in batch.groups]
+        totals = [[rollouts.total(s, sample) for sample in group] for group in groups]
+        learnt = totals
         if args.fork == "kl_reward":
-            for rewards, (_, group) in zip(totals, batch.groups):
-                for i, sample in enumerate(group):
-                    each = [
-                        kl_estimate(args.kl, sample.old[t], sample.ref[t])
-                        for t in positions(sample)
-                    ]
-                    rewards[i] -= args.beta * sum(each)
-        adv = advantages(s, [group for _, group in batch.groups], totals)
-        adv = [x for group in adv for x in group]
+            learnt = [
+                [with_kl(args, sample, r) for sample, r in zip(*x)] for x in zip(groups, totals)
+            ]
+        adv = [x for group in advantages(s, groups, learnt) for x in group]
         if args.fork == "top_entropy":
+            entropies = [sample.entropy[t] for sample in samples for t in positions(sample)]
             least = np.quantile(entropies, 1 - args.top_entropy)
         for sample, line, x in zip(samples, recorded, adv):
-            cut_off = args.fork == "overlong_mask" and sample.finish == "length"
             columns = {"old_logp": sample.old, "adv": spread(sample, [x] * sample.length)}
             if args.beta:
                 columns["ref_logp"] = sample.ref
+            if args.fork == "kl_reward":
+                columns["policy_logp"] = sample.policy
             if args.fork == "top_entropy":
                 kept = [a * (h >= least) for a, h in zip(columns["adv"], sample.entropy)]
                 columns["adv"] = kept
-            if cut_off:
+            if args.fork == "overlong_mask" and sample.finish == "length":
                 columns = {name: [0.0] * len(sample.ids) for name in columns}
+                sample.trained = False
             sample.adv = columns["adv"]
-            rollouts.check_recorded(s, line, sample, step - 1, not cut_off, **columns)
-            if cut_off:
-                sample.sampled = [False] * len(sample.new)
+            rollouts.check_recorded(s, line, sample, **columns)
 
         # ---- update
-        meter, loss_sum, gaps = Means(), 0.0, []
-        divisors = []
-        for k in range(args.minibatches):
-            minibatch = []
-            for rank in range(ranks):
-                groups = [group for owner, group in batch.groups if owner == rank]
-                part = np.array_split(np.arange(len(groups)), args.minibatches)[k]
-                minibatch += [sample for i in part for sample in groups[i]]
+        meter, loss_sum, gaps, divisors = Means(), 0.0, [], []
+        group_of = {serial: group for _, serial, group in batch.groups}
+        for k, part in enumerate(np.array_split(sorted(group_of), args.minibatches)):
+            minibatch = [sample for serial in part for sample in group_of[serial]]
             divisors.append(divisor(args, minibatch))
+            trained = 0
             for p in model.parameters():
                 p.grad = torch.zeros_like(p)
             for sample in minibatch:
@@ -300,14 +305,17 @@ def twin(args):
                     loss = loss_of(args, model, sample, meter, gaps if k == 0 else None)
                     (loss / divisors[-1]).backward()
                     loss_sum += loss.item() / divisors[-1]
+                    trained += len(positions(sample))
             grad_norm = common.clip_gradients(model, args.grad_clip)
             update = (step - 1) * args.minibatches + k + 1
             lr = common.learning_rate(update, args.steps * args.minibatches, args.lr, args.warmup)
-            optimizer.step(lr)
+            if trained:
+                optimizer.step(lr)
         assert about["divisors"] == divisors
 
         # ---- log
         num_tokens += sum(sample.length for sample in samples)
+        s.step = step + 1
         flat = [reward for group in totals for reward in group]
         first = [{"reward": r, "advantage": a} for r, a in zip(flat, adv)]
         rollouts.check_samples(args, step, first)
@@ -315,7 +323,7 @@ def twin(args):
             "step": step,
             **meter.means(),
             **rollouts.rollout_metrics(s, samples),
-            "reward": sum(flat) / len(flat),
+            "reward": sum(there(flat)) / len(there(flat)),
             "reward_std": sum(map(std, totals)) / len(totals),
             "frac_reward_zero_std": batch.equal / batch.drawn,
             "groups": len(batch.groups),

@@ -15,15 +15,17 @@ PLAIN = (
 TWO = "--reward {place}/reward.py:letters {place}/reward.py:scaled --reward_weights 0.7 -0.45 "
 RUNS = {
     "ppo": PLAIN + TWO + "--eval_every 2 --tokens 70 --checkpointing --kernels torch "
-    "--engine_rows 5 --clip 0.03 0.06 --beta 0.3 --value_lr 9e-3 --value_coef 0.7 "
-    "--value_clip 0.05 --gamma 0.97 --lam 0.8 --eos_penalty 0.4 --score_scale --ppo_epochs 3",
-    "warmed up": PLAIN + "--reward {place}/reward.py:letters --whiten_rewards --value_warmup 1 "
+    "--engine_rows 5 --engine_tokens 200 --eval_rows 3 --clip 0.03 0.06 --beta 0.3 "
+    "--value_lr 9e-3 --value_coef 0.7 --value_clip 0.05 --gamma 0.97 --lam 0.8 --eos_penalty 0.4 "
+    "--score_scale --ppo_epochs 3",
+    "warmed up": PLAIN + "--reward {place}/reward.py:scaled --whiten_rewards --value_warmup 1 "
     "--value_lr 1e-3 --minibatches 4 --ppo_epochs 1 --prompts 8 --group 1 --beta 0.5 --kl k3 "
     "--eos_penalty 1.5 --score_scale --gamma 0.9",
     "head": PLAIN + TWO + "--value_model head --value_warmup 1 --kl k2 --beta 0.4 --lam 0.7 "
     "--whiten_rewards --max_logp_gap 5 --old_logp trainer --value_lr 2e-2",
     "the engine's": PLAIN + TWO + "--value_model head --beta 0.1 --lam 1 --max_logp_gap 5",
-    "reward model": "--model {place}/model --data {place}/prompts.jsonl --holdout 3 --steps 3 "
+    "reward model": "--model {place}/model --data {place}/puzzles.jsonl --holdout 3 --steps 3 "
+    "--rename puzzle=prompt --to_messages "
     "--reward model:{place}/rm {place}/reward.py:letters model:{place}/other_rm --prompts 2 "
     "--minibatches 1 --max_new_tokens 5 --lr 3e-3 --grad_clip 0 --value_clip 0.01",
     "other rows": "--model {place}/model --data {place}/puzzles.jsonl --holdout 3 "
@@ -117,13 +119,12 @@ def loss_of(args, model, sample, meter, gaps):
         clipped = min(max(ratio.item(), 1 - args.clip[0]), 1 + args.clip[1])
         cut = clipped * adv < ratio.item() * adv
         policy_loss = 0 * ratio - clipped * adv if cut else -ratio * adv
-        target = sample.returns[i]
-        old = sample.values[i]
-        near = min(max(value_T[t].item(), old - args.value_clip), old + args.value_clip)
-        value_loss = (value_T[t] - target) ** 2 / 2
-        value_cut = (near - target) ** 2 / 2 > value_loss.item()
+        target, old, value = sample.returns[i], sample.values[i], value_T[t]
+        near = min(max(value.item(), old - args.value_clip), old + args.value_clip)
+        value_loss = (value - target) ** 2 / 2
+        value_cut = abs(near - target) > abs(value.item() - target)
         if value_cut:
-            value_loss = 0 * value_T[t] + (near - target) ** 2 / 2
+            value_loss = 0 * value + (near - target) ** 2 / 2
         loss = loss + policy_loss + args.value_coef * value_loss
         if args.fork == "ppo_kl_loss":
             loss = loss + args.beta * kl_estimate(args.kl, logp_T[t], sample.ref[i])
@@ -166,33 +167,36 @@ def twin(args):
                 )
             )
         samples = [e for rank in range(ranks) for group in groups[rank::ranks] for e in group]
-
-        # ---- log-probs, values, rewards of tokens: of the sampled tokens alone
         for sample, line in zip(samples, recorded, strict=True):
+            rollouts.check_drawn(line, sample)
+
+        # ---- log-probs, values, rewards of tokens: of the trained tokens alone
+        for sample, line in zip(samples, recorded):
             sample.ids = sample.prompt + sample.new
+            sample.score = rollouts.total(s, sample)
+            sample.trained = sample.score is not None
             at = positions(sample)
             sample.engine = [line["engine_logp"][t] for t in at]
             with torch.no_grad():
                 logp_T, _ = common.logp_and_entropy(model.policy, sample.ids, args.temperature)
                 value_T = values(model, sample.ids)
-                sample.old = sample.engine
-                if args.old_logp == "trainer":
-                    sample.old = [logp_T[t].item() for t in at]
-                sample.ref = sample.old
+                sample.policy = sample.ref = [logp_T[t].item() for t in at]
                 if reference is not None:
                     logp_T, _ = common.logp_and_entropy(reference, sample.ids, args.temperature)
                     sample.ref = [logp_T[t].item() for t in at]
+            sample.old = sample.policy if args.old_logp == "trainer" else sample.engine
             sample.values = [value_T[t].item() for t in at]
-            sample.score = rollouts.total(s, sample)
-            sample.score -= args.eos_penalty * (sample.finish == "length")
+            if sample.trained:
+                sample.score -= args.eos_penalty * (sample.finish == "length")
             sample.rewards_T = [0.0] * len(at)
             if args.fork != "ppo_kl_loss":
-                pairs = zip(sample.old, sample.ref)
+                pairs = zip(sample.policy, sample.ref)
                 sample.rewards_T = [-beta * kl_estimate(args.kl, a, b) for a, b in pairs]
             sample.kl_reward = sum(sample.rewards_T)
-        all_scores += [sample.score for sample in samples]
+        scored = [sample for sample in samples if sample.trained]
+        all_scores += [sample.score for sample in scored]
         scale = scale_of(all_scores) if args.score_scale else 1.0
-        for sample in samples:
+        for sample in scored:
             sample.rewards_T[-1] += sample.score / scale
         if args.whiten_rewards:
             mean, width = mean_and_std([sample.rewards_T for sample in samples])
@@ -211,13 +215,14 @@ def twin(args):
             columns = {"value": sample.values, "adv": sample.adv, "ret": sample.returns}
             columns["old_logp"] = sample.old
             if reference is not None:
-                columns["ref_logp"] = sample.ref
+                columns |= {"policy_logp": sample.policy, "ref_logp": sample.ref}
             columns = {name: spread(sample, column) for name, column in columns.items()}
-            rollouts.check_recorded(s, line, sample, step - 1, **columns)
-        first_samples = [
-            {"score": e.score, "advantage": e.monte_carlo[0] - e.values[0]} for e in samples
-        ]
-        rollouts.check_samples(args, step, first_samples)
+            rollouts.check_recorded(s, line, sample, **columns)
+        shown = []
+        for sample in samples:
+            advantage = sample.monte_carlo[0] - sample.values[0] if sample.trained else 0.0
+            shown.append({"score": sample.score, "advantage": advantage})
+        rollouts.check_samples(args, step, shown)
 
         # ---- update
         model.policy.requires_grad_(step > args.value_warmup)
@@ -229,6 +234,7 @@ def twin(args):
             minibatches += np.array_split(order, args.minibatches)
         for k, minibatch in enumerate(minibatches):
             examples = [sample for i in minibatch for sample in groups[i]]
+            examples = [sample for sample in examples if sample.trained]
             divisors.append(sum(sample.length for sample in examples))
             before = meter.sums["policy/approxkl_avg"][0]
             for sample in examples:
@@ -240,37 +246,38 @@ def twin(args):
                     p.grad = None
                 break
             grad_norm = common.clip_gradients(model, args.grad_clip)
-            optimizer.step(lr, {"value": value_rate})
+            if examples:
+                optimizer.step(lr, {"value": value_rate})
             updates += 1
         assert about["divisors"] == divisors
 
         # ---- log
         num_tokens += sum(sample.length for sample in samples)
-        for sample in samples:
-            entropy = -sum(sample.old)
+        for sample in scored:
             meter.add(
                 1,
                 **{
                     "objective/scores": sample.score,
-                    "objective/entropy": entropy,
+                    "objective/entropy": -sum(sample.old),
                     "objective/non_score_reward": sample.kl_reward,
                     "objective/rlhf_reward": sample.kl_reward + sample.score,
                 },
             )
             if reference is not None:
-                meter.add(1, **{"objective/kl": -entropy - sum(sample.ref)})
+                meter.add(1, **{"objective/kl": sum(sample.policy) - sum(sample.ref)})
         line = {
             "step": step,
             **meter.means(),
             **rollouts.rollout_metrics(s, samples),
-            f"{GAP}/mean": sum(gaps) / len(gaps),
-            f"{GAP}/max": max(gaps),
+            f"{GAP}/max": max(gaps, default=0.0),
             "val/explained_variance": explained(samples),
             "val/num_eos_tokens": sum(sample.finish == "stop" for sample in samples),
             "grad_norm": grad_norm,
             "lr": lr,
             "num_tokens": num_tokens,
         }
+        if gaps:
+            line[f"{GAP}/mean"] = sum(gaps) / len(gaps)
         if args.fork == "kl_stop":
             line["updates"] = updates
         if args.fork == "adaptive_kl":
@@ -278,6 +285,7 @@ def twin(args):
             if step > args.value_warmup:
                 error = line["objective/kl"] / args.kl_target - 1
                 beta *= 1 + 0.1 * min(0.2, max(-0.2, error))
+        s.step = step + 1
         if rollouts.is_due(args, step):
             line |= rollouts.evaluate(model.policy, s)
         lines.append(line)

@@ -35,7 +35,7 @@ METRICS = {
     "completions/min_length",
     "completions/max_length",
     "completions/clipped_ratio",
-    "num_tokens",
+    *("completions/unrewarded", "num_tokens"),
 }
 
 # ---------------------------------------------------------------------------------------- the place
@@ -44,10 +44,10 @@ def text_of(completion):
     return completion if isinstance(completion, str) else completion[-1]["content"]
 
 
-def letters(completions, prompts, **columns):
-    """Has the name of another reward; reads the prompt."""
-    pairs = zip(completions, prompts)
-    return [(3 * len(text_of(text)) + len(prompt[0])) % 5 / 2 for text, prompt in pairs]
+def letters(completions, prompts, step, **columns):
+    """Has the name of another reward; reads the prompt and the step."""
+    rows = zip(completions, prompts, step)
+    return [(3 * len(text_of(text)) + len(x[0]) + number) % 5 / 2 for text, x, number in rows]
 
 
 def factors(completions, factor, completion_ids, **columns):
@@ -57,8 +57,9 @@ def factors(completions, factor, completion_ids, **columns):
 
 
 def rarely(completions, **columns):
-    """Equal for most answers, so that groups have equal rewards."""
-    return [float(sum(map(ord, text_of(text))) % 5 == 0) for text in completions]
+    """Equal for most answers, so that groups have equal rewards; does not apply to some."""
+    sums = [sum(map(ord, text_of(text))) for text in completions]
+    return [None if s % 7 == 3 else float(s % 5 == 0) for s in sums]
 '''
 
 
@@ -93,13 +94,16 @@ def lying_engine(tmp) -> Path:
 # ------------------------------------------------------------------------------------------ setting
 def setting(args) -> Namespace:
     """What the flags of a script that samples name: tokenizer, rows, held_out, rewards
-    [(name, f(row, sample, text) -> float or None)], weights."""
-    s = Namespace(args=args, tokenizer=common.tokenizer(args.model))
+    [(name, f(row, sample, text, step) -> float or None)], weights; and step, the number of the step
+    that is next."""
+    s = Namespace(args=args, tokenizer=common.tokenizer(args.model), step=1)
     parts = common.split_rows(args)
     columns = dict.fromkeys(name for part in parts for row in part for name in row)
     s.rows, s.held_out = [], []
     for part, kept in zip(parts, (s.rows, s.held_out)):
         for row in part:
+            if args.to_messages and isinstance(row["prompt"], str):
+                row["prompt"] = [common.message("user", row["prompt"])]
             ids = common.prompt_ids(s.tokenizer, row["prompt"], args.chat_template)
             if not args.max_prompt or len(ids) <= args.max_prompt:
                 kept.append({**columns, **row, "prompt_ids": ids})
@@ -118,19 +122,19 @@ def reward(spec):
         model = common.scalar_model(spec.removeprefix("model:"))
 
         @torch.no_grad()
-        def scored(row, sample, text):
+        def scored(row, sample, text, step):
             return float(common.score(model, sample.prompt + sample.new))
 
         return "model", scored
     path, name = spec.split(".py:")
     function = runpy.run_path(f"{path}.py")[name]
 
-    def called(row, sample, text):
+    def called(row, sample, text, step):
         completion = text
         if isinstance(row["prompt"], list):
             completion = [common.message("assistant", text)]
         columns = {k: [v] for k, v in row.items() if k not in ("prompt", "prompt_ids")}
-        columns |= {"prompts": [row["prompt"]], "prompt_ids": [sample.prompt]}
+        columns |= {"prompts": [row["prompt"]], "prompt_ids": [sample.prompt], "step": [step]}
         (value,) = function(completions=[completion], completion_ids=[sample.new], **columns)
         return value
 
@@ -138,8 +142,10 @@ def reward(spec):
 
 
 def text_of(s, new):
-    """What rewards see of a completion."""
-    return s.tokenizer.decode(new, skip_special_tokens=True)
+    """What rewards see of a completion: all but the token that ended it."""
+    if new[-1] == s.tokenizer.eos_token_id:
+        new = new[:-1]
+    return s.tokenizer.decode(new)
 
 
 # ---------------------------------------------------------------------------------------- sampling
@@ -148,6 +154,7 @@ def draw(model, s, prompt, seeds, temperature) -> list[Namespace]:
     """A completion of a prompt for each seed: inverts the cumulative distribution at the seed's
     uniform random numbers. All are as long as the longest, then cut where they end."""
     length = s.args.max_new_tokens
+    known = sorted(s.tokenizer.get_vocab().values())  # no other ids are drawn
     uniforms = [
         torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         for seed in seeds
@@ -157,11 +164,11 @@ def draw(model, s, prompt, seeds, temperature) -> list[Namespace]:
         logits = model(torch.tensor([prompt + ids for ids in new])).logits[:, -1]
         for i, logits_V in enumerate(logits):
             if temperature == 0:
-                token, logp_of_token = int(logits_V.argmax()), 0.0
+                token, logp_of_token = known[int(logits_V[known].argmax())], 0.0
             else:
                 logp_V = (logits_V / temperature).log_softmax(-1)
-                cdf_V = logp_V.exp().cumsum(-1)
-                token = int((cdf_V <= uniforms[i][t] * cdf_V[-1]).sum())
+                cdf = logp_V[known].exp().cumsum(-1)
+                token = known[int((cdf <= uniforms[i][t] * cdf[-1]).sum())]
                 logp_of_token = float(logp_V[token])
             new[i].append(token)
             logp[i].append(logp_of_token)
@@ -205,15 +212,17 @@ def group(model, s, row, serial, n, temperature) -> list[Namespace]:
             sample.logp = sample.logp + [0.0] * len(turn) + answer.logp
             sample.sampled = sample.sampled + [False] * len(turn) + answer.sampled
             sample.finish = answer.finish
-        sample.length = sum(sample.sampled)
+        sample.length, sample.trained = sum(sample.sampled), True
         seen = Namespace(prompt=sample.prompt, new=answer.new)
         text = text_of(s, answer.new)
-        sample.rewards = [function(row, seen, text) for _, function in s.rewards]
+        sample.rewards = [function(row, seen, text, s.step) for _, function in s.rewards]
     return samples
 
 
-def total(s, sample) -> float:
-    return sum(w * r for w, r in zip(s.weights, sample.rewards) if r is not None)
+def total(s, sample) -> float | None:
+    """The weighted sum of the rewards that apply; None if none does."""
+    there = [w * r for w, r in zip(s.weights, sample.rewards) if r is not None]
+    return sum(there) if there else None
 
 
 # ------------------------------------------------------------------------------------------ metrics
@@ -259,11 +268,13 @@ def rollout_metrics(s, samples) -> dict:
                 means.add(1, **{f"rewards/{name}/mean": value})
     lengths = [sample.length for sample in samples]
     cut_off = [sample.finish == "length" for sample in samples]
+    unrewarded = sum(total(s, sample) is None for sample in samples)
     return means.means() | {
         "completions/mean_length": sum(lengths) / len(samples),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(cut_off) / len(samples),
+        "completions/unrewarded": unrewarded / len(samples),
     }
 
 
@@ -277,8 +288,15 @@ def kl_estimate(kind, logp, ref_logp):
     return (torch.exp(-x) if isinstance(x, torch.Tensor) else math.exp(-x)) - 1 + x
 
 
+def there(values) -> list[float]:
+    return [x for x in values if x is not None]
+
+
 def std(values) -> float:
-    """With n - 1; 0 of less than two."""
+    """With n - 1, of what is not None; 0 of less than two."""
+    values = there(values)
+    if not values:
+        return 0.0
     mean = sum(values) / len(values)
     return (sum((x - mean) ** 2 for x in values) / max(1, len(values) - 1)) ** 0.5
 
@@ -289,7 +307,7 @@ def num_ranks(records) -> int:
 
 
 def spread(sample, values) -> list:
-    """One number per sampled token -> one per token of prompt and completion, 0 elsewhere."""
+    """One number per trained token -> one per token of prompt and completion, 0 elsewhere."""
     values, out = list(values), [0.0] * (len(sample.prompt) + len(sample.new))
     for t in positions(sample):
         out[t] = values.pop(0)
@@ -298,28 +316,32 @@ def spread(sample, values) -> list:
 
 
 def positions(sample) -> list[int]:
-    """Where in prompt and completion the sampled tokens are."""
+    """Where in prompt and completion the tokens are that train: those sampled."""
+    if not sample.trained:
+        return []
     return [len(sample.prompt) + t for t, yes in enumerate(sample.sampled) if yes]
 
 
-def check_recorded(s, line, sample, version, trained=True, **columns):
+def check_recorded(s, line, sample, **columns):
     """AssertionError unless a line of records/ tells of this sample, and its columns (aligned with
     prompt and completion) are these. Engine's log-probs are the twin's own too, unless a run
     allows a gap."""
-    assert line["ids"] == sample.prompt + sample.new
-    assert line["mask"] == [int(trained and yes) for yes in spread_bool(sample)]
-    assert line["finish"] == sample.finish and line["version"] == version
-    for mine, theirs in zip(line["rewards"], sample.rewards, strict=True):
-        assert np.isnan(mine) if theirs is None else mine == pytest.approx(theirs, rel=1e-9)
+    at = positions(sample)
+    assert line["mask"] == [int(t in at) for t in range(len(line["ids"]))]
+    assert line["version"] == s.step - 1
     if s.args.max_logp_gap is None:
         whole = [0.0] * len(sample.prompt) + sample.logp
-        columns["engine_logp"] = [x * trained for x in whole]
+        columns["engine_logp"] = [x if t in at else 0.0 for t, x in enumerate(whole)]
     for name, values in columns.items():
         assert line[name] == pytest.approx([float(x) for x in values], abs=RECORDED), name
 
 
-def spread_bool(sample) -> list[bool]:
-    return [False] * len(sample.prompt) + sample.sampled
+def check_drawn(line, sample):
+    """AssertionError unless a line of records/ holds what the twin has drawn and rewarded."""
+    assert line["ids"] == sample.prompt + sample.new
+    assert line["finish"] == sample.finish
+    for mine, theirs in zip(line["rewards"], sample.rewards, strict=True):
+        assert math.isnan(mine) if theirs is None else mine == pytest.approx(theirs, rel=1e-9)
 
 
 def check_samples(args, step, numbers):
@@ -328,8 +350,10 @@ def check_samples(args, step, numbers):
     lines = [line for line in lines if line["step"] == step]
     assert lines
     for line, expected in zip(lines, numbers):
-        found = {name: line[name] for name in expected}
-        assert found == pytest.approx(expected, rel=1e-9, abs=1e-11)
+        for name, number in expected.items():
+            if number is not None:
+                number = pytest.approx(number, rel=1e-9, abs=1e-11)
+            assert line[name] == number, name
 
 
 def check_flags_matter(module, name, args, place, folder):

@@ -35,7 +35,7 @@ def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo", "warmed up", "fork adaptive_kl"])
+@pytest.mark.parametrize("name", ["ppo", "warmed up", "the engine's", "fork adaptive_kl"])
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, folder, name):
     common.check(ppo, name, place, tmp_path, ranks=2, resume=True)
 
