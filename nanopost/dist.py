@@ -8,6 +8,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -49,6 +50,7 @@ def init(
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # A killed torchrun leaves no process behind: each gets SIGTERM (1: PR_SET_PDEATHSIG).
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+        _check_launcher()
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -88,6 +90,22 @@ def _check_launch():
             f"the environment sets {', '.join(given)} but not {', '.join(missing)}: start several "
             f"processes with torchrun, or a single one with env -u {' -u '.join(given)}."
         )
+
+
+def _check_launcher():
+    """InputError if torchrun was killed before its death could be told: init_process_group would
+    wait for it for half an hour. It listens before it starts the processes."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    for attempt in range(5):
+        try:
+            socket.create_connection(address, timeout=10).close()
+            return
+        except OSError as error:
+            time.sleep(attempt)
+            reason = error
+    raise InputError(f"torchrun cannot be reached at {address[0]}:{address[1]} ({reason}).")
 
 
 def _one_sentence(kind, error, trace):

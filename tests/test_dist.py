@@ -2,6 +2,7 @@
 and the statistics of it."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -267,3 +268,17 @@ def test_equal_numbers_have_no_spread_however_far_from_zero(alone):
     assert dist.mean_and_std(torch.full((256,), -7.3)) == (pytest.approx(-7.3), 0.0)
     far = torch.tensor([1e9, 1e9 + 2.0], dtype=torch.float64)
     assert dist.mean_and_std(far)[1] == pytest.approx(2**0.5, rel=1e-12)
+
+
+def test_a_process_whose_torchrun_is_gone_does_not_wait_for_it(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+        for name, value in {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        monkeypatch.setattr(dist.time, "sleep", lambda seconds: None)
+        with pytest.raises(InputError, match=f"torchrun cannot be reached at localhost:{port}"):
+            dist._check_launcher()
+        free.listen()
+        dist._check_launcher()
