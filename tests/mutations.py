@@ -1,6 +1,6 @@
 """Breaks the code in one place at a time and expects the tests to notice.
 
-    python tests/mutations.py                     # all of them, about fifteen minutes on one core
+    python tests/mutations.py                     # all of them, about forty minutes on one core
     python tests/mutations.py bos clip            # those with bos or clip in their names
 
 The tree is copied to a temporary folder. There the tests named below are first seen green. Then
