@@ -129,8 +129,9 @@ run.say(check_stage(args.model, tokenizer))
 run.say(tokenizer.plain_prompts(train_rows))
 if args.reference_model:
     run.say(check_stage(args.reference_model, tokenizer))
+first = "the first, then its prompt with another's answer, for the KL" if is_kto else "the first"
 run.say(
-    f"{len(train_pairs):,} examples, {len(eval_pairs):,} held out; the first, answers in » and «:"
+    f"{len(train_pairs):,} examples, {len(eval_pairs):,} held out; {first}, answers in » and «:"
 )
 run.say("\n".join(marked_text(e, tokenizer) for e in train_pairs[0]))
 run.say(f"cut or dropped: {packing.counted(cut)}; held out: {packing.counted(eval_cut)}")

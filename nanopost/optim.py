@@ -52,9 +52,9 @@ NO_GRADIENT = (
     "the flags of the loss let it saturate."
 )
 EQUAL_REWARDS = (
-    "warning: nothing is learnt. The rewards that a step compares were equal in each step so far: "
-    "look at samples.jsonl, then check --reward and --data, warm up with train_sft.py, or raise "
-    "--max_new_tokens."
+    "warning: nothing is learnt. In each step so far the rewards that it compares were equal, or "
+    "none applied: look at samples.jsonl, then check --reward and --data, warm up with "
+    "train_sft.py, or raise --max_new_tokens."
 )
 
 

@@ -210,10 +210,12 @@ def check(functions: list[Reward], rows: list[dict]) -> str:
         for name in _needed(reward.function):
             without = [row for row in rows if row.get(name) is None]
             if without and (is_built_in or len(without) == len(rows)):
+                way_out = f"the columns are {', '.join(columns) or 'none'}: --rename theirs={name}"
+                if name in columns:
+                    way_out = "remove or complete these rows"
                 raise InputError(
-                    f"{place(without[0])}: reward {reward.name} needs the column {name}, which "
-                    f"{len(without):,} of {len(rows):,} rows lack; the columns are "
-                    f"{', '.join(columns) or 'none'}: --rename theirs={name}."
+                    f"{place(without[0])}: reward {reward.name} needs the column {name}, which is "
+                    f"missing or null in {len(without):,} of {len(rows):,} rows; {way_out}."
                 )
         _check_arguments(reward, [*columns, *GIVEN])
         if is_built_in:

@@ -69,8 +69,9 @@ def read_rows(
         raw, is_parquet = _read_file(path)
         if ours:
             raw = [_renamed(row, ours) for row in raw]
+        marked = _marked_untrained(raw)
         found, sentences = normalize(raw, ours, is_parquet, to_messages)
-        for sentence in [*sentences, *_unread(found, form)]:
+        for sentence in [*marked, *sentences, *_unread(found, form)]:
             say(f"{path}: {sentence}")
         rows += found if form is None else [form(row) for row in found]
     return rows
@@ -87,8 +88,11 @@ def _read_file(path):
         raise InputError(f"{path} is a folder: give a file in it.")
     if not path.is_file():
         raise InputError(f"{path}: no such file (export a hub data set to JSONL first).")
-    with open(path, "rb") as file:
-        start = file.read(4)
+    try:
+        with open(path, "rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
     if start == PARQUET:
         rows = _read_parquet(path)
     elif start.startswith(GZIP):
@@ -119,6 +123,21 @@ def _unread(rows, form):
     if not counts:
         return []
     return ["columns not read: " + ", ".join(f"{name} ({n:,} rows)" for name, n in counts.items())]
+
+
+def _marked_untrained(rows):
+    """A sentence about messages that other trainers would not train, if there are any."""
+    count = 0
+    for row in rows:
+        for messages in filter(lambda value: isinstance(value, list), row.values()):
+            for message in (m for m in messages if isinstance(m, dict)):
+                count += any(message.get(name) == 0 for name in ("weight", "train", "loss"))
+    if not count:
+        return []
+    return [
+        f"WARNING: {count:,} messages say weight 0, train false or the like, which is not read: "
+        "remove these rows, or --train_on last"
+    ]
 
 
 def place(row: dict) -> str:
@@ -195,7 +214,16 @@ def pair(row: dict) -> dict:
         )
     for name in names:
         _check_messages(row, name)
-    return row if "prompt" in row else _split_at_shared_prefix(row)
+    if "prompt" not in row:
+        return _split_at_shared_prefix(row)
+    for name in ("chosen", "rejected"):
+        asks_again = row["prompt"][-1]["role"] == row[name][0]["role"] == "user"
+        if asks_again and len(row[name]) > 1:
+            raise InputError(
+                f"{place(row)}: prompt ends with a user message and {name} begins with another: "
+                "make it what answers the prompt, or remove prompt if both sides hold it."
+            )
+    return row
 
 
 def unpaired(row: dict) -> dict:

@@ -81,7 +81,10 @@ class Tokenizer:
         raw, config = read_tokenizer(folder)
         template = read_template(folder, config, chat_template)
         stops = read_optional_json(folder / "generation_config.json").get("eos_token_id")
-        return cls(raw, config, template, listed(stops))
+        try:
+            return cls(raw, config, template, listed(stops))
+        except InputError as error:
+            raise InputError(f"{chat_template or folder}: {error}") from error
 
     # ---------------------------------------------------------------------------------------- text
     @property

@@ -908,10 +908,14 @@ def test_a_built_in_reward_needs_its_column_in_every_row():
     for name in ("exact", "gsm8k", "boxed"):
         with pytest.raises(
             InputError,
-            match=f"f.jsonl:2: reward {name} needs the column answer, which 2 of 3 rows lack; the "
-            "columns are answer, other: --rename theirs=answer",
+            match=f"f.jsonl:2: reward {name} needs the column answer, which is missing or null in "
+            "2 of 3 rows; remove or complete these rows.",
         ):
             rewards.check([load_one(name)], rows_P)
+        with pytest.raises(
+            InputError, match="1 rows; the columns are other: --rename theirs=answe"
+        ):
+            rewards.check([load_one(name)], rows_P[2:])
         assert rewards.check([load_one(name)], rows_P[:1]) == ""
     functions, _ = load(["format", "regex:a", "length:9:3"], None)
     assert rewards.check(functions, rows_P) == ""
@@ -926,7 +930,9 @@ def test_a_gold_answer_that_cannot_be_read_is_found_before_the_run():
 def test_an_own_reward_finds_its_columns_before_the_run(user, tmp_path):
     with_first = [{"prompt": "p", "first": "a"}, {"prompt": "p", "first": None}]
     assert rewards.check([load_one(user("starts"))], with_first) == ""  # it has None there
-    with pytest.raises(InputError, match="data:1: reward starts needs the column first, which 1"):
+    with pytest.raises(
+        InputError, match="data:1: reward starts needs the column first, which is missing"
+    ):
         rewards.check([load_one(user("starts"))], [{"prompt": "p", "__line__": "data:1"}])
     with pytest.raises(InputError, match="no_columns cannot be called .* unexpected keyword"):
         rewards.check([load_one(user("no_columns"))], with_first)

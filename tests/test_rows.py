@@ -447,3 +447,37 @@ def test_every_real_json_file_reads(shared):
     assert len(paths) >= 18
     for path in paths:
         assert read_rows(path)
+
+
+def test_messages_that_others_would_not_train_are_a_warning(tmp_path, capsys):
+    said = [{"role": "assistant", "content": "no", "weight": 0}, {**BOT, "weight": 1}]
+    rows = [
+        {"messages": [USER, said[0], USER, said[1]]},
+        {"messages": [USER, {**BOT, "train": False}]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read_rows(path, form=sft)
+    assert "WARNING: 2 messages say weight 0, train false or the like" in capsys.readouterr().out
+    path.write_text(json.dumps({"messages": [USER, {**BOT, "weight": 1, "train": True}]}))
+    read_rows(path, form=sft)
+    assert "WARNING" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+def test_a_side_that_asks_again_does_not_answer_the_prompt(name):
+    row = {"prompt": [USER], "chosen": [BOT], "rejected": [BOT]}
+    with pytest.raises(
+        InputError, match=f"ends with a user message and {name} begins with another"
+    ):
+        pair({**row, name: [USER, BOT]})
+
+
+def test_a_file_that_may_not_be_read_is_a_sentence(tmp_path, monkeypatch):
+    def refused(*given):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "rows.jsonl").write_text("{}")
+    monkeypatch.setattr("builtins.open", refused)
+    with pytest.raises(InputError, match="rows.jsonl cannot be read: Permission denied."):
+        read_rows(tmp_path / "rows.jsonl")

@@ -652,3 +652,10 @@ def test_a_missing_folder_or_template_says_what_to_do(tmp_path):
         Tokenizer.load("Qwen/Qwen2.5-0.5B")
     with pytest.raises(InputError, match="--chat_template nowhere.jinja"):
         Tokenizer.load(folder_of(tmp_path, raw_bytes(SPECIAL)), "nowhere.jinja")
+
+
+def test_an_error_in_a_template_names_the_template_and_no_row(tmp_path):
+    toy.write_model(tmp_path / "toy")
+    (tmp_path / "mine.jinja").write_text("{{ broken }")
+    with pytest.raises(InputError, match=r"mine.jinja: the chat template is not valid Jinja"):
+        Tokenizer.load(tmp_path / "toy", tmp_path / "mine.jinja")
