@@ -122,9 +122,9 @@ class Run:
     def _check_seen(self):
         """InputError on all ranks if one does not see what rank 0 has written. A collective."""
         lock = self.out / ".lock"
-        (written,) = dist.gather([self.holder] if self.writes else [])
+        written = "".join(dist.gather([self.holder] if self.writes else []))
         deadline = time.monotonic() + SEEN_WITHIN
-        seen = self.writes or _is_text(lock, written)
+        seen = self.writes or not written or _is_text(lock, written)
         while not seen and time.monotonic() < deadline:
             time.sleep(0.1)
             seen = _is_text(lock, written)

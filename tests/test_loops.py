@@ -612,7 +612,7 @@ def test_so_does_one_whose_loss_has_no_gradient(place, tmp_path, capsys):
         more = ("--label_weights", weight, weight, "--steps", 6, "--overwrite")
         run_here("train_kto.py", *flags(place, "train_kto.py", tmp_path, *more))
         said = capsys.readouterr().out
-        assert said.count("the gradient was 0 in each step so far") == times
+        assert said.count("The gradient was 0 in each step so far") == times
 
 
 def test_a_kl_that_cannot_be_learnt_is_refused(place, tmp_path):

@@ -134,7 +134,7 @@ def exact_match(model) -> float:
     seeds = [prompt_seed(0, serial) for serial in range(len(rows))]
     groups = engine.generate(prompts, 1, Sampling(8), seeds)
     functions, _ = load(["exact"], None)
-    return float(score(functions, tokenizer.decode, rows, groups).mean())
+    return float(score(functions, tokenizer, rows, groups).mean())
 
 
 @pytest.mark.slow
