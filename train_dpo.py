@@ -129,7 +129,7 @@ run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
-run.say(tokenizer.plain_prompts(train_rows))
+run.say(tokenizer.doubts(train_rows))
 if args.reference_model:
     run.say(check_stage(args.reference_model, tokenizer))
 run.say(

@@ -126,7 +126,7 @@ run = Run(args.out, world, args.steps, vars(args), show, args.keep)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
-run.say(tokenizer.plain_prompts(train_rows))
+run.say(tokenizer.doubts(train_rows))
 if args.reference_model:
     run.say(check_stage(args.reference_model, tokenizer))
 first = "the first, then its prompt with another's answer, for the KL" if is_kto else "the first"

@@ -116,7 +116,7 @@ class Sampler:
         (rows,), _ = self.tokenizer.with_prompts(
             ([prompt(row) for row in rows],), None, args.max_new_tokens, args.tokens, positions
         )
-        say(self.tokenizer.plain_prompts(rows))
+        say(self.tokenizer.doubts(rows))
         sampling = Sampling(
             args.max_new_tokens,
             args.temperature,
@@ -235,7 +235,7 @@ def divergence(args, rows, world):
 def of_text(args, rows, world):
     """Perplexity of the tokens that train_sft.py would train on."""
     tokenizer = Tokenizer.load(args.model, args.chat_template)
-    say(tokenizer.plain_prompts(rows))
+    say(tokenizer.doubts(rows))
     model = hf.load_model(args.model, world.device, world.dtype)
     longest = min(args.tokens, model.config.max_positions)
     examples, cut = packing.fit_to(
@@ -252,7 +252,7 @@ def of_text(args, rows, world):
 def scored(args, rows, world):
     """A reward model on pairs, or on rows with one answer each."""
     tokenizer = Tokenizer.load(args.reward_model, args.chat_template)
-    say(tokenizer.plain_prompts(rows))
+    say(tokenizer.doubts(rows))
     model = hf.load_scalar_model(args.reward_model, world.device, world.dtype)
     if "chosen" not in rows[0]:
         examples = [tokenizer.example(sft(row)).ended() for row in progress(rows, "rows encoded")]

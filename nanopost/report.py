@@ -25,7 +25,7 @@ def report(
     lines = [_summary(examples, tokenizer, rows)]
     lines += [f"warning: {sentence}" for sentence in tokenizer.warnings()]
     lines += [f"warning: {sentence}" for sentence in _warnings(examples, tokenizer, rows)]
-    lines += filter(None, [tokenizer.plain_prompts(rows or [])])
+    lines += filter(None, [tokenizer.doubts(rows or [])])
     lines.append("trained tokens are between » and «:")
     text = marked_text(min(trained, key=len), tokenizer)
     if len(text) > shown:

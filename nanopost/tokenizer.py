@@ -8,6 +8,7 @@ offsets map to tokens.
 import hashlib
 import json
 import os
+from collections import Counter
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -42,6 +43,9 @@ FILES = (
     "tokenizer.model",
     "generation_config.json",
 )
+
+REASONING = ("reasoning_content", "reasoning", "thinking")  # what models call it in a message
+MARKED_REASONING = "because of this"
 
 
 class Tokenizer:
@@ -158,11 +162,37 @@ class Tokenizer:
                     f"(training and held-out prompts: {counts})."
                 )
         report = f"{dropped:,} dropped by --max_prompt"
-        doubt = self.plain_prompts(list(chain(*parts)))
+        doubt = self.doubts(list(chain(*parts)))
         return kept, f"{report}; {doubt}" if doubt else report
 
-    def plain_prompts(self, rows: list[dict]) -> str:
-        """A warning if prompts are plain text although there is a chat template, or ""."""
+    def doubts(self, rows: list[dict]) -> str:
+        """Warnings of prompts in plain text beside a chat template, and of reasoning that it
+        ignores, or ""."""
+        return "\n".join(filter(None, [self._plain_prompts(rows), self._ignored_reasoning(rows)]))
+
+    def _ignored_reasoning(self, rows):
+        if not self.template.source:
+            return ""
+        counts, said = Counter(), []
+        for row in rows:
+            messages = chain(*(value for value in row.values() if isinstance(value, list)))
+            keys = set(chain(*(message for message in messages if isinstance(message, dict))))
+            counts.update(keys.intersection(REASONING))
+        for key, count in counts.items():
+            answer = {"role": "assistant", "content": "a", key: MARKED_REASONING}
+            try:
+                text = self.template.render([{"role": "user", "content": "q"}, answer])
+            except InputError:  # of a template that wants other messages
+                continue
+            if MARKED_REASONING not in text:
+                said.append(
+                    f"warning: the chat template ignores {key}, which {count:,} of {len(rows):,} "
+                    "rows have: write it into the content, or give another template "
+                    "(--chat_template FILE)"
+                )
+        return "\n".join(said)
+
+    def _plain_prompts(self, rows):
         plain = [row for row in rows if isinstance(row.get("prompt"), str)]
         plain = [row for row in plain if "messages" not in row]
         if not plain or not self.template.source:

@@ -659,3 +659,17 @@ def test_an_error_in_a_template_names_the_template_and_no_row(tmp_path):
     (tmp_path / "mine.jinja").write_text("{{ broken }")
     with pytest.raises(InputError, match=r"mine.jinja: the chat template is not valid Jinja"):
         Tokenizer.load(tmp_path / "toy", tmp_path / "mine.jinja")
+
+
+def test_reasoning_that_the_template_ignores_is_a_doubt():
+    thoughtful = CHATML.replace("m.content", "m.get('reasoning_content', '') + m.content")
+    assert thoughtful != CHATML
+    answers = [{**answer("a"), "reasoning_content": "since"}, answer("b")]
+    data = [{"messages": [user("q"), a]} for a in answers] + [{"prompt": "p"}]
+    ignoring, showing = (
+        make(template, SPECIAL, eos="<|im_end|>") for template in (CHATML, thoughtful)
+    )
+    said = "the chat template ignores reasoning_content, which 1 of 3 rows have: write it into"
+    assert said in ignoring.doubts(data) and "plain text" in ignoring.doubts(data)
+    assert "ignores" not in showing.doubts(data)
+    assert ignoring.doubts(data[1:2]) == ""
