@@ -185,9 +185,10 @@ class Engine:
             logp_BT[row_A, t - 1] = logp_A
             if t == most or t % self.check_every == 0:
                 host_BT[living_A, seen:t] = token_BT[row_A, seen:t].cpu().numpy()
-                for b in living_A[~stopped_B[living_A]]:
-                    if end := self._end(host_BT[b, :t], seen, sampling.stop):
-                        length_B[b], stopped_B[b] = end, True
+                open_A = living_A[~stopped_B[living_A]]
+                end_A = self._ends(host_BT[open_A, :t], seen, sampling.stop)
+                length_B[open_A[end_A > 0]] = end_A[end_A > 0]
+                stopped_B[open_A] = end_A > 0
                 seen = t
                 keep_A = (~stopped_B[living_A]).nonzero()[0]
                 if t == most or not len(keep_A):
@@ -244,15 +245,16 @@ class Engine:
             first += len(prompt_B)
         return torch.cat(logits), cache
 
-    def _end(self, ids, seen, stop) -> int:
-        """How many of the ids a completion keeps if it ends among those from `seen` on; else 0."""
-        (hits,) = np.isin(ids[seen:], self.stop_ids).nonzero()
-        end = seen + int(hits[0]) + 1 if len(hits) else 0
-        if stop:
-            for t in range(seen + 1, (end or len(ids)) + 1):
+    def _ends(self, ids_AT, seen, stop):
+        """How many of its ids each row keeps if it ends among those from `seen` on; else 0."""
+        hits_AT = np.isin(ids_AT[:, seen:], self.stop_ids)
+        end_A = np.where(hits_AT.any(1), seen + hits_AT.argmax(1) + 1, 0)
+        for a, ids in enumerate(ids_AT if stop else ()):
+            for t in range(seen + 1, (end_A[a] or len(ids)) + 1):
                 if self._ends_with(ids[:t], stop):
-                    return t
-        return end
+                    end_A[a] = t
+                    break
+        return end_A
 
     def _ends_with(self, ids, stop) -> bool:
         """Whether a stop string has just appeared. It decodes no more of the end than it needs."""

@@ -479,8 +479,8 @@ MUTATIONS = [
     mutation(
         "stop-token-thrown-away",
         "nanopost/engine.py",
-        "seen + int(hits[0]) + 1 if",
-        "seen + int(hits[0]) if",
+        "seen + hits_AT.argmax(1) + 1, 0",
+        "seen + hits_AT.argmax(1), 0",
         "test_engine.py::test_stop_tokens_end_a_completion_and_stay_in_it",
     ),
     mutation(

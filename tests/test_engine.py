@@ -187,11 +187,11 @@ def test_a_stop_string_is_found_however_little_its_tokens_say():
     """Tokens of no text, and one of much: what is decoded grows until it holds enough."""
     pieces = {0: "", 1: "e", 2: "nd", 3: "x" * 50, 4: "e"}
     engine = Engine(small_model(), [], decode=lambda ids: "".join(pieces[int(i)] for i in ids))
-    ids = np.array([3, 1, *[0] * 40, 2, 3])
-    assert engine._end(ids, 0, ("end",)) == len(ids) - 1
-    assert engine._end(ids, 30, ("end",)) == len(ids) - 1
-    assert engine._end(ids, 0, ("ne",)) == 0
-    assert engine._end(np.array([1, 2, 3]), 0, ("end", "e")) == 1
+    ids = np.array([[3, 1, *[0] * 40, 2, 3]])
+    assert engine._ends(ids, 0, ("end",)) == ids.size - 1
+    assert engine._ends(ids, 30, ("end",)) == ids.size - 1
+    assert engine._ends(ids, 0, ("ne",)) == 0
+    assert engine._ends(np.array([[1, 2, 3]]), 0, ("end", "e")) == 1
 
 
 def test_looking_for_a_stop_string_costs_linear_time():
