@@ -196,9 +196,9 @@ class Engine:
                 # Dropping rows copies the cache, so it waits until an eighth have finished.
                 if len(keep_A) <= len(living_A) * 7 // 8:
                     living_A = living_A[keep_A]
-                    keep_A = torch.from_numpy(keep_A).to(device)
-                    row_A, token_A = row_A[keep_A], token_A[keep_A]
-                    cache.keep(keep_A, int(prompt_B[living_A].max()) + t - 1)
+                    kept_A = torch.from_numpy(keep_A).to(device)
+                    row_A, token_A = row_A[kept_A], token_A[kept_A]
+                    cache.keep(kept_A, int(prompt_B[living_A].max()) + t - 1)
             logits_AV = self.model.logits(self.model.decode(token_A, cache))
 
         logp_BT = logp_BT.cpu().numpy()
@@ -249,7 +249,9 @@ class Engine:
         """How many of its ids each row keeps if it ends among those from `seen` on; else 0."""
         hits_AT = np.isin(ids_AT[:, seen:], self.stop_ids)
         end_A = np.where(hits_AT.any(1), seen + hits_AT.argmax(1) + 1, 0)
-        for a, ids in enumerate(ids_AT if stop else ()):
+        if not stop:
+            return end_A
+        for a, ids in enumerate(ids_AT):
             for t in range(seen + 1, (end_A[a] or len(ids)) + 1):
                 if self._ends_with(ids[:t], stop):
                     end_A[a] = t

@@ -404,11 +404,10 @@ def _install(folder, saving, paths, sizes_of, files):
     if several:
         os.replace(saving / INDEX, folder / INDEX)  # several replace several: this does
     to_disk(folder)
+    # Where several shards replace a single file, which readers prefer, this switches the model.
     for name in (SINGLE, INDEX, *(path.name for path in folder.glob(SHARDS))):
         if name not in names and not (several and name == INDEX):
-            (folder / name).unlink(
-                missing_ok=True
-            )  # several replace one, which readers prefer: this does
+            (folder / name).unlink(missing_ok=True)
     for name in changed:
         os.replace(saving / name, folder / name)
     if replace_config:

@@ -101,9 +101,8 @@ class LogpGap:
 
     def metrics(self) -> dict[str, float]:
         """Mean and largest gap since the last call, over all ranks. A collective."""
-        sums, tokens, largest = [[0.0]] * 3
-        if self.found:
-            sums, tokens, largest = torch.stack(self.found).T.tolist()  # the host waits here alone
+        found = torch.stack(self.found) if self.found else torch.zeros(1, 3)
+        sums, tokens, largest = found.T.tolist()  # the host waits for the device here alone
         self.found = []
         mean = dist.means({f"{GAP}/mean": (sum(sums), sum(tokens))})
         return mean | {f"{GAP}/max": dist.all_max(max(largest))[0]}

@@ -10,8 +10,8 @@ for templates that trim content, drop earlier thinking or add text of their own.
 found this way is refused, never guessed.
 
 Most of it is found in a few renderings with a probe in every message, and in renderings of single
-questions, so that a message is rendered equally often however long its conversation is. What these
-do not agree with in the text as it is, is looked for with one probe at a time.
+questions, so that a message is rendered equally often however long its conversation is. Where these
+do not match the text, one probe at a time is used instead.
 """
 
 import os
@@ -124,8 +124,8 @@ class _Rendering:
 
     @cached_property
     def content_ends(self):
-        """{k: where the content of message k ends}, from the last one back: between two probes is
-        what `text` has there too, or it has it with the content trimmed."""
+        """{k: where the content of message k ends}, from the last one back: the piece between two
+        probes is in `text` too, with the content as it is or trimmed."""
         as_is = self.between_probes({k: self.content(k) + PROBE for k in self.probed})
         trimmed = as_is
         if "".join(as_is.values()) != self.text:

@@ -60,7 +60,7 @@ class Template:
     def __init__(self, source: str | None, named: dict[str, str], special, stops=()):
         self.source = source
         if source is not None:
-            _compile(source, "", "")  # an error in it is none of the first row
+            _compile(source, "", "")  # so that no row is blamed for an error in it
         self.named = named
         self.special = frozenset(special)
         self.stops = frozenset({*stops, self.turn_end} - {None})

@@ -418,14 +418,16 @@ def check_stage(folder, tokenizer: Tokenizer) -> str:
         for name in ("template", "tokenizer")
         if trained and trained[f"{name}_hash"] != now[f"{name}_hash"]
     ]
+    warnings = []
+    if changed:
+        warnings.append(
+            f"WARNING: {folder} was trained with another {' and '.join(changed)} than this run "
+            "uses, so prompts will not look like those it was trained on: was --chat_template "
+            "intended?"
+        )
     if foreign := _foreign(Path(folder)):
-        return (
+        warnings.append(
             f"WARNING: {folder}: {', '.join(foreign)}: links to elsewhere, which are not copied to "
             "the trained model: put the files there instead."
         )
-    if not changed:
-        return ""
-    return (
-        f"WARNING: {folder} was trained with another {' and '.join(changed)} than this run uses, "
-        "so prompts will not look like those it was trained on: was --chat_template intended?"
-    )
+    return "\n".join(warnings)

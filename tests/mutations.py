@@ -2052,6 +2052,63 @@ MUTATIONS = [
         "max(largest)",
         "twins/test_grpo.py::test_it_agrees_after_a_resume_on_two_ranks[token-mask]",
     ),
+    # ---- flags that say how, not what
+    mutation(
+        "keep-ignored",
+        "train_grpo.py",
+        "vars(args), show, args.keep)",
+        "vars(args), show)",
+        "test_loops.py::test_flags_that_say_how_reach_what_they_are_for[train_grpo.py]",
+    ),
+    mutation(
+        "save-minutes-ignored",
+        "train_ppo.py",
+        "args.save_every, args.save_minutes):",
+        "args.save_every, 0):",
+        "test_loops.py::test_flags_that_say_how_reach_what_they_are_for[train_ppo.py]",
+    ),
+    mutation(
+        "engine-tokens-ignored",
+        "train_grpo.py",
+        "args.engine_rows, args.engine_tokens)",
+        "args.engine_rows, 2**18)",
+        "test_loops.py::test_flags_that_say_how_reach_what_they_are_for[train_grpo.py]",
+    ),
+    mutation(
+        "reward-timeout-ignored",
+        "train_ppo.py",
+        "args.tokens, args.reward_timeout",
+        "args.tokens, 0.0",
+        "test_loops.py::test_flags_that_say_how_reach_what_they_are_for[train_ppo.py]",
+    ),
+    mutation(
+        "save-dtype-ignored",
+        "train_dpo.py",
+        "files, args.save_dtype)",
+        "files)",
+        "test_loops.py::test_flags_that_say_how_reach_what_they_are_for[train_dpo.py]",
+    ),
+    mutation(
+        "dpo-nll-scaled-by-a-ranks-own-pairs",
+        "train_dpo.py",
+        "dist.all_sum(chosen_targets) / args.rows",
+        "dist.all_sum(chosen_targets) / len(step_pairs)",
+        "twins/test_dpo.py::test_it_agrees_after_a_resume_on_two_ranks[orpo]",
+    ),
+    mutation(
+        "kto-evaluates-all-held-out-rows",
+        "train_kto.py",
+        "eval_rows[: args.eval_rows]",
+        "eval_rows[:]",
+        "twins/test_kto.py::test_the_twin_agrees_and_each_flag_matters",
+    ),
+    mutation(
+        "a-warning-hides-another",
+        "nanopost/tokenizer.py",
+        'return "\\n".join(warnings)',
+        "return warnings[-1] if warnings else ''",
+        "test_tokenizer.py::test_another_template_and_links_to_elsewhere_are_both_said",
+    ),
 ]
 
 

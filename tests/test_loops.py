@@ -1,6 +1,7 @@
 """The loops of the training scripts, watched in the test's own process: which rows a step takes,
 what is sampled with which weights, and what a sampled token is credited with."""
 
+import inspect
 import json
 
 import numpy as np
@@ -9,9 +10,10 @@ import torch
 from inprocess import run_here
 from scripts import SCRIPTS, metrics
 
-from nanopost import InputError, dist, forward, hf, packing, pairs, rows
+from nanopost import InputError, dist, forward, hf, packing, pairs, rewards, rows
 from nanopost.batch import batch_of
 from nanopost.engine import Engine
+from nanopost.run import Run
 from nanopost.tokenizer import Tokenizer
 from runs import toy
 
@@ -667,3 +669,42 @@ def test_a_first_step_that_fails_does_not_block_its_folder(place, tmp_path, scri
         with pytest.raises(InputError, match="had equal rewards"):
             run_here(script, *grpo(place, out, *rewarded))
     assert not (out / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_that_say_how_reach_what_they_are_for(place, tmp_path, monkeypatch, script):
+    """The twins cannot tell: these flags change no number."""
+    seen = {}
+
+    def watch(owner, name, *wanted):
+        function = getattr(owner, name)
+        signature = inspect.signature(function)
+
+        def watched(*given, **named):
+            bound = signature.bind(*given, **named)
+            bound.apply_defaults()
+            values = tuple(bound.arguments[argument] for argument in wanted)
+            seen.setdefault(name, set()).add(values)
+            return function(*given, **named)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    watch(Run, "__init__", "keep")
+    watch(Run, "due_save", "every", "minutes")
+    watch(Run, "export", "dtype")
+    watch(dist, "shard", "checkpointing", "compile", "kernels")
+    watch(Engine, "beside", "rows", "tokens")
+    watch(rewards, "load", "tokens", "timeout")
+    more = ("--keep", 3, "--save_every", 7, "--save_minutes", 5, "--save_dtype", "bf16")
+    more += ("--checkpointing", "--kernels", "torch", "--steps", 1, "--tokens", 900)
+    expected = {
+        "__init__": {(3,)},
+        "due_save": {(7, 5.0)},
+        "export": {("bf16",)},
+        "shard": {(True, False, "torch")},
+    }
+    if script in SAMPLING:
+        more += ("--engine_rows", 9, "--engine_tokens", 800, "--reward_timeout", 30)
+        expected |= {"beside": {(9, 800)}, "load": {(900, 30.0)}}
+    run_here(script, *flags(place, script, tmp_path, *more))
+    assert seen == expected

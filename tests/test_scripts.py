@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kills import workers
 from scripts import ENVIRONMENT, command, metrics, run, weights
 
 from nanopost import hf
@@ -389,19 +390,6 @@ def test_a_run_that_is_told_to_stop_saves_and_resumes_to_the_last_bit(place, tmp
     assert f"resumed at step {step}\n" in done.stdout
     assert weights(out) == weights(place / "sft")
     same_lines(out, place / "sft")
-
-
-def workers(out):
-    """Processes of the run in `out`, by their command lines."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(out).encode() in words and b"torch.distributed.run" not in words:
-            found.append(int(path.parent.name))
-    return found
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

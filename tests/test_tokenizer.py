@@ -673,3 +673,14 @@ def test_reasoning_that_the_template_ignores_is_a_doubt():
     assert said in ignoring.doubts(data) and "plain text" in ignoring.doubts(data)
     assert "ignores" not in showing.doubts(data)
     assert ignoring.doubts(data[1:2]) == ""
+
+
+def test_another_template_and_links_to_elsewhere_are_both_said(tmp_path):
+    toy.write_model(tmp_path / "toy")
+    tokenizer = Tokenizer.load(tmp_path / "toy")
+    trained = {"template_hash": "other", "tokenizer_hash": tokenizer.hash}
+    (tmp_path / "toy/nanopost.json").write_text(json.dumps(trained))
+    (tmp_path / "elsewhere.json").write_text("{}")
+    (tmp_path / "toy/added_tokens.json").symlink_to(tmp_path / "elsewhere.json")
+    said = check_stage(tmp_path / "toy", tokenizer)
+    assert "trained with another template than" in said and "added_tokens.json: links to" in said

@@ -18,10 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scripts import ROOT, metrics, parser_of
+from small import small_config
 
 import forks
 from nanopost import hf
-from nanopost.model import CausalLM, Config, ScalarModel
+from nanopost.model import CausalLM, ScalarModel
 from runs import toy
 from twins import double
 
@@ -124,7 +125,7 @@ def check_flags_matter(module, args, also=(), folder=ROOT, **tolerances):
             continue
         try:
             agree(module, Namespace(**{**vars(args), name: other}), **tolerances)
-        except Exception:  # an error of the twin is a disagreement too
+        except Exception:  # it has run with `value`, so an error too says that the flag is read
             continue
         raise AssertionError(f"--{name} {value}: the twin agrees with {other} too")
 
@@ -454,29 +455,8 @@ class AdamW:
 def write_model(folder, seed=0, scalar=False, **changes):
     """A random Qwen3 of two layers, its distributions far from uniform, with the toy's tokenizer: a
     token per byte. scalar: a reward model."""
-    config = Config.of(
-        {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            "hidden_act": "silu",
-            "vocab_size": 264,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "max_position_embeddings": 256,
-            "tie_word_embeddings": True,
-            "attention_bias": False,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-            "bos_token_id": None,
-            **changes,
-        }
-    )
+    toys = {"vocab_size": 264, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
+    config = small_config(**toys, tie_word_embeddings=True, attention_bias=False, **changes)
     if scalar:
         config = config.with_scalar_head(0)
     model = ScalarModel(config) if scalar else CausalLM(config)
