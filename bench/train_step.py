@@ -153,17 +153,17 @@ def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
     online = ["train_online_dpo.py", *shared, *sampled, *flags(prompts=sizes["prompts"], group=4)]
     grpo = ["train_grpo.py", *shared, *sampled, *flags(prompts=sizes["prompts"], group=8)]
     ppo = ["train_ppo.py", *shared, *sampled, *flags(prompts=sizes["ppo"])]
-    return {  # the most telling first
+    return {
         "sft": sft,
         "grpo": grpo,
         "dpo": dpo,
-        "sft, --compile": [*sft, "--compile"],
-        "sft, --kernels torch": [*sft, "--kernels", "torch"],
-        "sft, --checkpointing": [*sft, "--checkpointing"],
         "ppo": ppo,
         "rm": rm,
         "kto": kto,
         "online_dpo": online,
+        "sft, --compile": [*sft, "--compile"],
+        "sft, --kernels torch": [*sft, "--kernels", "torch"],
+        "sft, --checkpointing": [*sft, "--checkpointing"],
         "dpo, --kernels torch": [*dpo, "--kernels", "torch"],
     }
 
@@ -303,7 +303,8 @@ def main():
         if importlib.util.find_spec("trl") is None:
             print("TRL is not installed: its trainers are skipped")
         else:
-            jobs |= trl_jobs(folder, args.tiny)
+            theirs = trl_jobs(folder, args.tiny)
+            jobs = {name: jobs[name] for name in ("sft", "grpo", "dpo")} | theirs | jobs
         for name, command in jobs.items():
             if not name.startswith(tuple(args.only)):
                 continue
