@@ -18,8 +18,8 @@ case $part in
         OMP_NUM_THREADS=1 python -m bench.gpu_correctness --only kernels attention scripts "$@"
         ;;
     resume) OMP_NUM_THREADS=1 python -m bench.gpu_correctness --only resume "$@" ;;
-    kernels) python -m bench.kernels --shapes 2 "$@" ;;
-    steps) TMPDIR=/dev/shm python -m bench.train_step --steps 4 --seconds 150 --profile grpo "$@" ;;
+    kernels) python -m bench.kernels "$@" ;;
+    steps) TMPDIR=/dev/shm python -m bench.train_step --steps 4 --seconds 150 --profile dpo "$@" ;;
     *)
         echo "usage: bash bench/gpu_day.sh correctness|resume|kernels|steps [--try] [--out DIR]" >&2
         exit 2

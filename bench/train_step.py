@@ -155,16 +155,16 @@ def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
     ppo = ["train_ppo.py", *shared, *sampled, *flags(prompts=sizes["ppo"])]
     return {
         "sft": sft,
-        "grpo": grpo,
         "dpo": dpo,
-        "ppo": ppo,
         "rm": rm,
         "kto": kto,
-        "online_dpo": online,
         "sft, --compile": [*sft, "--compile"],
         "sft, --kernels torch": [*sft, "--kernels", "torch"],
         "sft, --checkpointing": [*sft, "--checkpointing"],
         "dpo, --kernels torch": [*dpo, "--kernels", "torch"],
+        "grpo": grpo,  # the slowest last
+        "ppo": ppo,
+        "online_dpo": online,
     }
 
 
@@ -304,7 +304,7 @@ def main():
             print("TRL is not installed: its trainers are skipped")
         else:
             theirs = trl_jobs(folder, args.tiny)
-            jobs = {name: jobs[name] for name in ("sft", "grpo", "dpo")} | theirs | jobs
+            jobs = {name: jobs[name] for name in ("sft", "dpo")} | theirs | jobs
         for name, command in jobs.items():
             if not name.startswith(tuple(args.only)):
                 continue
