@@ -52,7 +52,7 @@ from nanopost import (
     rows,
 )
 from nanopost.cli import above, at_least
-from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.engine import Sampling, prompt_seed
 from nanopost.forward import add_logprobs, batches, check_finite
 from nanopost.rollout import LogpGap, length_metrics, sample_records
 from nanopost.run import Run
@@ -124,7 +124,7 @@ model = hf.load_model(args.model, world.device, shard=shard)
 reference = None
 if args.beta:
     reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
-engine = Engine.beside(model, args.model, world, tokenizer, args.engine_rows, args.engine_tokens)
+engine = cli.engine(args, model, world, tokenizer)
 
 train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
@@ -369,6 +369,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
+engine.close()
 files = tokenizer_files(args.model, tokenizer)
 run.export(dist.full_weights(model), model.config, files, args.save_dtype)
 run.finish()

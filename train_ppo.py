@@ -43,7 +43,7 @@ from nanopost import (
 )
 from nanopost.batch import add_column, padded
 from nanopost.cli import above, at_least
-from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.engine import Sampling, prompt_seed
 from nanopost.forward import add_logprobs, add_values, batches, check_finite
 from nanopost.rollout import LogpGap, length_metrics, sample_records
 from nanopost.run import Run
@@ -133,9 +133,7 @@ model = hf.load_actor_critic(args.model, value_folder, world.device, shard, pad_
 reference = None
 if args.beta:
     reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
-engine = Engine.beside(
-    model.policy, args.model, world, tokenizer, args.engine_rows, args.engine_tokens
-)
+engine = cli.engine(args, model.policy, world, tokenizer)
 
 train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
@@ -356,6 +354,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         run.save(step, model, optimizer, state)
 
 # --------------------------------------------------------------------------------------------- save
+engine.close()
 files = tokenizer_files(args.model, tokenizer)
 if value_folder:  # a head is useless without its policy, so it is not exported
     value_weights = dist.full_weights(model, "value.")

@@ -12,6 +12,7 @@ import math
 from functools import partial
 
 from nanopost import InputError, dist
+from nanopost.engine import Engine
 
 
 def at_least(least: float, most: float = math.inf):
@@ -174,6 +175,11 @@ def shard(args, world):
         compile=args.compile,
         kernels=args.kernels,
     )
+
+
+def engine(args, model, world, tokenizer):
+    """The engine that its flags ask for. model: the policy, loaded from --model."""
+    return Engine.beside(model, args.model, world, tokenizer, args.engine_rows, args.engine_tokens)
 
 
 def add_rollout_flags(parser: Parser, reward_required: bool = True):

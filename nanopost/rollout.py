@@ -28,10 +28,12 @@ class Rollout:
     ids: list[int]
     logp: np.ndarray  # fp32 [T], of the distribution it was drawn from; 0 where not sampled
     finish: str  # "stop": a stop token or string; "length": max_tokens reached
-    version: int  # of the weights it was sampled with
+    versions: np.ndarray | int  # int64 [T]: of the weights that each token was sampled with
     sampled: np.ndarray | None = None  # bool [T]: drawn from the policy; default: all of ids
 
     def __post_init__(self):
+        if np.ndim(self.versions) == 0:
+            self.versions = np.full(len(self.ids), self.versions)
         if self.sampled is None:
             self.sampled = np.ones(len(self.ids), bool)
 
@@ -39,6 +41,19 @@ class Rollout:
     def length(self) -> int:
         """Sampled tokens."""
         return int(self.sampled.sum())
+
+    @property
+    def version(self) -> int:
+        """The oldest of its versions."""
+        return int(self.versions.min())
+
+    def extend(self, turn: list[int], answer: "Rollout"):
+        """Append a turn of the environment, which is not sampled, and the answer to it."""
+        self.ids = self.ids + turn + answer.ids
+        self.logp = np.concatenate([self.logp, np.zeros(len(turn), np.float32), answer.logp])
+        self.sampled = np.concatenate([self.sampled, np.zeros(len(turn), bool), answer.sampled])
+        self.versions = np.concatenate([self.versions, [self.version] * len(turn), answer.versions])
+        self.finish = answer.finish
 
     def example(self) -> Example:
         """Prompt and completion as one sequence; sampled tokens are its mask. Columns:

@@ -2069,9 +2069,9 @@ MUTATIONS = [
     ),
     mutation(
         "engine-tokens-ignored",
-        "train_grpo.py",
-        "args.engine_rows, args.engine_tokens)",
-        "args.engine_rows, 2**18)",
+        "nanopost/cli.py",
+        "args.engine_rows, args.engine_tokens",
+        "args.engine_rows, 2**18",
         "test_loops.py::test_flags_that_say_how_reach_what_they_are_for[train_grpo.py]",
     ),
     mutation(

@@ -174,3 +174,11 @@ def test_gap_and_lengths_are_those_of_all_ranks_on_each(tmp_path):
         "completions/max_length": 4,
         "completions/clipped_ratio": 0.0,
     }
+
+
+def test_a_turn_and_the_answer_to_it_extend_a_completion():
+    first = Rollout([1], [5, 6], np.array([-1, -2], np.float32), "stop", 3)
+    first.extend([7], Rollout([1, 5, 6, 7], [8], np.array([-3], np.float32), "length", 4))
+    assert first.ids == [5, 6, 7, 8] and first.finish == "length" and first.length == 3
+    assert first.logp.tolist() == [-1, -2, 0, -3] and first.sampled.tolist() == [1, 1, 0, 1]
+    assert first.versions.tolist() == [3, 3, 3, 4] and first.version == 3
