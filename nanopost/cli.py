@@ -13,6 +13,7 @@ from functools import partial
 
 from nanopost import InputError, dist
 from nanopost.engine import Engine
+from nanopost.vllm import Servers
 
 
 def at_least(least: float, most: float = math.inf):
@@ -179,6 +180,8 @@ def shard(args, world):
 
 def engine(args, model, world, tokenizer):
     """The engine that its flags ask for. model: the policy, loaded from --model."""
+    if args.vllm:
+        return Servers(args.vllm, tokenizer, world, model.config, args.vllm_timeout)
     return Engine.beside(model, args.model, world, tokenizer, args.engine_rows, args.engine_tokens)
 
 
@@ -205,6 +208,13 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
         help="seconds per call of a reward or judge; 0: no limit",
     )
     add("--engine_rows", type=at_least(1), default=512, help="completions sampled at once per rank")
+    add("--vllm", nargs="+", metavar="URL", help="vLLM servers to sample with: nanopost/vllm.py")
+    add(
+        "--vllm_timeout",
+        type=above(0.0),
+        default=600.0,
+        help="seconds that a request to a server may take",
+    )
     add(
         "--engine_tokens",
         type=at_least(1),

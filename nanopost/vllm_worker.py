@@ -1,0 +1,184 @@
+"""The server's side of rollouts on vLLM: starts a server that vllm.py can train with.
+
+    python -m nanopost.vllm_worker --model out/sft --port 8000 [any flag of vLLM's server]
+
+Run it from the repository's root, in an environment that has vLLM 0.32. It is vLLM's own server
+with the flags that training needs: log-probs after temperature and cuts, none of the model's
+default cuts, the routes for token ids and for new weights.
+
+On GPUs weights arrive over NCCL, by vLLM's own engine. On a CPU, where vLLM has none, they arrive
+as files in shared memory, by the one below. A server that a dead trainer has left paused gets the
+weights of its --model again and goes on (after --max_pause seconds; default 600).
+"""
+
+import json
+import os
+import runpy
+import sys
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+try:  # the end of the path, so that kernels/ hides no package of that name
+    sys.path.remove(str(ROOT))
+except ValueError:
+    pass
+sys.path = [path for path in sys.path if path] + [str(ROOT)]
+
+import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from vllm.distributed.weight_transfer.base import (  # noqa: E402
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory  # noqa: E402
+
+
+# ------------------------------------------------------------------------------------------ weights
+@dataclass
+class Init(WeightTransferInitInfo):
+    """Nothing: a file needs no connection."""
+
+
+@dataclass
+class Update(WeightTransferUpdateInfo):
+    """path: a safetensors file of some of the weights, under their checkpoint names."""
+
+    path: str
+
+
+class SharedMemory(WeightTransferEngine):
+    """Weights from files. Its calls are those of vLLM's NCCL engine, in the same order."""
+
+    init_info_cls, update_info_cls = Init, Update
+
+    def init_transfer_engine(self, init_info):
+        pass
+
+    def start_weight_update(self):
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info):
+        # The base class would synchronise an accelerator here.
+        self.receive_weights(self.parse_update_info(update_info))
+
+    def receive_weights(self, update_info):
+        self.model.load_weights(list(load_file(update_info.path).items()))
+
+    def finish_weight_update(self):
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+        repack_heads(self.model)
+
+    def shutdown(self):
+        pass
+
+
+def repack_heads(model):
+    """On a CPU vLLM computes with a packed copy of each matrix. Loading weights packs every layer
+    anew but for a tied head: it would go on with the weights before."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+if __name__ == "nanopost.vllm_worker":  # a spawned process runs the main module once more
+    WeightTransferEngineFactory.register_engine("shm", SharedMemory)
+
+
+class Extension:
+    """--worker-extension-cls: makes each worker import this module, before it makes its engine."""
+
+    def nanopost_restore(self):
+        """Load the weights of --model again, whatever state an update has left."""
+        self._weight_update_active = False
+        model = self.model_runner.get_model()
+        self.model_runner.reload_weights()
+        if not torch.cuda.is_available():
+            repack_heads(model)
+
+
+# ------------------------------------------------------------------------------------------- server
+def arguments(given: list[str], cuda: bool) -> list[str]:
+    """The flags of vLLM's server: those given, and those that training needs, unless given."""
+    needed = {
+        "--served-model-name": "policy",
+        "--generation-config": "vllm",  # else the model's own top_k and top_p apply
+        "--logprobs-mode": "processed_logprobs",
+        "--enable-scale-out": None,
+        "--worker-extension-cls": "nanopost.vllm_worker.Extension",
+        "--weight-transfer-config": json.dumps({"backend": "nccl" if cuda else "shm"}),
+    }
+    if not cuda:
+        needed |= {"--dtype": "float32", "--enforce-eager": None}
+    names = {text.partition("=")[0].replace("_", "-") for text in given if text.startswith("--")}
+    result = list(given)
+    for name, value in needed.items():
+        if name not in names:
+            result += [name] if value is None else [name, value]
+    return result
+
+
+def take(given: list[str], name: str, default: str) -> str:
+    """The value of a flag of ours, which is removed."""
+    if name not in given:
+        return default
+    at = given.index(name)
+    value = given[at + 1]
+    del given[at : at + 2]
+    return value
+
+
+def watch(port: str, limit: float):
+    """Free a server that has been paused for `limit` seconds: its trainer is dead."""
+
+    def call(path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers)
+        with urllib.request.urlopen(request, timeout=600) as answer:
+            return json.loads(answer.read() or b"null")
+
+    since = None
+    while True:
+        time.sleep(min(5.0, limit / 4))
+        try:
+            if not call("/is_paused")["is_paused"]:
+                since = None
+                continue
+            since = since or time.monotonic()
+            if time.monotonic() - since < limit:
+                continue
+            print(f"paused for {limit:g} s: back to the weights of --model", flush=True)
+            call("/collective_rpc", {"method": "nanopost_restore"})
+            call("/update_weight_version", {"new_version": "restored"})
+            call("/resume", {})
+        except OSError:  # not up yet, or going down
+            continue
+
+
+def main():
+    given = sys.argv[1:]
+    limit = float(take(given, "--max_pause", "600"))
+    port = take(given, "--port", "8000")
+    os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")  # the routes for weights
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
+    sys.argv = ["api_server", *arguments([*given, "--port", port], cuda)]
+    threading.Thread(target=watch, args=(port, limit), daemon=True).start()
+    runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
