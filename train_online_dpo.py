@@ -84,7 +84,7 @@ if preference.needs_reference(loss_functions):
     tokenizer.check_same(reference_folder, "--reference_model ")
     reference_model = hf.load_model(reference_folder, world.device, shard=shard)
     reference_model.requires_grad_(False)
-engine = cli.engine(args, model, world, tokenizer)
+engine = cli.engine(args, args.model, model, world, tokenizer)
 
 train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages

@@ -12,6 +12,7 @@ import math
 from functools import partial
 
 from nanopost import InputError, dist
+from nanopost.colocate import Colocated
 from nanopost.engine import Engine
 from nanopost.vllm import Servers
 
@@ -178,11 +179,15 @@ def shard(args, world):
     )
 
 
-def engine(args, model, world, tokenizer):
-    """The engine that its flags ask for. model: the policy, loaded from --model."""
+def engine(args, folder, model, world, tokenizer):
+    """The engine that the flags ask for. model: the policy, loaded from `folder`."""
+    if args.vllm and args.engine != "native":
+        raise InputError("--vllm and --engine colocate are two engines: give one of them.")
     if args.vllm:
         return Servers(args.vllm, tokenizer, world, model.config, args.vllm_timeout)
-    return Engine.beside(model, args.model, world, tokenizer, args.engine_rows, args.engine_tokens)
+    if args.engine == "colocate":
+        return Colocated(folder, tokenizer, world, model.config, args.vllm_memory)
+    return Engine.beside(model, folder, world, tokenizer, args.engine_rows, args.engine_tokens)
 
 
 def add_rollout_flags(parser: Parser, reward_required: bool = True):
@@ -207,8 +212,26 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
         default=0.0,
         help="seconds per call of a reward or judge; 0: no limit",
     )
+    add_engine_flags(parser)
+
+
+def add_engine_flags(parser: Parser):
+    """What samples: see `engine`."""
+    add = parser.add_argument
+    add(
+        "--engine",
+        default="native",
+        choices=["native", "colocate"],
+        help="what samples: nanopost's own engine, or vLLM inside each process of the run",
+    )
     add("--engine_rows", type=at_least(1), default=512, help="completions sampled at once per rank")
-    add("--vllm", nargs="+", metavar="URL", help="vLLM servers to sample with: nanopost/vllm.py")
+    add(
+        "--engine_tokens",
+        type=at_least(1),
+        default=2**18,
+        help="tokens in the cache at once per rank: lower it if sampling runs out of memory",
+    )
+    add("--vllm", nargs="+", metavar="URL", help="vLLM servers that sample: nanopost/vllm.py")
     add(
         "--vllm_timeout",
         type=above(0.0),
@@ -216,10 +239,10 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
         help="seconds that a request to a server may take",
     )
     add(
-        "--engine_tokens",
-        type=at_least(1),
-        default=2**18,
-        help="tokens in the cache at once per rank: lower it if sampling runs out of memory",
+        "--vllm_memory",
+        type=above(0.0, 1.0),
+        default=0.3,
+        help="share of the GPU's memory for vLLM under --engine colocate",
     )
 
 

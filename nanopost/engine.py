@@ -73,10 +73,10 @@ class Engine:
     def beside(cls, model, folder, world, tokenizer, rows: int, tokens: int) -> "Engine":
         """The engine of a training script. model: its policy, loaded from the checkpoint `folder`.
 
-        With one process in fp32 the engine samples with the trainer's own tensors. Otherwise those
-        are shards or fp32 master weights, and the engine gets a full copy in world.dtype.
+        The engine samples with the model's own tensors if they are whole and in world.dtype. If
+        they are shards or fp32 master weights, it gets a full copy in world.dtype.
         """
-        shared = world.size == 1 and world.dtype == torch.float32
+        shared = world.size == 1 and model.head_weight.dtype == world.dtype
         if not shared:
             model = hf.load_model(folder, world.device, world.dtype)
         return cls.of(model, tokenizer, rows, tokens, shared)

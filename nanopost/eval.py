@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanopost import InputError, dist, forward, hf, packing, rewards
+from nanopost import InputError, cli, dist, forward, hf, packing, rewards
 from nanopost.cli import Parser, above, at_least
-from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.engine import Sampling, prompt_seed
 from nanopost.rollout import completion_text
 from nanopost.rows import pair, prompt, read_rows, sft
 from nanopost.run import named_files
@@ -108,7 +108,7 @@ class Sampler:
         if warning := check_stage(folder, self.tokenizer):
             say(warning)
         self.model = hf.load_model(folder, world.device, world.dtype)
-        self.engine = Engine.of(self.model, self.tokenizer, args.engine_rows, args.engine_tokens)
+        self.engine = cli.engine(args, folder, self.model, world, self.tokenizer)
 
     def answers(self, rows):
         """-> (the rows with prompt_ids, --samples Rollouts of each)."""
@@ -127,6 +127,7 @@ class Sampler:
         )
         prompts = [row["prompt_ids"] for row in rows]
         seeds = [prompt_seed(args.seed, serial) for serial in range(len(rows))]
+        self.engine.sync_weights(self.model.state_dict().items(), 0)
         return rows, self.engine.generate(prompts, args.samples, sampling, seeds)
 
     def texts(self, groups):
@@ -332,8 +333,7 @@ def parsed(arguments=None):
         help="auto: bf16 on CUDA, else fp32",
     )
     add("--tokens", type=at_least(2), default=8192, help="maximum tokens per batch")
-    add("--engine_rows", type=at_least(1), default=512, help="completions sampled at once")
-    add("--engine_tokens", type=at_least(1), default=2**18, help="tokens in the cache at once")
+    cli.add_engine_flags(parser)
     add("--out", metavar="FILE", help="JSONL with the result of each row")
     args = parser.parse_args(arguments)
     if args.temperature is None:

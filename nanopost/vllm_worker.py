@@ -11,6 +11,7 @@ as files in shared memory, by the one below. A server that a dead trainer has le
 weights of its --model again and goes on (after --max_pause seconds; default 600).
 """
 
+import importlib.util
 import json
 import os
 import runpy
@@ -21,12 +22,11 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-try:  # the end of the path, so that kernels/ hides no package of that name
-    sys.path.remove(str(ROOT))
-except ValueError:
-    pass
-sys.path = [path for path in sys.path if path] + [str(ROOT)]
+if __name__ == "__main__":  # at the end of the path, our kernels/ hides no package of that name
+    ROOT = Path(__file__).resolve().parents[1]
+    sys.path = [path for path in sys.path if Path(path).resolve() != ROOT] + [str(ROOT)]
+    if importlib.util.find_spec("vllm") is None:
+        sys.exit("error: this environment has no vLLM: pip install -r requirements-vllm.txt")
 
 import torch  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402

@@ -189,7 +189,8 @@ def imports(nodes):
 def test_oracles_are_never_imported_and_optional_packages_where_they_are_used(path):
     tree = ast.parse(text(path))
     assert not imports(ast.walk(tree)) & ORACLES
-    assert not imports(tree.body) & OPTIONAL
+    if path != "nanopost/vllm_worker.py":  # it runs inside vLLM
+        assert not imports(tree.body) & OPTIONAL
 
 
 # ----------------------------------------------------------------------------------------- targets

@@ -1,0 +1,122 @@
+"""The scripts on real vLLM servers, by their command lines."""
+
+import json
+import subprocess
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+import vllm_servers
+from scripts import ENVIRONMENT, ROOT, metrics, run
+
+from nanopost import InputError, cli, hf
+from nanopost.dist import World
+from nanopost.tokenizer import Tokenizer
+from runs import toy
+
+pytestmark = pytest.mark.slow
+GAP = "sampling/sampling_logp_difference/max"
+REWARD = """
+def ids(completions, completion_ids, **columns):
+    return [sum(ids) % 10 / 10 for ids in completion_ids]
+"""
+SHARED = ("--steps", 3, "--prompts", 8, "--max_new_tokens", 12, "--lr", 3e-3, "--device", "cpu")
+OWN = {
+    "train_grpo.py": ("--group", 4),
+    "train_ppo.py": ("--group", 2, "--value_model", "head", "--beta", 0.05),
+    "train_online_dpo.py": ("--group", 3),
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model, prompts and a reward."""
+    folder = tmp_path_factory.mktemp("place")
+    vllm_servers.write_model(folder / "model")
+    rows = toy.prompt_rows(held_out=False)[:40]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "reward.py").write_text(REWARD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def urls(place):
+    if vllm_servers.PYTHON is None:
+        pytest.skip(vllm_servers.needed.kwargs["reason"])
+    with vllm_servers.servers(place / "model", place, 2) as found:
+        yield found
+
+
+def flags(place, out):
+    data = "--data", place / "prompts.jsonl", "--holdout", 4, "--max_prompt", 64
+    reward = "--reward", f"{place / 'reward.py'}:ids"
+    return "--model", place / "model", "--out", out, *data, *reward, *SHARED
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("script", OWN)
+def test_a_script_samples_on_servers(place, urls, tmp_path, script, ranks):
+    arguments = (*flags(place, tmp_path / "out"), *OWN[script], "--record", "--vllm", *urls)
+    done = run(script, *arguments, ranks=ranks)
+    assert "warning" not in done.stdout + done.stderr
+    lines = metrics(tmp_path / "out")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    moved = [name for name in lines[-1] if name.startswith("eval/")]
+    assert moved and all(name in lines[0] for name in moved)
+    for line in lines[1:]:
+        assert line.get(GAP, 0.0) < 1e-4  # train_online_dpo.py measures none
+        assert line["completions/mean_length"] > 1
+        path = tmp_path / f"out/records/{line['step']:06d}.jsonl"
+        rollouts = [json.loads(text) for text in path.read_text().splitlines()][1:]
+        assert len(rollouts) > 0 and {row["rank"] for row in rollouts} == set(range(ranks))
+    # What the run has learnt is on the servers, and in the folder that it wrote.
+    assert (tmp_path / "out/model.safetensors").stat().st_size > 0
+
+
+def test_a_resumed_run_pushes_its_weights_before_it_samples(place, urls, tmp_path):
+    arguments = (*flags(place, tmp_path / "out"), *OWN["train_grpo.py"], "--vllm", urls[0])
+    run("train_grpo.py", *arguments, "--save_every", 1)
+    for path in (tmp_path / "out").glob("model.safetensors"):
+        path.unlink()
+    other = (*flags(place, tmp_path / "other"), *OWN["train_grpo.py"], "--vllm", urls[0])
+    run("train_grpo.py", *other, "--seed", 5)  # leaves other weights on the server
+    run("train_grpo.py", *arguments, "--save_every", 1, "--resume", "--steps", 5)
+    lines = metrics(tmp_path / "out")
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5]
+    assert max(line[GAP] for line in lines[1:]) < 1e-4
+
+
+def test_eval_gives_on_a_server_what_it_gives_by_itself(place, urls, tmp_path):
+    shared = "--model", place / "model", "--data", place / "prompts.jsonl", "--max_new_tokens", 12
+    shared += "--reward", f"{place / 'reward.py'}:ids", "--device", "cpu", "--out"
+
+    def evaluate(*arguments):
+        command = [sys.executable, "-m", "nanopost.eval", *map(str, arguments)]
+        subprocess.run(command, env=ENVIRONMENT, cwd=ROOT, check=True)
+
+    evaluate(*shared, tmp_path / "native.jsonl")
+    evaluate(*shared, tmp_path / "vllm.jsonl", "--vllm", *urls)
+    assert (tmp_path / "vllm.jsonl").read_text() == (tmp_path / "native.jsonl").read_text()
+
+
+# --------------------------------------------------------------------------------- no server needed
+def test_flags_choose_the_engine(alone, tmp_path):
+    vllm_servers.write_model(tmp_path)
+    model, tokenizer = hf.load_model(tmp_path), Tokenizer.load(tmp_path)
+    world = World(0, 1, torch.device("cpu"), torch.float32)
+    parser = cli.Parser("")
+    cli.add_engine_flags(parser)
+
+    def engine(*given) -> Namespace:
+        return cli.engine(parser.parse_args(given), tmp_path, model, world, tokenizer)
+
+    native = engine("--engine_rows", "7")
+    assert native.model is model and native.rows == 7
+    with pytest.raises(InputError, match="two engines: give one of them"):
+        engine("--engine", "colocate", "--vllm", "http://a")
+    with pytest.raises(InputError, match="is it up, and reachable from here"):
+        engine("--vllm", f"http://127.0.0.1:{vllm_servers.free_port()}", "--vllm_timeout", "2")
+    if not vllm_servers.INSIDE:
+        with pytest.raises(InputError, match="--engine colocate needs vLLM"):
+            engine("--engine", "colocate", "--vllm_memory", "0.5")
