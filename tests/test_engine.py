@@ -141,7 +141,8 @@ def test_greedy_takes_the_likeliest_token_each_time():
 def test_draws_have_the_frequencies_of_the_distribution():
     logits = torch.tensor([2.0, 0.0, 1.0, -30.0, -1.0])
     uniform = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    token_B, logp_B = sample(logits.expand(200_000, -1), uniform, Sampling(1, temperature=0.7))
+    sampling = Sampling(1, temperature=0.7)
+    token_B, logp_B, _ = sample(logits.expand(200_000, -1), uniform, sampling)
     p = (logits / 0.7).softmax(-1)
     assert (
         torch.bincount(token_B, minlength=5) / 200_000 - p
