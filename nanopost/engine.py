@@ -301,7 +301,8 @@ def sample(logits_BV, uniform_B, sampling: Sampling, unused_ids=None):
     log_p_BV = _without((logits_BV / sampling.temperature).log_softmax(-1), unused_ids)
     kept_BV = None
     if sampling.cuts:
-        log_p_BV = cut(log_p_BV, sampling.top_k, sampling.top_p, sampling.min_p)
+        # Shares of the mass are of what may be drawn.
+        log_p_BV = cut(log_p_BV.log_softmax(-1), sampling.top_k, sampling.top_p, sampling.min_p)
         if sampling.kept:
             kept_BV = log_p_BV > -torch.inf
     cdf_BV = log_p_BV.exp().double().cumsum(-1)
