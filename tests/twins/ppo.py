@@ -24,7 +24,8 @@ RUNS = {
     "head": PLAIN + TWO + "--value_model head --value_warmup 1 --kl k2 --beta 0.4 --lam 0.7 "
     "--whiten_rewards --max_logp_gap 5 --old_logp trainer --value_lr 2e-2 "
     "--top_k 60 --top_p 0.9 --min_p 0.1",
-    "the engine's": PLAIN + TWO + "--value_model head --beta 0.1 --lam 1 --max_logp_gap 5",
+    "the engine's": PLAIN + TWO + "--value_model head --beta 0.1 --lam 1 --max_logp_gap 5 "
+    "--top_p 0.8",
     "reward model": "--model {place}/model --data {place}/puzzles.jsonl --holdout 3 --steps 3 "
     "--rename puzzle=prompt --to_messages "
     "--reward model:{place}/rm {place}/reward.py:letters model:{place}/other_rm --prompts 2 "
