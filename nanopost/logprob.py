@@ -111,15 +111,22 @@ def _logits(hidden_MD, weight_CD, temperature):
     return z_MC.div_(temperature)
 
 
-def _cut(x_MC, kept, first):
-    """Set x of a chunk, whose first id is `first`, to -inf in place where the id was not kept."""
-    m_E, id_E = kept
-    rows, size = x_MC.shape
-    at_E = id_E - first
-    at_E = at_E.where((at_E >= 0) & (at_E < size), size)  # other chunks' ids: a column for none
-    dropped_MC = torch.ones(rows, size + 1, dtype=torch.bool, device=x_MC.device)
-    dropped_MC[m_E, at_E] = False
-    return x_MC.masked_fill_(dropped_MC[:, :size], -torch.inf)
+def _by_chunk(kept, target_N, vocabulary, chunk):
+    """(token_E, id_E) -> for each chunk (rows among M, entries of the chunk)."""
+    token_E, id_E = kept
+    id_E, order_E = id_E.sort()
+    m_N = (target_N >= 0).cumsum(0) - 1
+    m_E = m_N.index_select(0, token_E.index_select(0, order_E))
+    chunks = -(-vocabulary // chunk)
+    counts_J = (id_E // chunk).bincount(minlength=chunks).tolist()
+    return list(zip(m_E.split(counts_J), (id_E % chunk).long().split(counts_J)))
+
+
+def _cut(x_MC, kept):
+    """Set x to -inf in place where an entry of the chunk was not kept."""
+    dropped_MC = torch.ones_like(x_MC, dtype=torch.bool)
+    dropped_MC[kept] = False
+    return x_MC.masked_fill_(dropped_MC, -torch.inf)
 
 
 def _spread(x_M, keep_M, num_tokens):
@@ -144,11 +151,11 @@ class _LogProb(torch.autograd.Function):
         log_p_M = torch.zeros(tokens, dtype=_accumulator(hidden_ND), device=hidden_ND.device)
         kept_lse_JM, z_y_M = [], log_p_M
         if kept is not None:
-            kept = (target_N >= 0).cumsum(0).index_select(0, kept[0]) - 1, kept[1].long()
+            kept = _by_chunk(kept, target_N, vocabulary, chunk)
         for weight_CD, part, inside_M, at_M1 in _chunks(weight_VD, target_M, chunk):
             z_MC = _logits(ready_MD, weight_CD, temperature)
             if kept is not None:
-                kept_lse_JM.append(_cut(z_MC.clone(), kept, part.start).logsumexp(-1))
+                kept_lse_JM.append(_cut(z_MC.clone(), kept[part.start // chunk]).logsumexp(-1))
                 z_y_M = z_MC.gather(1, at_M1)[:, 0].where(inside_M, z_y_M)
             log_p_MC = z_MC.log_softmax(-1)
             lse_JM.append(z_MC[:, 0] - log_p_MC[:, 0])
@@ -194,7 +201,8 @@ class _LogProb(torch.autograd.Function):
             if ctx.kept is None:
                 q_MC = log_p_MC.exp()
             else:
-                q_MC = _cut(log_p_MC - log_mass_M[:, None], ctx.kept, part.start).exp_()
+                kept_E = ctx.kept[part.start // ctx.chunk]
+                q_MC = _cut(log_p_MC - log_mass_M[:, None], kept_E).exp_()
             dz_MC = q_MC.mul_(0.0 if g_M is None else -g_M[:, None])
             if h_M is not None:
                 dz_MC -= log_p_MC.exp().mul_(h_M[:, None] * (log_p_MC + entropy_M[:, None]))

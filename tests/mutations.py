@@ -515,15 +515,15 @@ MUTATIONS = [
     mutation(
         "mass-of-a-cut-without-a-gradient",
         "nanopost/logprob.py",
-        "_cut(log_p_MC - log_mass_M[:, None], ctx.kept, part.start).exp_()",
+        "_cut(log_p_MC - log_mass_M[:, None], kept_E).exp_()",
         "log_p_MC.exp()",
         "test_logprob.py::test_gradcheck_over_kept_ids",
     ),
     mutation(
         "cut-ids-of-other-chunks-kept",
         "nanopost/logprob.py",
-        "at_E.where((at_E >= 0) & (at_E < size), size)",
-        "at_E.clamp(0, size - 1)",
+        "kept_E = ctx.kept[part.start // ctx.chunk]",
+        "kept_E = ctx.kept[0]",
         "test_logprob.py::test_over_kept_ids_values_and_gradients_are_those_of_a_masked_softmax",
     ),
     mutation(
