@@ -14,7 +14,6 @@ train_dpo.py.
 """
 
 import time
-from dataclasses import replace
 
 import torch
 
@@ -33,7 +32,7 @@ from nanopost import (
     rows,
 )
 from nanopost.cli import above, at_least, finite
-from nanopost.engine import Sampling, prompt_seed
+from nanopost.engine import prompt_seed
 from nanopost.forward import batches, check_finite
 from nanopost.rollout import length_metrics, sample_records
 from nanopost.run import Run
@@ -106,7 +105,7 @@ if args.reward:
 columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 judge = rewards.load_one(args.judge, timeout=args.reward_timeout) if args.judge else None
 stateful = reward_functions + ([judge] if judge else [])
-sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
+sampling = cli.sampling(args, kept=False)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["reward", "loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy"]
@@ -149,9 +148,8 @@ def evaluate():
     mine = range(len(eval_rows))[world.rank :: world.size]
     rows_P, serials = [eval_rows[i] for i in mine], [2**32 + i for i in mine]
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
-        held_out = replace(sampling, temperature=temperature)
         with rewards.held_out(stateful):
-            groups, reward_PG = rollout(rows_P, serials, 1, held_out)
+            groups, reward_PG = rollout(rows_P, serials, 1, sampling.held_out(temperature))
         applies = (~reward_PG.isnan()).sum()
         metrics |= dist.means({f"eval/{name}": (reward_PG.nansum(), applies)})
         if name == "accuracy" and reference_model is not None:

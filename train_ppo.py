@@ -25,7 +25,6 @@ dropout (there is none). In forks/: adaptive KL, early stopping on KL, KL in the
 """
 
 import time
-from dataclasses import replace
 
 import torch
 
@@ -43,7 +42,7 @@ from nanopost import (
 )
 from nanopost.batch import add_column, padded
 from nanopost.cli import above, at_least
-from nanopost.engine import Sampling, prompt_seed
+from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, add_values, batches, check_finite
 from nanopost.rollout import LogpGap, length_metrics, sample_records
 from nanopost.run import Run
@@ -165,7 +164,7 @@ run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
 run.say(columns_report)
 run.say(rewards.restore(reward_functions, state))
 
-sampling = Sampling(args.max_new_tokens, args.temperature, stop=tuple(args.stop))
+sampling = cli.sampling(args)
 kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
 
 
@@ -185,7 +184,7 @@ def evaluate():
     serials = [2**32 + i for i in mine]  # disjoint from training's, so that seeds differ
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
         with rewards.held_out(reward_functions):
-            _, reward_FPG = rollout(rows_P, serials, 1, replace(sampling, temperature=temperature))
+            _, reward_FPG = rollout(rows_P, serials, 1, sampling.held_out(temperature))
         others = [f"eval/{name}/{f.name}" for f in reward_functions[1:]]
         metrics |= dist.means(rewards.sums([f"eval/{name}", *others], reward_FPG))
     return metrics

@@ -1,6 +1,7 @@
 """An Example is one sequence of tokens; a Batch is several in one packed stream, without padding.
 
-Shapes: N packed tokens, S sequences, T tokens of one sequence.
+Shapes: N packed tokens, S sequences, T tokens of one sequence, E pairs of a target and an id that
+the cut of its distribution kept.
 
 Targets are shifted where a Batch is built, and shifted back in Batch.split. Nothing else shifts:
 code outside this file works on examples, whose masks and columns are aligned with their ids, or on
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanopost import InputError
+from nanopost import InputError, StepError
 
 IGNORED = -100
 
@@ -26,6 +27,9 @@ class Example:
     ids: np.ndarray  # int32 [T]
     mask: np.ndarray  # bool [T]: this token is trained, or is an action
     columns: dict = field(default_factory=dict)  # name -> array [T], or a number
+    # [T] of int32 arrays: the ids that top-k, top-p or min-p kept, of which this token was drawn;
+    # not read where mask is False. None: nothing was cut.
+    kept: list[np.ndarray] | None = None
 
     def __post_init__(self):
         self.ids, self.mask = np.asarray(self.ids, np.int32), np.asarray(self.mask, bool)
@@ -34,13 +38,19 @@ class Example:
                 f"an example has {len(self.ids)} tokens and a mask of {len(self.mask)}: give it at "
                 "least one token, and a mask of the same length."
             )
+        if self.kept is not None and len(self.kept) != len(self.ids):
+            raise InputError(
+                f"an example has {len(self.ids)} tokens and kept ids for {len(self.kept)}: give it "
+                "a set for each token, or none."
+            )
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, part: slice) -> "Example":
         columns = {k: v[part] if np.ndim(v) else v for k, v in self.columns.items()}
-        return Example(self.ids[part], self.mask[part], columns)
+        kept = None if self.kept is None else self.kept[part]
+        return Example(self.ids[part], self.mask[part], columns, kept)
 
     @property
     def num_targets(self) -> int:
@@ -85,6 +95,8 @@ class Batch:
     columns: dict[str, torch.Tensor]  # float32 [N] (shifted like the targets) or [S]
     num_targets: int = 0
     dummy: bool = False  # stands in for an empty batch: every column is 0
+    # token_E and id_E, int32: the kept ids of each target, at the position that predicts it
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -123,16 +135,19 @@ class Batch:
         names = ("token_N", "position_N", "target_N", "mask_N", "cu_seqlens")
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
         columns = {k: v.to(device, non_blocking=True) for k, v in self.columns.items()}
+        if self.kept is not None:
+            moved["kept"] = tuple(x.to(device, non_blocking=True) for x in self.kept)
         return replace(self, columns=columns, **moved)
 
 
 def batch_of(examples: list[Example], device="cpu") -> Batch:
-    """Lay examples end to end and shift targets, mask and per-token columns.
+    """Lay examples end to end and shift targets, mask, kept ids and per-token columns.
 
     Without examples it is a dummy, which has no targets: a rank that has run out of data runs it
     through the same forward and backward passes, and so the same collectives, as the other ranks.
     The dummy is two sequences of one token, so N equals S and a column of zeros fits either way.
-    InputError if columns differ between examples, or in length from their tokens.
+    InputError if columns differ between examples, or in length from their tokens. StepError if a
+    target is not among the ids that its cut kept.
     """
     dummy = not examples
     examples = examples or [Example([0], [False])] * 2
@@ -145,7 +160,8 @@ def batch_of(examples: list[Example], device="cpu") -> Batch:
     cu_seqlens = np.concatenate([[0], end_S]).astype(np.int32)
     tensors = map(torch.from_numpy, (token_N, position_N, target_N, mask_N, cu_seqlens))
     columns = {k: torch.from_numpy(v) for k, v in _columns(examples, length_S, end_S).items()}
-    return Batch(*tensors, int(length_S.max()), columns, int(mask_N.sum()), dummy).to(device)
+    kept = _kept(examples, target_N)
+    return Batch(*tensors, int(length_S.max()), columns, int(mask_N.sum()), dummy, kept).to(device)
 
 
 def padded(examples: list[Example], name: str) -> torch.Tensor:
@@ -182,6 +198,34 @@ def _columns(examples, length_S, end_S):
                 f"column {name} needs a value for each token of its example, or one number."
             )
     return columns
+
+
+def _kept(examples, target_N):
+    """-> (token_E, id_E), or None where nothing was cut."""
+    if all(e.kept is None for e in examples):
+        return None
+    if any(e.kept is None for e in examples):
+        raise InputError(
+            "of the examples in one batch some have kept ids and some have none: sample all of "
+            "them with the same --top_k, --top_p and --min_p."
+        )
+    lengths = np.array([len(ids) for e in examples for ids in e.kept])
+    token_E = np.arange(len(target_N)).repeat(lengths) - 1  # a token is predicted one before it
+    id_E = np.concatenate([ids for e in examples for ids in e.kept]).astype(np.int32)
+    # Not of what is masked, nor of the first token of a sequence, which has the end of another
+    # before it: neither is a target.
+    of_target_E = (target_N != IGNORED)[token_E]
+    token_E, id_E = token_E[of_target_E], id_E[of_target_E]
+    found_N = np.bincount(token_E[id_E == target_N[token_E]], minlength=len(target_N))
+    if (lost_N := (target_N != IGNORED) & (found_N != 1)).any():
+        first = int(lost_N.argmax())
+        raise StepError(
+            f"{int(lost_N.sum())} sampled tokens, token {target_N[first]} the first of them, are "
+            f"not once among the ids that top-k, top-p or min-p kept (there are "
+            f"{int((token_E == first).sum())}): the engine tells of another cut than it sampled "
+            "from."
+        )
+    return torch.from_numpy(token_E.astype(np.int32)), torch.from_numpy(id_E)
 
 
 def _shift(value_N, end_S):

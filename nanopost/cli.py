@@ -13,7 +13,7 @@ from functools import partial
 
 from nanopost import InputError, dist
 from nanopost.colocate import Colocated
-from nanopost.engine import Engine
+from nanopost.engine import Engine, Sampling
 from nanopost.vllm import Servers
 
 
@@ -190,12 +190,28 @@ def engine(args, folder, model, world, tokenizer):
     return Engine.beside(model, folder, world, tokenizer, args.engine_rows, args.engine_tokens)
 
 
+def sampling(args, kept: bool = True) -> Sampling:
+    """How its flags say to sample in training. kept: the trainer renormalises over what the cut
+    kept (see logprob.py), and so the engine has to name it."""
+    cut = args.top_k, args.top_p, args.min_p
+    return Sampling(args.max_new_tokens, args.temperature, *cut, tuple(args.stop), kept)
+
+
+def add_cut_flags(parser: Parser):
+    """The flags that cut the distribution to sample from: k, then p, then min-p of what is left."""
+    add = parser.add_argument
+    add("--top_k", type=at_least(0), default=0, help="sample from the k likeliest; 0: all")
+    add("--top_p", type=above(0.0, 1.0), default=1.0, help="sample from this share of the mass")
+    add("--min_p", type=at_least(0.0, 1.0), default=0.0, help="least share of the likeliest's mass")
+
+
 def add_rollout_flags(parser: Parser, reward_required: bool = True):
     """The flags of every script that samples completions and rewards them."""
     add = parser.add_argument
     add("--max_new_tokens", type=at_least(1), default=512, help="maximum completion length")
     add("--max_prompt", type=at_least(1), help="drop longer prompts (tokens); default: an error")
     add("--temperature", type=above(0.0), default=1.0, help="sampling temperature in training")
+    add_cut_flags(parser)
     add("--stop", nargs="*", default=[], help="strings that end a completion")
     add(
         "--reward",

@@ -77,6 +77,11 @@ class Colocated:
                 f"a prompt of {longest} tokens and {sampling.max_tokens} new ones exceed the "
                 f"model's {self.positions} positions: lower --max_new_tokens or drop long prompts."
             )
+        if sampling.kept and sampling.cuts:
+            raise InputError(
+                "--engine colocate does not say what --top_k, --top_p or --min_p kept, which the "
+                "trainer must know: sample with nanopost's own engine."
+            )
         if not prompts:
             return []
         params = [

@@ -9,7 +9,7 @@ not on its neighbours, the number of ranks, or the order in which rows finish.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -27,8 +27,8 @@ class Sampling:
     """How to sample. Temperature 0 is greedy: all mass on one token, log-prob 0.
 
     stop: strings that end a completion. top_k, top_p and min_p cut the distribution and
-    renormalise it, for evaluation and chat. The trainer's distribution is not cut, so the training
-    scripts have no such flags.
+    renormalise it. kept: rollouts name the ids that the cut kept, over which a trainer of ratios
+    renormalises too.
     """
 
     max_tokens: int
@@ -37,6 +37,15 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
+    kept: bool = False
+
+    @property
+    def cuts(self) -> bool:
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+
+    def held_out(self, temperature: float) -> "Sampling":
+        """The same from the whole distribution, at another temperature: to measure a policy."""
+        return replace(self, temperature=temperature, top_k=0, top_p=1.0, min_p=0.0)
 
 
 class Engine:
@@ -172,19 +181,25 @@ class Engine:
         host_BT = np.zeros((rows, most), np.int64)
         length_B = np.full(rows, most)
         stopped_B = np.zeros(rows, bool)
+        kept_B = [[] for _ in range(rows)]
         prompt_B = np.array([len(prompt) for prompt in prompts_B])
 
         logits_AV, cache = self._prefill(prompts_B, most)
         row_A = torch.arange(rows, device=device)
         living_A = np.arange(rows)  # row_A on the host
-        seen = 0
+        seen, masks = 0, []  # masks: [A, V] of each token since then, of the ids that a cut kept
         for t in range(1, most + 1):
             uniform_A = uniform_BT[row_A, t - 1]
-            token_A, logp_A = sample(logits_AV, uniform_A, sampling, self.unused_ids)
+            token_A, logp_A, kept_AV = sample(logits_AV, uniform_A, sampling, self.unused_ids)
             token_BT[row_A, t - 1] = token_A
             logp_BT[row_A, t - 1] = logp_A
+            masks.append(kept_AV)
             if t == most or t % self.check_every == 0:
                 host_BT[living_A, seen:t] = token_BT[row_A, seen:t].cpu().numpy()
+                if sampling.kept and sampling.cuts:
+                    for b, kept in zip(living_A, _ids(torch.stack(masks, 1))):
+                        kept_B[b] += kept
+                masks.clear()
                 open_A = living_A[~stopped_B[living_A]]
                 end_A = self._ends(host_BT[open_A, :t], seen, sampling.stop)
                 length_B[open_A[end_A > 0]] = end_A[end_A > 0]
@@ -207,7 +222,8 @@ class Engine:
             ids = host_BT[b, : length_B[b]].tolist()
             logp = logp_BT[b, : length_B[b]].copy()
             finish = "stop" if stopped_B[b] else "length"
-            rollouts.append(Rollout(prompts_B[b], ids, logp, finish, self.version))
+            kept = kept_B[b][: length_B[b]] or None
+            rollouts.append(Rollout(prompts_B[b], ids, logp, finish, self.version, kept=kept))
         return rollouts
 
     def _prefill(self, prompts_B, max_tokens):
@@ -272,22 +288,27 @@ class Engine:
 
 
 def sample(logits_BV, uniform_B, sampling: Sampling, unused_ids=None):
-    """Draw one token per row -> (token_B, logp_B in fp32).
+    """Draw one token per row -> (token_B, logp_B in fp32, kept_BV).
 
-    Inverts the cumulative distribution at uniform_B in [0, 1). unused_ids: int64, never drawn; the
-    log-prob is that of the whole softmax nevertheless, as the trainer's is. The two differ by the
-    mass on such ids, which a trained model leaves empty.
+    Inverts the cumulative distribution at uniform_B in [0, 1). kept_BV: bool, what the cut kept;
+    None if there is no cut or sampling.kept does not ask. unused_ids: int64, never drawn; without a
+    cut the log-prob is that of the whole softmax nevertheless, as the trainer's is. The two differ
+    by the mass on such ids, which a trained model leaves empty.
     """
     if sampling.temperature == 0:
         likeliest_B = _without(logits_BV, unused_ids).argmax(-1)
-        return likeliest_B, torch.zeros(len(logits_BV), device=logits_BV.device)
+        return likeliest_B, torch.zeros(len(logits_BV), device=logits_BV.device), None
     log_p_BV = _without((logits_BV / sampling.temperature).log_softmax(-1), unused_ids)
-    if sampling.top_k or sampling.top_p < 1 or sampling.min_p:
-        log_p_BV = cut(log_p_BV, sampling.top_k, sampling.top_p, sampling.min_p)
+    kept_BV = None
+    if sampling.cuts:
+        # Shares of the mass are of what may be drawn.
+        log_p_BV = cut(log_p_BV.log_softmax(-1), sampling.top_k, sampling.top_p, sampling.min_p)
+        if sampling.kept:
+            kept_BV = log_p_BV > -torch.inf
     cdf_BV = log_p_BV.exp().double().cumsum(-1)
     token_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
     token_B1 = token_B1.clamp_(max=cdf_BV.shape[1] - 1)
-    return token_B1[:, 0], log_p_BV.gather(1, token_B1)[:, 0]
+    return token_B1[:, 0], log_p_BV.gather(1, token_B1)[:, 0], kept_BV
 
 
 def _without(x_BV, ids):
@@ -315,6 +336,15 @@ def cut(log_p_BV, top_k: int, top_p: float, min_p: float):
         least = log_p_BV.max(-1, keepdim=True).values + float(np.log(min_p))
         log_p_BV = log_p_BV.masked_fill(log_p_BV < least, -torch.inf)
     return log_p_BV.log_softmax(-1)
+
+
+def _ids(kept_ATV) -> list[list[np.ndarray]]:
+    """Where a mask is True -> [A][T] of int32 arrays, on the host."""
+    rows, tokens, _ = kept_ATV.shape
+    id_E = kept_ATV.nonzero()[:, 2].int().cpu().numpy()
+    end_AT = kept_ATV.sum(2).flatten().cumsum(0).cpu().numpy()
+    ids = np.split(id_E, end_AT[:-1])
+    return [ids[a * tokens : (a + 1) * tokens] for a in range(rows)]
 
 
 def prompt_seed(seed: int, serial: int) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from nanopost import InputError, cli, dist, forward, hf, packing, rewards
-from nanopost.cli import Parser, above, at_least
+from nanopost.cli import Parser, at_least
 from nanopost.engine import Sampling, prompt_seed
 from nanopost.rollout import completion_text
 from nanopost.rows import pair, prompt, read_rows, sft
@@ -319,9 +319,7 @@ def parsed(arguments=None):
         type=at_least(0.0),
         help="default: 0 (greedy) for one sample, 1 for several and for --kl",
     )
-    add("--top_k", type=at_least(0), default=0, help="sample from the k likeliest; 0: all")
-    add("--top_p", type=above(0.0, 1.0), default=1.0, help="sample from this share of the mass")
-    add("--min_p", type=at_least(0.0, 1.0), default=0.0, help="least share of the likeliest's mass")
+    cli.add_cut_flags(parser)
     add("--stop", nargs="*", default=[], help="strings that end a completion")
     add("--max_new_tokens", type=at_least(1), default=512, help="maximum completion length")
     add("--seed", type=at_least(0), default=0)

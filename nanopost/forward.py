@@ -28,7 +28,11 @@ def batches(items: list, tokens: int, device) -> Iterator[Batch]:
 
 
 def logprobs(model, examples: list[Example], tokens: int, temperature: float, device):
-    """Log-probs of the trained tokens under a model -> list of fp32 [T], as from per_token."""
+    """Log-probs of the trained tokens under a model -> list of fp32 [T], as from per_token.
+
+    Those of examples with kept ids are renormalised over them, whatever the model: so are both
+    sides of a ratio or of a KL, which is then finite and that of the two cut distributions.
+    """
     return per_token(lambda batch: model(batch, temperature)[0], examples, tokens, device)
 
 
@@ -56,7 +60,8 @@ def per_token(forward: Callable, examples: list[Example], tokens: int, device) -
     """
     out = [None] * len(examples)
     for part in even(pack([len(e) for e in examples], tokens)):
-        batch = batch_of([Example(examples[i].ids, examples[i].mask) for i in part], device)
+        chosen = [examples[i] for i in part]
+        batch = batch_of([Example(e.ids, e.mask, kept=e.kept) for e in chosen], device)
         x_N = forward(batch)
         for i, x_T in zip(part, batch.split(x_N)):
             out[i] = x_T

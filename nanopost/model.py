@@ -280,11 +280,18 @@ class CausalLM(nn.Module):
         return self.lm_head.weight
 
     def forward(self, batch, temperature: float = 1.0):
-        """A Batch -> (logp_N, entropy_N), fp32: log-prob of each target and entropy of the
-        distribution it is from, 0 where there is no target."""
-        hidden_ND = _hidden(self.model, batch)
+        """A Batch -> (logp_N, entropy_N), fp32: log-prob of each target, over its kept ids if there
+        are any, and entropy of the whole distribution; 0 where there is no target."""
+        return self.head(_hidden(self.model, batch), batch, temperature)
+
+    def head(self, hidden_ND, batch, temperature):
         return logprob(
-            hidden_ND, self.head_weight, batch.target_N, temperature, kernels=self.kernels
+            hidden_ND,
+            self.head_weight,
+            batch.target_N,
+            temperature,
+            kernels=self.kernels,
+            kept=batch.kept,
         )
 
     def logits(self, hidden_ND):
@@ -369,13 +376,7 @@ class ActorCritic(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and not value_alone):
                 hidden_ND = _hidden(self.policy.model, batch)
         if not value_alone:
-            logp_N, entropy_N = logprob(
-                hidden_ND,
-                self.policy.head_weight,
-                batch.target_N,
-                temperature,
-                kernels=self.policy.kernels,
-            )
+            logp_N, entropy_N = self.policy.head(hidden_ND, batch, temperature)
         if shared:
             value_N = scalar_head(hidden_ND, self.value.weight)
         else:

@@ -14,6 +14,7 @@ from nanopost import StepError, dist
 from nanopost.batch import Example
 
 GAP = "sampling/sampling_logp_difference"
+NO_IDS = np.zeros(0, np.int32)
 
 
 @dataclass
@@ -30,6 +31,9 @@ class Rollout:
     finish: str  # "stop": a stop token or string; "length": max_tokens reached
     versions: np.ndarray | int  # int64 [T]: of the weights that each token was sampled with
     sampled: np.ndarray | None = None  # bool [T]: drawn from the policy; default: all of ids
+    # [T] of int32 arrays: the ids that top-k, top-p or min-p kept, of which the token was drawn,
+    # none where not sampled. None: nothing was cut, or Sampling.kept did not ask for them.
+    kept: list[np.ndarray] | None = None
 
     def __post_init__(self):
         if np.ndim(self.versions) == 0:
@@ -53,15 +57,18 @@ class Rollout:
         self.logp = np.concatenate([self.logp, np.zeros(len(turn), np.float32), answer.logp])
         self.sampled = np.concatenate([self.sampled, np.zeros(len(turn), bool), answer.sampled])
         self.versions = np.concatenate([self.versions, [self.version] * len(turn), answer.versions])
+        if self.kept is not None:
+            self.kept = self.kept + [NO_IDS] * len(turn) + answer.kept
         self.finish = answer.finish
 
     def example(self) -> Example:
         """Prompt and completion as one sequence; sampled tokens are its mask. Columns:
-        engine_logp."""
+        engine_logp. Its kept ids are those of the rollout."""
         prompt = len(self.prompt)
         mask = np.concatenate([np.zeros(prompt, bool), self.sampled])
         logp = np.concatenate([np.zeros(prompt, np.float32), self.logp * self.sampled])
-        return Example(self.prompt + self.ids, mask, {"engine_logp": logp})
+        kept = None if self.kept is None else [NO_IDS] * prompt + self.kept
+        return Example(self.prompt + self.ids, mask, {"engine_logp": logp}, kept)
 
 
 def completion_text(rollout: Rollout, tokenizer) -> str:

@@ -345,12 +345,15 @@ class Run:
         """Write what a step was made of to records/, one file a step. A collective.
 
         The first line holds `about`, such as divisors. Then follows a line per example, rank by
-        rank: ids, mask (1: trained), the example's own columns (aligned with its ids, or one
-        number), and `columns`, one value per example. Floats are written with all their digits.
+        rank: ids, mask (1: trained), kept (a list for each id, of the ids that a cut kept; only if
+        there was a cut), the example's own columns (aligned with its ids, or one number), and
+        `columns`, one value per example. Floats are written with all their digits.
         """
         lines = []
         for i, e in enumerate(examples):
             line = {"rank": self.rank, "ids": e.ids.tolist(), "mask": e.mask.astype(int).tolist()}
+            if e.kept is not None:
+                line["kept"] = [ids.tolist() for ids in e.kept]
             line |= {name: np.asarray(value).tolist() for name, value in e.columns.items()}
             lines.append(line | {name: values[i] for name, values in columns.items()})
         lines = [{"step": step, **about}, *dist.gather(lines)]

@@ -307,7 +307,16 @@ class Servers:
             versions[span["start"] : span["end"]] = int(version)
         if (versions < 0).any():
             raise ServerError(f"{server.url}: tokens without a weight version")
-        return Rollout(prompt, ids, logp, finish, versions)
+        kept = None
+        if sampling.kept and sampling.cuts:
+            if choice["sampling_mask"] is None:
+                raise Refused(
+                    f"{server.url} does not say what top-k, top-p or min-p kept, which the trainer "
+                    "must know: start it with --return-sampling-mask (GPUs only), or sample with "
+                    "nanopost's own engine"
+                )
+            kept = [np.array(sorted(ids), np.int32) for ids in choice["sampling_mask"]]
+        return Rollout(prompt, ids, logp, finish, versions, kept=kept)
 
     # ----------------------------------------------------------------------------------------- sync
     def _name(self, version: int) -> str:

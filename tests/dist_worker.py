@@ -23,7 +23,11 @@ world = dist.init("cpu", timeout_minutes=1)
 if mode == "fail" and world.rank == world.size - 1:
     raise InputError("the last rank has had enough.")
 rng = np.random.default_rng(0)
-examples = [Example(rng.integers(0, 61, n), rng.random(n) < 0.6) for n in (3, 40, 7, 2, 25, 11, 30)]
+plain = [Example(rng.integers(0, 61, n), rng.random(n) < 0.6) for n in (3, 40, 7, 2, 25, 11, 30)]
+
+cut = [Example(e.ids, e.mask) for e in plain]
+for e in cut:  # as if top-k had kept some: each token and a few others
+    e.kept = [np.unique([i, *rng.integers(0, 61, rng.integers(0, 20))]) for i in e.ids]
 
 
 def share(items):
@@ -33,7 +37,7 @@ def share(items):
     return items[world.rank :: min(world.size, 3)]
 
 
-def backward(model, tokens):
+def backward(model, tokens, examples):
     """One step's gradient -> its loss per trained token."""
     mine = share(examples)
     trained = dist.all_sum(sum(e.num_targets for e in mine))
@@ -46,20 +50,20 @@ def backward(model, tokens):
     return dist.all_sum(loss) / trained
 
 
-def logp(model, tokens):
+def logp(model, tokens, examples):
     """Every example's log-probs as the model computes them now, outside of a step."""
     return [x.tolist() for x in logprobs(model, examples, tokens, 1.0, "cpu")]
 
 
-def step(tokens):
+def step(tokens, examples):
     """A step of a new model -> all that test_dist.py looks at."""
     model = CausalLM(small_config())
     model.init_weights(0)
     model = dist.shard(model, world)
     optimizer = optim.adamw(model, 0.1)
     optim.set_learning_rate(optimizer, 0.01)
-    before = logp(model, tokens)
-    loss = backward(model, tokens)
+    before = logp(model, tokens, examples)
+    loss = backward(model, tokens, examples)
     gradient = {}
     for name, p in model.named_parameters():
         whole = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
@@ -72,7 +76,7 @@ def step(tokens):
         "gradient": gradient,
         "norm": norm,
         "before": before,
-        "after": logp(model, tokens),
+        "after": logp(model, tokens, examples),
         "weights": {name: w.clone() for name, w in dist.full_weights(model)},
     }
 
@@ -111,7 +115,9 @@ def statistics():
     }
 
 
-found = {int(tokens): step(int(tokens)) for tokens in sys.argv[3:]}
+found = {int(tokens): step(int(tokens), plain) for tokens in sys.argv[3:]}
+for tokens in sys.argv[3:]:
+    found[f"cut {tokens}"] = step(int(tokens), cut)
 found["statistics"] = statistics()
 if world.rank == 0:
     torch.save(found, out)

@@ -504,6 +504,86 @@ MUTATIONS = [
         "mask = np.arange(prompt + len(self.ids)) >= prompt",
         "test_rollout.py::test_what_the_environment_said_is_context_and_no_action",
     ),
+    # ---- cuts
+    mutation(
+        "cut-missing-from-the-log-prob",
+        "nanopost/logprob.py",
+        "logp_M, log_mass_M = z_y_M - kept_lse_M,",
+        "logp_M, log_mass_M = logp_M,",
+        "test_logprob.py::test_over_kept_ids_values_and_gradients_are_those_of_a_masked_softmax",
+    ),
+    mutation(
+        "mass-of-a-cut-without-a-gradient",
+        "nanopost/logprob.py",
+        "_cut(log_p_MC - log_mass_M[:, None], kept_E).exp_()",
+        "log_p_MC.exp()",
+        "test_logprob.py::test_gradcheck_over_kept_ids",
+    ),
+    mutation(
+        "cut-ids-of-other-chunks-kept",
+        "nanopost/logprob.py",
+        "kept_E = ctx.kept[part.start // ctx.chunk]",
+        "kept_E = ctx.kept[0]",
+        "test_logprob.py::test_over_kept_ids_values_and_gradients_are_those_of_a_masked_softmax",
+    ),
+    mutation(
+        "kept-ids-not-shifted",
+        "nanopost/batch.py",
+        ".repeat(lengths) - 1",
+        ".repeat(lengths)",
+        "test_batch.py::test_kept_ids_are_those_of_targets_where_these_are_predicted",
+    ),
+    mutation(
+        "target-may-be-cut-away",
+        "nanopost/batch.py",
+        "& (found_N != 1)",
+        "& False",
+        "test_batch.py::test_a_target_that_is_not_among_its_kept_ids_is_an_error",
+    ),
+    mutation(
+        "reference-over-the-whole-distribution",
+        "nanopost/forward.py",
+        "Example(e.ids, e.mask, kept=e.kept)",
+        "Example(e.ids, e.mask)",
+        "test_forward.py::test_over_kept_ids_log_probs_are_those_of_each_example_alone",
+    ),
+    mutation(
+        "kept-ids-not-given-to-the-head",
+        "nanopost/model.py",
+        "kept=batch.kept,",
+        "kept=None,",
+        "test_loops.py::"
+        "test_with_a_cut_engine_and_trainer_are_one_policy_and_ratios_are_finite[train_ppo.py-cut0]",
+    ),
+    mutation(
+        "kept-ids-of-earlier-tokens-again",
+        "nanopost/engine.py",
+        "                masks.clear()\n",
+        "                pass\n",
+        "test_engine.py::test_kept_ids_are_those_of_the_cut_whenever_the_host_looks",
+    ),
+    mutation(
+        "held-out-prompts-answered-with-the-cut",
+        "nanopost/engine.py",
+        "temperature=temperature, top_k=0, top_p=1.0, min_p=0.0",
+        "temperature=temperature",
+        "test_loops.py::"
+        "test_held_out_prompts_are_answered_once_at_temperature_1_and_once_greedily[train_ppo.py]",
+    ),
+    mutation(
+        "kept-ids-of-a-second-answer-lost",
+        "nanopost/rollout.py",
+        "[NO_IDS] * len(turn) + answer.kept",
+        "[NO_IDS] * (len(turn) + len(answer.ids))",
+        "test_rollout.py::test_what_a_cut_kept_follows_its_tokens_into_the_example",
+    ),
+    mutation(
+        "dpo-over-the-ids-that-a-cut-kept",
+        "train_online_dpo.py",
+        "cli.sampling(args, kept=False)",
+        "cli.sampling(args)",
+        "twins/test_online_dpo.py::test_the_twin_agrees_and_each_flag_matters[judge]",
+    ),
     # ---- the optimizer and checkpoints
     mutation(
         "weight-decay-on-norms",
@@ -959,8 +1039,8 @@ MUTATIONS = [
     mutation(
         "held-out-prompts-answered-greedily-twice",
         "train_grpo.py",
-        "replace(sampling, temperature=temperature)",
-        "replace(sampling, temperature=0.0)",
+        "sampling.held_out(temperature)",
+        "sampling.held_out(0.0)",
         "test_loops.py::"
         "test_held_out_prompts_are_answered_once_at_temperature_1_and_once_greedily[train_grpo.py]",
     ),
@@ -1760,9 +1840,9 @@ MUTATIONS = [
     ),
     mutation(
         "fork-multi-turn-trains-the-turn",
-        "forks/multi_turn.diff",
-        "np.zeros(len(turn_ids), bool)",
-        "np.ones(len(turn_ids), bool)",
+        "nanopost/rollout.py",
+        "np.zeros(len(turn), bool)",
+        "np.ones(len(turn), bool)",
         "twins/test_grpo.py::test_the_twin_agrees_and_each_flag_matters[fork multi_turn]",
     ),
     mutation(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanopost import InputError, hf
+from nanopost import InputError, StepError, hf
 from nanopost.batch import Example, batch_of
 from runs import toy
 
@@ -129,6 +129,11 @@ def test_a_dummy_runs_forward_and_backward_with_zero_gradients(tmp_path):
             lambda: batch_of([Example([1], [True]), Example([1], [True], {"a": 1.0})]),
             "columns none and a",
         ),
+        (lambda: Example([1, 2], [True] * 2, kept=[[2]]), "2 tokens and kept ids for 1"),
+        (
+            lambda: batch_of([Example([1], [True], kept=[[1]]), Example([1], [True])]),
+            "some have kept ids and some have none",
+        ),
         # As many values as tokens in total, but one example's reach into the next.
         (
             lambda: batch_of(
@@ -153,3 +158,41 @@ def test_batch_of_512_short_sequences_takes_milliseconds():
         batch_of(examples).sequences.index_N  # noqa: B018
         times.append(time.perf_counter() - began)
     assert min(times) < 0.02  # 1.5 ms on the machine where it was written
+
+
+# ------------------------------------------------------------------------------------- kept ids
+def kept(*ids_T):
+    return [np.array(ids, np.int32) for ids in ids_T]
+
+
+CUT = [
+    Example([10, 11, 12, 13], [False, False, True, True], {}, kept((), (), (7, 12), (13, 2, 1))),
+    Example([20], [True], {}, kept((20, 21))),  # nothing predicts it
+    Example([30, 31, 32], [True, True, False], {}, kept((30, 5), (31,), (9,))),
+]
+
+
+def test_kept_ids_are_those_of_targets_where_these_are_predicted():
+    batch = batch_of(CUT)
+    token_E, id_E = batch.kept
+    assert token_E.dtype == id_E.dtype == torch.int32
+    pairs = list(zip(token_E.tolist(), id_E.tolist()))
+    assert pairs == [(1, 7), (1, 12), (2, 13), (2, 2), (2, 1), (5, 31)]
+    assert {x.device.type for x in batch.to("meta").kept} == {"meta"}
+    assert batch_of([]).kept is None and batch_of(examples_of([3])).kept is None
+    part = CUT[0][1:3]
+    assert [ids.tolist() for ids in part.kept] == [[], [7, 12]]
+    assert CUT[0].ended().kept == CUT[0].kept
+
+
+def test_where_nothing_is_trained_there_are_no_pairs():
+    """As of an example that no reward applies to."""
+    token_E, id_E = batch_of([Example([1, 2, 3], [False] * 3, {}, kept((), (4, 2), (3,)))]).kept
+    assert len(token_E) == len(id_E) == 0
+
+
+@pytest.mark.parametrize("ids", [(7, 11), (), (12, 12)])
+def test_a_target_that_is_not_among_its_kept_ids_is_an_error(ids):
+    wrong = Example([10, 11, 12], [False, False, True], {}, kept((), (), ids))
+    with pytest.raises(StepError, match=f"1 sampled tokens, token 12 .*there are {len(ids)}"):
+        batch_of([CUT[0], wrong])

@@ -11,6 +11,7 @@ from small import small_model
 from nanopost import InputError, cli
 from nanopost.cli import above, at_least
 from nanopost.dist import World
+from nanopost.engine import Sampling
 
 
 def refused(parser, *arguments, capsys):
@@ -49,6 +50,16 @@ def test_numbers_within_bounds_are_read_and_others_are_refused(kind, fits, wrong
         assert found == value and type(found) is type(value)
     for text in wrong:
         refused(parser, f"--x={text}", capsys=capsys)
+
+
+def test_flags_say_how_to_sample():
+    parser = cli.Parser("doc")
+    cli.add_rollout_flags(parser, reward_required=False)
+    assert cli.sampling(parser.parse_args([])) == Sampling(512, kept=True)
+    given = "--max_new_tokens 9 --temperature 0.7 --top_k 4 --top_p 0.8 --min_p 0.1 --stop a b"
+    args = parser.parse_args(given.split())
+    assert cli.sampling(args) == Sampling(9, 0.7, 4, 0.8, 0.1, ("a", "b"), kept=True)
+    assert not cli.sampling(args, kept=False).kept
 
 
 @pytest.mark.parametrize(

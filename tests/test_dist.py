@@ -33,7 +33,8 @@ def run(ranks, out, mode, *tokens, timeout=180):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """(ranks, maximum tokens per micro-batch or "statistics") -> what the worker saved."""
+    """(ranks, maximum tokens per micro-batch, the same after "cut " for a step over kept ids, or
+    "statistics") -> what the worker saved."""
     folder, found = tmp_path_factory.mktemp("dist"), {}
     for ranks, tokens in ((1, [1000, 40]), (2, [1000, 40]), (4, [45])):
         out = folder / f"{ranks}.pt"
@@ -62,6 +63,18 @@ def test_ranks_do_not_change_the_gradient(results, ranks, tokens):
     assert largest_difference(one["gradient"], many["gradient"]) <= 1e-5
     assert one["loss"] == pytest.approx(many["loss"], abs=1e-5)
     assert one["norm"] == pytest.approx(many["norm"], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, tokens", [(1, 40), (2, 1000), (2, 40), (4, 45)])
+def test_over_kept_ids_neither_ranks_nor_micro_batches_change_the_gradient(results, ranks, tokens):
+    one, many = results[1, "cut 1000"], results[ranks, f"cut {tokens}"]
+    assert largest_difference(one["gradient"], many["gradient"]) <= 1e-5
+    assert one["loss"] == pytest.approx(many["loss"], abs=1e-5)
+    assert one["norm"] == pytest.approx(many["norm"], abs=1e-5)
+    for a, b in zip(one["before"], many["before"]):
+        torch.testing.assert_close(torch.tensor(a), torch.tensor(b), atol=2e-4, rtol=0)
+    assert largest_difference(one["gradient"], results[1, 1000]["gradient"]) > 0.01
 
 
 @pytest.mark.slow

@@ -41,6 +41,71 @@ def test_log_probs_are_the_trainers_at_every_temperature(temperature, windows):
         )
 
 
+CUTS = [{"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.1}, {"top_k": 20, "top_p": 0.8, "min_p": 0.05}]
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+@pytest.mark.parametrize("cuts", CUTS)
+def test_over_the_ids_that_a_cut_kept_log_probs_are_the_trainers(temperature, cuts):
+    """Packed with others, and with ids that no token has. So on policy each ratio is 1."""
+    model, unused = small_model(), [0, 13, 60]
+    engine = Engine(model, stop_ids=range(8), unused_ids=unused)  # rows end at many steps
+    sampling = Sampling(24, temperature, kept=True, **cuts)
+    groups = engine.generate(PROMPTS, 4, sampling, SEEDS)
+    rollouts = [r for group in groups for r in group]
+    batch = batch_of([r.example() for r in rollouts])
+    with torch.no_grad():
+        logp_N, _ = model(batch, temperature)
+        whole_N, _ = model(replace(batch, kept=None), temperature)
+    gap_N = logp_N - batch.columns["engine_logp"]
+    assert gap_N.abs().max() <= 1e-5 and gap_N.exp().sub(1).abs().max() <= 1e-5
+    assert (logp_N - whole_N).max() > 0.2 and (logp_N <= 0).all()
+    for r in rollouts:
+        assert len(r.kept) == len(r.ids) and {ids.dtype for ids in r.kept} == {np.dtype(np.int32)}
+        for token, ids in zip(r.ids, r.kept):
+            assert token in ids and not set(ids) & set(unused)
+            assert len(ids) <= (cuts.get("top_k") or 58)
+    assert max(len(ids) for r in rollouts for ids in r.kept) > 3
+
+
+def test_kept_ids_are_those_of_the_cut_whenever_the_host_looks():
+    model, sampling = small_model(), Sampling(30, 0.9, top_k=9, top_p=0.8, kept=True)
+    engines = [Engine(model, stop_ids=range(8)) for _ in range(3)]
+    engines[1].check_every, engines[2].rows = 7, 5
+    found = [engine.generate(PROMPTS, 4, sampling, SEEDS) for engine in engines]
+    flat = [[r for group in groups for r in group] for groups in found]
+    assert len({len(r.ids) for r in flat[0]}) > 3
+    for r, *others in zip(*flat):
+        for other in others:
+            assert r.ids == other.ids
+            assert [x.tolist() for x in r.kept] == [x.tolist() for x in other.kept]
+        for t in (0, len(r.ids) - 1):  # by a forward pass over the prefix
+            ids = torch.tensor(r.prompt + r.ids[:t])
+            cu = torch.tensor([0, len(ids)], dtype=torch.int32)
+            with torch.no_grad():
+                hidden = model.model.packed(ids, torch.arange(len(ids)), cu, len(ids))
+                log_p_1V = (model.logits(hidden[-1:]) / 0.9).log_softmax(-1)
+            expected = cut(log_p_1V, 9, 0.8, 0.0)[0].isfinite().nonzero()[:, 0]
+            assert r.kept[t].tolist() == expected.tolist()
+
+
+def test_no_ids_are_kept_where_nothing_is_cut_or_nobody_asks():
+    engine = Engine(small_model(), stop_ids=[3])
+    samplings = [Sampling(4, kept=True), Sampling(4, 0.0, top_k=3, kept=True), Sampling(4, top_k=3)]
+    for sampling in samplings:
+        groups = engine.generate(PROMPTS, 1, sampling, SEEDS)
+        assert all(r.kept is None for (r,) in groups)
+        held_out = replace(sampling, min_p=0.5, top_p=0.5).held_out(1.0)
+        assert not held_out.cuts and held_out == replace(samplings[0], kept=sampling.kept)
+
+
+def test_a_share_of_the_mass_is_of_the_tokens_that_may_be_drawn():
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])  # the likeliest cannot be drawn
+    uniform, unused = torch.tensor([0.99], dtype=torch.float64), torch.tensor([0])
+    sampling = Sampling(1, top_p=0.6, kept=True)
+    assert sample(logits, uniform, sampling, unused)[2].tolist() == [[False, True, False, False]]
+
+
 def test_log_probs_follow_the_weights_after_a_sync():
     model, trained = small_model(0), small_model(1)
     engine = Engine(model, stop_ids=[3])
@@ -141,7 +206,8 @@ def test_greedy_takes_the_likeliest_token_each_time():
 def test_draws_have_the_frequencies_of_the_distribution():
     logits = torch.tensor([2.0, 0.0, 1.0, -30.0, -1.0])
     uniform = torch.rand(200_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    token_B, logp_B = sample(logits.expand(200_000, -1), uniform, Sampling(1, temperature=0.7))
+    sampling = Sampling(1, temperature=0.7)
+    token_B, logp_B, _ = sample(logits.expand(200_000, -1), uniform, sampling)
     p = (logits / 0.7).softmax(-1)
     assert (
         torch.bincount(token_B, minlength=5) / 200_000 - p
@@ -295,6 +361,18 @@ def test_the_host_waits_for_the_device_once_in_so_many_tokens():
         counts.append(len(waits))
     assert lengths[1] > 150
     assert counts[1] - counts[0] <= (lengths[1] - lengths[0]) // 16 + 1, waits
+
+
+def test_with_a_cut_it_waits_three_times_in_so_many_tokens():
+    """For the tokens, for how many ids were kept, and for which."""
+    engine, sampling = Engine(small_model(), stop_ids=[]), {"top_p": 0.8, "kept": True}
+    engine.check_every = 16
+    counts = []
+    for most in (33, 193):
+        with counted() as waits:
+            engine.generate(PROMPTS[:1], 4, Sampling(most, **sampling), SEEDS[:1])
+        counts.append(len(waits))
+    assert counts[1] - counts[0] <= 4 * (193 - 33) // 16, waits
 
 
 def test_samplings_are_values():

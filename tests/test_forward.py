@@ -78,6 +78,29 @@ def test_log_probs_are_those_of_each_example_alone_and_aligned_with_its_ids(alon
         assert np.array_equal(e.columns["ref_logp"], logp)
 
 
+def with_kept(made, vocab=61):
+    """Give each token a random set of kept ids with itself."""
+    draw = np.random.default_rng(0)
+    for e in made:
+        others = [draw.permutation(vocab)[: draw.integers(0, 30)] for _ in e.ids]
+        e.kept = [np.union1d(ids, [token]) for ids, token in zip(others, e.ids)]
+    return made
+
+
+@pytest.mark.parametrize("tokens", [15, 1000])
+def test_over_kept_ids_log_probs_are_those_of_each_example_alone(alone, tokens):
+    """Of any model: the reference's are renormalised over the policy's sets."""
+    model, made = small_model(4), with_kept(examples(9, 15, 2, 1, 7))
+    found = logprobs(model, made, tokens, 0.7, "cpu")
+    for e, logp in zip(made, found, strict=True):
+        position, cu = torch.arange(len(e)), torch.tensor([0, len(e)], dtype=torch.int32)
+        ids = torch.from_numpy(e.ids).long()
+        hidden = model.model.packed(ids, position, cu, len(e))
+        p_TV = (model.logits(hidden) / 0.7).detach().double().softmax(-1).numpy()
+        expected = [np.log(p[t] / p[k].sum()) for p, t, k in zip(p_TV, e.ids[1:], e.kept[1:])]
+        np.testing.assert_allclose(logp, [0, *expected], atol=1e-5)
+
+
 @pytest.mark.parametrize("own", [True, False])
 def test_a_value_is_that_of_the_state_before_the_token(alone, own):
     config = small_config()

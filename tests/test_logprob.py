@@ -170,3 +170,115 @@ def test_results_do_not_depend_on_the_chunk():
     for chunk in (7, 97, 4000):
         for a, b in zip(logprob(hidden, weight, target_N, chunk=chunk), expected):
             assert (a - b).abs().max() <= 5e-6
+
+
+# ---------------------------------------------------------------------------------- renormalised
+def kept_ids(target_N, vocab, share=0.4, seed=3):
+    """(token_E, id_E), in any order, and the same as a mask: a random set that has the target."""
+    draw = torch.Generator().manual_seed(seed)
+    kept_NV = torch.rand(len(target_N), vocab, generator=draw) < share
+    has_N = target_N >= 0
+    kept_NV[has_N, target_N[has_N]] = True
+    kept_NV[~has_N] = False
+    token_E, id_E = kept_NV.nonzero()[torch.randperm(int(kept_NV.sum()), generator=draw)].T
+    return (token_E.int(), id_E.int()), kept_NV
+
+
+def plain_kept(hidden_ND, weight_VD, target_N, temperature, kept_NV):
+    """The definition: the softmax over the kept logits; entropy over all."""
+    z_NV = hidden_ND @ weight_VD.T / temperature
+    has_N = target_N >= 0
+    log_p_NV = z_NV.masked_fill(~kept_NV & has_N[:, None], -torch.inf).log_softmax(-1)
+    logp_N = log_p_NV.gather(1, target_N.clamp(min=0)[:, None])[:, 0].where(has_N, 0)
+    return logp_N, plain(hidden_ND, weight_VD, target_N, temperature)[1]
+
+
+@pytest.mark.parametrize("outputs", ["logp", "entropy", "both"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [None, 1, 3, 100])
+def test_over_kept_ids_values_and_gradients_are_those_of_a_masked_softmax(
+    chunk, temperature, outputs
+):
+    qs = inputs()
+    kept, kept_NV = kept_ids(TARGET_N, V)
+    got = logprob(*qs, TARGET_N, temperature, chunk, kept=kept)
+    expected = plain_kept(*qs, TARGET_N, temperature, kept_NV)
+    for a, b in zip(got, expected):
+        assert a.dtype == torch.float64 and (a - b).abs().max() <= 1e-14
+    upstream = torch.randn(2, N, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    which = {"logp": slice(0, 1), "entropy": slice(1, 2), "both": slice(0, 2)}[outputs]
+    gradients = [
+        torch.autograd.grad(out[which], qs, list(upstream[which])) for out in (got, expected)
+    ]
+    for a, b in zip(*gradients):
+        assert (a - b).abs().max() <= 1e-13
+    assert (got[0] - logprob(*qs, TARGET_N, temperature)[0]).max() > 0.1  # it is another number
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_gradcheck_over_kept_ids(chunk):
+    kept, _ = kept_ids(TARGET_N, V)
+
+    def function(hidden, weight):
+        return logprob(hidden, weight, TARGET_N, 0.7, chunk, kept=kept)
+
+    assert torch.autograd.gradcheck(function, inputs(), eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_a_target_kept_alone_is_certain_and_all_kept_is_no_cut(chunk):
+    qs, has_N = inputs(dtype=torch.float32), TARGET_N >= 0
+    alone = has_N.nonzero()[:, 0], TARGET_N[has_N]
+    logp_N, _ = logprob(*qs, TARGET_N, 0.7, chunk, kept=alone)
+    assert not logp_N.any()
+    (gradient,) = torch.autograd.grad(logp_N.sum(), qs[:1])
+    assert gradient.abs().max() < 1e-5
+    every = [x.flatten() for x in torch.meshgrid(alone[0], torch.arange(V), indexing="ij")]
+    cut, whole = logprob(*qs, TARGET_N, 0.7, chunk, kept=every), logprob(*qs, TARGET_N, 0.7, chunk)
+    for a, b in zip(cut, whole):
+        torch.testing.assert_close(a, b)
+
+
+def test_kept_ids_without_mass_left_still_have_finite_log_probs_and_gradients():
+    """Off policy, the whole of a kept set may have become next to impossible."""
+    for scale in (30.0, 300.0):
+        qs = inputs(scale=scale)
+        z_NV = (qs[0] @ qs[1].T).detach()
+        target_N = z_NV.argmin(1).where(TARGET_N >= 0, -100)
+        second_N = z_NV.topk(2, largest=False).indices[:, 1]
+        has = (target_N >= 0).nonzero()[:, 0]
+        kept = torch.cat([has, has]), torch.cat([target_N[has], second_N[has]])
+        kept_NV = torch.zeros(N, V, dtype=torch.bool)
+        kept_NV[kept] = True
+        got = logprob(*qs, target_N, chunk=3, kept=kept)
+        expected = plain_kept(*qs, target_N, 1.0, kept_NV)
+        assert plain(*qs, target_N)[0].min() < -(scale**2) / 2
+        for a, b in zip(got, expected):
+            assert ((a - b).abs() <= 1e-12 * (1 + b.abs())).all()
+        for a, b in zip(*[torch.autograd.grad(out[0].sum(), qs) for out in (got, expected)]):
+            assert ((a - b).abs() <= 1e-10 * (1 + b.abs())).all()
+
+
+def test_over_kept_ids_the_logits_of_all_tokens_are_never_held():
+    hidden, weight, target_N = wide(torch.float32, n=1000, d=8, v=5000)
+    kept, _ = kept_ids(target_N, 5000, share=0.01)
+    with Largest() as seen:
+        logp_N, entropy_N = logprob(hidden, weight, target_N, chunk=100, kept=kept)
+        (logp_N + entropy_N).sum().backward()
+    assert len(kept[0]) < seen.numel == 1000 * 100
+
+
+@pytest.mark.parametrize("dtype, grad_tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_over_kept_ids_low_precision_inputs_give_the_log_probs_of_their_exact_values(
+    dtype, grad_tolerance
+):
+    hidden, weight, target_N = wide(dtype)
+    kept, kept_NV = kept_ids(target_N, 4000, share=0.05)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    logp_N, _ = logprob(hidden, weight, target_N, chunk=64, kept=kept)
+    expected_N, _ = plain_kept(*exact, target_N, 1.0, kept_NV)
+    assert (logp_N - expected_N).square().mean().sqrt() <= 2e-6
+    logp_N.sum().backward()
+    expected_N.sum().backward()
+    for a, b in zip((hidden, weight), exact):
+        assert (a.grad - b.grad).norm() <= grad_tolerance * b.grad.norm()

@@ -3,6 +3,7 @@ what is sampled with which weights, and what a sampled token is credited with.""
 
 import inspect
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -197,21 +198,24 @@ def test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer(
 def test_held_out_prompts_are_answered_once_at_temperature_1_and_once_greedily(
     place, tmp_path, monkeypatch, script
 ):
-    """No step trains on one of them, and no draw of training is drawn again."""
+    """No step trains on one of them, and no draw of training is drawn again. No cut of training is
+    one of theirs."""
     training, held_out, generate = [], [], Engine.generate
 
     def watched(engine, prompts, n, sampling, seeds):
         calls = held_out if n == 1 else training
-        calls.append(([tuple(ids) for ids in prompts], n, sampling.temperature, seeds))
+        how = sampling.temperature, sampling.cuts
+        calls.append(([tuple(ids) for ids in prompts], n, how, seeds))
         return generate(engine, prompts, n, sampling, seeds)
 
     def of(calls, i):
         return {x for call in calls for x in call[i]}
 
     monkeypatch.setattr(Engine, "generate", watched)
-    run_here(script, *flags(place, script, tmp_path, "--temperature", 0.8))
-    assert [call[1:3] for call in training] == [(2, 0.8)] * 2
-    assert [call[1:3] for call in held_out] == [(1, 1.0), (1, 0.0)] * 2
+    cut = "--top_k", 40, "--top_p", 0.9, "--min_p", 0.01
+    run_here(script, *flags(place, script, tmp_path, "--temperature", 0.8, *cut))
+    assert [call[1:3] for call in training] == [(2, (0.8, True))] * 2
+    assert [call[1:3] for call in held_out] == [(1, (1.0, False)), (1, (0.0, False))] * 2
     assert len(of(training, 0)) == 8 and len(of(held_out, 0)) == 4
     assert not of(training, 0) & of(held_out, 0)
     assert len(of(training, 3)) == 8 and not of(training, 3) & of(held_out, 3)
@@ -708,3 +712,33 @@ def test_flags_that_say_how_reach_what_they_are_for(place, tmp_path, monkeypatch
         expected |= {"beside": {(9, 800)}, "load": {(900, 30.0)}}
     run_here(script, *flags(place, script, tmp_path, *more))
     assert seen == expected
+
+
+@pytest.mark.parametrize("cut", [("top_k", 7), ("top_p", 0.5), ("min_p", 0.2)])
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_ppo.py"])
+def test_with_a_cut_engine_and_trainer_are_one_policy_and_ratios_are_finite(
+    place, tmp_path, script, cut
+):
+    """Also after the first update, and beside a reference."""
+    flag, value = cut
+    run_here(script, *flags(place, script, tmp_path, f"--{flag}", value, "--beta", 0.1, "--record"))
+    for line in metrics(tmp_path)[1:]:
+        assert line["sampling/sampling_logp_difference/max"] < 1e-5
+        assert np.isfinite([x for x in line.values() if isinstance(x, float)]).all()
+    _, *examples = (tmp_path / "records/000001.jsonl").read_text().splitlines()
+    for e in map(json.loads, examples):
+        sizes = {len(ids) for ids, trained in zip(e["kept"], e["mask"]) if trained}
+        assert min(sizes) > 0 and (flag != "top_k" or sizes == {7})
+        assert not any(ids for ids, trained in zip(e["kept"], e["mask"]) if not trained)
+        assert np.isfinite(e["ref_logp"]).all() and min(e["ref_logp"]) < 0
+
+
+def test_an_engine_that_does_not_tell_what_it_cut_stops_the_run(place, tmp_path, monkeypatch):
+    generate = Engine.generate
+
+    def silent(engine, prompts, n, sampling, seeds):
+        return generate(engine, prompts, n, replace(sampling, kept=False), seeds)
+
+    monkeypatch.setattr(Engine, "generate", silent)
+    with pytest.raises(RuntimeError, match="step 1: before the first update engine and trainer"):
+        run_here("train_grpo.py", *flags(place, "train_grpo.py", tmp_path, "--top_p", 0.5))

@@ -176,6 +176,18 @@ def test_gap_and_lengths_are_those_of_all_ranks_on_each(tmp_path):
     }
 
 
+def kept(*ids_T):
+    return [np.array(ids, np.int32) for ids in ids_T]
+
+
+def test_what_a_cut_kept_follows_its_tokens_into_the_example():
+    first = Rollout([1, 2], [5, 6], np.zeros(2), "stop", 3, kept=kept((5, 9), (6,)))
+    first.extend([7], Rollout([], [8], np.zeros(1), "stop", 3, kept=kept((3, 8))))
+    e = first.example()
+    assert [ids.tolist() for ids in e.kept] == [[], [], [5, 9], [6], [], [3, 8]]
+    assert rollout().example().kept is None
+
+
 def test_a_turn_and_the_answer_to_it_extend_a_completion():
     first = Rollout([1], [5, 6], np.array([-1, -2], np.float32), "stop", 3)
     first.extend([7], Rollout([1, 5, 6, 7], [8], np.array([-3], np.float32), "length", 4))

@@ -478,11 +478,13 @@ def test_a_file_that_no_script_wrote_is_never_replaced(tmp_path, name, how):
 def test_a_record_holds_all_numbers_of_a_step_and_is_gone_with_its_run(tmp_path):
     run, _, _ = begun(tmp_path / "run")
     columns = {"old_logp": np.float32([0, -0.1, -1 / 3]), "weight": 2.0}
-    examples = [Example([5, 6, 7], [False, True, True], columns), Example([8], [True])]
+    kept = [np.int32(ids) for ids in ([], [6], [9, 7])]
+    examples = [Example([5, 6, 7], [False, True, True], columns, kept), Example([8], [True])]
     run.record(12, examples, {"divisors": [3.0, 4.0]}, finish=["stop", "length"])
     about, first, second = lines(tmp_path / "run/records/000012.jsonl")
     assert about == {"step": 12, "divisors": [3.0, 4.0]}
     assert np.float32(first.pop("old_logp")).tolist() == columns["old_logp"].tolist()
+    assert first.pop("kept") == [[], [6], [9, 7]]
     expected = {"rank": 0, "ids": [5, 6, 7], "mask": [0, 1, 1], "weight": 2.0, "finish": "stop"}
     assert first == expected
     assert second == {"rank": 0, "ids": [8], "mask": [1], "finish": "length"}

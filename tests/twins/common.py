@@ -385,11 +385,17 @@ def logits(model, ids):
     return model(torch.tensor([ids])).logits[0]
 
 
-def logp_and_entropy(model, ids, temperature=1.0):
-    """Log-prob of each token, and the entropy of the distribution it is from -> two [T]."""
+def logp_and_entropy(model, ids, temperature=1.0, kept=None):
+    """Log-prob of each token, and the entropy of the whole distribution before it -> two [T]. kept:
+    for each token the ids among which it was drawn (none: all), over which its log-prob is
+    renormalised."""
     logp_TV = (logits(model, ids) / temperature).log_softmax(-1)
     logp_T, entropy_T = torch.zeros(2, len(ids), dtype=torch.float64).unbind()
     logp_T = [logp_T[0]] + [logp_TV[t - 1, ids[t]] for t in range(1, len(ids))]
+    for t in range(1, len(ids)):
+        if kept is not None and kept[t]:
+            assert ids[t] in kept[t]
+            logp_T[t] = logp_T[t] - torch.log(sum(logp_TV[t - 1, i].exp() for i in kept[t]))
     entropy_T = [entropy_T[0]] + [-(row.exp() * row).sum() for row in logp_TV[:-1]]
     return torch.stack(logp_T), torch.stack(entropy_T)
 

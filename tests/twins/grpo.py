@@ -44,12 +44,15 @@ RUNS = {
     "--correct_cap 3",
     "sequence-mask": PLAIN + TWO + GAPS + "--old_logp trainer --correct sequence-mask "
     "--correct_cap 2.5",
+    "cut": PLAIN + TWO + "--top_k 60 --top_p 0.9 --min_p 0.1 --beta 0.3 --clip 0.02 0.05",
+    "cut, corrected": PLAIN + TWO + GAPS + "--top_p 0.8 --old_logp trainer "
+    "--correct token-truncate --correct_cap 1.2 --beta 0.2 --kl k2 --tokens 70",
     "fork curriculum": PLAIN + TWO,
     "fork entropy_bonus": PLAIN + TWO + "--entropy_coef 0.2 --agg sequence",
     "fork gdpo": PLAIN + TWO + "--adv gdpo",
     "fork kl_reward": PLAIN + SCALED + "--adv loo --ratio sequence_sum --agg sequence --beta 0.3",
     "fork median_baseline": PLAIN + SCALED + "--adv median --group 4",
-    "fork multi_turn": PLAIN + TWO + "--turn <|user|>Sure?<|assistant|> --beta 0.1",
+    "fork multi_turn": PLAIN + TWO + "--turn <|user|>Sure?<|assistant|> --beta 0.1 --top_p 0.7",
     "fork off_policy_mask": PLAIN + TWO + "--off_policy_mask 0.02 --beta 0.1",
     "fork overlong_mask": PLAIN + TWO + "--agg sequence --beta 0.2",
     "fork top_entropy": PLAIN + TWO + "--top_entropy 0.37 --beta 0.2",
@@ -194,7 +197,8 @@ def divisor(args, examples) -> int:
 
 def loss_of(args, model, sample, meter, gap):
     """The summed loss of one sample. gap: of engine and trainer, or None after the first update."""
-    logp_T, entropy_T = common.logp_and_entropy(model, sample.ids, args.temperature)
+    given = sample.ids, args.temperature, sample.kept_ids
+    logp_T, entropy_T = common.logp_and_entropy(model, *given)
     at = positions(sample)
     weight = 1 / len(at) if args.agg == "sequence" and at else 1.0
     correction = corrections(args, sample, meter)
@@ -252,16 +256,17 @@ def twin(args):
         for sample, line in zip(samples, recorded):
             rollouts.check_drawn(line, sample)
             sample.ids = sample.prompt + sample.new
-            sample.engine = line["engine_logp"]
+            sample.engine, sample.kept_ids = line["engine_logp"], line.get("kept")
 
         # ---- log-probs
         for sample in samples:
             with torch.no_grad():
-                logp_T, entropy_T = common.logp_and_entropy(model, sample.ids, args.temperature)
+                given = sample.ids, args.temperature, sample.kept_ids
+                logp_T, entropy_T = common.logp_and_entropy(model, *given)
                 sample.policy = spread(sample, [float(logp_T[t]) for t in positions(sample)])
                 sample.entropy = spread(sample, [float(entropy_T[t]) for t in positions(sample)])
                 if args.beta:
-                    logp_T, _ = common.logp_and_entropy(reference, sample.ids, args.temperature)
+                    logp_T, _ = common.logp_and_entropy(reference, *given)
                     sample.ref = spread(sample, [float(logp_T[t]) for t in positions(sample)])
             sample.old = sample.policy if args.old_logp == "trainer" else sample.engine
 

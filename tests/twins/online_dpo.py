@@ -24,7 +24,8 @@ RUNS = {
     "judge": "--model {place}/model --data {place}/puzzled.jsonl --rename puzzle=prompt "
     "--holdout 4 --max_prompt 20 --judge {place}/judge.py:longer --loss sigmoid_norm hinge "
     "discopop nca sppo apo_zero apo_down --eos_penalty 0.3 --max_new_tokens 5 --steps 3 "
-    "--prompts 3 --lr 2e-3 --warmup 1 --to_messages --reference_model {place}/near",
+    "--prompts 3 --lr 2e-3 --warmup 1 --to_messages --reference_model {place}/near "
+    "--top_k 60 --top_p 0.9 --min_p 0.1",
     # Rewards are seldom unequal: there are steps with few pairs, and ranks with none.
     "without_reference": PLAIN + "--reward {place}/judge.py:rarely --loss simpo cpo sft "
     "--eval_rows 4 --gamma 0.9 --beta 0.4 --eos_penalty 0 --steps 3 --prompts 3 --group 2",
@@ -110,7 +111,7 @@ def evaluated(model, reference, s):
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
         samples = []
         for i, row in enumerate(s.held_out):
-            samples += rollouts.group(model, s, row, 2**32 + i, 1, temperature)
+            samples += rollouts.group(model, s, row, 2**32 + i, 1, temperature, whole=True)
         totals = [rollouts.total(s, x) for x in samples]
         totals = [x for x in totals if x is not None]
         if totals:
@@ -136,6 +137,7 @@ def check_recorded(recorded, about, groups, version):
         assert line["ids"] == sample.prompt + sample.new
         assert line["mask"] == [0] * len(sample.prompt) + [1] * len(sample.new)
         assert line["finish"] == sample.finish and line["version"] == version
+        assert "kept" not in line  # the loss is over the whole distribution
         logp = [0.0] * len(sample.prompt) + sample.logp
         assert max(abs(a - b) for a, b in zip(line["engine_logp"], logp)) < rollouts.RECORDED
         if sample.reward is None:

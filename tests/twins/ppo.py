@@ -22,8 +22,10 @@ RUNS = {
     "--value_lr 1e-3 --minibatches 4 --ppo_epochs 1 --prompts 8 --group 1 --beta 0.5 --kl k3 "
     "--eos_penalty 1.5 --score_scale --gamma 0.9",
     "head": PLAIN + TWO + "--value_model head --value_warmup 1 --kl k2 --beta 0.4 --lam 0.7 "
-    "--whiten_rewards --max_logp_gap 5 --old_logp trainer --value_lr 2e-2",
-    "the engine's": PLAIN + TWO + "--value_model head --beta 0.1 --lam 1 --max_logp_gap 5",
+    "--whiten_rewards --max_logp_gap 5 --old_logp trainer --value_lr 2e-2 "
+    "--top_k 60 --top_p 0.9 --min_p 0.1",
+    "the engine's": PLAIN + TWO + "--value_model head --beta 0.1 --lam 1 --max_logp_gap 5 "
+    "--top_p 0.8",
     "reward model": "--model {place}/model --data {place}/puzzles.jsonl --holdout 3 --steps 3 "
     "--rename puzzle=prompt --to_messages "
     "--reward model:{place}/rm {place}/reward.py:letters model:{place}/other_rm --prompts 2 "
@@ -110,7 +112,8 @@ def scale_of(scores) -> float:
 # --------------------------------------------------------------------------------------------- loss
 def loss_of(args, model, sample, meter, gaps):
     """The summed loss of a sample. gaps: of engine and trainer, or None after the first update."""
-    logp_T, entropy_T = common.logp_and_entropy(model.policy, sample.ids, args.temperature)
+    given = sample.ids, args.temperature, sample.kept_ids
+    logp_T, entropy_T = common.logp_and_entropy(model.policy, *given)
     value_T = values(model, sample.ids)
     loss = 0.0
     for i, t in enumerate(positions(sample)):
@@ -172,17 +175,18 @@ def twin(args):
 
         # ---- log-probs, values, rewards of tokens: of the trained tokens alone
         for sample, line in zip(samples, recorded):
-            sample.ids = sample.prompt + sample.new
+            sample.ids, sample.kept_ids = sample.prompt + sample.new, line.get("kept")
             sample.score = rollouts.total(s, sample)
             sample.trained = sample.score is not None
             at = positions(sample)
             sample.engine = [line["engine_logp"][t] for t in at]
             with torch.no_grad():
-                logp_T, _ = common.logp_and_entropy(model.policy, sample.ids, args.temperature)
+                given = sample.ids, args.temperature, sample.kept_ids
+                logp_T, _ = common.logp_and_entropy(model.policy, *given)
                 value_T = values(model, sample.ids)
                 sample.policy = sample.ref = [logp_T[t].item() for t in at]
                 if reference is not None:
-                    logp_T, _ = common.logp_and_entropy(reference, sample.ids, args.temperature)
+                    logp_T, _ = common.logp_and_entropy(reference, *given)
                     sample.ref = [logp_T[t].item() for t in at]
             sample.old = sample.policy if args.old_logp == "trainer" else sample.engine
             sample.values = [value_T[t].item() for t in at]

@@ -2,8 +2,9 @@
 the held-out evaluation.
 
 A sample is a Namespace: prompt and new (token ids), sampled (bool for each of new), logp (of each
-of new, 0 where not sampled), length (sampled tokens), finish, rewards (one of each function, None
-where it does not apply).
+of new, 0 where not sampled), kept (for each of new the ids that a cut kept, in order; none where
+there was no cut), length (sampled tokens), finish, rewards (one of each function, None where it
+does not apply).
 A rollout's numbers that belong to tokens are lists, aligned with ids = prompt + new.
 """
 
@@ -149,27 +150,46 @@ def text_of(s, new):
 
 
 # ---------------------------------------------------------------------------------------- sampling
+def cut(logp_V, known, args) -> list[int]:
+    """Of the known ids those that --top_k keeps; of them, from the likeliest on, as many as it
+    takes to hold --top_p of their mass; of them, those that are at least --min_p times as likely as
+    the likeliest."""
+    ids = sorted(known, key=lambda i: -float(logp_V[i]))
+    if args.top_k:
+        ids = ids[: args.top_k]
+    p = [math.exp(float(logp_V[i])) for i in ids]
+    before = [sum(p[:n]) / sum(p) for n in range(len(p))]
+    ids = [i for i, mass in zip(ids, before) if mass < args.top_p]
+    return sorted(i for i, x in zip(ids, p) if x >= args.min_p * p[0])
+
+
 @torch.no_grad()
-def draw(model, s, prompt, seeds, temperature) -> list[Namespace]:
+def draw(model, s, prompt, seeds, temperature, whole=False) -> list[Namespace]:
     """A completion of a prompt for each seed: inverts the cumulative distribution at the seed's
-    uniform random numbers. All are as long as the longest, then cut where they end."""
+    uniform random numbers. All are as long as the longest, then cut where they end. whole: from the
+    whole distribution, whatever cut the flags say."""
     length = s.args.max_new_tokens
     known = sorted(s.tokenizer.get_vocab().values())  # no other ids are drawn
     uniforms = [
         torch.rand(length, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         for seed in seeds
     ]
-    new, logp, stopped = [[[] for _ in seeds] for _ in range(3)]
+    new, logp, stopped, kept = [[[] for _ in seeds] for _ in range(4)]
+    cuts = not whole and (s.args.top_k or s.args.top_p < 1 or s.args.min_p)
     for t in range(length):
         logits = model(torch.tensor([prompt + ids for ids in new])).logits[:, -1]
         for i, logits_V in enumerate(logits):
             if temperature == 0:
-                token, logp_of_token = known[int(logits_V[known].argmax())], 0.0
+                token, logp_of_token, ids = known[int(logits_V[known].argmax())], 0.0, []
             else:
                 logp_V = (logits_V / temperature).log_softmax(-1)
-                cdf = logp_V[known].exp().cumsum(-1)
-                token = known[int((cdf <= uniforms[i][t] * cdf[-1]).sum())]
+                ids = cut(logp_V, known, s.args) if cuts else known
+                cdf = logp_V[ids].exp().cumsum(-1)
+                token = ids[int((cdf <= uniforms[i][t] * cdf[-1]).sum())]
                 logp_of_token = float(logp_V[token])
+                if cuts:
+                    logp_of_token -= math.log(cdf[-1])
+            kept[i].append(ids if cuts else [])
             new[i].append(token)
             logp[i].append(logp_of_token)
             text = s.tokenizer.decode(new[i])
@@ -179,13 +199,14 @@ def draw(model, s, prompt, seeds, temperature) -> list[Namespace]:
         if all(True in x for x in stopped):
             break
     samples = []
-    for ids, logp_T, stopped_T in zip(new, logp, stopped):
+    for ids, logp_T, stopped_T, kept_T in zip(new, logp, stopped, kept):
         end = stopped_T.index(True) + 1 if True in stopped_T else length
         samples.append(
             Namespace(
                 prompt=prompt,
                 new=ids[:end],
                 logp=logp_T[:end],
+                kept=kept_T[:end],
                 sampled=[True] * end,
                 finish="stop" if True in stopped_T else "length",
             )
@@ -198,18 +219,19 @@ def seed_of(args, serial) -> int:
     return int(sequence.generate_state(1, np.uint64)[0] >> 2)
 
 
-def group(model, s, row, serial, n, temperature) -> list[Namespace]:
+def group(model, s, row, serial, n, temperature, whole=False) -> list[Namespace]:
     """n samples of a row's prompt, with their rewards."""
     seed = seed_of(s.args, serial)
-    samples = draw(model, s, row["prompt_ids"], [seed + i for i in range(n)], temperature)
+    samples = draw(model, s, row["prompt_ids"], [seed + i for i in range(n)], temperature, whole)
     for i, sample in enumerate(samples):
         answer = sample
         if s.args.fork == "multi_turn":
             turn = common.encoded(s.tokenizer, s.args.turn)
             prompt = sample.prompt + sample.new + turn
-            (answer,) = draw(model, s, prompt, [seed + n + i], temperature)
+            (answer,) = draw(model, s, prompt, [seed + n + i], temperature, whole)
             sample.new = sample.new + turn + answer.new
             sample.logp = sample.logp + [0.0] * len(turn) + answer.logp
+            sample.kept = sample.kept + [[]] * len(turn) + answer.kept
             sample.sampled = sample.sampled + [False] * len(turn) + answer.sampled
             sample.finish = answer.finish
         sample.length, sample.trained = sum(sample.sampled), True
@@ -246,7 +268,7 @@ def evaluate(model, s) -> dict:
     means = Means()
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
         for i, row in enumerate(s.held_out):
-            (sample,) = group(model, s, row, 2**32 + i, 1, temperature)
+            (sample,) = group(model, s, row, 2**32 + i, 1, temperature, whole=True)
             for k, value in enumerate(sample.rewards):
                 key = f"eval/{name}" if k == 0 else f"eval/{name}/{s.rewards[k][0]}"
                 if value is not None:
@@ -339,6 +361,8 @@ def check_recorded(s, line, sample, **columns):
 def check_drawn(line, sample):
     """AssertionError unless a line of records/ holds what the twin has drawn and rewarded."""
     assert line["ids"] == sample.prompt + sample.new
+    kept = line.get("kept", [[]] * len(line["ids"]))
+    assert [sorted(ids) for ids in kept] == [[]] * len(sample.prompt) + sample.kept
     assert line["finish"] == sample.finish
     for mine, theirs in zip(line["rewards"], sample.rewards, strict=True):
         assert math.isnan(mine) if theirs is None else mine == pytest.approx(theirs, rel=1e-9)
