@@ -11,8 +11,10 @@ import argparse
 import math
 from functools import partial
 
-from nanopost import InputError, dist
-from nanopost.engine import Engine
+from nanopost import InputError, dist, packing
+from nanopost.ahead import Ahead
+from nanopost.engine import Engine, prompt_seed
+from nanopost.recording import Recording, Replay
 
 
 def at_least(least: float, most: float = math.inf):
@@ -179,7 +181,37 @@ def shard(args, world):
 
 def engine(args, model, world, tokenizer):
     """The engine that its flags ask for. model: the policy, loaded from --model."""
-    return Engine.beside(model, args.model, world, tokenizer, args.engine_rows, args.engine_tokens)
+    if args.replay:
+        return Replay(args.replay, world)
+    return Engine.beside(
+        model,
+        args.model,
+        world,
+        tokenizer,
+        args.engine_rows,
+        args.engine_tokens,
+        ahead=args.max_staleness > 0,
+    )
+
+
+def ahead(args, engine, world, rows: list[dict], sampling, step: int) -> Ahead:
+    """An engine as the loop uses it. rows: to train on. step: the one after which the run begins. A
+    collective."""
+
+    def request(indices, serials):
+        prompts = [rows[i]["prompt_ids"] for i in indices]
+        seeds = [prompt_seed(args.seed, serial) for serial in serials]
+        return prompts, args.group, sampling, seeds
+
+    return Ahead(
+        engine,
+        partial(packing.share, len(rows), args.seed, world=world),
+        request,
+        args.steps,
+        args.prompts,
+        staleness=0 if args.replay else args.max_staleness,
+        recording=Recording(args.out, world, step) if args.record else None,
+    )
 
 
 def add_rollout_flags(parser: Parser, reward_required: bool = True):
@@ -204,6 +236,15 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
         default=0.0,
         help="seconds per call of a reward or judge; 0: no limit",
     )
+    add(
+        "--max_staleness",
+        type=at_least(0),
+        default=0,
+        help="steps by which rollouts may run ahead, in a thread; 0: none do. GRPO: advised with "
+        "--old_logp trainer --correct token-truncate (or token-mask), or --old_logp engine; PPO: "
+        "--old_logp engine",
+    )
+    add("--replay", metavar="OUT", help="take the rollouts of the run in OUT, one with --record")
     add("--engine_rows", type=at_least(1), default=512, help="completions sampled at once per rank")
     add(
         "--engine_tokens",
