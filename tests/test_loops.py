@@ -136,12 +136,9 @@ def test_empty_micro_batches_change_nothing(place, tmp_path, monkeypatch, gradie
         same(gradient, other)
     for line, other in zip(metrics(tmp_path / "with"), metrics(tmp_path / "without"), strict=True):
         assert line.keys() == other.keys()
-        for name in line.keys() - {
-            "tokens_per_second",
-            "time/rollout",
-            "time/step",
-            "time/elapsed",
-        }:
+        for name in line:
+            if name.startswith("time/") or name == "tokens_per_second":
+                continue
             assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
@@ -172,7 +169,7 @@ def test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer(
     """As with several ranks: before the first step, after each one, and where a run is resumed."""
     policies, current, generate = [], [], Engine.generate
 
-    def apart(model, folder, world, tokenizer, rows, tokens):
+    def apart(model, folder, world, tokenizer, rows, tokens, ahead):
         policies.append(model)
         return Engine.of(hf.load_model(folder), tokenizer, rows, tokens)
 
