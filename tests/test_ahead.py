@@ -174,6 +174,39 @@ def test_a_loop_may_ask_for_other_prompts_than_those_that_began():
     assert {serial for serial in ahead.begun.values()} <= set(range(12, 20))  # the rest is gone
 
 
+def test_groups_come_in_the_order_of_the_request():
+    ahead = ahead_of(Slow(), 1)
+    ahead.share(0, 4)
+    when_idle(ahead)
+    indices, serials = ahead.share(0, 4)
+    prompts, n, sampling, _ = request(indices[::-1], serials)
+    groups = ahead.generate(prompts, n, sampling, serials[::-1])
+    assert [group[0].ids[0] for group in groups] == [3, 2, 1, 0]
+
+
+def test_what_is_recorded_belongs_to_the_step_that_takes_it():
+    """And to the weights of then, whatever sampled it. An evaluation belongs to the step before."""
+    found = []
+
+    class Kept:
+        @staticmethod
+        def add(step, version, n, sampling, seeds, groups):
+            found.append((step, version, seeds))
+
+    ahead = ahead_of(Slow(), 1)
+    ahead.recording = Kept
+    evaluation = [[1], [2]], 1, SAMPLING_OF_ALL, [77, 78]
+    ahead.sync_weights((), 0)
+    ahead.generate(*evaluation)
+    take(ahead, 0, 4)
+    ahead.sync_weights((), 1)
+    ahead.generate(*evaluation)
+    take(ahead, 4, 2)
+    take(ahead, 6, 1)
+    expected = [(0, 0, [77, 78]), (1, 0, [0, 1, 2, 3]), (1, 1, [77, 78])]
+    assert found == [*expected, (2, 1, [4, 5]), (2, 1, [6])]
+
+
 def test_arrival_is_the_order_in_which_groups_finish():
     ahead = ahead_of(Slow(), 1)
     _, groups = take(ahead, 0, 4)
@@ -199,6 +232,24 @@ def test_an_error_of_the_thread_is_raised_at_the_next_request():
             ahead.share(4, 4)
     with pytest.raises(InputError, match="the engine has had enough"):
         ahead.generate([[1]], 1, SAMPLING_OF_ALL, [9])
+
+
+def test_an_error_of_the_thread_is_raised_at_once_where_the_loop_waits():
+    def fails():
+        raise InputError("the engine has had enough.")
+
+    said = []
+
+    def loop():
+        try:
+            take(ahead_of(Slow(fails), 1), 0, 4)
+        except InputError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert said == ["the engine has had enough."]
 
 
 def test_closing_ends_the_thread_and_what_is_to_come():
