@@ -1852,9 +1852,9 @@ MUTATIONS = [
     ),
     mutation(
         "fork-multi-turn-trains-the-turn",
-        "forks/multi_turn.diff",
-        "np.zeros(len(turn_ids), bool)",
-        "np.ones(len(turn_ids), bool)",
+        "nanopost/rollout.py",
+        "np.zeros(len(turn), bool)",
+        "np.ones(len(turn), bool)",
         "twins/test_grpo.py::test_the_twin_agrees_and_each_flag_matters[fork multi_turn]",
     ),
     mutation(
