@@ -192,11 +192,11 @@ class Engine:
         living_A = np.arange(rows)  # row_A on the host
         seen, versions = 0, []
         for t in range(1, most + 1):
-            if (
-                self._let_others()
-            ):  # the weights are new: what was computed with the old ones is not
+            # What was computed with old weights is computed anew.
+            if self._let_others():
                 sampled_A = token_BT[row_A, : t - 1].tolist()
                 prefixes_A = [prompts_B[b] + ids for b, ids in zip(living_A, sampled_A)]
+                cache = None  # its memory is free before there is another one
                 logits_AV, cache = self._prefill(prefixes_A, most - t + 1)
             versions.append(self.version)
             uniform_A = uniform_BT[row_A, t - 1]
