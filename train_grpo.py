@@ -33,7 +33,6 @@ reward.
     torchrun --nproc_per_node 8 train_grpo.py --model out/sft --data prompts.jsonl --reward gsm8k
 """
 
-import time
 from functools import partial
 
 import torch
@@ -53,8 +52,8 @@ from nanopost import (
 from nanopost.cli import above, at_least
 from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, batches, check_finite
-from nanopost.rollout import LogpGap, length_metrics, sample_records
-from nanopost.run import Run
+from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
+from nanopost.run import Clock, Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens of a micro-batch, P prompts, G samples per prompt, F reward functions.
@@ -155,6 +154,7 @@ run.say(columns_report)
 run.say(rewards.restore(reward_functions, state))
 
 sampling = cli.sampling(args)
+engine = cli.ahead(args, engine, world, train_rows, sampling, state["step"])
 advantage = {
     "group": advantages.group,
     "mean": advantages.mean,
@@ -184,7 +184,8 @@ def rollout(rows_P, serials, n, sampling):
     """n completions per prompt -> (rollouts [P][n], float64 reward_FPG, NaN where not rewarded)."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
-    return groups, rewards.score(reward_functions, tokenizer, rows_P, groups)
+    step = engine.version + 1
+    return groups, rewards.score(reward_functions, tokenizer, rows_P, groups, step)
 
 
 def rollout_batch(consumed):
@@ -200,9 +201,7 @@ def rollout_batch(consumed):
     groups, rewards_FPG, kept, drawn, equal = [], [], [], 0, 0
     missing = args.prompts
     for _ in range(args.resample + 1):
-        indices, serials = packing.share(
-            len(train_rows), args.seed, consumed + drawn, missing, world
-        )
+        indices, serials = engine.share(consumed + drawn, missing)
         drawn += missing
         rows_P = [train_rows[i] for i in indices]
         new_groups, reward_FPG = rollout(rows_P, serials, args.group, sampling)
@@ -244,7 +243,7 @@ if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- rollout
-    began = time.perf_counter()
+    clock = Clock()
     groups, reward_FPG, serials, drawn, equal = rollout_batch(state["consumed"])
     all_serials = dist.gather(serials)
     if not all_serials:
@@ -257,7 +256,8 @@ for step in range(state["step"] + 1, args.steps + 1):
         )
     state["consumed"] += drawn
     rollouts = [r for group in groups for r in group]
-    rollout_seconds = time.perf_counter() - began
+    engine.sleep()  # if it shares the GPU, its memory is free until the sync
+    clock.lap("rollout")
 
     # ---- log-probs of the sampled tokens, under the old policy and the reference
     examples = [r.example() for r in rollouts]
@@ -306,7 +306,8 @@ for step in range(state["step"] + 1, args.steps + 1):
             metrics |= correction_metrics
             meter.add(batch.num_targets, entropy=entropy_N.sum(), **metrics)
             if k == 0:  # before the first update, engine and trainer are the same policy
-                gap.add(logp_N, batch["engine_logp"], batch.mask_N)
+                same_N = batch["version"] == step - 1  # unless the rollouts ran ahead
+                gap.add(logp_N, batch["engine_logp"], batch.mask_N, same_N)
         grad_norm = dist.clip_grad_norm(model, args.grad_clip)
         check_finite(grad_norm, step, model, minibatch, tokenizer.decode)
         update = (step - 1) * args.minibatches + k + 1
@@ -316,9 +317,11 @@ for step in range(state["step"] + 1, args.steps + 1):
         if dist.all_sum(sum(e.num_targets for e in minibatch)):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    clock.lap("train")
 
     # ---- sync
     engine.sync_weights(dist.full_weights(model), step)
+    clock.lap("sync")
 
     # ---- log
     unrewarded_PG = reward_PG.isnan()
@@ -329,12 +332,12 @@ for step in range(state["step"] + 1, args.steps + 1):
     sampled = dist.all_sum(sum(r.length for r in rollouts))
     state["num_tokens"] += sampled
     state["rewards"] = rewards.states(reward_functions)
-    seconds = time.perf_counter() - began
     reward_names = [f"rewards/{f.name}/mean" for f in reward_functions]
     metrics = {
         **meter.means(),
         **dist.means(rewards.sums(reward_names, reward_FPG)),
         **length_metrics(rollouts),
+        **staleness_metrics(rollouts, step - 1),
         **gap.metrics(),
         "loss": dist.all_sum(loss_sum) / args.minibatches,
         "grad_norm": grad_norm,
@@ -342,9 +345,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         "groups": len(all_serials),
         "prompts_drawn": drawn,
         "num_tokens": state["num_tokens"],
-        "time/rollout": rollout_seconds,
-        "time/step": seconds,
-        "tokens_per_second": sampled / seconds,
+        **clock.metrics(sampled),
     }
     if run.due(step, args.eval_every):
         metrics |= evaluate()
@@ -359,9 +360,8 @@ for step in range(state["step"] + 1, args.steps + 1):
             {"divisors": divisors},
             rewards=reward_FPG.flatten(1).T.tolist(),
             finish=[r.finish for r in rollouts],
-            version=[r.version for r in rollouts],
         )
-    gap.check(step, metrics)
+    gap.check(step)
 
     # ---- save
     if run.due_save(step, args.save_every, args.save_minutes):

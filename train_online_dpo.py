@@ -13,8 +13,6 @@ train_dpo.py.
         --reward gsm8k
 """
 
-import time
-
 import torch
 
 from nanopost import (
@@ -24,7 +22,6 @@ from nanopost import (
     forward,
     hf,
     optim,
-    packing,
     pairs,
     preference,
     reference,
@@ -34,8 +31,8 @@ from nanopost import (
 from nanopost.cli import above, at_least, finite
 from nanopost.engine import prompt_seed
 from nanopost.forward import batches, check_finite
-from nanopost.rollout import length_metrics, sample_records
-from nanopost.run import Run
+from nanopost.rollout import length_metrics, sample_records, staleness_metrics
+from nanopost.run import Clock, Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens, S sequences (2p is the best one of pair p, 2p + 1 the worst), P prompts
@@ -122,6 +119,7 @@ run.say(f"{len(train_rows):,} prompts, {len(eval_rows):,} held out; {report}; th
 run.say(tokenizer.decode(train_rows[0]["prompt_ids"]))
 run.say(columns_report)
 run.say(rewards.restore(stateful, state))
+engine = cli.ahead(args, engine, world, train_rows, sampling, state["step"])
 
 
 def rollout(rows_P, serials, n, sampling):
@@ -132,7 +130,8 @@ def rollout(rows_P, serials, n, sampling):
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
     reward_PG = torch.zeros(len(rows_P), n, dtype=torch.float64)
     if reward_functions:
-        reward_FPG = rewards.score(reward_functions, tokenizer, rows_P, groups)
+        step = engine.version + 1
+        reward_FPG = rewards.score(reward_functions, tokenizer, rows_P, groups, step)
         reward_PG += rewards.total(reward_FPG, reward_weights)
     if judge:  # it ranks what no reward applies to, too
         reward_PG = reward_PG.nan_to_num(0) + rewards.judged(judge, tokenizer, rows_P, groups)
@@ -172,15 +171,15 @@ if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- rollout
-    began = time.perf_counter()
-    indices, serials = packing.share(
-        len(train_rows), args.seed, state["consumed"], args.prompts, world
-    )
+    clock = Clock()
+    indices, serials = engine.share(state["consumed"], args.prompts)
     state["consumed"] += args.prompts
     groups, reward_PG = rollout([train_rows[i] for i in indices], serials, args.group, sampling)
     rollouts = [r for group in groups for r in group]
     unended = torch.tensor([r.finish == "length" for r in rollouts])
     reward_PG -= args.eos_penalty * unended.view_as(reward_PG)
+    engine.sleep()  # if it shares the GPU, its memory is free until the sync
+    clock.lap("rollout")
 
     # ---- pairs: the best and the worst of each group
     step_pairs = pairs.best_and_worst(groups, reward_PG)
@@ -229,9 +228,11 @@ for step in range(state["step"] + 1, args.steps + 1):
     if num_pairs:
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    clock.lap("train")
 
     # ---- sync
     engine.sync_weights(dist.full_weights(model), step)
+    clock.lap("sync")
 
     # ---- log
     tokens = dist.all_sum(sum(map(len, examples)))
@@ -244,12 +245,13 @@ for step in range(state["step"] + 1, args.steps + 1):
     metrics = {
         **meter.means(),
         **length_metrics(rollouts),
+        **staleness_metrics(rollouts, step - 1),
         "grad_norm": grad_norm,
         "lr": lr,
         "epoch": state["consumed"] / len(train_rows),
         "pairs": num_pairs,
         "num_tokens": state["num_tokens"],
-        "tokens_per_second": tokens / (time.perf_counter() - began),
+        **clock.metrics(tokens),
     }
     if run.due(step, args.eval_every):
         metrics |= evaluate()
@@ -265,7 +267,6 @@ for step in range(state["step"] + 1, args.steps + 1):
             {"divisor": num_pairs, "nll_tokens": nll_tokens},
             reward=reward_PG.flatten().tolist(),
             finish=[r.finish for r in rollouts],
-            version=[r.version for r in rollouts],
         )
 
     # ---- save

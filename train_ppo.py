@@ -24,8 +24,6 @@ dropout (there is none). In forks/: adaptive KL, early stopping on KL, KL in the
         --reward model:out/rm --beta 0.05 --eos_penalty 1 --value_lr 5e-6
 """
 
-import time
-
 import torch
 
 from nanopost import (
@@ -44,8 +42,8 @@ from nanopost.batch import add_column, padded
 from nanopost.cli import above, at_least
 from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, add_values, batches, check_finite
-from nanopost.rollout import LogpGap, length_metrics, sample_records
-from nanopost.run import Run
+from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
+from nanopost.run import Clock, Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens of a micro-batch, P prompts, G samples per prompt, B = P G, T sampled
@@ -165,6 +163,7 @@ run.say(columns_report)
 run.say(rewards.restore(reward_functions, state))
 
 sampling = cli.sampling(args)
+engine = cli.ahead(args, engine, world, train_rows, sampling, state["step"])
 kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
 
 
@@ -172,7 +171,8 @@ def rollout(rows_P, serials, n, sampling):
     """n completions per prompt -> (rollouts [P][n], float64 reward_FPG, NaN where not rewarded)."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
     groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
-    return groups, rewards.score(reward_functions, tokenizer, rows_P, groups)
+    step = engine.version + 1
+    return groups, rewards.score(reward_functions, tokenizer, rows_P, groups, step)
 
 
 def evaluate():
@@ -199,10 +199,8 @@ if not run.resumed:
     run.log(0, evaluate())
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- rollout
-    began = time.perf_counter()
-    indices, serials = packing.share(
-        len(train_rows), args.seed, state["consumed"], args.prompts, world
-    )
+    clock = Clock()
+    indices, serials = engine.share(state["consumed"], args.prompts)
     state["consumed"] += args.prompts
     rows_P = [train_rows[i] for i in indices]
     groups, reward_FPG = rollout(rows_P, serials, args.group, sampling)
@@ -210,7 +208,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     unended_B = torch.tensor([r.finish == "length" for r in rollouts])
     score_B = rewards.total(reward_FPG, reward_weights).flatten() - args.eos_penalty * unended_B
     scored_B = ~score_B.isnan()
-    rollout_seconds = time.perf_counter() - began
+    engine.sleep()  # if it shares the GPU, its memory is free until the sync
+    clock.lap("rollout")
 
     # ---- log-probs and values of the sampled tokens
     examples = [r.example() for r in rollouts]
@@ -287,16 +286,19 @@ for step in range(state["step"] + 1, args.steps + 1):
             }
             meter.add(batch.num_targets, **metrics, **value_metrics)
             if k == 0:  # before the first update, engine and trainer are the same policy
-                gap.add(logp_N, batch["engine_logp"], batch.mask_N)
+                same_N = batch["version"] == step - 1  # unless the rollouts ran ahead
+                gap.add(logp_N, batch["engine_logp"], batch.mask_N, same_N)
         grad_norm = dist.clip_grad_norm(model, args.grad_clip)
         check_finite(grad_norm, step, model, minibatch, tokenizer.decode)
         # Without a trained token AdamW would still decay the weights and follow its momentum.
         if targets:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    clock.lap("train")
 
     # ---- sync
     engine.sync_weights(dist.full_weights(model, "policy."), step)
+    clock.lap("sync")
 
     # ---- log
     objective = {
@@ -312,12 +314,12 @@ for step in range(state["step"] + 1, args.steps + 1):
     sampled, ended = dist.all_sums(sum(r.length for r in rollouts), (~unended_B).sum())
     state["num_tokens"] += sampled
     state["rewards"] = rewards.states(reward_functions)
-    seconds = time.perf_counter() - began
     reward_names = [f"rewards/{f.name}/mean" for f in reward_functions]
     metrics = {
         **meter.means(),
         **dist.means(rewards.sums(reward_names, reward_FPG)),
         **length_metrics(rollouts),
+        **staleness_metrics(rollouts, step - 1),
         **gap.metrics(),
         "val/explained_variance": advantages.explained_variance(
             monte_carlo_BT, value_BT, sampled_BT
@@ -326,9 +328,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         "grad_norm": grad_norm,
         "lr": lr,
         "num_tokens": state["num_tokens"],
-        "time/rollout": rollout_seconds,
-        "time/step": seconds,
-        "tokens_per_second": sampled / seconds,
+        **clock.metrics(sampled),
     }
     if run.due(step, args.eval_every):
         metrics |= evaluate()
@@ -344,9 +344,8 @@ for step in range(state["step"] + 1, args.steps + 1):
             {"divisors": divisors},
             rewards=reward_FPG.flatten(1).T.tolist(),
             finish=[r.finish for r in rollouts],
-            version=[r.version for r in rollouts],
         )
-    gap.check(step, metrics)
+    gap.check(step)
 
     # ---- save
     if run.due_save(step, args.save_every, args.save_minutes):

@@ -11,9 +11,11 @@ import argparse
 import math
 from functools import partial
 
-from nanopost import InputError, dist
+from nanopost import InputError, dist, packing
+from nanopost.ahead import Ahead
 from nanopost.colocate import Colocated
-from nanopost.engine import Engine, Sampling
+from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.recording import Recording, Replay
 from nanopost.vllm import Servers
 
 
@@ -181,13 +183,41 @@ def shard(args, world):
 
 def engine(args, folder, model, world, tokenizer):
     """The engine that the flags ask for. model: the policy, loaded from `folder`."""
+    if args.replay:
+        return Replay(args.replay, world)
     if args.vllm and args.engine != "native":
         raise InputError("--vllm and --engine colocate are two engines: give one of them.")
     if args.vllm:
         return Servers(args.vllm, tokenizer, world, model.config, args.vllm_timeout)
     if args.engine == "colocate":
+        if args.max_staleness:
+            raise InputError(
+                "--engine colocate sleeps while the model trains: with --max_staleness above 0 "
+                "sample on servers (--vllm), or with nanopost's own engine."
+            )
         return Colocated(folder, tokenizer, world, model.config, args.vllm_memory)
-    return Engine.beside(model, folder, world, tokenizer, args.engine_rows, args.engine_tokens)
+    rows, tokens, ahead = args.engine_rows, args.engine_tokens, args.max_staleness > 0
+    return Engine.beside(model, folder, world, tokenizer, rows, tokens, ahead)
+
+
+def ahead(args, engine, world, rows: list[dict], sampling, step: int) -> Ahead:
+    """An engine as the loop uses it. rows: to train on. step: the one after which the run begins. A
+    collective."""
+
+    def request(indices, serials):
+        prompts = [rows[i]["prompt_ids"] for i in indices]
+        seeds = [prompt_seed(args.seed, serial) for serial in serials]
+        return prompts, args.group, sampling, seeds
+
+    return Ahead(
+        engine,
+        partial(packing.share, len(rows), args.seed, world=world),
+        request,
+        args.steps,
+        args.prompts,
+        staleness=0 if args.replay else args.max_staleness,
+        recording=Recording(args.out, world, step) if args.record else None,
+    )
 
 
 def sampling(args, kept: bool = True) -> Sampling:
@@ -228,11 +258,21 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
         default=0.0,
         help="seconds per call of a reward or judge; 0: no limit",
     )
+    add(
+        "--max_staleness",
+        type=at_least(0),
+        default=0,
+        help="steps by which rollouts may run ahead, in a thread; 0: none do. GRPO: advised with "
+        "--old_logp trainer --correct token-truncate (or token-mask), or --old_logp engine; PPO: "
+        "--old_logp engine",
+    )
+    add("--replay", metavar="OUT", help="take the rollouts of the run in OUT, one with --record")
     add_engine_flags(parser)
 
 
 def add_engine_flags(parser: Parser):
     """What samples: see `engine`."""
+    parser.set_defaults(replay=None, max_staleness=0)  # flags of a run alone
     add = parser.add_argument
     add(
         "--engine",

@@ -2,12 +2,14 @@
 
 Shapes: P prompts, B rows (n per prompt), A rows still alive, T sampled positions, V vocabulary.
 
-An engine has three calls: generate, sync_weights, close. Tokens in, tokens out. The log-prob of
-each sampled token is that of the distribution it was drawn from, in fp32. Each row draws its own
+An engine has four calls: generate, sync_weights, sleep, close. Tokens in, tokens out. The log-prob
+of each sampled token is that of the distribution it was drawn from, in fp32. Each row draws its own
 random numbers, from its own seed. So a rollout depends on weights, prompt, sampling and seed, but
-not on its neighbours, the number of ranks, or the order in which rows finish.
+not on its neighbours, the number of ranks, or the order in which rows finish. One thread may sync
+the weights, or close the engine, while another one generates.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,6 +74,8 @@ class Engine:
         self.rows, self.tokens = rows, tokens
         self.shared = shared
         self.version = 0
+        self.busy, self.next = threading.Lock(), threading.Lock()  # next: who waits for busy
+        self.closed = False
         self.stop_ids = sorted(stop_ids)
         self.device = model.head_weight.device
         self.unused_ids = torch.tensor(sorted(unused_ids), dtype=torch.long, device=self.device)
@@ -79,13 +83,17 @@ class Engine:
         self.check_every = 1 if self.device.type == "cpu" else 16
 
     @classmethod
-    def beside(cls, model, folder, world, tokenizer, rows: int, tokens: int) -> "Engine":
+    def beside(
+        cls, model, folder, world, tokenizer, rows: int, tokens: int, ahead: bool = False
+    ) -> "Engine":
         """The engine of a training script. model: its policy, loaded from the checkpoint `folder`.
 
         The engine samples with the model's own tensors if they are whole and in world.dtype. If
-        they are shards or fp32 master weights, it gets a full copy in world.dtype.
+        they are shards or fp32 master weights, it gets a full copy in world.dtype. ahead: it
+        samples while they change, and always gets a copy.
         """
-        shared = world.size == 1 and model.head_weight.dtype == world.dtype
+        whole = world.size == 1 and model.head_weight.dtype == world.dtype
+        shared = whole and not ahead
         if not shared:
             model = hf.load_model(folder, world.device, world.dtype)
         return cls.of(model, tokenizer, rows, tokens, shared)
@@ -103,10 +111,11 @@ class Engine:
         """Copy full weights, under their checkpoint names, into the engine's model.
 
         If the model is the trainer's own there is nothing to copy, and ValueError for tensors that
-        are not its own: they would be copied into the trainer.
+        are not its own: they would be copied into the trainer. A running call to generate waits
+        between two tokens, and goes on with the new weights.
         """
         own = dict(self.model.named_parameters())
-        with torch.no_grad():
+        with torch.no_grad(), self.next, self.busy:
             for name, tensor in named_tensors:
                 if not self.shared:
                     own[name].copy_(tensor)
@@ -115,10 +124,14 @@ class Engine:
                         f"{name}: this engine samples with the trainer's own weights and was given "
                         "others: sync the trainer's, or give the engine a model of its own."
                     )
-        self.version = version
+            self.version = version
+
+    def sleep(self):
+        """Nothing to give back: a cache lives only as long as its call to generate."""
 
     def close(self):
-        """Nothing to release: a cache lives only as long as its call to generate."""
+        """End a running call to generate, with an error."""
+        self.closed = True
 
     @torch.no_grad()
     def generate(
@@ -148,6 +161,8 @@ class Engine:
             )
         seeds = seeds or [0] * len(prompts)
         rollouts = []
+        with self.next:
+            self.busy.acquire()
         try:
             for rows in self._parts(lengths, n, sampling.max_tokens):
                 prompts_B = [prompts[b // n] for b in rows]
@@ -158,6 +173,8 @@ class Engine:
                 f"out of memory while sampling: lower --engine_tokens ({self.tokens}) or "
                 f"--engine_rows ({self.rows}). {error}"
             ) from error
+        finally:
+            self.busy.release()
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
     def _parts(self, lengths, n, max_tokens) -> Iterator[range]:
@@ -187,8 +204,16 @@ class Engine:
         logits_AV, cache = self._prefill(prompts_B, most)
         row_A = torch.arange(rows, device=device)
         living_A = np.arange(rows)  # row_A on the host
-        seen, masks = 0, []  # masks: [A, V] of each token since then, of the ids that a cut kept
+        seen, versions = 0, []
+        masks = []  # [A, V] of each token since `seen`, of the ids that a cut kept
         for t in range(1, most + 1):
+            # What was computed with old weights is computed anew.
+            if self._let_others():
+                sampled_A = token_BT[row_A, : t - 1].tolist()
+                prefixes_A = [prompts_B[b] + ids for b, ids in zip(living_A, sampled_A)]
+                cache = None  # its memory is free before there is another one
+                logits_AV, cache = self._prefill(prefixes_A, most - t + 1)
+            versions.append(self.version)
             uniform_A = uniform_BT[row_A, t - 1]
             token_A, logp_A, kept_AV = sample(logits_AV, uniform_A, sampling, self.unused_ids)
             token_BT[row_A, t - 1] = token_A
@@ -222,9 +247,21 @@ class Engine:
             ids = host_BT[b, : length_B[b]].tolist()
             logp = logp_BT[b, : length_B[b]].copy()
             finish = "stop" if stopped_B[b] else "length"
-            kept = kept_B[b][: length_B[b]] or None
-            rollouts.append(Rollout(prompts_B[b], ids, logp, finish, self.version, kept=kept))
+            version_T = np.array(versions[: len(ids)])
+            kept = kept_B[b][: len(ids)] or None
+            rollouts.append(Rollout(prompts_B[b], ids, logp, finish, version_T, kept=kept))
         return rollouts
+
+    def _let_others(self) -> bool:
+        """Let a waiting thread sync the weights -> whether one has."""
+        if self.closed:
+            raise RuntimeError("the engine was closed while it generated")
+        if not self.next.locked():
+            return False
+        self.busy.release()
+        with self.next:
+            self.busy.acquire()
+        return True
 
     def _prefill(self, prompts_B, max_tokens):
         """-> logits_BV of the first sampled token, and the cache.

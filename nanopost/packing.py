@@ -39,10 +39,12 @@ def share(n: int, seed: int, consumed: int, count: int, world) -> tuple[list[int
     """A rank's share of the next `count` rows -> (row indices, serial numbers).
 
     A serial counts the rows drawn since the run began: it seeds what is sampled for the row, so the
-    samples do not depend on the number of ranks.
+    samples do not depend on the number of ranks. Serial i is of rank i % world.size, wherever the
+    count begins.
     """
-    indices = take(n, seed, consumed, count)[world.rank :: world.size]
-    serials = range(consumed, consumed + count)[world.rank :: world.size]
+    mine = slice((world.rank - consumed) % world.size, None, world.size)
+    indices = take(n, seed, consumed, count)[mine]
+    serials = range(consumed, consumed + count)[mine]
     return indices, list(serials)
 
 

@@ -312,8 +312,13 @@ def _no_exit(what):
         ) from error
 
 
-def score(functions: list[Reward], tokenizer, rows_P: list[dict], groups: list[list]):
-    """Rewards of the G Rollouts of each row -> float64 reward_FPG, NaN where one does not apply."""
+def score(
+    functions: list[Reward], tokenizer, rows_P: list[dict], groups: list[list], step: int = 1
+):
+    """Rewards of the G Rollouts of each row -> float64 reward_FPG, NaN where one does not apply.
+
+    step: the one of training that they are for, or that would follow an evaluation.
+    """
     flat = [(row, rollout) for row, group in zip(rows_P, groups) for rollout in group]
     completions = []
     for row, rollout in flat:
@@ -330,7 +335,7 @@ def score(functions: list[Reward], tokenizer, rows_P: list[dict], groups: list[l
     columns["prompts"] = [row["prompt"] for row, _ in flat]
     columns["prompt_ids"] = [rollout.prompt for _, rollout in flat]
     columns["completion_ids"] = [rollout.ids for _, rollout in flat]
-    columns["step"] = [rollout.version + 1 for _, rollout in flat]
+    columns["step"] = [step] * len(flat)
 
     scores = [call(reward, completions, columns) for reward in functions]
     size = max(map(len, groups), default=0)

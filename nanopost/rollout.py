@@ -34,6 +34,7 @@ class Rollout:
     # [T] of int32 arrays: the ids that top-k, top-p or min-p kept, of which the token was drawn,
     # none where not sampled. None: nothing was cut, or Sampling.kept did not ask for them.
     kept: list[np.ndarray] | None = None
+    arrived: int | None = None  # if it ran ahead: its place in the order in which groups finished
 
     def __post_init__(self):
         if np.ndim(self.versions) == 0:
@@ -62,13 +63,15 @@ class Rollout:
         self.finish = answer.finish
 
     def example(self) -> Example:
-        """Prompt and completion as one sequence; sampled tokens are its mask. Columns:
-        engine_logp. Its kept ids are those of the rollout."""
+        """Prompt and completion as one sequence; sampled tokens are its mask. Columns: engine_logp,
+        and version, -1 where not sampled. Its kept ids are those of the rollout."""
         prompt = len(self.prompt)
         mask = np.concatenate([np.zeros(prompt, bool), self.sampled])
         logp = np.concatenate([np.zeros(prompt, np.float32), self.logp * self.sampled])
+        version = np.concatenate([np.full(prompt, -1), np.where(self.sampled, self.versions, -1)])
+        columns = {"engine_logp": logp, "version": version}
         kept = None if self.kept is None else [NO_IDS] * prompt + self.kept
-        return Example(self.prompt + self.ids, mask, {"engine_logp": logp}, kept)
+        return Example(self.prompt + self.ids, mask, columns, kept)
 
 
 def completion_text(rollout: Rollout, tokenizer) -> str:
@@ -106,32 +109,53 @@ def length_metrics(rollouts: list[Rollout]) -> dict[str, float]:
     return means | {"completions/min_length": -shortest, "completions/max_length": longest}
 
 
+def staleness_metrics(rollouts: list[Rollout], version: int) -> dict[str, float]:
+    """staleness/*: by how many steps the weights that drew a token are older than `version`, over
+    sampled tokens. A collective."""
+    ages = [version - r.versions[r.sampled] for r in rollouts]
+    age = np.concatenate([[], *ages])
+    mean = dist.means({"staleness/mean": (age.sum(), len(age))})
+    return mean | {"staleness/max": dist.all_max(max(age, default=0))[0]}
+
+
 class LogpGap:
-    """How far the engine's log-probs are from the trainer's while both are the same policy: in a
-    step's first minibatch, before the first update."""
+    """How far the engine's log-probs are from the trainer's in a step's first minibatch, before the
+    first update. Where a token was drawn with the trainer's weights, both are the same policy: the
+    limit holds there, and nowhere else."""
 
     def __init__(self, limit: float | None, dtype: torch.dtype):
         """limit: of the mean over tokens; None: 1e-3 in fp32, 0.1 in bf16."""
         if limit is None:
             limit = 0.1 if dtype == torch.bfloat16 else 1e-3
         self.limit = limit
-        self.found = []  # of each micro-batch, on its device: sum, tokens and maximum
+        self.found = []  # of each micro-batch, on its device: see add
+        self.same = 0.0  # the mean gap where engine and trainer are the same policy
 
-    def add(self, logp_N, engine_logp_N, mask_N):
+    def add(self, logp_N, engine_logp_N, mask_N, same_N):
+        """same_N: bool, the token was drawn with the trainer's weights."""
         gap_N = (logp_N.detach() - engine_logp_N).abs() * mask_N
-        self.found.append(torch.stack([gap_N.sum(), mask_N.sum(), gap_N.max()]).double())
+        same_N = same_N & mask_N
+        numbers = gap_N.sum(), mask_N.sum(), gap_N.max(), (gap_N * same_N).sum(), same_N.sum()
+        self.found.append(torch.stack(numbers).double())
 
     def metrics(self) -> dict[str, float]:
-        """Mean and largest gap since the last call, over all ranks. A collective."""
-        found = torch.stack(self.found) if self.found else torch.zeros(1, 3)
-        sums, tokens, largest = found.T.tolist()  # the host waits for the device here alone
+        """Mean and largest gap of all tokens since the last call, over all ranks. A collective."""
+        found = torch.stack(self.found) if self.found else torch.zeros(1, 5)
+        # The host waits for the device here alone.
+        gaps, tokens, largest, same_gaps, same_tokens = found.T.tolist()
         self.found = []
-        mean = dist.means({f"{GAP}/mean": (sum(sums), sum(tokens))})
-        return mean | {f"{GAP}/max": dist.all_max(max(largest))[0]}
+        means = dist.means(
+            {
+                f"{GAP}/mean": (sum(gaps), sum(tokens)),
+                "same": (sum(same_gaps), sum(same_tokens)),
+            }
+        )
+        self.same = means.pop("same", 0.0)
+        return means | {f"{GAP}/max": dist.all_max(max(largest))[0]}
 
-    def check(self, step: int, metrics: dict[str, float]):
-        """StepError if the mean is above the limit."""
-        gap = metrics.get(f"{GAP}/mean", 0.0)
+    def check(self, step: int):
+        """StepError if the mean of the last `metrics`, of one policy, is above the limit."""
+        gap = self.same
         if not gap <= self.limit:  # nan too
             raise StepError(
                 f"step {step}: before the first update engine and trainer are one policy, but "

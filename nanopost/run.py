@@ -35,6 +35,25 @@ AGAIN_AFTER = 2.0  # seconds: an earlier signal is the same one
 SEEN_WITHIN = 10.0  # seconds until what rank 0 writes is seen by all ranks
 
 
+class Clock:
+    """The seconds of a step's parts: lap after lap, from when it is made."""
+
+    def __init__(self):
+        self.began = self.last = time.perf_counter()
+        self.seconds = {}
+
+    def lap(self, name: str):
+        """The part that ends here."""
+        now = time.perf_counter()
+        self.seconds[f"time/{name}"] = now - self.last
+        self.last = now
+
+    def metrics(self, tokens: float) -> dict[str, float]:
+        """time/* of the laps and of the step so far, in which there were so many tokens."""
+        seconds = time.perf_counter() - self.began
+        return {**self.seconds, "time/step": seconds, "tokens_per_second": tokens / seconds}
+
+
 class Run:
     def __init__(self, out, world, steps: int, arguments: dict, show: list[str], keep: int = 2):
         """arguments: all flags and values, for run.json. show: metrics for the printed line.

@@ -384,6 +384,9 @@ class Servers:
         server.post("/reset_prefix_cache?reset_running_requests=true")
         server.post("/resume")
 
+    def sleep(self):
+        """Their memory is not the trainer's."""
+
     def close(self):
         """Leave the servers as they are, with the weights of the last sync."""
         self.closing = True

@@ -214,6 +214,8 @@ def test_ranks_share_out_the_rows_of_a_step_with_their_serials(size):
     dealt = [pair for indices, serials in parts for pair in zip(indices, serials)]
     assert sorted(dealt, key=lambda pair: pair[1]) == list(zip(*whole))
     assert max(len(i) for i, _ in parts) - min(len(i) for i, _ in parts) <= 1
+    for rank, (_, serials) in enumerate(parts):  # wherever a round begins, what runs ahead is its
+        assert all(serial % size == rank for serial in serials)
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 5])

@@ -1,5 +1,7 @@
 """The native engine against the trainer's forward, transformers' samplers and the distribution."""
 
+import threading
+import time
 import weakref
 from dataclasses import replace
 from types import SimpleNamespace
@@ -146,6 +148,53 @@ def test_a_scripts_engine_shares_the_weights_of_one_process_in_fp32(tmp_path, si
     assert (engine.rows, engine.tokens) == (7, 900)
     for name, tensor in engine.model.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name].to(dtype))
+    ahead = Engine.beside(model, tmp_path, world, tokenizer, rows=7, tokens=900, ahead=True)
+    assert ahead.model is not model and not ahead.shared
+
+
+@pytest.mark.parametrize("check_every", [1, 4])
+def test_a_sync_between_two_tokens_changes_the_weights_of_the_rest(check_every, monkeypatch):
+    """The whole prefix is seen by the new weights, and each token has the version that drew it."""
+    old, new = small_model(0), small_model(1)
+    engine = Engine(small_model(0), [3, 7, 8, 9, 10])
+    engine.check_every = check_every
+    decode, tokens, syncs = engine.model.decode, [], []  # tokens: rows of each pass
+
+    def watched(token_A, cache):
+        tokens.append(len(token_A))
+        if len(tokens) == 4:
+            state = new.state_dict().items()
+            syncs.append(threading.Thread(target=engine.sync_weights, args=(state, 1)))
+            syncs[0].start()
+            while not engine.next.locked():
+                time.sleep(0.001)
+        return decode(token_A, cache)
+
+    monkeypatch.setattr(engine.model, "decode", watched)
+    groups = engine.generate(PROMPTS, 4, Sampling(12, 0.7), SEEDS)
+    syncs[0].join()
+    rollouts = [r for group in groups for r in group]
+    assert tokens[-1] < tokens[0] == len(rollouts)  # some end before others
+    for r in rollouts:
+        assert r.versions.tolist() == ([0] * 4 + [1] * 8)[: len(r.ids)]
+        expected = [trainer_logp(model, r, 0.7) for model in (old, new)]
+        expected = np.where(r.versions == 0, *expected)
+        np.testing.assert_allclose(r.logp, expected, atol=1e-5)
+    assert {len(r.ids) > 5 for r in rollouts} == {True, False}
+
+
+def test_closing_an_engine_ends_what_it_generates(monkeypatch):
+    engine = Engine(small_model(0), [3])
+    decode = engine.model.decode
+
+    def closing(token_A, cache):
+        engine.close()
+        return decode(token_A, cache)
+
+    monkeypatch.setattr(engine.model, "decode", closing)
+    with pytest.raises(RuntimeError, match="closed while it generated"):
+        engine.generate(PROMPTS, 2, Sampling(12))
+    assert not engine.busy.locked()
 
 
 def test_a_rollout_depends_on_its_seed_and_not_on_its_neighbours():

@@ -137,12 +137,9 @@ def test_empty_micro_batches_change_nothing(place, tmp_path, monkeypatch, gradie
         same(gradient, other)
     for line, other in zip(metrics(tmp_path / "with"), metrics(tmp_path / "without"), strict=True):
         assert line.keys() == other.keys()
-        for name in line.keys() - {
-            "tokens_per_second",
-            "time/rollout",
-            "time/step",
-            "time/elapsed",
-        }:
+        for name in line:
+            if name.startswith("time/") or name == "tokens_per_second":
+                continue
             assert line[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
 
 
@@ -173,7 +170,7 @@ def test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer(
     """As with several ranks: before the first step, after each one, and where a run is resumed."""
     policies, current, generate = [], [], Engine.generate
 
-    def apart(model, folder, world, tokenizer, rows, tokens):
+    def apart(model, folder, world, tokenizer, rows, tokens, ahead):
         policies.append(model)
         return Engine.of(hf.load_model(folder), tokenizer, rows, tokens)
 
@@ -550,7 +547,8 @@ def test_ppo_learns_nothing_from_what_no_reward_scores(place, tmp_path, monkeypa
             scores.append(total % 7)
             advantages += e.columns["adv"][e.mask].tolist()
         else:
-            assert not any(np.any(column) for column in e.columns.values())
+            columns = [column for name, column in e.columns.items() if name != "version"]
+            assert not any(np.any(column) for column in columns)
     assert 0 < len(scores) < 16 and line["completions/unrewarded"] == 1 - len(scores) / 16
     assert line["objective/scores"] == pytest.approx(np.mean(scores))
     assert np.mean(advantages) == pytest.approx(0, abs=1e-5)

@@ -636,7 +636,7 @@ def rollout(*ids, version=0):
     return Rollout([9], list(ids), np.zeros(len(ids)), "stop", version)
 
 
-def seen_by(rows_P, groups):
+def seen_by(rows_P, groups, step=1):
     """What a reward function is called with."""
     seen = {}
 
@@ -644,7 +644,8 @@ def seen_by(rows_P, groups):
         seen.update(completions=completions, **columns)
         return [float(len(ids)) for ids in columns["completion_ids"]]
 
-    return rewards.score([rewards.Reward("r", function)], letters, rows_P, groups), seen
+    reward = rewards.Reward("r", function)
+    return rewards.score([reward], letters, rows_P, groups, step), seen
 
 
 def test_each_rollout_is_scored_with_the_columns_of_its_row():
@@ -769,8 +770,10 @@ def test_a_reward_gets_copies_of_its_own():
 
 
 def test_a_reward_may_take_the_step():
-    """The step of metrics.jsonl: one more than the version of the weights that sampled."""
-    _, seen = seen_by([{"prompt": "p"}], [[rollout(1, version=6), rollout(2, version=6)]])
+    """The step of metrics.jsonl that trains on the rollouts, however old the weights that sampled
+    them."""
+    groups = [[rollout(1, version=6), rollout(2, version=4)]]
+    _, seen = seen_by([{"prompt": "p"}], groups, step=7)
     assert seen["step"] == [7, 7]
 
 

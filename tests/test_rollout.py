@@ -9,7 +9,14 @@ import torch.distributed
 import torch.multiprocessing as mp
 
 from nanopost.batch import batch_of, padded
-from nanopost.rollout import GAP, LogpGap, Rollout, length_metrics, sample_records
+from nanopost.rollout import (
+    GAP,
+    LogpGap,
+    Rollout,
+    length_metrics,
+    sample_records,
+    staleness_metrics,
+)
 
 
 def rollout(prompt=(5, 6), ids=(7, 8, 9), logp=(-1.0, -2.0, -3.0), finish="stop", sampled=None):
@@ -36,7 +43,8 @@ def test_an_example_is_prompt_and_completion_with_the_completion_as_its_mask():
     e = rollout().example()
     assert e.ids.tolist() == [5, 6, 7, 8, 9]
     assert e.mask.tolist() == [False, False, True, True, True]
-    assert e.columns.keys() == {"engine_logp"}
+    assert e.columns.keys() == {"engine_logp", "version"}
+    assert e.columns["version"].tolist() == [-1, -1, 3, 3, 3]
     assert e.columns["engine_logp"].dtype == np.float32
     assert e.columns["engine_logp"].tolist() == [0, 0, -1, -2, -3]
 
@@ -46,6 +54,7 @@ def test_what_the_environment_said_is_context_and_no_action():
     assert e.ids.tolist() == [5, 6, 7, 1, 40, 41, 8, 1]
     assert e.mask.tolist() == [False, False, True, True, False, False, True, True]
     assert e.columns["engine_logp"].tolist() == [0, 0, -1, -2, 0, 0, -3, -4]
+    assert e.columns["version"].tolist() == [-1, -1, 3, 3, -1, -1, 3, 3]
     assert e.num_targets == TWO_TURNS.length == 4
     assert padded([e], "engine_logp").tolist() == [[-1, -2, -3, -4]]
 
@@ -98,19 +107,49 @@ def test_lengths_are_of_sampled_tokens(alone):
     }
 
 
+# --------------------------------------------------------------------------------------- staleness
+def test_staleness_is_in_steps_over_sampled_tokens(alone):
+    mixed = rollout()
+    mixed.versions = np.array([3, 4, 5])
+    found = staleness_metrics([mixed, TWO_TURNS], 5)
+    assert found == {"staleness/mean": pytest.approx((2 + 1 + 0 + 4 * 2) / 7), "staleness/max": 2}
+    assert staleness_metrics([], 5) == {"staleness/max": 0}
+
+
 # --------------------------------------------------------------------------------------------- gap
+ALL = torch.ones(1, dtype=torch.bool)
+
+
+def test_the_limit_is_for_tokens_that_the_trainers_weights_have_drawn(alone):
+    """The metrics are of all tokens; older weights are another policy by design."""
+    gap = LogpGap(None, torch.float32)
+    trainer_N, engine_N = torch.tensor([-1.0, -2.0, -3.0, 5.0]), torch.tensor([-1.0, -2.6, -3.0, 0])
+    mask_N = torch.tensor([True, True, True, False])
+    for same, alarm in (([1, 0, 1, 1], False), ([1, 1, 0, 1], True), ([0, 0, 0, 1], False)):
+        gap.add(trainer_N, engine_N, mask_N, torch.tensor(same, dtype=torch.bool))
+        assert gap.metrics() == {
+            f"{GAP}/mean": pytest.approx(0.2),
+            f"{GAP}/max": pytest.approx(0.6),
+        }
+        if alarm:
+            with pytest.raises(RuntimeError, match="differ by 0.3 on average"):
+                gap.check(2)
+        else:
+            gap.check(2)
+
+
 def test_the_gap_is_over_sampled_tokens_and_starts_anew_each_step(alone):
     gap = LogpGap(None, torch.float32)
     trainer_N = torch.tensor([-1.0, -2.0, 5.0, -3.0], requires_grad=True)
     engine_N = torch.tensor([-1.1, -1.8, 0.0, -3.0])
-    gap.add(trainer_N, engine_N, torch.tensor([True, True, False, True]))
-    gap.add(torch.tensor([-1.0]), torch.tensor([-0.5]), torch.tensor([True]))
+    gap.add(trainer_N, engine_N, torch.tensor([True, True, False, True]), ALL)
+    gap.add(torch.tensor([-1.0]), torch.tensor([-0.5]), torch.tensor([True]), ALL)
     found = gap.metrics()
     assert found == {
         f"{GAP}/mean": pytest.approx((0.1 + 0.2 + 0.0 + 0.5) / 4),
         f"{GAP}/max": pytest.approx(0.5),
     }
-    gap.add(torch.tensor([-1.0]), torch.tensor([-1.25]), torch.tensor([True]))
+    gap.add(torch.tensor([-1.0]), torch.tensor([-1.25]), torch.tensor([True]), ALL)
     assert gap.metrics() == {f"{GAP}/mean": 0.25, f"{GAP}/max": 0.25}
 
 
@@ -118,7 +157,7 @@ def test_a_step_without_a_forward_pass_has_no_gap(alone):
     """As where all advantages are 0: nothing to compare is no alarm."""
     gap = LogpGap(None, torch.float32)
     assert gap.metrics() == {f"{GAP}/max": 0.0}
-    gap.check(1, {})
+    gap.check(1)
 
 
 @pytest.mark.parametrize(
@@ -132,9 +171,11 @@ def test_a_step_without_a_forward_pass_has_no_gap(alone):
 )
 def test_the_limit_is_given_or_that_of_the_precision(limit, dtype, expected):
     gap = LogpGap(limit, dtype)
-    gap.check(3, {f"{GAP}/mean": expected, f"{GAP}/max": 9.0})
+    gap.same = expected
+    gap.check(3)
+    gap.same = expected * 1.1
     with pytest.raises(RuntimeError) as raised:
-        gap.check(3, {f"{GAP}/mean": expected * 1.1, f"{GAP}/max": 9.0})
+        gap.check(3)
     sentence = str(raised.value)
     assert sentence.startswith("step 3: ") and f"--max_logp_gap {expected:g}" in sentence
     assert f"differ by {expected * 1.1:.2g} " in sentence
@@ -142,9 +183,10 @@ def test_the_limit_is_given_or_that_of_the_precision(limit, dtype, expected):
 
 def test_a_gap_that_is_no_number_is_an_alarm(alone):
     gap = LogpGap(None, torch.float32)
-    gap.add(torch.tensor([torch.nan]), torch.tensor([-1.0]), torch.tensor([True]))
+    gap.add(torch.tensor([torch.nan]), torch.tensor([-1.0]), torch.tensor([True]), ALL)
+    gap.metrics()
     with pytest.raises(RuntimeError, match="differ by nan on average"):
-        gap.check(1, gap.metrics())
+        gap.check(1)
 
 
 def _rank(rank, size, folder):
@@ -154,7 +196,7 @@ def _rank(rank, size, folder):
     gap = LogpGap(None, torch.float32)
     if rank == 1:
         engine_N = torch.tensor([-1.1, -1.2, -1.3])
-        gap.add(torch.full((3,), -1.0), engine_N, torch.ones(3, dtype=torch.bool))
+        gap.add(torch.full((3,), -1.0), engine_N, torch.ones(3, dtype=torch.bool), ALL)
     lengths = [rollout()] if rank == 0 else [TWO_TURNS, rollout(ids=(9,), logp=(-1.0,))]
     found = gap.metrics(), length_metrics(lengths)
     (folder / f"{rank}.json").write_text(json.dumps(found))

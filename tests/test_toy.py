@@ -159,6 +159,19 @@ def test_a_preference_loss_tells_pairs_apart_and_raises_held_out_exact_match(
 
 
 @pytest.mark.slow
+def test_grpo_learns_from_rollouts_that_run_ahead(folder, sft, tmp_path):
+    flags = ("--steps", 25, "--prompts", 64, "--group", 8, "--lr", 2e-4, "--max_new_tokens", 8)
+    flags += ("--reward", "exact", "--max_staleness", 2)
+    flags += ("--old_logp", "trainer", "--correct", "token-truncate")
+    flags += (*data(folder, "prompts"), *QUIET)
+    run("train_grpo.py", "--model", sft, "--out", tmp_path, *flags, timeout=900)
+    before, *steps, after = metrics(tmp_path)
+    assert after["eval/accuracy"] > before["eval/accuracy"] + 0.1
+    assert max(line["staleness/max"] for line in steps) <= 2
+    assert sum(line["staleness/mean"] > 0 for line in steps) > len(steps) / 2
+
+
+@pytest.mark.slow
 def test_ppo_learns_from_the_exact_reward(folder, sft, tmp_path):
     flags = ("--steps", 15, "--prompts", 256, "--lr", 5e-4, "--warmup", 3, "--max_new_tokens", 8)
     flags += ("--reward", "exact", *data(folder, "prompts"), *QUIET)

@@ -152,9 +152,22 @@ def given(module, name, args) -> dict:
 def records(out) -> dict[int, tuple[dict, list[dict]]]:
     """{step: (its first line, a line per example)} of --record."""
     found = {}
-    for path in sorted((Path(out) / "records").glob("*.jsonl")):
+    for path in sorted((Path(out) / "records").glob("[0-9]*.jsonl")):
         about, *examples = [json.loads(line) for line in path.read_text().splitlines()]
         found[about["step"]] = about, examples
+    return found
+
+
+def versions(out) -> dict[int, list[list[int]]]:
+    """{seed of a group that was drawn for a step: the versions of the weights that drew each token
+    of its samples}. Of rollouts that ran ahead, a clock decided them."""
+    found = {}
+    for path in (Path(out) / "records").glob("rollouts-*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            if line["version"] == line["step"]:  # of an evaluation
+                continue
+            assert line["seed"] not in found, "a prompt was taken twice"
+            found[line["seed"]] = [sample["values"] for sample in line["versions"]]
     return found
 
 
@@ -210,6 +223,7 @@ PLUMBING = {
     "vllm_timeout": "test_vllm_scripts.py",
     "vllm_memory": "test_vllm_scripts.py",
     "record": "twins/common.py",
+    "replay": "test_recording.py",
     "resume": "test_scripts.py",
     "overwrite": "test_loops.py",
 }

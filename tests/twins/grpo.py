@@ -47,6 +47,9 @@ RUNS = {
     "cut": PLAIN + TWO + "--top_k 60 --top_p 0.9 --min_p 0.1 --beta 0.3 --clip 0.02 0.05",
     "cut, corrected": PLAIN + TWO + GAPS + "--top_p 0.8 --old_logp trainer "
     "--correct token-truncate --correct_cap 1.2 --beta 0.2 --kl k2 --tokens 70",
+    "stale": PLAIN + "--prompts 6 --minibatches 3 --resample 2 --steps 4 --max_staleness 2 "
+    "--reward {place}/rewards.py:rarely --max_logp_gap 5 --old_logp trainer "
+    "--correct token-truncate --correct_cap 1.05 --max_new_tokens 9",
     "fork curriculum": PLAIN + TWO,
     "fork entropy_bonus": PLAIN + TWO + "--entropy_coef 0.2 --agg sequence",
     "fork gdpo": PLAIN + TWO + "--adv gdpo",
@@ -84,7 +87,7 @@ def rollout_batch(model, s, consumed, ranks, again) -> Namespace:
             batch.spreads.append((width, row))
             batch.equal += width <= 1e-8
             if width > 1e-8 or not args.resample:
-                batch.groups.append((i % ranks, first + i, group))
+                batch.groups.append(((first + i) % ranks, first + i, group))
         again = []
         batch.drawn += missing
         missing = args.prompts - len(batch.groups)
@@ -240,6 +243,7 @@ def twin(args):
     optimizer = common.AdamW(model, args.weight_decay)
     records = common.records(args.out)
     ranks = rollouts.num_ranks(records)
+    rollouts.synced(model, s)
     lines = [{"step": 0, **rollouts.evaluate(model, s)}]
     consumed, num_tokens, again = 0, 0, []
     for step in range(1, args.steps + 1):
@@ -320,7 +324,6 @@ def twin(args):
 
         # ---- log
         num_tokens += sum(sample.length for sample in samples)
-        s.step = step + 1
         flat = [reward for group in totals for reward in group]
         first = [{"reward": r, "advantage": a} for r, a in zip(flat, adv)]
         rollouts.check_samples(args, step, first)
@@ -341,6 +344,7 @@ def twin(args):
         line[f"{GAP}/max"] = max(gaps, default=0.0)
         if gaps:
             line[f"{GAP}/mean"] = sum(gaps) / len(gaps)
+        rollouts.synced(model, s)
         if rollouts.is_due(args, step):
             line |= rollouts.evaluate(model, s)
         lines.append(line)

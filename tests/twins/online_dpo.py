@@ -29,13 +29,15 @@ RUNS = {
     # Rewards are seldom unequal: there are steps with few pairs, and ranks with none.
     "without_reference": PLAIN + "--reward {place}/judge.py:rarely --loss simpo cpo sft "
     "--eval_rows 4 --gamma 0.9 --beta 0.4 --eos_penalty 0 --steps 3 --prompts 3 --group 2",
+    "stale": PLAIN + "--reward {place}/reward.py:letters --loss sigmoid --steps 4 --prompts 3 "
+    "--max_staleness 1 --max_new_tokens 9 --reference_model {place}/near",
     "orpo": PLAIN + "--reward {place}/reward.py:letters --loss orpo --steps 3 --prompts 2",
 }
 METRICS = {
     *dpo.PAIR_METRICS,
     *("eval/accuracy", "eval/greedy", "eval/kl", "reward", "ties", "pairs", "entropy"),
     *("completions/mean_length", "completions/min_length", "completions/max_length"),
-    *("completions/clipped_ratio", "completions/unrewarded"),
+    *("completions/clipped_ratio", "completions/unrewarded", "staleness/mean", "staleness/max"),
     *("grad_norm", "lr", "epoch", "num_tokens"),
 }
 JUDGE = '''
@@ -127,16 +129,19 @@ def evaluated(model, reference, s):
     return found
 
 
-def check_recorded(recorded, about, groups, version):
-    """AssertionError unless a step's record tells of these groups, in the order of one process."""
+def check_recorded(recorded, about, groups, first):
+    """AssertionError unless a step's record tells of these groups, in the order of one process
+    -> their samples, rank by rank. first: the serial of the first group."""
     found_about, found = recorded
     assert {name: found_about[name] for name in about} == about
     ranks = 1 + max(line["rank"] for line in found)
-    ordered = [sample for r in range(ranks) for group in groups[r::ranks] for sample in group]
+    owned = sorted(range(len(groups)), key=lambda i: (first + i) % ranks)
+    ordered = [sample for i in owned for sample in groups[i]]
     for line, sample in zip(found, ordered, strict=True):
         assert line["ids"] == sample.prompt + sample.new
         assert line["mask"] == [0] * len(sample.prompt) + [1] * len(sample.new)
-        assert line["finish"] == sample.finish and line["version"] == version
+        assert line["finish"] == sample.finish
+        assert line["version"] == [-1] * len(sample.prompt) + sample.versions
         assert "kept" not in line  # the loss is over the whole distribution
         logp = [0.0] * len(sample.prompt) + sample.logp
         assert max(abs(a - b) for a, b in zip(line["engine_logp"], logp)) < rollouts.RECORDED
@@ -144,6 +149,7 @@ def check_recorded(recorded, about, groups, version):
             assert math.isnan(line["reward"])
         else:
             assert abs(line["reward"] - sample.reward) < rollouts.RECORDED
+    return ordered
 
 
 def twin(args):
@@ -161,6 +167,7 @@ def twin(args):
     optimizer = common.AdamW(model, args.weight_decay)
     records = common.records(args.out)
 
+    rollouts.synced(model, s)
     lines, tokens = [{"step": 0, **evaluated(model, reference, s)}], 0
     for step in range(1, args.steps + 1):
         consumed = (step - 1) * args.prompts
@@ -179,7 +186,7 @@ def twin(args):
         ]
         nll_tokens = sum(chosen.targets for chosen, _ in sides) / max(1, len(pairs))
         about = {"divisor": len(pairs), "nll_tokens": nll_tokens}
-        check_recorded(records[step], about, groups, version=step - 1)
+        ordered = check_recorded(records[step], about, groups, first=consumed)
         each = []
         for pair in sides:
             loss = dpo.total_loss(*pair, nll_tokens, loss_args)
@@ -192,7 +199,7 @@ def twin(args):
         every_side = [x for pair in sides for x in pair]
         tokens += sum(x.tokens for x in every_side)
         rewards = [x.reward for x in samples if x.reward is not None]
-        first = [{} if x.reward is None else {"reward": x.reward} for x in samples[: args.group]]
+        first = [{} if x.reward is None else {"reward": x.reward} for x in ordered[: args.group]]
         rollouts.check_samples(args, step, first)
         lengths = [len(x.new) for x in samples]
         line = {
@@ -201,6 +208,7 @@ def twin(args):
             "completions/unrewarded": 1 - len(rewards) / len(samples),
             "ties": 1 - len(pairs) / len(groups),
             "pairs": len(pairs),
+            **rollouts.staleness(s, samples),
             "completions/mean_length": sum(lengths) / len(lengths),
             "completions/min_length": min(lengths),
             "completions/max_length": max(lengths),
@@ -216,6 +224,7 @@ def twin(args):
             line["entropy"] = sum(x.entropy for x in every_side) / sum(
                 x.targets for x in every_side
             )
+        rollouts.synced(model, s)
         if dpo.is_due(step, args.eval_every, args.steps):
             line |= evaluated(model, reference, s)
         lines.append(line)

@@ -26,6 +26,8 @@ RUNS = {
     "--top_k 60 --top_p 0.9 --min_p 0.1",
     "the engine's": PLAIN + TWO + "--value_model head --beta 0.1 --lam 1 --max_logp_gap 5 "
     "--top_p 0.8",
+    "stale": PLAIN + TWO + "--max_staleness 1 --steps 4 --prompts 8 --group 1 --max_logp_gap 5 "
+    "--max_new_tokens 9",
     "reward model": "--model {place}/model --data {place}/puzzles.jsonl --holdout 3 --steps 3 "
     "--rename puzzle=prompt --to_messages "
     "--reward model:{place}/rm {place}/reward.py:letters model:{place}/other_rm --prompts 2 "
@@ -157,6 +159,7 @@ def twin(args):
     value_rate = 1.0 if args.value_lr is None else args.value_lr / args.lr
     records = common.records(args.out)
     ranks = rollouts.num_ranks(records)
+    rollouts.synced(model.policy, s)
     lines = [{"step": 0, **rollouts.evaluate(model.policy, s)}]
     num_tokens, all_scores, beta = 0, [], args.beta
     for step in range(1, args.steps + 1):
@@ -289,7 +292,7 @@ def twin(args):
             if step > args.value_warmup:
                 error = line["objective/kl"] / args.kl_target - 1
                 beta *= 1 + 0.1 * min(0.2, max(-0.2, error))
-        s.step = step + 1
+        rollouts.synced(model.policy, s)
         if rollouts.is_due(args, step):
             line |= rollouts.evaluate(model.policy, s)
         lines.append(line)

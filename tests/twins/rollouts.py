@@ -2,12 +2,13 @@
 the held-out evaluation.
 
 A sample is a Namespace: prompt and new (token ids), sampled (bool for each of new), logp (of each
-of new, 0 where not sampled), kept (for each of new the ids that a cut kept, in order; none where
-there was no cut), length (sampled tokens), finish, rewards (one of each function, None where it
-does not apply).
+of new, 0 where not sampled), versions (of the weights that drew each of new), kept (for each of new
+the ids that a cut kept, in order; none where there was no cut), length (sampled tokens), finish,
+rewards (one of each function, None where it does not apply).
 A rollout's numbers that belong to tokens are lists, aligned with ids = prompt + new.
 """
 
+import copy
 import json
 import math
 import runpy
@@ -36,7 +37,7 @@ METRICS = {
     "completions/min_length",
     "completions/max_length",
     "completions/clipped_ratio",
-    *("completions/unrewarded", "num_tokens"),
+    *("completions/unrewarded", "num_tokens", "staleness/mean", "staleness/max"),
 }
 
 # ---------------------------------------------------------------------------------------- the place
@@ -95,9 +96,11 @@ def lying_engine(tmp) -> Path:
 # ------------------------------------------------------------------------------------------ setting
 def setting(args) -> Namespace:
     """What the flags of a script that samples name: tokenizer, rows, held_out, rewards
-    [(name, f(row, sample, text, step) -> float or None)], weights; and step, the number of the step
-    that is next."""
-    s = Namespace(args=args, tokenizer=common.tokenizer(args.model), step=1)
+    [(name, f(row, sample, text, step) -> float or None)], weights; step, the number of the step
+    that is next (see synced); models, those of the last steps, {version: model}; versions, see
+    common."""
+    s = Namespace(args=args, tokenizer=common.tokenizer(args.model), step=0, models={})
+    s.versions = common.versions(args.out) if args.max_staleness else {}
     parts = common.split_rows(args)
     columns = dict.fromkeys(name for part in parts for row in part for name in row)
     s.rows, s.held_out = [], []
@@ -164,10 +167,11 @@ def cut(logp_V, known, args) -> list[int]:
 
 
 @torch.no_grad()
-def draw(model, s, prompt, seeds, temperature, whole=False) -> list[Namespace]:
+def draw(model, s, prompt, seeds, temperature, whole=False, versions=()) -> list[Namespace]:
     """A completion of a prompt for each seed: inverts the cumulative distribution at the seed's
     uniform random numbers. All are as long as the longest, then cut where they end. whole: from the
-    whole distribution, whatever cut the flags say."""
+    whole distribution, whatever cut the flags say. versions: of the weights that draw the tokens,
+    the same for all seeds; default: the model's, the newest."""
     length = s.args.max_new_tokens
     known = sorted(s.tokenizer.get_vocab().values())  # no other ids are drawn
     uniforms = [
@@ -176,8 +180,10 @@ def draw(model, s, prompt, seeds, temperature, whole=False) -> list[Namespace]:
     ]
     new, logp, stopped, kept = [[[] for _ in seeds] for _ in range(4)]
     cuts = not whole and (s.args.top_k or s.args.top_p < 1 or s.args.min_p)
+    versions = [*versions, *[s.step - 1] * length][:length]
     for t in range(length):
-        logits = model(torch.tensor([prompt + ids for ids in new])).logits[:, -1]
+        drawing = s.models[versions[t]] if versions[t] != s.step - 1 else model
+        logits = drawing(torch.tensor([prompt + ids for ids in new])).logits[:, -1]
         for i, logits_V in enumerate(logits):
             if temperature == 0:
                 token, logp_of_token, ids = known[int(logits_V[known].argmax())], 0.0, []
@@ -208,6 +214,7 @@ def draw(model, s, prompt, seeds, temperature, whole=False) -> list[Namespace]:
                 logp=logp_T[:end],
                 kept=kept_T[:end],
                 sampled=[True] * end,
+                versions=versions[:end],
                 finish="stop" if True in stopped_T else "length",
             )
         )
@@ -222,7 +229,10 @@ def seed_of(args, serial) -> int:
 def group(model, s, row, serial, n, temperature, whole=False) -> list[Namespace]:
     """n samples of a row's prompt, with their rewards."""
     seed = seed_of(s.args, serial)
-    samples = draw(model, s, row["prompt_ids"], [seed + i for i in range(n)], temperature, whole)
+    versions = max(s.versions.get(seed, [[]]), key=len)
+    assert all(s.step - 1 - s.args.max_staleness <= version < s.step for version in versions)
+    seeds = [seed + i for i in range(n)]
+    samples = draw(model, s, row["prompt_ids"], seeds, temperature, whole, versions)
     for i, sample in enumerate(samples):
         answer = sample
         if s.args.fork == "multi_turn":
@@ -233,6 +243,7 @@ def group(model, s, row, serial, n, temperature, whole=False) -> list[Namespace]
             sample.logp = sample.logp + [0.0] * len(turn) + answer.logp
             sample.kept = sample.kept + [[]] * len(turn) + answer.kept
             sample.sampled = sample.sampled + [False] * len(turn) + answer.sampled
+            sample.versions = sample.versions + [s.step - 1] * len(turn) + answer.versions
             sample.finish = answer.finish
         sample.length, sample.trained = sum(sample.sampled), True
         seen = Namespace(prompt=sample.prompt, new=answer.new)
@@ -261,6 +272,22 @@ class Means:
 
     def means(self) -> dict:
         return {name: total / count for name, (total, count) in self.sums.items() if count}
+
+
+def synced(model, s):
+    """A step has ended, or the run begins: later ones may sample with the model as it is now."""
+    if s.args.max_staleness:
+        s.models[s.step] = copy.deepcopy(model)
+        s.models.pop(s.step - s.args.max_staleness - 1, None)
+    s.step += 1
+
+
+def staleness(s, samples) -> dict:
+    """staleness/* of a step."""
+    ages = []
+    for sample in samples:
+        ages += [s.step - 1 - v for v, yes in zip(sample.versions, sample.sampled) if yes]
+    return {"staleness/mean": sum(ages) / len(ages), "staleness/max": max(ages)}
 
 
 def evaluate(model, s) -> dict:
@@ -292,6 +319,7 @@ def rollout_metrics(s, samples) -> dict:
     cut_off = [sample.finish == "length" for sample in samples]
     unrewarded = sum(total(s, sample) is None for sample in samples)
     return means.means() | {
+        **staleness(s, samples),
         "completions/mean_length": sum(lengths) / len(samples),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
@@ -350,7 +378,9 @@ def check_recorded(s, line, sample, **columns):
     allows a gap."""
     at = positions(sample)
     assert line["mask"] == [int(t in at) for t in range(len(line["ids"]))]
-    assert line["version"] == s.step - 1
+    drawn = zip(sample.versions, sample.sampled)
+    drawn = [version if yes else -1 for version, yes in drawn]
+    assert line["version"] == [-1] * len(sample.prompt) + drawn
     if s.args.max_logp_gap is None:
         whole = [0.0] * len(sample.prompt) + sample.logp
         columns["engine_logp"] = [x if t in at else 0.0 for t, x in enumerate(whole)]
