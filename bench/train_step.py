@@ -72,7 +72,7 @@ def shape(tiny: bool) -> Config:
     }
     if tiny:
         sizes = {
-            "hidden_size": 64,
+            "hidden_size": 128,  # heads of 32: vLLM on a CPU has no smaller ones
             "intermediate_size": 128,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,

@@ -143,9 +143,10 @@ def test_log_probs_under_a_cut_are_renormalised(engine, folders, cut):
     model = policy(folders)
     for r in group:
         for t, (token, logp) in enumerate(zip(r.ids, r.logp)):
-            log_p = (next_logits(model, r.prompt + r.ids[:t]) / 0.8).log_softmax(-1)
+            logits = next_logits(model, r.prompt + r.ids[:t])
             if isinstance(engine, Engine):  # it never draws an id that no token has
-                log_p[engine.unused_ids] = -torch.inf
+                logits[engine.unused_ids] = -torch.inf
+            log_p = (logits / 0.8).log_softmax(-1)
             whole = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **cut}
             log_p = cut_of(log_p[None], **whole)[0]
             assert abs(float(log_p[token]) - logp) < 1e-4
