@@ -12,6 +12,7 @@ import math
 from functools import partial
 
 from nanopost import InputError, dist
+from nanopost.audit import Audit
 from nanopost.engine import Engine
 from nanopost.vllm import Servers
 
@@ -179,10 +180,13 @@ def shard(args, world):
 
 
 def engine(args, model, world, tokenizer):
-    """The engine that its flags ask for. model: the policy, loaded from --model."""
+    """The engine that its flags ask for. model: the policy, loaded from --model, or an ActorCritic
+    that holds it."""
+    policy = getattr(model, "policy", model)
     if args.vllm:
-        return Servers(args.vllm, tokenizer, world, model.config, args.vllm_timeout)
-    return Engine.beside(model, args.model, world, tokenizer, args.engine_rows, args.engine_tokens)
+        audit = Audit(model, tokenizer, world, args.audit_every)
+        return Servers(args.vllm, tokenizer, world, model.config, args.vllm_timeout, audit)
+    return Engine.beside(policy, args.model, world, tokenizer, args.engine_rows, args.engine_tokens)
 
 
 def add_rollout_flags(parser: Parser, reward_required: bool = True):
@@ -214,6 +218,12 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
         type=above(0.0),
         default=600.0,
         help="seconds that a request to a server may take",
+    )
+    add(
+        "--audit_every",
+        type=at_least(0),
+        default=1,
+        help="syncs between audits of the servers (nanopost/audit.py); 0: none",
     )
     add(
         "--engine_tokens",
