@@ -71,14 +71,25 @@ class Answer:
     salted: tuple[list[int], np.ndarray] | None = None  # the same, past the server's prefix cache
     prints: dict | None = None
     about: dict = field(default_factory=dict)
+    checksums: dict[str, str] = field(default_factory=dict)
 
 
-def ask(server: Server, sequences: list[list[int]], config, prints: bool = True) -> Answer:
-    """Score sequences on a server, let it sample, and take its prints. ServerError if it fails."""
+def ask(server: Server, sequences: list[list[int]], config) -> Answer:
+    """Score sequences on a server, let it sample, and take its prints and checksums. ServerError if
+    it fails."""
     tokens_route = _has(server, "/inference/v1/generate", {"token_ids": []})
     model = server.get("/v1/models")["data"][0]["id"]
 
     def complete(ids, **sampling):
+        """-> what the server says of the prompt, sampled ids, their log-probs."""
+        try:
+            return request(ids, **sampling)
+        except Refused as error:
+            if "float values" not in str(error):
+                raise
+            return [{}] * len(ids), ([0] * SAMPLED, [np.nan] * SAMPLED)  # JSON has no nan
+
+    def request(ids, **sampling):
         sampling = {"n": 1, "temperature": 1.0, "logprobs": 0, "seed": 0, **sampling}
         salt = {"cache_salt": sampling.pop("salt")} if "salt" in sampling else {}
         if tokens_route:
@@ -121,8 +132,8 @@ def ask(server: Server, sequences: list[list[int]], config, prints: bool = True)
             {top_p: task.result() for top_p, task in sampled.items()},
             salted.result(),
         )
-    if prints:
-        answer.prints, answer.about = prints_of(server, config)
+    answer.prints, answer.about = prints_of(server, config)
+    answer.checksums = checksums(server)
     return answer
 
 
@@ -360,6 +371,13 @@ class Digests:
         if name in (EMBEDDING, HEAD):
             found.update(bytes(data.nbytes // len(tensor) * (-len(tensor) % 64)))
 
+    @classmethod
+    def of(cls, named_tensors, dtype) -> "Digests":
+        digests = cls(dtype)
+        for name, tensor in named_tensors:
+            digests.add(name, tensor)
+        return digests
+
     def differ(self, theirs: dict[str, str]) -> list[str]:
         """Of the tensors that both cover."""
         return [n for n, h in self.hashes.items() if n in theirs and h.hexdigest() != theirs[n]]
@@ -385,11 +403,12 @@ class Ours:
     sampled: dict[tuple[float, float], np.ndarray]  # (top_p, temperature) -> of the sampled tokens
     salted: np.ndarray
     prints: dict[str, np.ndarray]
+    digests: Digests
     before: dict[str, np.ndarray] | None = None  # prints of the version before
     scores_before: list[np.ndarray] | None = None
 
 
-def ours_of(score: Callable, sequences, answer: Answer, prints, **before) -> Ours:
+def ours_of(score: Callable, sequences, answer: Answer, prints, digests, **before) -> Ours:
     """score(sequences, temperature) -> fp32 [T] of each, by the trainer. Calls it three times."""
     sampled = {top_p: ids for top_p, (ids, _) in answer.sampled.items()}
     longer = [sequences[-1] + ids for ids in (*sampled.values(), answer.salted[0])]
@@ -399,7 +418,7 @@ def ours_of(score: Callable, sequences, answer: Answer, prints, **before) -> Our
         *logps, last = [x[len(sequences[-1]) :] for x in score(longer, temperature)]
         found |= {(top_p, temperature): x for top_p, x in zip(sampled, logps)}
         salted = last if temperature == TEMPERATURE else salted
-    return Ours(scores, found, salted, prints, **before)
+    return Ours(scores, found, salted, prints, digests, **before)
 
 
 def compare(answer: Answer, ours: Ours, dtype: torch.dtype) -> list[tuple[str, float, float]]:
@@ -417,7 +436,18 @@ def compare(answer: Answer, ours: Ours, dtype: torch.dtype) -> list[tuple[str, f
         pairs = [(answer.prints[name], ours.prints[_own(name, ours.prints)]) for name in there]
         worst = max(distance(x, y) for x, y in pairs)
         rows.append((f"{len(there)} tensors times a vector", worst, _print_limit(answer, dtype)))
+    covered = ours.digests.hashes.keys() & answer.checksums.keys()
+    differ = _differ(answer, ours)
+    if covered and (answer.prints is not None or len(differ) < len(covered)):
+        rows.append((f"{len(covered)} tensors' bytes (SHA-256)", float(len(differ)), 0.0))
     return rows
+
+
+def _differ(answer, ours) -> list[str]:
+    """Tensors whose bytes differ, if both sides have the same precision."""
+    if answer.about.get("dtype", "") not in str(ours.digests.dtype):
+        return []
+    return ours.digests.differ(answer.checksums)
 
 
 def _print_limit(answer, dtype) -> float:
@@ -475,14 +505,17 @@ def why(
             "processed_logprobs"
         )
     if np.abs(answer.salted[1] - ours.salted).mean() <= limit:
-        uncut = np.abs(answer.sampled[TOP_P][1] - ours.sampled[TOP_P, TEMPERATURE]).mean()
+        cut_T = ours.sampled[TOP_P, TEMPERATURE]
+        uncut = np.abs(answer.sampled[TOP_P][1] - cut_T).mean()
         if not np.abs(plain - ours.sampled[1.0, TEMPERATURE]).mean() <= limit:
             return (
                 "stale keys and values: prompts that it has seen before the update are answered "
                 "from its prefix cache; reset that after each update (/reset_prefix_cache)"
             )
-        if uncut <= limit:
+        if uncut <= limit < cut_gap(answer.sampled[TOP_P][1], cut_T, TOP_P):
             return "its log-probs do not contain the cut (top_p), only the temperature"
+    if differ := _differ(answer, ours):
+        return f"the bytes of {some(differ)} differ, by less than the other comparisons show"
     return ""
 
 
@@ -508,6 +541,7 @@ class Audit:
         self.part = "policy." if hasattr(model, "policy") else ""
         self.count = -1  # of syncs before this one
         self.prints, self.before, self.scores = {}, None, None
+        self.digests = Digests(world.dtype)
         self.known = set()  # servers whose tokenizer is right
 
     def due(self) -> bool:
@@ -517,9 +551,12 @@ class Audit:
         """Pass the weights of a sync on, and keep a print of each: a few numbers per row."""
         self.count += 1
         self.before, self.prints = self.prints or None, {}
+        self.digests = Digests(self.world.dtype)
         for name, tensor in named_tensors:
             if self.every:
                 self.prints[name] = print_of(tensor.to(self.world.dtype))
+            if self.due() and self.world.rank == 0:
+                self.digests.add(name, tensor)
             yield name, tensor
 
     def check(self, servers: list[Server], version: int):
@@ -548,7 +585,7 @@ class Audit:
                     say(f"warning: not audited: {answer}")
                 continue
             before = {"before": self.before, "scores_before": scores}
-            ours = ours_of(self._score, self.sequences, answer, self.prints, **before)
+            ours = ours_of(self._score, self.sequences, answer, self.prints, self.digests, **before)
             self.scores = ours.scores
             rows = compare(answer, ours, self.world.dtype)
             if dist.all_max(bool(failed(rows)))[0]:
@@ -637,9 +674,10 @@ def search(
             found = gap(scores, score())
         return found <= limit and found < start / 4
 
-    for clause, edit in hypotheses(own, before, model.config):
-        if explains(edit):
-            return clause
+    for group in hypotheses(own, before, model.config):
+        # Scores alone cannot tell a zero gate from a zero up_proj.
+        if found := [clause for clause, edit in group if explains(edit)]:
+            return " or ".join(found[:3])
     if before is None:
         return ""
     # Several tensors of the version before: to first order their effects add up.
@@ -664,8 +702,8 @@ def _flat(scores):
     return np.concatenate([x[1:] for x in scores]).astype(np.float64)
 
 
-def hypotheses(own: dict, before: dict | None, config) -> Iterator[tuple[str, dict]]:
-    """(clause, the tensors that a server would then have), the commonest first."""
+def hypotheses(own: dict, before: dict | None, config) -> Iterator[Iterable[tuple[str, dict]]]:
+    """Groups of (clause, the tensors that a server would then have), the commonest first."""
     layers = [name.removesuffix(".self_attn.q_proj.weight") for name in own if ".q_proj.w" in name]
     orders = rotary_orders(config.heads, config.head_dim)
     key_orders = rotary_orders(config.kv_heads, config.head_dim)
@@ -682,34 +720,30 @@ def hypotheses(own: dict, before: dict | None, config) -> Iterator[tuple[str, di
     def swapped(layers):
         edit = {}
         for layer in layers:
-            for one, other in (("gate", "up"), ("up", "gate")):
-                edit[f"{layer}.mlp.{one}_proj.weight"] = own[f"{layer}.mlp.{other}_proj.weight"]
-        return {name: tensor.clone() for name, tensor in edit.items()}
+            gate, up = (f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up"))
+            edit |= {gate: own[up].clone(), up: own[gate].clone()}
+        return edit
+
+    def layouts(layers, where):
+        for text in orders:
+            yield f"q_proj and k_proj of {where} have their rows {text}", rotary(layers, text)
+        yield f"gate and up are swapped in {where}", swapped(layers)
 
     if before is not None:
-        yield "stale weights: every tensor is that of the version before", before
+        yield [("stale weights: every tensor is that of the version before", before)]
         if HEAD not in own:
-            yield (
-                "a stale tied head: the embedding is new, the head that of the version before",
-                {HEAD: before[EMBEDDING]},
-            )
-    for text in orders:
-        yield f"q_proj and k_proj of all layers have their rows {text}", rotary(layers, text)
-    yield "gate and up are swapped in all layers", swapped(layers)
-    for name in own if before is not None else ():
-        yield f"a partial update: {name} is that of the version before", {name: before[name]}
-    for name, tensor in own.items():
-        if tensor.ndim == 2 and tensor.shape[0] == tensor.shape[1]:
-            yield f"{name} is transposed", {name: tensor.T.clone()}
+            clause = "a stale tied head: the embedding is new, the head that of the version before"
+            yield [(clause, {HEAD: before[EMBEDDING]})]
+        one = "a partial update: {} is that of the version before"
+        yield ((one.format(name), {name: before[name]}) for name in own)
+    yield layouts(layers, "all layers")
     for layer in layers:
-        for text in orders:
-            yield f"q_proj and k_proj of {layer} have their rows {text}", rotary([layer], text)
-        yield f"gate and up are swapped in {layer}", swapped([layer])
-    for name, tensor in own.items():
-        yield f"{name} is zero", {name: torch.zeros_like(tensor)}
-    for name, tensor in own.items():
-        for scale in (0.5, 2.0):
-            yield f"{name} is scaled by {scale:g}", {name: scale * tensor}
+        yield layouts([layer], layer)
+    square = {name: x for name, x in own.items() if x.ndim == 2 and x.shape[0] == x.shape[1]}
+    yield ((f"{name} is transposed", {name: x.T.clone()}) for name, x in square.items())
+    for scale in (0.0, 0.5, 2.0):
+        clause = f"is scaled by {scale:g}" if scale else "is zero"
+        yield ((f"{name} {clause}", {name: scale * x}) for name, x in own.items())
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -782,15 +816,16 @@ class Command:
         if before is not None:
             with Edited(model).tensors(before):
                 more = {"before": prints(before), "scores_before": score(sequences, 1.0)}
-        ours = ours_of(score, sequences, answer, prints(own), **more)
+        kind = getattr(torch, answer.about.get("dtype", ""), dtype)
+        digests = Digests.of(own.items(), kind)
+        ours = ours_of(score, sequences, answer, prints(own), digests, **more)
         rows = compare(answer, ours, dtype)
         cause = ""
         if failed(rows):
             cause = why(answer, ours, dtype, config, own.items())
             if not cause and failed(rows[:1]):
                 cause = self._search(model, answer, score, before, dtype)
-        found = [*rows, *self._bytes(answer, own, dtype)]
-        found += [(what, 1.0 - same, 0.0) for what, same in self._texts().items()]
+        found = rows + [(what, 1.0 - same, 0.0) for what, same in self._texts().items()]
         if not failed(rows) and (row := self._defaults(model)):
             found.append(row)
         for what, number, limit in found:
@@ -841,25 +876,6 @@ class Command:
                 )
         return search(model, answer.scores, scores, before, SCORE[dtype])
 
-    def _bytes(self, answer, own, dtype) -> list:
-        theirs = checksums(self.server)
-        kinds = [torch.float32, torch.bfloat16]
-        if known := answer.about.get("dtype"):
-            kinds = [getattr(torch, known)]
-        best = None
-        for kind in kinds if theirs else ():
-            digests = Digests(kind)
-            for name, tensor in own.items():
-                digests.add(name, tensor)
-            differ, covered = digests.differ(theirs), digests.hashes.keys() & theirs.keys()
-            if best is None or len(differ) < best[0]:
-                best = len(differ), len(covered), some(differ)
-        if best is None:
-            return []
-        what = f"bytes of the {best[1]} tensors that it has checksums of"
-        self.reasons = {**self.reasons, what: f"the bytes of {best[2]} differ"}
-        return [(what, float(best[0]), 0.0)]
-
     def _texts(self) -> dict[str, bool]:
         """Whether text and messages become the same token ids."""
         found = {}
@@ -875,7 +891,8 @@ class Command:
                 ids = (
                     self.tokenizer.encode(TEXT) if is_text else self.tokenizer.prompt_ids(messages)
                 )
-            except (ServerError, InputError):  # neither side need have a tokenizer or a template
+            except (ServerError, InputError) as error:  # no tokenizer or template on one side
+                say(f"{what}: not compared ({error})")
                 continue
             found[what] = theirs == list(ids)
         return found
