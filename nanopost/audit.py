@@ -39,9 +39,15 @@ from nanopost.terminal import say
 from nanopost.tokenizer import Tokenizer
 from nanopost.vllm import Refused, Server, ServerError
 
-LENGTHS = (8, 16, 32, 160)  # tokens of the scored sequences; the last one fills a block of a cache
+LENGTHS = (16, 32, 136)  # tokens of the scored sequences; the last one fills a block of a cache
 SAMPLED = 8  # tokens that the server samples
 TEMPERATURE, TOP_P = 0.7, 0.5  # that it samples with
+DRAWN = {  # what is sampled -> after which sequence, with which top_p
+    f"temperature {TEMPERATURE}": (0, 1.0),
+    f"top_p {TOP_P}": (0, TOP_P),
+    "a prompt it has seen before": (-1, 1.0),
+}
+PLAIN, CUT, CACHED = DRAWN
 SCORE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # largest mean difference of log-probs, nats
 PRINT = {torch.float32: 5e-5, torch.bfloat16: 4e-2}  # largest difference, in units of the rms
 NOTHING = hashlib.sha256(b"").hexdigest()  # the checksum of a packed layer on a CPU
@@ -66,9 +72,7 @@ class Answer:
     """What a server says of the probes."""
 
     scores: list[np.ndarray]  # fp32 [T] of each probe; 0 at the first token
-    sampled: dict[float, tuple[list[int], np.ndarray]] = field(default_factory=dict)
-    # top_p -> ids and log-probs of the tokens sampled after the last probe, at TEMPERATURE
-    salted: tuple[list[int], np.ndarray] | None = None  # the same, past the server's prefix cache
+    sampled: dict[str, tuple[list[int], np.ndarray]]  # key of DRAWN -> ids, their log-probs
     prints: dict | None = None
     about: dict = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)
@@ -91,14 +95,13 @@ def ask(server: Server, sequences: list[list[int]], config) -> Answer:
 
     def request(ids, **sampling):
         sampling = {"n": 1, "temperature": 1.0, "logprobs": 0, "seed": 0, **sampling}
-        salt = {"cache_salt": sampling.pop("salt")} if "salt" in sampling else {}
         if tokens_route:
-            body = {"token_ids": ids, "sampling_params": sampling, **salt}
+            body = {"token_ids": ids, "sampling_params": sampling}
             answer = server.post("/inference/v1/generate", body)
             content = answer["choices"][0]["logprobs"]["content"]
             found = [x["token_id"] for x in content], [x["logprob"] for x in content]
             return answer["prompt_logprobs"], found
-        body = {"model": model, "prompt": ids, "return_token_ids": True, **sampling, **salt}
+        body = {"model": model, "prompt": ids, "return_token_ids": True, **sampling}
         choice = server.post("/v1/completions", body)["choices"][0]
         return choice["prompt_logprobs"], (
             choice["token_ids"],
@@ -112,25 +115,17 @@ def ask(server: Server, sequences: list[list[int]], config) -> Answer:
         found = [0.0] + [prompt[t].get(str(ids[t]), {}).get("logprob") for t in range(1, len(ids))]
         return np.array([np.nan if x is None or x < -9000 else x for x in found], np.float32)
 
-    def sample(top_p, **more):
-        _, (ids, logps) = complete(
-            sequences[-1],
-            max_tokens=SAMPLED,
-            temperature=TEMPERATURE,
-            top_p=top_p,
-            ignore_eos=True,
-            **more,
-        )
+    def sample(which, top_p):
+        sampling = {"temperature": TEMPERATURE, "top_p": top_p, "ignore_eos": True}
+        _, (ids, logps) = complete(sequences[which], max_tokens=SAMPLED, **sampling)
         return ids, np.array(logps, np.float32)
 
-    with ThreadPoolExecutor(len(sequences) + 3) as pool:
+    with ThreadPoolExecutor(len(sequences) + len(DRAWN)) as pool:
         scores = [pool.submit(score, ids) for ids in sequences]
-        sampled = {top_p: pool.submit(sample, top_p) for top_p in (1.0, TOP_P)}
-        salted = pool.submit(sample, 1.0, salt=str(torch.seed()))
+        sampled = {name: pool.submit(sample, *how) for name, how in DRAWN.items()}
         answer = Answer(
             [task.result() for task in scores],
-            {top_p: task.result() for top_p, task in sampled.items()},
-            salted.result(),
+            {name: task.result() for name, task in sampled.items()},
         )
     answer.prints, answer.about = prints_of(server, config)
     answer.checksums = checksums(server)
@@ -400,8 +395,8 @@ class Ours:
     """What the trainer says of the same."""
 
     scores: list[np.ndarray]
-    sampled: dict[tuple[float, float], np.ndarray]  # (top_p, temperature) -> of the sampled tokens
-    salted: np.ndarray
+    sampled: dict[str, np.ndarray]  # key of DRAWN -> of the sampled tokens
+    raw: np.ndarray  # of the first of them, at temperature 1
     prints: dict[str, np.ndarray]
     digests: Digests
     before: dict[str, np.ndarray] | None = None  # prints of the version before
@@ -409,28 +404,26 @@ class Ours:
 
 
 def ours_of(score: Callable, sequences, answer: Answer, prints, digests, **before) -> Ours:
-    """score(sequences, temperature) -> fp32 [T] of each, by the trainer. Calls it three times."""
-    sampled = {top_p: ids for top_p, (ids, _) in answer.sampled.items()}
-    longer = [sequences[-1] + ids for ids in (*sampled.values(), answer.salted[0])]
-    scores = score(sequences, 1.0)
-    found, salted = {}, None
-    for temperature in (TEMPERATURE, 1.0):
-        *logps, last = [x[len(sequences[-1]) :] for x in score(longer, temperature)]
-        found |= {(top_p, temperature): x for top_p, x in zip(sampled, logps)}
-        salted = last if temperature == TEMPERATURE else salted
-    return Ours(scores, found, salted, prints, digests, **before)
+    """score(sequences, temperature) -> fp32 [T] of each, by the trainer. Calls it twice."""
+    prompts = {name: sequences[which] for name, (which, _) in DRAWN.items()}
+    longer = {name: prompts[name] + ids for name, (ids, _) in answer.sampled.items()}
+    *scores, raw = score([*sequences, longer[PLAIN]], 1.0)
+    sampled = {
+        name: logp_T[len(prompts[name]) :]
+        for name, logp_T in zip(longer, score([*longer.values()], TEMPERATURE))
+    }
+    return Ours(scores, sampled, raw[len(prompts[PLAIN]) :], prints, digests, **before)
 
 
 def compare(answer: Answer, ours: Ours, dtype: torch.dtype) -> list[tuple[str, float, float]]:
     """(what was compared, the difference, its limit) for each comparison."""
     limit = SCORE[dtype]
-    plain = np.abs(answer.sampled[1.0][1] - ours.sampled[1.0, TEMPERATURE]).mean()
-    cut = cut_gap(answer.sampled[TOP_P][1], ours.sampled[TOP_P, TEMPERATURE], TOP_P)
-    rows = [
-        ("log-probs of fixed sequences, nats", gap(answer.scores, ours.scores), limit),
-        (f"of sampled tokens, temperature {TEMPERATURE}", float(plain), limit),
-        (f"of sampled tokens, top_p {TOP_P}", cut, limit),
-    ]
+    rows = [("log-probs of fixed sequences, nats", gap(answer.scores, ours.scores), limit)]
+    for name, (ids, logp_T) in answer.sampled.items():
+        found = np.abs(logp_T - ours.sampled[name]).mean()
+        if name == CUT:
+            found = cut_gap(logp_T, ours.sampled[name], TOP_P)
+        rows.append((f"of {len(ids)} sampled tokens, {name}", float(found), limit))
     if answer.prints is not None:
         there = [name for name in (*ours.prints, HEAD) if name in answer.prints]
         pairs = [(answer.prints[name], ours.prints[_own(name, ours.prints)]) for name in there]
@@ -465,7 +458,6 @@ def why(
 ) -> str:
     """The cause, as one clause. weights: the trainer's, read once if a tensor differs."""
     limit, bound = SCORE[dtype], _print_limit(answer, dtype)
-    plain = answer.sampled[1.0][1]
     names = [*ours.prints]
     changed = names
     if ours.before is not None:
@@ -498,22 +490,24 @@ def why(
                 "them (config.json, say rope_theta; a quantized cache; an attention kernel)"
             )
         return ""
-    raw = np.abs(plain - ours.sampled[1.0, 1.0]).mean()
-    if raw <= limit < np.abs(plain - ours.sampled[1.0, TEMPERATURE]).mean():
+    off = {
+        name: np.abs(logp_T - ours.sampled[name]) for name, (_, logp_T) in answer.sampled.items()
+    }
+    off = {name: float(x.mean()) for name, x in off.items()}
+    if np.abs(answer.sampled[PLAIN][1] - ours.raw).mean() <= limit < off[PLAIN]:
         return (
             "its log-probs are those before temperature and cuts: start it with --logprobs-mode "
             "processed_logprobs"
         )
-    if np.abs(answer.salted[1] - ours.salted).mean() <= limit:
-        cut_T = ours.sampled[TOP_P, TEMPERATURE]
-        uncut = np.abs(answer.sampled[TOP_P][1] - cut_T).mean()
-        if not np.abs(plain - ours.sampled[1.0, TEMPERATURE]).mean() <= limit:
-            return (
-                "stale keys and values: prompts that it has seen before the update are answered "
-                "from its prefix cache; reset that after each update (/reset_prefix_cache)"
-            )
-        if uncut <= limit < cut_gap(answer.sampled[TOP_P][1], cut_T, TOP_P):
-            return "its log-probs do not contain the cut (top_p), only the temperature"
+    if off[PLAIN] <= limit < off[CACHED]:
+        return (
+            "stale keys and values: a prompt that it has seen before the update is answered from "
+            "its prefix cache; reset that after each update (/reset_prefix_cache)"
+        )
+    if off[PLAIN] <= limit and off[CUT] <= limit < cut_gap(
+        answer.sampled[CUT][1], ours.sampled[CUT], TOP_P
+    ):
+        return "its log-probs do not contain the cut (top_p), only the temperature"
     if differ := _differ(answer, ours):
         return f"the bytes of {some(differ)} differ, by less than the other comparisons show"
     return ""

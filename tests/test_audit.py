@@ -2,16 +2,19 @@
 tests/test_vllm_audit.py has the same on real servers."""
 
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from small import random_ids, small_model
 
-from nanopost import audit, forward
-from nanopost.audit import Answer, Digests, cause_of, compare, conclusion, cut_gap, print_of
+from nanopost import InputError, StepError, audit, forward
+from nanopost.audit import Answer, Audit, Digests, cause_of, compare, conclusion, cut_gap, print_of
+from nanopost.dist import World
 from nanopost.engine import cut
 from nanopost.hf import EMBEDDING, HEAD
+from nanopost.vllm import Refused, ServerError
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 LIMIT = audit.PRINT[FP32]
@@ -195,18 +198,18 @@ def score(model, sequences=SEQUENCES, temperature=1.0):
 def answer_of(model, raw=False, uncut=False, **more):
     """What a faithful server with this model's weights would say."""
     sampled, generator = {}, torch.Generator().manual_seed(0)
-    for top_p in (1.0, audit.TOP_P):
+    for name, (which, top_p) in audit.DRAWN.items():
         ids, logps = [], []
         for _ in range(audit.SAMPLED):
-            logits_V = audit.all_logits(model, SEQUENCES[-1] + ids, CPU)[-1]
+            logits_V = audit.all_logits(model, SEQUENCES[which] + ids, CPU)[-1]
             logp_1V = (logits_V[None] / audit.TEMPERATURE).log_softmax(-1)
             cut_1V = cut(logp_1V, 0, top_p, 0.0)
             ids.append(int(torch.multinomial(cut_1V.exp(), 1, generator=generator)))
             logp_1V = logp_1V if uncut else cut_1V
             logp_1V = logits_V[None].log_softmax(-1) if raw else logp_1V
             logps.append(float(logp_1V[0, ids[-1]]))
-        sampled[top_p] = ids, np.float32(logps)
-    return Answer(score(model), sampled, sampled[1.0], **more)
+        sampled[name] = ids, np.float32(logps)
+    return Answer(score(model), sampled, **more)
 
 
 def judged(answer, model, old=None, dtype=FP32):
@@ -249,14 +252,14 @@ def test_stale_weights_are_seen_by_the_scores_alone(alone, old, new):
 
 def test_log_probs_before_the_temperature_or_without_the_cut_are_named(alone, new):
     bad, cause = judged(answer_of(new, raw=True), new)
-    assert len(bad) == 2 and "start it with --logprobs-mode processed_logprobs" in cause
+    assert len(bad) == 3 and "start it with --logprobs-mode processed_logprobs" in cause
     bad, cause = judged(answer_of(new, uncut=True), new)
     assert len(bad) == 1 and "do not contain the cut (top_p)" in cause
 
 
 def test_stale_keys_and_values_are_named(alone, old, new):
     answer = answer_of(new)
-    answer.sampled = answer_of(old).sampled
+    answer.sampled[audit.CACHED] = answer_of(old).sampled[audit.CACHED]
     assert "stale keys and values" in judged(answer, new)[1]
 
 
@@ -340,3 +343,78 @@ def test_a_sentence_has_what_where_and_why():
         "step 3: http://x is not the trainer's policy (b: 2, limit 1): stale weights."
     )
     assert "no explanation that was tried" in audit.sentence("http://x", "", rows, "")
+
+
+# ---------------------------------------------------------------------------------------- in a run
+class Tokens:
+    def unused_ids(self, size):
+        return []
+
+
+@pytest.fixture
+def run(alone, monkeypatch):
+    """(an Audit of a model, a list of what its servers answer, one each; [] asks none)."""
+    model, answers = changed(small_model()), []
+    monkeypatch.setattr(audit, "LENGTHS", tuple(map(len, SEQUENCES)))
+    monkeypatch.setattr(audit, "probes", lambda *_: SEQUENCES)
+    monkeypatch.setattr(Audit, "_check_tokenizer", lambda *_: None)
+
+    def ask(server, *_):
+        if isinstance(answer := answers[int(server.url)], Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(audit, "ask", ask)
+    world = World(0, 1, CPU, FP32)
+    return lambda every: Audit(model, Tokens(), world, every), answers
+
+
+def synced(auditor, answers):
+    for _ in auditor.watch(auditor.model.state_dict().items()):
+        pass
+    auditor.check([SimpleNamespace(url=str(i)) for i in range(len(answers))], 7)
+
+
+def test_a_run_stops_at_a_server_that_is_not_its_policy(run, old, new):
+    make, answers = run
+    auditor = make(1)
+    answers += [answer_of(new), answer_of(new)]
+    synced(auditor, answers)
+    answers[1] = answer_of(old, prints=prints(state(old)), about={"dtype": "float32"})
+    with pytest.raises(StepError, match="step 7: 1 is not the trainer's policy"):
+        synced(auditor, answers)
+
+
+def test_a_run_names_stale_weights_by_the_prints_of_the_sync_before(run, old, new):
+    make, answers = run
+    auditor = make(1)
+    weights = state(auditor.model)
+    auditor.model.load_state_dict(state(old))
+    answers.append(answer_of(old))
+    synced(auditor, answers)
+    auditor.model.load_state_dict(weights)
+    late = state(new) | {DOWN: state(old)[DOWN]}
+    answers[0] = answer_of(old, prints=prints(late), about={"dtype": "float32"})
+    with pytest.raises(StepError, match=f"a partial update: {DOWN} of the version before"):
+        synced(auditor, answers)
+
+
+@pytest.mark.parametrize("every, audited", [(0, []), (1, [0, 1, 2, 3]), (3, [0, 3])])
+def test_audits_come_every_so_many_syncs_from_the_first_on(run, every, audited, monkeypatch):
+    make, answers = run
+    auditor, seen = make(every), []
+    monkeypatch.setattr(audit, "ask", lambda *_: seen.append(auditor.count) or answers[0])
+    answers.append(answer_of(auditor.model))
+    for _ in range(4):
+        synced(auditor, answers)
+    assert seen == audited
+
+
+def test_a_server_that_does_not_answer_is_left_to_the_next_rollout(run, new, capsys):
+    make, answers = run
+    answers += [ServerError("0: no answer in 60 s"), answer_of(new)]
+    synced(make(1), answers)
+    assert "warning: not audited: 0: no answer in 60 s" in capsys.readouterr().out
+    answers[0] = Refused("0: no such id")
+    with pytest.raises(InputError, match="no such id"):
+        synced(make(1), answers)

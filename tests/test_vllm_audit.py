@@ -320,13 +320,16 @@ def test_another_tokenizer_and_another_model_are_named(synced, tmp_path, capsys)
 
 def test_keys_and_values_of_the_version_before_are_named(synced, monkeypatch):
     """A sync that forgets /reset_prefix_cache."""
-    server = synced.engine.servers[0]
-    post = type(server).post
-    monkeypatch.setattr(
-        type(server),
-        "post",
-        lambda self, path, *a, **k: {} if "prefix_cache" in path else post(self, path, *a, **k),
-    )
+    post = vllm.Server.post
+
+    def forgetful(self, path, *args, **more):
+        if "prefix_cache" in path:
+            return {}
+        if "/pause" in path:
+            path += "&clear_cache=false"
+        return post(self, path, *args, **more)
+
+    monkeypatch.setattr(vllm.Server, "post", forgetful)
     synced.train()
     with pytest.raises(StepError, match="stale keys and values"):
         synced.sync()
