@@ -130,6 +130,15 @@ def test_what_a_server_rounds_is_not_wrong_at_its_own_precision():
     assert audit.wrong(rounded | {Q: -rounded[Q]}, rounded, audit.PRINT[BF16]) == [Q]
 
 
+def test_a_stale_tied_head_is_seen_by_its_print():
+    tied = {name: x for name, x in NOW.items() if name != HEAD}
+    assert audit.wrong(tied | {HEAD: tied[EMBEDDING]}, tied, LIMIT) == []
+    assert audit.wrong(tied | {HEAD: BEFORE[EMBEDDING]}, tied, LIMIT) == [HEAD]
+    before = {name: x for name, x in BEFORE.items() if name != HEAD}
+    cause = cause_of(HEAD, BEFORE[EMBEDDING], tied, before, MODEL.config, LIMIT)
+    assert cause == "is that of the version before"
+
+
 def test_fused_projections_are_taken_apart():
     layer = "model.layers.0.self_attn"
     fused = {

@@ -206,6 +206,7 @@ PLUMBING = {
     "save_dtype": "test_run.py",
     "reward_timeout": "test_rewards.py",
     "record": "twins/common.py",
+    "audit_every": "test_vllm_audit.py",
     "resume": "test_scripts.py",
     "overwrite": "test_loops.py",
 }
