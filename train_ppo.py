@@ -130,7 +130,7 @@ model = hf.load_actor_critic(args.model, value_folder, world.device, shard, pad_
 reference = None
 if args.beta:
     reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
-engine = cli.engine(args, args.model, model.policy, world, tokenizer)
+engine = cli.engine(args, args.model, model, world, tokenizer)
 
 train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages

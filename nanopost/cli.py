@@ -13,6 +13,7 @@ from functools import partial
 
 from nanopost import InputError, dist, packing
 from nanopost.ahead import Ahead
+from nanopost.audit import Audit
 from nanopost.colocate import Colocated
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.recording import Recording, Replay
@@ -182,13 +183,16 @@ def shard(args, world):
 
 
 def engine(args, folder, model, world, tokenizer):
-    """The engine that the flags ask for. model: the policy, loaded from `folder`."""
+    """The engine that the flags ask for. model: the policy, loaded from `folder`, or an ActorCritic
+    that holds it."""
+    policy = getattr(model, "policy", model)
     if args.replay:
         return Replay(args.replay, world)
     if args.vllm and args.engine != "native":
         raise InputError("--vllm and --engine colocate are two engines: give one of them.")
     if args.vllm:
-        return Servers(args.vllm, tokenizer, world, model.config, args.vllm_timeout)
+        audit = Audit(model, tokenizer, world, args.audit_every)
+        return Servers(args.vllm, tokenizer, world, model.config, args.vllm_timeout, audit)
     if args.engine == "colocate":
         if args.max_staleness:
             raise InputError(
@@ -197,7 +201,7 @@ def engine(args, folder, model, world, tokenizer):
             )
         return Colocated(folder, tokenizer, world, model.config, args.vllm_memory)
     rows, tokens, ahead = args.engine_rows, args.engine_tokens, args.max_staleness > 0
-    return Engine.beside(model, folder, world, tokenizer, rows, tokens, ahead)
+    return Engine.beside(policy, folder, world, tokenizer, rows, tokens, ahead)
 
 
 def ahead(args, engine, world, rows: list[dict], sampling, step: int) -> Ahead:
@@ -299,6 +303,12 @@ def add_engine_flags(parser: Parser):
         type=above(0.0, 1.0),
         default=0.3,
         help="share of the GPU's memory for vLLM under --engine colocate",
+    )
+    add(
+        "--audit_every",
+        type=at_least(0),
+        default=1,
+        help="syncs between audits of the servers (nanopost/audit.py); 0: none",
     )
 
 

@@ -136,8 +136,11 @@ class Server:
 class Servers:
     """The engine on one or more vLLM servers. Each rank has one; rank 0 syncs the weights."""
 
-    def __init__(self, urls: list[str], tokenizer, world, config, timeout: float = 600.0):
-        """config: the model's. timeout: seconds that any request may take."""
+    def __init__(
+        self, urls: list[str], tokenizer, world, config, timeout: float = 600.0, audit=None
+    ):
+        """config: the model's. timeout: seconds that any request may take. audit: audit.Audit."""
+        self.audit = audit
         self.servers = [Server(url, timeout) for url in urls]
         self.tokenizer, self.world = tokenizer, world
         self.stop_ids = sorted(tokenizer.stop_ids)
@@ -328,6 +331,8 @@ class Servers:
         A collective: every rank iterates over the tensors, rank 0 sends them. Requests that run
         ahead go on under the new weights, their cache recomputed. StepError if no server is left.
         """
+        if self.audit:
+            named_tensors = self.audit.watch(named_tensors)
         kept = {s.url for s in self.alive}
         lost = set(dist.gather([s.url for s in self.servers if s.url not in kept]))
         self.lost = {s.url: "not reached yet" for s in self.servers if s.url in lost}
@@ -346,6 +351,8 @@ class Servers:
         if not self.alive:
             reasons = dist.gather([*self.lost.values()] if self.world.rank == 0 else [])
             raise StepError(f"no server of --vllm has the weights of step {version}: {reasons[0]}.")
+        if self.audit:
+            self.audit.check(self.alive, version)
 
     def _each(self, servers, do) -> list[Server]:
         """do(server) for all at once -> those that did not fail."""

@@ -11,6 +11,7 @@ as files in shared memory, by the one below. A server that a dead trainer has le
 weights of its --model again and goes on (after --max_pause seconds; default 600).
 """
 
+import base64
 import importlib.util
 import json
 import os
@@ -105,6 +106,55 @@ class Extension:
         self.model_runner.reload_weights()
         if not torch.cuda.is_available():
             repack_heads(model)
+
+    @torch.no_grad()
+    def nanopost_prints(self, vectors: dict[str, list[float]]) -> dict:
+        """For the audit (audit.py): each matrix times the vector of its width, as the server
+        computes it, whatever it has packed the weights into; norms and biases as they are.
+
+        -> {vLLM's name: fp32 numbers in base64}, and "about": how the server computes.
+        """
+        from vllm.model_executor.layers.layernorm import RMSNorm
+        from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.layers.vocab_parallel_embedding import (
+            ParallelLMHead,
+            VocabParallelEmbedding,
+        )
+
+        config = self.vllm_config
+        about = {
+            "ranks": config.parallel_config.world_size,
+            "dtype": str(config.model_config.dtype).removeprefix("torch."),
+            "logprobs_mode": str(config.model_config.logprobs_mode),
+            "quantization": config.model_config.quantization,
+        }
+        prints = {}
+        if about["ranks"] > 1:  # this worker has only a part of each matrix
+            return {"about": about}
+        for name, module in self.model_runner.get_model().named_modules():
+            if isinstance(module, RMSNorm) and module.has_weight:
+                prints[f"{name}.weight"] = module.weight
+            head = isinstance(module, ParallelLMHead)
+            if isinstance(module, LinearBase):
+                width, rows = module.input_size, None
+            elif isinstance(module, VocabParallelEmbedding):
+                width, rows = module.embedding_dim, module.org_vocab_size
+            else:
+                continue
+            x_D = torch.tensor(vectors[str(width)], dtype=config.model_config.dtype)
+            x_D = x_D.to(self.device)
+            if rows is None or head:
+                product = module.quant_method.apply(module, x_D[None], None)[0, :rows]
+            else:
+                ids = torch.arange(rows, device=self.device)
+                parts = [module.quant_method.embedding(module, part) for part in ids.split(4096)]
+                product = torch.cat([part.float() @ x_D.float() for part in parts])
+            prints[f"{name}.weight"] = product
+            if getattr(module, "bias", None) is not None:
+                prints[f"{name}.bias"] = module.bias
+        for name, x in prints.items():
+            prints[name] = base64.b64encode(x.float().cpu().numpy().tobytes()).decode()
+        return {"about": about, **prints}
 
 
 # ------------------------------------------------------------------------------------------- server

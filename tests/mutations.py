@@ -2281,6 +2281,63 @@ MUTATIONS = [
         "return warnings[-1] if warnings else ''",
         "test_tokenizer.py::test_another_template_and_links_to_elsewhere_are_both_said",
     ),
+    # ---- the audit
+    mutation(
+        "audit-takes-nan-for-agreement",
+        "nanopost/audit.py",
+        "if not row[1] <= row[2]]",
+        "if row[1] > row[2]]",
+        "test_audit.py::test_log_probs_that_are_not_numbers_fail",
+    ),
+    mutation(
+        "audit-forgets-the-tied-head",
+        "nanopost/audit.py",
+        "names = [*now, *([HEAD] if HEAD not in now else [])]",
+        "names = [*now]",
+        "test_audit.py::test_a_stale_tied_head_is_seen_by_its_print",
+    ),
+    mutation(
+        "audit-takes-any-cut",
+        "nanopost/audit.py",
+        "np.log(np.minimum(1.0, top_p + np.exp(logp_T)))",
+        "0.0 * logp_T",
+        "test_audit.py::test_the_bounds_of_a_cut_hold_for_it_and_for_few_others",
+    ),
+    mutation(
+        "audit-takes-scores-of-another-temperature",
+        "nanopost/audit.py",
+        "score([*longer.values()], TEMPERATURE)",
+        "score([*longer.values()], 1.0)",
+        "test_audit.py::test_a_faithful_answer_fails_in_nothing",
+    ),
+    mutation(
+        "audit-compares-with-the-prints-of-the-same-sync",
+        "nanopost/audit.py",
+        "self.before, self.prints = self.prints or None, {}",
+        "self.before, self.prints = None, {}",
+        "test_audit.py::test_a_run_names_stale_weights_by_the_prints_of_the_sync_before",
+    ),
+    mutation(
+        "audit-pads-no-vocabulary",
+        "nanopost/audit.py",
+        "(-len(tensor) % 64)",
+        "0",
+        "test_audit.py::test_digests_are_those_of_fused_and_padded_weights",
+    ),
+    mutation(
+        "audit-leaves-the-model-edited",
+        "nanopost/audit.py",
+        "own[name].copy_(tensor)\n                if HEAD",
+        "pass\n                if HEAD",
+        "test_audit.py::test_a_fault_is_found_by_scores_alone",
+    ),
+    mutation(
+        "audit-at-every-sync",
+        "nanopost/audit.py",
+        "self.count % self.every == 0",
+        "self.count >= 0",
+        "test_audit.py::test_audits_come_every_so_many_syncs_from_the_first_on",
+    ),
 ]
 
 

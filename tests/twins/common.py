@@ -224,6 +224,7 @@ PLUMBING = {
     "vllm_memory": "test_vllm_scripts.py",
     "record": "twins/common.py",
     "replay": "test_recording.py",
+    "audit_every": "test_vllm_audit.py",
     "resume": "test_scripts.py",
     "overwrite": "test_loops.py",
 }
