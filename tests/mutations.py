@@ -1954,8 +1954,8 @@ MUTATIONS = [
     mutation(
         "fork-curriculum-forgets-on-resume",
         "forks/curriculum.diff",
-        'state["again"][world.rank :: world.size]',
-        'state["again"][world.rank :: world.size] if not run.resumed else []',
+        'enumerate(state["again"], consumed)',
+        'enumerate(state["again"] if not run.resumed else [], consumed)',
         "twins/test_grpo.py::test_it_agrees_after_a_resume[fork curriculum]",
     ),
     mutation(

@@ -447,9 +447,11 @@ def test_half_of_a_batch_are_the_prompts_that_varied_most(alone):
         reward_PG = spread_P1 * torch.tensor([0.0, math.sqrt(2)])
         return [[row, row] for row in rows_P], reward_PG[None]
 
+    share = partial(packing.share, 12, 0, world=World(0, 1, torch.device("cpu"), torch.float32))
     rollout_batch.__globals__.update(
         args=SimpleNamespace(prompts=4, group=2, seed=0, resample=1),
         world=SimpleNamespace(rank=0, size=1),
+        engine=SimpleNamespace(share=share),
         train_rows=list(range(12)),
         rollout=rollout,
         reward_functions=[None],
@@ -513,7 +515,7 @@ def dialogues(alone):
     rollout = function_of("multi_turn", SCRIPT, "rollout")
     rollout.__globals__.update(
         args=SimpleNamespace(seed=3),
-        engine=SimpleNamespace(generate=generate),
+        engine=SimpleNamespace(generate=generate, version=0),
         tokenizer=Tokens(),
         reward_functions=[Reward("length", length)],
         turn_ids=turn_ids,

@@ -36,7 +36,8 @@ def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["grpo", "resampled", "token-mask", "cut", "fork curriculum", "fork top_entropy"]
+    "name",
+    ["grpo", "resampled", "stale", "token-mask", "cut", "fork curriculum", "fork top_entropy"],
 )
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, folder, name):
     common.check(grpo, name, place, tmp_path, ranks=2, resume=True)
