@@ -187,7 +187,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             "length": batch["length"],
         }
         pairs_P = preference.read_pairs(sequences, f_score)
-        loss = loss_of(pairs_P, nll_tokens).sum() * (not batch.dummy)
+        loss = loss_of(pairs_P, nll_tokens).sum()  # a dummy gives no gradient
         # A mean over the pairs of the step.
         # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / args.rows).backward()

@@ -211,7 +211,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             gamma=args.gamma,
             nll_tokens=nll_tokens,
         )
-        loss = loss_P.sum() * (not batch.dummy)
+        loss = loss_P.sum()  # a dummy gives no gradient
         # A mean over the pairs of the step.
         # FSDP averages gradients over ranks: world.size undoes it.
         (loss * world.size / max(1, num_pairs)).backward()
