@@ -108,6 +108,10 @@ def main():
                 found |= {key: lines[-1][key] for key in (f"{GAP}/mean", *TIMES)}
                 result[name] = found
                 print(name, found, flush=True)
+        except RuntimeError:
+            if server is not None:
+                print((folder / "server.log").read_text()[-3000:])
+            raise
         finally:
             if server is not None:
                 os.killpg(server.pid, signal.SIGKILL)

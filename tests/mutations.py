@@ -1148,8 +1148,8 @@ MUTATIONS = [
     mutation(
         "ahead-samples-with-the-trainers-own-weights",
         "nanopost/engine.py",
-        "world.dtype == torch.float32 and not ahead",
-        "world.dtype == torch.float32",
+        "shared = whole and not ahead",
+        "shared = whole",
         "test_engine.py::test_a_scripts_engine_shares_the_weights_of_one_process_in_fp32",
     ),
     mutation(
@@ -2242,8 +2242,8 @@ MUTATIONS = [
     mutation(
         "engine-tokens-ignored",
         "nanopost/cli.py",
-        "        args.engine_tokens,\n",
-        "        2**18,\n",
+        "args.engine_rows, args.engine_tokens, args.max",
+        "args.engine_rows, 2**18, args.max",
         "test_loops.py::test_flags_that_say_how_reach_what_they_are_for[train_grpo.py]",
     ),
     mutation(
