@@ -46,9 +46,11 @@ class Init(WeightTransferInitInfo):
 
 @dataclass
 class Update(WeightTransferUpdateInfo):
-    """path: a safetensors file of some of the weights, under their checkpoint names."""
+    """path: a safetensors file of some of the weights, under their checkpoint names. inode: its
+    number, by which another file under the same path is noticed."""
 
     path: str
+    inode: int
 
 
 class SharedMemory(WeightTransferEngine):
@@ -69,6 +71,8 @@ class SharedMemory(WeightTransferEngine):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info):
+        if os.stat(update_info.path).st_ino != update_info.inode:
+            raise ValueError(f"{update_info.path}: the file of this update is gone")
         self.model.load_weights(list(load_file(update_info.path).items()))
 
     def finish_weight_update(self):
@@ -98,9 +102,30 @@ if __name__ == "nanopost.vllm_worker":  # a spawned process runs the main module
 class Extension:
     """--worker-extension-cls: makes each worker import this module, before it makes its engine."""
 
+    def nanopost_sizes(self, names: list[str]) -> dict:
+        """What config.json says about the model; None where it says nothing."""
+        config = self.model_config.hf_text_config
+        return {name: getattr(config, name, None) for name in names}
+
+    def nanopost_abandon(self):
+        """End an update that was not finished, if there is one. Its weights are worth nothing.
+
+        After one that has failed vLLM keeps what it had loaded of a layer: the next update would
+        fill the layer too early, and drop the rest of it without a word.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        model = self.model_runner.get_model()
+        if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+            with set_current_vllm_config(self.vllm_config):
+                finalize_layerwise_reload(model, self.model_config)
+        self._weight_update_active = False
+
     def nanopost_restore(self):
         """Load the weights of --model again, whatever state an update has left."""
-        self._weight_update_active = False
+        self.nanopost_abandon()
         model = self.model_runner.get_model()
         self.model_runner.reload_weights()
         if not torch.cuda.is_available():
