@@ -1,12 +1,15 @@
 """Servers that die, hang, fail, lie or lose answers: real vLLM servers behind a proxy."""
 
+import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import vllm_kills
 import vllm_servers
 from test_engine import trainer_logp
 from vllm_proxy import Proxy
@@ -14,6 +17,7 @@ from vllm_proxy import Proxy
 from nanopost import InputError, StepError, hf, vllm
 from nanopost.dist import World
 from nanopost.engine import Sampling, prompt_seed
+from nanopost.rollout import Rollout
 from nanopost.tokenizer import Tokenizer
 from nanopost.vllm import Server, ServerError, Servers
 
@@ -22,59 +26,27 @@ PROMPTS = [[3, 60 + i, 61, 62 + i, 4] for i in range(12)]
 SEEDS = [prompt_seed(0, i) for i in range(len(PROMPTS))]
 GENERATE = "/inference/v1/generate"
 PATIENCE = 4.0  # --vllm_timeout of these tests, seconds
-MAX_PAUSE = 5
 pytestmark = [pytest.mark.slow, vllm_servers.needed]
 
 
-class Real:
-    """Two real servers, each on a port of its own."""
-
-    def __init__(self, folder, logs):
-        self.folder, self.logs = folder, logs
-        self.ports = [vllm_servers.free_port() for _ in range(2)]
-        self.running = [None, None]
-        for i in range(2):
-            self.launch(i)
-        for i in range(2):
-            self.wait(i)
-
-    def launch(self, i):
-        self.log = self.logs / f"server{i}.log"
-        self.running[i] = vllm_servers.launch(
-            self.folder, self.ports[i], "--max_pause", MAX_PAUSE, log=self.log
-        )
-
-    def wait(self, i):
-        vllm_servers.wait(self.running[i], self.ports[i], self.logs / f"server{i}.log")
-
-    def restart(self, i):
-        vllm_servers.stop(self.running[i])
-        self.launch(i)
-        self.wait(i)
-
-    def url(self, i):
-        return f"http://127.0.0.1:{self.ports[i]}"
-
-    def direct(self, i) -> Server:
-        return Server(self.url(i), 60.0)
-
-    def stop(self):
-        for process in self.running:
-            vllm_servers.stop(process)
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a model and what train_grpo.py needs."""
+    place = tmp_path_factory.mktemp("faults")
+    vllm_kills.write_data(place)
+    return place
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    vllm_servers.write_model(folder)
-    return folder
+def folder(place):
+    return place / "model"
 
 
 @pytest.fixture(scope="session")
-def real(folder, tmp_path_factory):
-    servers = Real(folder, tmp_path_factory.mktemp("logs"))
-    yield servers
-    servers.stop()
+def real(place):
+    pair = vllm_kills.Pair(place / "model", place)
+    yield pair
+    pair.stop()
 
 
 @pytest.fixture
@@ -130,6 +102,14 @@ def alive(engine):
 
 
 @pytest.fixture
+def ctrl_c():
+    """ctrl_c(): as if it were pressed a second later."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield lambda: threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
 def clock():
     """A test that takes longer than its faults may take has hung somewhere."""
     began = time.monotonic()
@@ -172,11 +152,11 @@ def test_what_fails_twice_is_asked_a_third_time(proxies, start, policy, what, cl
 
 
 def test_a_server_that_is_well_but_fails_all_prompts_costs_none(proxies, start, policy, clock):
-    engine = start(proxies)
+    engine, only = start(proxies[1:] + proxies[:1]), start(proxies[:1], sync=False)
     proxies[0].fault(GENERATE, 500)
     generate(engine, policy)
     assert proxies[0].count(GENERATE) >= 3
-    only = start(proxies[:1])
+    only.sync_weights(policy.state_dict().items(), 0)
     with pytest.raises(StepError, match=r"status 500.*has failed 3 times\): restart them"):
         only.generate(PROMPTS[:2], 2, Sampling(6), SEEDS[:2])
 
@@ -235,12 +215,12 @@ def test_all_dead_is_one_sentence(proxies, start, clock):
 
 
 @pytest.mark.parametrize("when", ["hang", 3.0])
-def test_ctrl_c_while_it_generates_ends_within_seconds(proxies, start, monkeypatch, when, clock):
+def test_ctrl_c_while_it_generates_ends_within_seconds(proxies, start, monkeypatch, when, ctrl_c):
     monkeypatch.setattr("test_vllm_faults.PATIENCE", 600.0)
     engine = start(proxies)
     for proxy in proxies:
         proxy.fault(GENERATE, when)
-    threading.Timer(1.0, signal.raise_signal, (signal.SIGINT,)).start()
+    ctrl_c()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         engine.generate(PROMPTS, 2, Sampling(6), SEEDS)
@@ -248,11 +228,11 @@ def test_ctrl_c_while_it_generates_ends_within_seconds(proxies, start, monkeypat
     assert not [t for t in threading.enumerate() if "ThreadPool" in t.name]
 
 
-def test_ctrl_c_in_a_sync_ends_within_seconds(proxies, start, policy, monkeypatch, clock):
+def test_ctrl_c_in_a_sync_ends_within_seconds(proxies, start, policy, monkeypatch, ctrl_c):
     monkeypatch.setattr("test_vllm_faults.PATIENCE", 600.0)
     engine = start(proxies)
     proxies[1].fault("/update_weights", "hang")
-    threading.Timer(1.0, signal.raise_signal, (signal.SIGINT,)).start()
+    ctrl_c()
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         engine.sync_weights(policy.state_dict().items(), 1)
@@ -378,7 +358,7 @@ def test_a_late_update_does_not_reach_the_next_sync(proxies, start, policy, monk
     generate(engine, policy)
 
 
-# --------------------------------------------------------------------------------------------- start
+# -------------------------------------------------------------------------------------------- start
 def test_a_server_of_another_model_is_one_sentence(proxies, start, policy, folder, alone):
     other = hf.load_model(folder).config
     other.hf["vocab_size"] = 300
@@ -397,3 +377,116 @@ def test_a_server_without_our_worker_is_one_sentence(proxies, start, clock):
     proxies[1].fault("/collective_rpc", 404)
     with pytest.raises(InputError, match="no routes for training: start it with python -m"):
         start(proxies)
+
+
+# ------------------------------------------------------------------------------------------ trainer
+@pytest.fixture(scope="session")
+def prompts(place):
+    return vllm_kills.expected(place)
+
+
+def train(place, out, proxies, ranks=1, *more):
+    urls = ("--vllm", *(proxy.url for proxy in proxies), "--vllm_timeout", 5)
+    return vllm_kills.start(place, ranks, out, *urls, *more)
+
+
+def log_of(out):
+    return Path(f"{out}.log").read_text()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_run_through_all_faults_has_each_prompt_once(
+    proxies, place, prompts, tmp_path, ranks, clock
+):
+    for i, what in enumerate((500, "hang", "lose", "truncate", 503, "garbage")):
+        proxies[i % 2].fault(GENERATE, what, times=2, after=7 * (i + 1))
+    proxies[0].fault("/update_weights", 500, times=1, after=3)
+    proxies[1].fault("/finish", "lose", times=1, after=4)
+    proxies[1].fault("/resume", "hang", times=1, after=5)
+    out = tmp_path / "out"
+    assert train(place, out, proxies, ranks).wait(120) == 0, log_of(out)[-3000:]
+    vllm_kills.check(out, prompts, log_of(out)[-3000:])
+    assert log_of(out).count("warning: ") >= 4
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("where", [GENERATE, "/update_weights"])
+def test_all_dead_ends_with_a_checkpoint_that_is_resumed(
+    proxies, place, prompts, tmp_path, ranks, where, clock
+):
+    out = tmp_path / "out"
+    for proxy in proxies:
+        proxy.fault(where, 500, after=3)
+    assert train(place, out, proxies, ranks, "--save_every", 0 if ranks == 1 else 1).wait(120) == 1
+    log = log_of(out)
+    assert "error: no server of --vllm" in log and "status 500: planned" in log
+    step = vllm_kills.metrics(out)[-1]["step"]
+    assert f"--resume continues after step {step}" in log
+    for proxy in proxies:
+        proxy.heal()
+        proxy.seen = []
+    process = train(place, out, proxies, ranks, "--resume")
+    assert process.wait(120) == 0, log_of(out)[-3000:]
+    assert f"resumed at step {step}" in log_of(out)
+    vllm_kills.check(out, prompts, log_of(out)[-3000:])
+    # Weights before the first sample.
+    asked = [path for path, _ in proxies[0].seen]
+    sampled = [k for k, path in enumerate(asked) if path == GENERATE]
+    assert asked.index("/finish_weight_update") < sampled[1]  # the first one asks for the route
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_trainer_killed_in_an_update_leaves_a_server_for_the_next_run(
+    proxies, place, prompts, real, tmp_path, ranks
+):
+    out, run = tmp_path / "out", []
+
+    def kill():
+        for pid in [run[0].pid, *vllm_kills.workers(out)]:
+            os.kill(pid, signal.SIGKILL)
+
+    proxies[0].fault("/update_weights", kill, times=1, after=2)
+    run.append(train(place, out, proxies[:1], ranks))
+    assert run[0].wait(120) == -signal.SIGKILL
+    vllm_kills.wait_until_gone(run[0], out, "killed")
+    vllm_kills.nothing_is_left()
+    assert real.direct(0).get("/is_paused")["is_paused"]  # amid the update
+    # Without waiting for --max_pause.
+    assert train(place, out, proxies[:1], ranks, "--resume").wait(120) == 0, log_of(out)[-3000:]
+    vllm_kills.check(out, prompts, log_of(out)[-3000:])
+
+
+def test_a_server_that_its_trainer_left_paused_goes_on_by_itself(
+    proxies, start, policy, real, capfd, clock
+):
+    engine = start(proxies[:1])
+    engine._begin(engine.servers[0], fresh=False)
+    assert real.direct(0).get("/is_paused")["is_paused"]
+    real.wait_until_usable()
+    assert real.direct(0).get("/weight_info")["weight_version"] == "restored"
+    body = {"token_ids": PROMPTS[0], "sampling_params": {"max_tokens": 4, "logprobs": 0}}
+    (choice,) = real.direct(0).post(GENERATE, body)["choices"]
+    r = Rollout(PROMPTS[0], choice["token_ids"], None, "length", 0)
+    found = [x["logprob"] for x in choice["logprobs"]["content"]]
+    np.testing.assert_allclose(found, trainer_logp(policy, r, 1.0), atol=1e-4)
+    # The engine that had begun the sync does not take it for its own.
+    assert engine._each(engine.servers, {}, lambda s: engine._end(s, 1)) == []
+
+
+def test_interrupts_of_a_run_that_hangs(proxies, place, tmp_path, clock):
+    out = tmp_path / "out"
+    asked = threading.Event()
+    proxies[0].fault(GENERATE, asked.set, times=1, after=20)
+    proxies[0].fault(GENERATE, "hang", after=20)
+    process = train(place, out, proxies[:1], 1, "--vllm_timeout", 600)
+    assert asked.wait(60)
+    for _ in range(2):  # the first one waits for the step
+        process.send_signal(signal.SIGINT)
+        time.sleep(2.5)
+    assert process.wait(10) == 1
+    assert "stopped" in log_of(out) and "--resume continues after step" in log_of(out)
+
+
+def test_kills_at_random(place, real, capsys):
+    vllm_kills.main(4, 1, place, real)
+    assert "4 kills in" in capsys.readouterr().out

@@ -1,6 +1,7 @@
 """A proxy between a trainer and a vLLM server that injects faults on command."""
 
 import http.client
+import socket
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -68,7 +69,10 @@ class Proxy:
         self.server.shutdown()
         self.server.server_close()
         for connection in self.sockets:
-            connection.close()
+            try:
+                connection.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass  # it has ended
 
     def _planned(self, path):
         with self.lock:
