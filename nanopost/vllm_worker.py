@@ -11,6 +11,7 @@ as files in shared memory, by the one below. A server that a dead trainer has le
 weights of its --model again and goes on (after --max_pause seconds; default 600).
 """
 
+import http.client
 import json
 import os
 import runpy
@@ -173,21 +174,21 @@ def watch(port: str, limit: float):
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.loads(answer.read() or b"null")
 
-    since = None
+    since, seen = 0.0, None
     while True:
         time.sleep(min(5.0, limit / 4))
         try:
-            if not call("/is_paused")["is_paused"]:
-                since = None
-                continue
-            since = since or time.monotonic()
+            # Each sync has a version of its own: two of them are not one long pause.
+            before, seen = seen, call("/weight_info")["weight_version"]
+            if not call("/is_paused")["is_paused"] or seen != before:
+                since = time.monotonic()
             if time.monotonic() - since < limit:
                 continue
             print(f"paused for {limit:g} s: back to the weights of --model", flush=True)
             call("/collective_rpc", {"method": "nanopost_restore"})
             call("/update_weight_version", {"new_version": "restored"})
             call("/resume", {})
-        except OSError:  # not up yet, or going down
+        except (OSError, ValueError, http.client.HTTPException):  # not up yet, or going down
             continue
 
 

@@ -206,15 +206,15 @@ def test_all_dead_is_one_sentence(proxies, start, clock):
     engine = start(proxies)
     for proxy in proxies:
         proxy.close()
-    with pytest.raises(StepError, match="no server of --vllm .*refused.* is left .*--resume"):
+    with pytest.raises(StepError, match="no server of --vllm .* is left .*refused.*--resume"):
         engine.generate(PROMPTS, 2, Sampling(6), SEEDS)
     # The next sync says it too, and ends nothing: the step is saved first.
     engine.sync_weights([("a", torch.zeros(1))], 1)
-    with pytest.raises(StepError, match="no server of --vllm .*refused.* is left .*--resume"):
+    with pytest.raises(StepError, match="no server of --vllm .* is left .*refused.*--resume"):
         engine.generate(PROMPTS, 2, Sampling(6), SEEDS)
 
 
-@pytest.mark.parametrize("when", ["hang", 3.0])
+@pytest.mark.parametrize("when", ["hang", 6.0])
 def test_ctrl_c_while_it_generates_ends_within_seconds(proxies, start, monkeypatch, when, ctrl_c):
     monkeypatch.setattr("test_vllm_faults.PATIENCE", 600.0)
     engine = start(proxies)
@@ -266,12 +266,12 @@ ROUTES = [
 ]
 
 
-@pytest.mark.parametrize("what", [500, 503, "hang", "reset", "lose"])
+@pytest.mark.parametrize("what", [500, "hang", "lose"])
 @pytest.mark.parametrize("path", ROUTES)
 def test_a_sync_that_fails_anywhere_leaves_a_server_out_until_a_whole_one(
     proxies, start, policy, monkeypatch, path, what, clock
 ):
-    monkeypatch.setattr(vllm, "BUCKET", 2**15)  # several buckets
+    monkeypatch.setattr(vllm, "BUCKET", 2**17)  # several buckets
     engine = start(proxies)
     change(policy)
     after = 1 if path == "/update_weights" else 0
@@ -291,7 +291,7 @@ def test_a_sync_that_fails_anywhere_leaves_a_server_out_until_a_whole_one(
 
 @pytest.mark.parametrize("path", ROUTES)
 def test_the_only_server_is_synced_once_more(proxies, start, policy, monkeypatch, path, clock):
-    monkeypatch.setattr(vllm, "BUCKET", 2**15)
+    monkeypatch.setattr(vllm, "BUCKET", 2**17)
     engine = start(proxies[:1])
     for i, what in enumerate((500, "lose")):
         change(policy)
@@ -319,7 +319,7 @@ def test_an_update_that_fails_inside_the_server_leaves_nothing_in_the_next(
 
 
 def test_weights_of_two_runs_do_not_mix(proxies, start, policy, monkeypatch, clock):
-    monkeypatch.setattr(vllm, "BUCKET", 2**15)
+    monkeypatch.setattr(vllm, "BUCKET", 2**17)
     first, second = start(proxies[:1]), start(proxies[1:], sync=False)
     proxies[1].target = proxies[0].target  # both on one server
     other = {name: w * 0.5 for name, w in policy.state_dict().items()}
@@ -395,9 +395,7 @@ def log_of(out):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_run_through_all_faults_has_each_prompt_once(
-    proxies, place, prompts, tmp_path, ranks, clock
-):
+def test_a_run_through_all_faults_has_each_prompt_once(proxies, place, prompts, tmp_path, ranks):
     for i, what in enumerate((500, "hang", "lose", "truncate", 503, "garbage")):
         proxies[i % 2].fault(GENERATE, what, times=2, after=7 * (i + 1))
     proxies[0].fault("/update_weights", 500, times=1, after=3)
@@ -412,11 +410,11 @@ def test_a_run_through_all_faults_has_each_prompt_once(
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("where", [GENERATE, "/update_weights"])
 def test_all_dead_ends_with_a_checkpoint_that_is_resumed(
-    proxies, place, prompts, tmp_path, ranks, where, clock
+    proxies, place, prompts, tmp_path, ranks, where
 ):
     out = tmp_path / "out"
-    for proxy in proxies:
-        proxy.fault(where, 500, after=3)
+    for proxy in proxies:  # in the third step, after 16 prompts held out and two steps of 8
+        proxy.fault(where, 500, after=3 if where == "/update_weights" else 20)
     assert train(place, out, proxies, ranks, "--save_every", 0 if ranks == 1 else 1).wait(120) == 1
     log = log_of(out)
     assert "error: no server of --vllm" in log and "status 500: planned" in log
@@ -473,7 +471,7 @@ def test_a_server_that_its_trainer_left_paused_goes_on_by_itself(
     assert engine._each(engine.servers, {}, lambda s: engine._end(s, 1)) == []
 
 
-def test_interrupts_of_a_run_that_hangs(proxies, place, tmp_path, clock):
+def test_interrupts_of_a_run_that_hangs(proxies, place, tmp_path):
     out = tmp_path / "out"
     asked = threading.Event()
     proxies[0].fault(GENERATE, asked.set, times=1, after=20)

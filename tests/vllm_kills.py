@@ -30,7 +30,7 @@ from scripts import ENVIRONMENT, command, metrics  # noqa: E402
 from nanopost.vllm import Server  # noqa: E402
 from runs import toy  # noqa: E402
 
-STEPS, MAX_PAUSE = 8, 5
+STEPS, MAX_PAUSE = 8, 15
 FLAGS = ("--steps", STEPS, "--warmup", 0, "--lr", 1e-3, "--eval_every", 0, "--device", "cpu")
 FLAGS += ("--prompts", 8, "--group", 4, "--max_new_tokens", 6, "--holdout", 8, "--record")
 FLAGS += ("--save_every", 1, "--keep", 2)
