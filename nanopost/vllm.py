@@ -128,7 +128,7 @@ class Server:
                 connection.close()
                 if kept and connection in self.busy:  # the server had closed it
                     continue
-                reason = str(error) or type(error).__name__
+                reason = " ".join(str(error).split()) or type(error).__name__
                 raise ServerError(f"{self.url}{path}: {reason}") from error
             finally:
                 with self.lock:

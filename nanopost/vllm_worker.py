@@ -109,17 +109,22 @@ class Extension:
         return {name: getattr(config, name, None) for name in names}
 
     def nanopost_abandon(self):
-        """End an update that was not finished, if there is one. Its weights are worth nothing.
+        """End an update that was not finished, if there is one: layers that it has not filled get
+        the weights before.
 
-        After one that has failed vLLM keeps what it had loaded of a layer: the next update would
-        fill the layer too early, and drop the rest of it without a word.
+        vLLM keeps what an update that failed had loaded of a layer: the next one would fill the
+        layer too early, and drop the rest of it without a word.
         """
         from vllm.config import set_current_vllm_config
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
         from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
         model = self.model_runner.get_model()
-        if any(get_layerwise_info(layer).can_load() for layer in model.modules()):
+        begun = [get_layerwise_info(layer) for layer in model.modules()]
+        begun = [info for info in begun if info.can_load()]
+        for info in begun:
+            info.loaded_weights, info.load_numel = [], 0
+        if begun:
             with set_current_vllm_config(self.vllm_config):
                 finalize_layerwise_reload(model, self.model_config)
         self._weight_update_active = False
