@@ -197,16 +197,27 @@ def shard(
     return model
 
 
-def full_weights(model, part: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(model, part: str = "") -> "FullWeights":
     """(checkpoint name, whole fp32 tensor), one at a time. A collective: all ranks must iterate.
 
     A tied head is not included (the model has none). Both the saved folder and an engine's copy
     are made from this. part: "policy." or "value." of an ActorCritic.
     """
-    for name, p in model.state_dict().items():
-        if name.startswith(part):
-            whole = p.full_tensor() if isinstance(p, DTensor) else p
-            yield name.removeprefix(part), whole.detach()
+    return FullWeights(model, part)
+
+
+@dataclass
+class FullWeights:
+    """What full_weights returns: it can be iterated again."""
+
+    model: torch.nn.Module
+    part: str
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, p in self.model.state_dict().items():
+            if name.startswith(self.part):
+                whole = p.full_tensor() if isinstance(p, DTensor) else p
+                yield name.removeprefix(self.part), whole.detach()
 
 
 def clip_grad_norm(model, max_norm: float) -> float:

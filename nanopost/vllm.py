@@ -5,10 +5,12 @@ server, here or elsewhere, with `python -m nanopost.vllm_worker --model DIR --po
 
 A prompt's samples come from one server, the one with the fewest requests. A server that fails is
 left out, and what it had is sent again to the others; it is back after the next sync of weights
-that reaches it. Every call has a time-out.
+that reaches it. Every call has a time-out. Without a server generate ends the run.
 
 A sync: pause, start, one update per bucket of weights, finish with a version, resume. Each sampled
-token knows the version it was drawn with, so a server with other weights is noticed.
+token knows the version it was drawn with, so a server with other weights is noticed. A server that
+fails in a sync stays paused until a whole one succeeds; if the trainer dies, see --max_pause in
+vllm_worker.py.
 """
 
 import http.client
@@ -16,16 +18,16 @@ import json
 import os
 import secrets
 import socket
-import tempfile
 import threading
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import partial
 from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from nanopost import InputError, StepError, dist
 from nanopost.engine import Sampling
@@ -36,6 +38,16 @@ BUCKET = 2**28  # bytes of weights in one update
 REQUESTS = 256  # in flight from one rank
 QUICK = 10.0  # seconds in which a server must say how it is
 TRIES = 3  # of one prompt on each server
+WRONG = (KeyError, TypeError, ValueError, IndexError, AttributeError)  # an answer of another form
+SIZES = (  # of a model, under their names in config.json
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
 
 class ServerError(Exception):
@@ -50,55 +62,79 @@ class Refused(ServerError):
 class Server:
     """The routes of one vLLM server. Connections are kept and used again."""
 
-    def __init__(self, url: str, timeout: float):
-        """url: http://host:port, or https. timeout: seconds that a request may take."""
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+    def __init__(self, url: str, timeout: float, closing: threading.Event | None = None):
+        """url: http://host:port, or https. timeout: seconds that a request may take. closing: while
+        it is set, all requests fail."""
+        try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
+            port = parts.port
+        except ValueError:  # a port that is no number
+            parts, port = urlsplit(""), None
+        rest = parts.path.strip("/") or parts.query
+        if parts.scheme not in ("http", "https") or not parts.hostname or rest:
             raise InputError(f"--vllm {url}: give an address such as http://127.0.0.1:8000.")
         self.url, self.timeout = url.rstrip("/"), timeout
         self.secure, self.host = parts.scheme == "https", parts.hostname
-        self.port = parts.port or (443 if self.secure else 80)
+        self.port = port or (443 if self.secure else 80)
+        self.closing = closing or threading.Event()
+        self.lock = threading.Lock()
         self.idle: list[http.client.HTTPConnection] = []
         self.busy: set[http.client.HTTPConnection] = set()
-        self.load = 0  # requests in flight
+        self.load = 0  # prompts that it is asked for
 
     def get(self, path: str, timeout: float = QUICK) -> dict:
-        return self._call("GET", path, None, timeout)
+        return self._call("GET", path, None, min(timeout, self.timeout), again=True)
 
-    def post(self, path: str, body: dict | None = None, timeout: float | None = None) -> dict:
-        return self._call("POST", path, body, timeout or self.timeout)
+    def post(
+        self,
+        path: str,
+        body: dict | None = None,
+        timeout: float | None = None,
+        again: bool = False,
+    ) -> dict:
+        """again: the request may be sent twice. Otherwise it goes over a new connection: when one
+        that was kept is closed, nobody knows whether the server has read the request."""
+        return self._call("POST", path, body, timeout or self.timeout, again)
 
-    def _call(self, method, path, body, timeout):
+    def _call(self, method, path, body, timeout, again):
         """The server's answer to one request, or ServerError."""
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get("VLLM_API_KEY"):
             headers["Authorization"] = f"Bearer {key}"
         data = None if body is None else json.dumps(body)
         while True:
-            used = bool(self.idle)
-            connection = self.idle.pop() if used else self._connection()
-            connection.timeout = timeout
-            self.busy.add(connection)
+            with self.lock:
+                if self.closing.is_set():
+                    raise ServerError(f"{self.url}{path}: the engine is closed")
+                kept = again and bool(self.idle)
+                connection = self.idle.pop() if kept else self._connection()
+                self.busy.add(connection)
+            limit = timeout
             try:
                 if connection.sock is None:
-                    connection.timeout = min(timeout, QUICK)
+                    limit = connection.timeout = min(timeout, QUICK)
                     connection.connect()
+                    limit = timeout
+                    if connection not in self.busy:
+                        raise ConnectionAbortedError("hung up")
                 connection.sock.settimeout(timeout)
                 connection.request(method, path, data, headers)
                 answer = connection.getresponse()
                 text = answer.read()
             except TimeoutError as error:
                 connection.close()
-                raise ServerError(f"{self.url}{path}: no answer in {timeout:g} s") from error
+                raise ServerError(f"{self.url}{path}: no answer in {limit:g} s") from error
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
-                if used and not isinstance(error, socket.gaierror):
-                    continue  # the server closes idle connections: the next may be a new one
-                reason = str(error) or type(error).__name__
+                if kept and connection in self.busy:  # the server had closed it
+                    continue
+                reason = " ".join(str(error).split()) or type(error).__name__
                 raise ServerError(f"{self.url}{path}: {reason}") from error
             finally:
-                self.busy.discard(connection)
-            self.idle.append(connection)
+                with self.lock:
+                    self.busy.discard(connection)
+            with self.lock:
+                self.idle.append(connection)
             return self._read(path, answer.status, text)
 
     def _connection(self):
@@ -117,19 +153,23 @@ class Server:
         if isinstance(answer, dict):
             answer = answer.get("error", answer)
             answer = answer.get("message", answer) if isinstance(answer, dict) else answer
-        kind = Refused if status in (400, 404, 422) else ServerError
+        kind = Refused if status in (400, 422) else ServerError
         raise kind(f"{self.url}{path}: status {status}: {str(answer)[:300]}")
 
     def hang_up(self):
         """End all requests in flight: each raises ServerError."""
-        for connection in list(self.busy):
-            if connection.sock is not None:
+        with self.lock:
+            busy, self.busy = self.busy, set()
+            idle, self.idle = self.idle, []
+        for connection in idle:
+            connection.close()
+        for connection in busy:
+            sock = connection.sock
+            if sock is not None:
                 try:
-                    connection.sock.shutdown(socket.SHUT_RDWR)
+                    sock.shutdown(socket.SHUT_RDWR)
                 except OSError:
                     pass  # it is closed already
-        while self.idle:
-            self.idle.pop().close()
 
 
 # ------------------------------------------------------------------------------------------- engine
@@ -141,36 +181,56 @@ class Servers:
     ):
         """config: the model's. timeout: seconds that any request may take. audit: audit.Audit."""
         self.audit = audit
-        self.servers = [Server(url, timeout) for url in urls]
+        self.closing = threading.Event()
+        self.servers = [Server(url, timeout, self.closing) for url in dict.fromkeys(urls)]
         self.tokenizer, self.world = tokenizer, world
         self.stop_ids = sorted(tokenizer.stop_ids)
         self.transport = (Nccl if world.device.type == "cuda" else SharedMemory)()
         self.lock = threading.Lock()
-        self.closing = False
+        self.syncing = threading.Lock()  # held by a sync, and by who judges a server
         self.version = 0
         # Weights of other runs, or those that a server has started with, have other names.
         self.run = dist.gather([secrets.token_hex(4)])[0]
-        for server in self.servers:
-            limits = self._ready(server)
-        self.positions = min(config.hf.get("max_position_embeddings", 2**31), limits)
-        self.alive: list[Server] = []  # with the weights of the last sync
+        limits = [self._ready(server, config) for server in self.servers]
+        self.positions = min(config.hf.get("max_position_embeddings", 2**31), *limits)
+        # Why a server is left out. The others have the weights of the last sync.
+        self.lost = {server.url: f"{server.url}: not synced yet" for server in self.servers}
+        self.marks = {}  # the version of a server whose update has not ended
 
-    def _ready(self, server) -> int:
+    @property
+    def alive(self) -> list[Server]:
+        return [server for server in self.servers if server.url not in self.lost]
+
+    def _ready(self, server, config) -> int:
         """InputError unless the server is one to train with -> tokens that it takes at most."""
+        start = "start it with python -m nanopost.vllm_worker --model DIR --port PORT."
         try:
             server.get("/weight_info")
-            limits = [model["max_model_len"] for model in server.get("/v1/models")["data"]]
-            server.post("/inference/v1/generate", {"token_ids": []}, QUICK)
-        except Refused as error:
-            if "404" not in str(error):  # it knows the route, and wants tokens
-                return min(limits)
+            limit = min(model["max_model_len"] for model in server.get("/v1/models")["data"])
+        except (ServerError, *WRONG) as error:
             raise InputError(
-                f"{error}: this server has no routes for training. Start it with "
-                "python -m nanopost.vllm_worker --model DIR --port PORT."
+                f"--vllm: {_about(server, error)}: is it up, and reachable from here? Else {start}"
             ) from error
-        except ServerError as error:
-            raise InputError(f"--vllm: {error}: is it up, and reachable from here?") from error
-        return min(limits)
+        sizes = {}
+        try:
+            answer = server.post(
+                "/collective_rpc", {"method": "nanopost_sizes", "args": [SIZES]}, QUICK
+            )
+            sizes = answer["results"][0]
+            server.post("/inference/v1/generate", {"token_ids": []}, QUICK)
+        except Refused:  # it knows the route, and wants tokens
+            pass
+        except (ServerError, *WRONG) as error:
+            error = _about(server, error)
+            raise InputError(f"{error}: this server has no routes for training: {start}") from error
+        for name in SIZES:
+            ours, theirs = config.hf.get(name), sizes.get(name)
+            if None not in (ours, theirs) and ours != theirs:
+                raise InputError(
+                    f"--vllm {server.url} serves another model: its {name} is {theirs}, not {ours} "
+                    "as in --model: start it with the folder of --model."
+                )
+        return limit
 
     # ------------------------------------------------------------------------------------- generate
     def generate(
@@ -186,9 +246,8 @@ class Servers:
         if "" in sampling.stop:
             raise InputError("--stop: an empty string would end every completion at once.")
         longest = max(lengths, default=0)
-        if (
-            longest + sampling.max_tokens > self.positions
-        ):  # vLLM would sample fewer, and not say so
+        # vLLM would sample fewer, and not say so.
+        if longest + sampling.max_tokens > self.positions:
             raise InputError(
                 f"a prompt of {longest} tokens and {sampling.max_tokens} new ones exceed the "
                 f"{self.positions} positions of model and server: lower --max_new_tokens, drop "
@@ -197,19 +256,30 @@ class Servers:
         seeds = seeds or [0] * len(prompts)
         if not prompts:
             return []
-        with ThreadPoolExecutor(min(len(prompts), REQUESTS)) as pool:
-            try:
-                tasks = [
-                    pool.submit(self._group, prompt, n, sampling, seed)
-                    for prompt, seed in zip(prompts, seeds)
-                ]
-                return [task.result() for task in tasks]
-            except BaseException:
-                self.closing = True
-                pool.shutdown(wait=False, cancel_futures=True)
-                for server in self.servers:
-                    server.hang_up()
-                raise
+        return self._at_once(
+            [
+                partial(self._group, prompt, n, sampling, seed)
+                for prompt, seed in zip(prompts, seeds)
+            ]
+        )
+
+    def _at_once(self, calls: list[Callable]) -> list:
+        """What the calls return. If one raises, or Ctrl-C does, all requests are ended."""
+        pool = ThreadPoolExecutor(min(len(calls), REQUESTS))
+        try:
+            tasks = [pool.submit(call) for call in calls]
+            for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
+                task.result()
+            return [task.result() for task in tasks]
+        except BaseException:
+            self.closing.set()
+            for server in self.servers:
+                server.hang_up()
+            pool.shutdown(cancel_futures=True)
+            self.closing.clear()
+            raise
+        finally:
+            pool.shutdown(wait=False)
 
     def _group(self, prompt, n, sampling, seed) -> list[Rollout]:
         """The samples of one prompt, from one server; from another one if that fails."""
@@ -231,59 +301,69 @@ class Servers:
                 "skip_special_tokens": False,
             },
         }
-        for _ in range(TRIES * len(self.servers)):
-            server = self._least_loaded()
+        failures = Counter()  # of this prompt, by server
+        while True:
+            server = self._least_loaded(failures)
             before = self.version
             try:
-                answer = server.post("/inference/v1/generate", body)
+                answer = server.post("/inference/v1/generate", body, again=True)
                 choices = sorted(answer["choices"], key=lambda choice: choice["index"])
-                if len(choices) != n:
+                if [choice["index"] for choice in choices] != list(range(n)):
                     raise ServerError(f"{server.url}: {len(choices)} samples instead of {n}")
                 return [self._rollout(server, prompt, c, sampling, before) for c in choices]
             except Refused as error:
                 raise InputError(f"{error}.") from error
-            except ServerError as error:
-                if self.closing:
+            except (ServerError, *WRONG) as error:
+                if self.closing.is_set():
                     raise
-                self._doubt(server, error)
+                failures[server] += 1
+                self._doubt(server, _about(server, error), failures[server])
             finally:
                 with self.lock:
                     server.load -= 1
-        raise StepError(f"a prompt has failed {TRIES} times on each server of --vllm.")
 
-    def _least_loaded(self) -> Server:
+    def _least_loaded(self, failures) -> Server:
         with self.lock:
-            if not self.alive:
+            alive = self.alive
+            if not alive:
                 urls = " ".join(server.url for server in self.servers)
+                reasons = "; ".join(self.lost.values())
                 raise StepError(
-                    f"no server of --vllm {urls} is left: restart them and continue with --resume, "
-                    "which sends them the weights."
+                    f"no server of --vllm {urls} is left ({reasons}): restart them and continue "
+                    "with --resume, which sends them the weights."
                 )
             # Ranks count only their own requests, so each begins with another server.
-            order = range(len(self.alive))
-            first = self.world.rank % len(self.alive)
-            best = min(order, key=lambda i: (self.alive[i].load, (i - first) % len(self.alive)))
-            server = self.alive[best]
+            first = self.world.rank % len(alive)
+            order = alive[first:] + alive[:first]
+            server = min(order, key=lambda server: (failures[server], server.load))
             server.load += 1
             return server
 
-    def _doubt(self, server, error):
-        """After a failed request: leave the server out unless it is sound."""
-        try:
-            version = server.get("/weight_info")["weight_version"]
-            if server.get("/is_paused")["is_paused"]:
-                reason = "it is paused, by somebody else"
-            elif version != self._name(self.version):
-                reason = f"its weights are {version!r}, not {self._name(self.version)!r}"
-            else:
-                say(f"warning: {error}; it is asked again")
+    def _doubt(self, server, error, times):
+        """After a failed request: leave the server out unless it is sound, and ask it again."""
+        with self.syncing:  # what a server says during a sync means nothing
+            if server.url in self.lost:
                 return
-        except ServerError as silence:
-            reason = str(silence)
-        with self.lock:
-            if server in self.alive:
-                self.alive.remove(server)
+            try:
+                version = server.get("/weight_info")["weight_version"]
+                if server.get("/is_paused")["is_paused"]:
+                    reason = "it is paused, by somebody else"
+                elif version != self._name(self.version):
+                    reason = f"its weights are {version!r}, not {self._name(self.version)!r}"
+                elif times == TRIES:
+                    reason = f"this prompt has failed {times} times"
+                else:
+                    reason = None
+            except (ServerError, *WRONG) as silence:
+                reason = str(_about(server, silence))
+            if reason is not None and not self.closing.is_set():
+                with self.lock:
+                    self.lost[server.url] = f"{error}; {reason}"
                 say(f"warning: {error}; left out until the next sync: {reason}")
+                server.hang_up()  # what else it was asked for goes to the others
+                return
+        say(f"warning: {error}; it is asked again")
+        self.closing.wait(times - 1)  # seconds
 
     def _rollout(self, server, prompt, choice, sampling, before) -> Rollout:
         """One choice of an answer, checked."""
@@ -297,6 +377,8 @@ class Servers:
             raise ServerError(f"{server.url}: log-probs of other tokens than the sampled ones")
         if (logp < -9000).any() or not np.isfinite(logp).all():  # -9999: vLLM's "not there"
             raise ServerError(f"{server.url}: a log-prob is missing")
+        if not ids:
+            raise ServerError(f"{server.url}: a completion without tokens")
         if sampling.temperature == 0:
             logp = np.zeros_like(logp)
         versions = np.full(len(ids), -1)
@@ -328,64 +410,86 @@ class Servers:
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int):
         """Bring full weights, under their checkpoint names, to every server that answers.
 
-        A collective: every rank iterates over the tensors, rank 0 sends them. Requests that run
-        ahead go on under the new weights, their cache recomputed. StepError if no server is left.
+        A collective: every rank iterates over the tensors, rank 0 sends them; a second time if no
+        server has them and the iterable allows it. Requests that run ahead go on under the new
+        weights, their cache recomputed. Without a server the next generate raises StepError, so
+        that the step is whole by then.
         """
+        watched = named_tensors
         if self.audit:
-            named_tensors = self.audit.watch(named_tensors)
-        kept = {s.url for s in self.alive}
-        lost = set(dist.gather([s.url for s in self.servers if s.url not in kept]))
-        self.lost = {s.url: "not reached yet" for s in self.servers if s.url in lost}
-        sound = []
-        if self.world.rank == 0:
-            sound = self._each(self.servers, lambda s: self._begin(s, fresh=s.url in lost))
-        for bucket in _buckets(named_tensors, self.world.dtype):
-            if self.world.rank == 0:
-                sound = self.transport.send(self, sound, bucket)
-        if self.world.rank == 0:
-            sound = self._each(sound, lambda s: self._end(s, version))
-        urls = dist.gather([s.url for s in sound])
-        self.version = version
-        with self.lock:
-            self.alive = [s for s in self.servers if s.url in urls]
-        if not self.alive:
-            reasons = dist.gather([*self.lost.values()] if self.world.rank == 0 else [])
-            raise StepError(f"no server of --vllm has the weights of step {version}: {reasons[0]}.")
-        if self.audit:
+            watched = self.audit.watch(named_tensors)
+        with self.syncing:
+            self._sync(watched, version)
+            if not self.alive and iter(named_tensors) is not named_tensors:
+                self._sync(named_tensors, version)
+        if self.audit and self.alive:
             self.audit.check(self.alive, version)
 
-    def _each(self, servers, do) -> list[Server]:
-        """do(server) for all at once -> those that did not fail."""
-        if not servers:
-            return []
-        with ThreadPoolExecutor(len(servers)) as pool:
-            tasks = [pool.submit(do, server) for server in servers]
-        sound = []
-        for server, task in zip(servers, tasks):
-            error = task.exception()
-            if error is None:
-                sound.append(server)
-            elif isinstance(error, ServerError):
+    def _sync(self, named_tensors, version):
+        lost = {}
+        for url, reason in dist.gather([*self.lost.items()]):
+            if url not in lost and url not in self.lost:
+                say(f"warning: another rank has left out a server: {reason}")
+            lost.setdefault(url, reason)
+        sound, errors = [], {}
+        if self.world.rank == 0:
+            sound = self._each(self.servers, errors, lambda s: self._begin(s, s.url in lost))
+        for bucket in _buckets(named_tensors, self.world.dtype):
+            if self.world.rank == 0:
+                sound = self.transport.send(self, sound, errors, bucket)
+        if self.world.rank == 0:
+            sound = self._each(sound, errors, lambda s: self._end(s, version))
+        with self.lock:
+            self.version = version
+            self.lost = dict(dist.gather([*errors.items()]))
+        for server in self.servers:
+            if server.url in self.lost:
+                server.hang_up()
+
+    def _each(self, servers, errors, do) -> list[Server]:
+        """do(server) for all at once -> those that did not fail; the others' reasons to errors."""
+
+        def attempt(server):
+            try:
+                do(server)
+            except (ServerError, *WRONG) as error:
                 # An update that has not ended leaves it without weights: it stays paused.
-                self.lost[server.url] = str(error)
-                say(f"warning: not synced: {error}")
-            else:
-                raise error
-        return sound
+                errors[server.url] = str(_about(server, error))
+                say(f"warning: not synced: {errors[server.url]}")
+
+        if servers:
+            self._at_once([partial(attempt, server) for server in servers])
+        return [server for server in servers if server.url not in errors]
 
     def _begin(self, server, fresh):
         # What a server does for others, or for a trainer that died, ends; our own goes on.
+        if fresh:
+            server.get("/weight_info")  # a server that hangs must not take longer in each sync
         mode = "abort" if fresh else "keep"
         server.post(f"/pause?mode={mode}", timeout=min(server.timeout, 60.0))
+        # Not the version before: half-loaded weights must not pass for it.
+        mark = self.marks[server.url] = f"{self.run}:syncing-{secrets.token_hex(4)}"
+        server.post("/update_weight_version", {"new_version": mark})
         if fresh:
-            try:  # an update that a dead trainer began
-                server.post("/finish_weight_update", {"weight_version": "unfinished"})
-            except ServerError:
-                pass  # there is none
+            server.post("/collective_rpc", {"method": "nanopost_abandon"})
             self.transport.connect(server)
         server.post("/start_weight_update")
 
+    def _update(self, server, info):
+        self._check_mark(server)
+        server.post("/update_weights", {"update_info": info})
+
+    def _check_mark(self, server):
+        """ServerError if another trainer has begun a sync meanwhile: its weights would mix."""
+        version = server.get("/weight_info")["weight_version"]
+        if version != self.marks[server.url]:
+            raise ServerError(
+                f"{server.url}: {version!r} was begun in the middle of a sync: it has restarted, "
+                "or another run trains with it"
+            )
+
     def _end(self, server, version):
+        self._check_mark(server)
         server.post("/finish_weight_update", {"weight_version": self._name(version)})
         # Keys and values of the weights before: running requests compute theirs again.
         server.post("/reset_prefix_cache?reset_running_requests=true")
@@ -396,10 +500,17 @@ class Servers:
 
     def close(self):
         """Leave the servers as they are, with the weights of the last sync."""
-        self.closing = True
+        self.closing.set()
         for server in self.servers:
             server.hang_up()
         self.transport.close()
+
+
+def _about(server, error) -> Exception:
+    """An error of a server; what is wrong with the form of an answer becomes one."""
+    if isinstance(error, ServerError):
+        return error
+    return ServerError(f"{server.url}: an answer of another form: {error!r}")
 
 
 def _buckets(named_tensors, dtype) -> Iterator[list[tuple[str, torch.Tensor]]]:
@@ -417,29 +528,28 @@ def _buckets(named_tensors, dtype) -> Iterator[list[tuple[str, torch.Tensor]]]:
 
 # ---------------------------------------------------------------------------------------- transport
 class SharedMemory:
-    """Weights to servers on the same machine, through files in memory (CPU)."""
+    """Weights to servers on the same machine, through files in memory (CPU). They have no name, so
+    that nothing is left of them if the trainer dies."""
 
     def __init__(self):
-        folder = Path("/dev/shm")
-        self.folder = folder if folder.is_dir() else Path(tempfile.gettempdir())
-        self.path = self.folder / f"nanopost-{os.getpid()}.safetensors"
+        if not hasattr(os, "memfd_create"):
+            raise InputError("--vllm on a CPU: needs Linux.")
 
     def connect(self, server):
-        """Nothing to connect; what trainers that died have left is removed."""
-        for path in self.folder.glob("nanopost-*.safetensors"):
-            if not Path(f"/proc/{path.stem.removeprefix('nanopost-')}").exists():
-                path.unlink(missing_ok=True)
+        """Nothing to connect."""
 
-    def send(self, engine, servers, bucket) -> list[Server]:
-        save_file({name: tensor.contiguous() for name, tensor in bucket}, self.path)
-        body = {"update_info": {"path": str(self.path)}}
-        try:
-            return engine._each(servers, lambda s: s.post("/update_weights", body))
-        finally:
-            self.path.unlink()
+    def send(self, engine, servers, errors, bucket) -> list[Server]:
+        content = save({name: tensor.contiguous() for name, tensor in bucket})
+        with open(os.memfd_create("nanopost"), "wb") as file:
+            file.write(content)
+            file.flush()
+            # A late request must not read a later file under the same path.
+            inode = os.fstat(file.fileno()).st_ino
+            info = {"path": f"/proc/{os.getpid()}/fd/{file.fileno()}", "inode": inode}
+            return engine._each(servers, errors, lambda s: engine._update(s, info))
 
     def close(self):
-        self.path.unlink(missing_ok=True)
+        """Nothing to close."""
 
 
 class Nccl:
@@ -465,7 +575,7 @@ class Nccl:
         server.post("/init_weight_transfer_engine", body)
         self.groups[server.url] = joined.result(server.timeout, server)
 
-    def send(self, engine, servers, bucket) -> list[Server]:
+    def send(self, engine, servers, errors, bucket) -> list[Server]:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
         torch.cuda.synchronize()  # the bucket is gathered: the sender works on streams of its own
@@ -482,12 +592,12 @@ class Nccl:
                 )
 
             sent = _Thread(broadcast)
-            server.post("/update_weights", {"update_info": info})
+            engine._update(server, info)
             sent.result(server.timeout, server)
 
         sound = []
         for server in servers:  # one after the other: two groups on one GPU may block each other
-            sound += engine._each([server], send_to)
+            sound += engine._each([server], errors, send_to)
         return sound
 
     def close(self):

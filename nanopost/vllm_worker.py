@@ -12,6 +12,7 @@ weights of its --model again and goes on (after --max_pause seconds; default 600
 """
 
 import base64
+import http.client
 import importlib.util
 import json
 import os
@@ -47,9 +48,11 @@ class Init(WeightTransferInitInfo):
 
 @dataclass
 class Update(WeightTransferUpdateInfo):
-    """path: a safetensors file of some of the weights, under their checkpoint names."""
+    """path: a safetensors file of some of the weights, under their checkpoint names. inode: its
+    number, by which another file under the same path is noticed."""
 
     path: str
+    inode: int
 
 
 class SharedMemory(WeightTransferEngine):
@@ -70,6 +73,8 @@ class SharedMemory(WeightTransferEngine):
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info):
+        if os.stat(update_info.path).st_ino != update_info.inode:
+            raise ValueError(f"{update_info.path}: the file of this update is gone")
         self.model.load_weights(list(load_file(update_info.path).items()))
 
     def finish_weight_update(self):
@@ -99,9 +104,35 @@ if __name__ == "nanopost.vllm_worker":  # a spawned process runs the main module
 class Extension:
     """--worker-extension-cls: makes each worker import this module, before it makes its engine."""
 
+    def nanopost_sizes(self, names: list[str]) -> dict:
+        """What config.json says about the model; None where it says nothing."""
+        config = self.model_config.hf_text_config
+        return {name: getattr(config, name, None) for name in names}
+
+    def nanopost_abandon(self):
+        """End an update that was not finished, if there is one: layers that it has not filled get
+        the weights before.
+
+        vLLM keeps what an update that failed had loaded of a layer: the next one would fill the
+        layer too early, and drop the rest of it without a word.
+        """
+        from vllm.config import set_current_vllm_config
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+        model = self.model_runner.get_model()
+        begun = [get_layerwise_info(layer) for layer in model.modules()]
+        begun = [info for info in begun if info.can_load()]
+        for info in begun:
+            info.loaded_weights, info.load_numel = [], 0
+        if begun:
+            with set_current_vllm_config(self.vllm_config):
+                finalize_layerwise_reload(model, self.model_config)
+        self._weight_update_active = False
+
     def nanopost_restore(self):
         """Load the weights of --model again, whatever state an update has left."""
-        self._weight_update_active = False
+        self.nanopost_abandon()
         model = self.model_runner.get_model()
         self.model_runner.reload_weights()
         if not torch.cuda.is_available():
@@ -198,21 +229,21 @@ def watch(port: str, limit: float):
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.loads(answer.read() or b"null")
 
-    since = None
+    since, seen = 0.0, None
     while True:
         time.sleep(min(5.0, limit / 4))
         try:
-            if not call("/is_paused")["is_paused"]:
-                since = None
-                continue
-            since = since or time.monotonic()
+            # Each sync has a version of its own: two of them are not one long pause.
+            before, seen = seen, call("/weight_info")["weight_version"]
+            if not call("/is_paused")["is_paused"] or seen != before:
+                since = time.monotonic()
             if time.monotonic() - since < limit:
                 continue
             print(f"paused for {limit:g} s: back to the weights of --model", flush=True)
             call("/collective_rpc", {"method": "nanopost_restore"})
             call("/update_weight_version", {"new_version": "restored"})
             call("/resume", {})
-        except OSError:  # not up yet, or going down
+        except (OSError, ValueError, http.client.HTTPException):  # not up yet, or going down
             continue
 
 

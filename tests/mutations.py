@@ -7,6 +7,10 @@ The tree is copied to a temporary folder. There the tests named below are first 
 each mutation replaces one piece of text, which must occur exactly once, and has to turn its tests
 red. Where the code has changed, this script must follow it. Tests of real data do not count, as a
 clone has none. Exits with 1 if a mutation survives.
+
+Mutations of what needs a vLLM server are left out, which is said, unless NANOPOST_VLLM_PYTHON names
+the python of an environment that has vLLM: NANOPOST_VLLM_PYTHON=PYTHON python tests/mutations.py
+vllm runs those alone, about two minutes each.
 """
 
 import os
@@ -2338,6 +2342,65 @@ MUTATIONS = [
         "self.count >= 0",
         "test_audit.py::test_audits_come_every_so_many_syncs_from_the_first_on",
     ),
+    # ---- faults of vLLM servers
+    mutation(
+        "vllm-updates-sent-again",
+        "nanopost/vllm.py",
+        "kept = again and bool(self.idle)",
+        "kept = bool(self.idle)",
+        "test_vllm_faults.py::test_a_sync_that_fails_anywhere_leaves_a_server_out_until_a_whole_one"
+        "[/update_weights-lose]",
+    ),
+    mutation(
+        "vllm-old-weights-of-a-restarted-server",
+        "nanopost/vllm.py",
+        "elif version != self._name(self.version):",
+        "elif False:",
+        "test_vllm_faults.py::test_a_server_that_restarts_is_noticed_by_its_old_weights",
+    ),
+    mutation(
+        "vllm-ctrl-c-waits-for-answers",
+        "nanopost/vllm.py",
+        "                server.hang_up()\n            pool.shutdown",
+        "                pass\n            pool.shutdown",
+        "test_vllm_faults.py::test_ctrl_c_while_it_generates_ends_within_seconds[6.0]",
+    ),
+    mutation(
+        "vllm-failed-update-not-abandoned",
+        "nanopost/vllm.py",
+        'server.post("/collective_rpc", {"method": "nanopost_abandon"})',
+        "pass",
+        "test_vllm_faults.py::test_an_update_that_fails_inside_the_server_leaves_nothing_in_the_next",
+    ),
+    mutation(
+        "vllm-back-without-a-whole-sync",
+        "nanopost/vllm.py",
+        "self.lost = dict(dist.gather([*errors.items()]))",
+        "self.lost = {}",
+        "test_vllm_faults.py::test_a_sync_that_fails_anywhere_leaves_a_server_out_until_a_whole_one"
+        "[/update_weights-500]",
+    ),
+    mutation(
+        "vllm-two-runs-mix",
+        "nanopost/vllm.py",
+        "if version != self.marks[server.url]:",
+        "if False:",
+        "test_vllm_faults.py::test_weights_of_two_runs_do_not_mix",
+    ),
+    mutation(
+        "vllm-only-server-given-up",
+        "nanopost/vllm.py",
+        "if not self.alive and iter(named_tensors) is not named_tensors:",
+        "if False:",
+        "test_vllm_faults.py::test_the_only_server_is_synced_once_more[/update_weights]",
+    ),
+    mutation(
+        "vllm-another-model-served",
+        "nanopost/vllm.py",
+        "if None not in (ours, theirs) and ours != theirs:",
+        "if False:",
+        "test_vllm_faults.py::test_a_server_of_another_model_is_one_sentence",
+    ),
 ]
 
 
@@ -2346,7 +2409,13 @@ def chosen(names):
     if unknown:
         known = ", ".join(m.name for m in MUTATIONS)
         sys.exit(f"no mutation is named {', '.join(unknown)}; there are {known}.")
-    return [m for m in MUTATIONS if not names or any(name in m.name for name in names)]
+    named = [m for m in MUTATIONS if not names or any(name in m.name for name in names)]
+    if "NANOPOST_VLLM_PYTHON" in os.environ:
+        return named
+    kept = [m for m in named if not any(test.startswith("test_vllm") for test in m.tests)]
+    if len(kept) < len(named):
+        print(f"left out, as NANOPOST_VLLM_PYTHON is not set: {len(named) - len(kept)} mutations")
+    return kept
 
 
 def mutated(m, tree):
