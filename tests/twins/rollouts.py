@@ -356,9 +356,8 @@ def check_recorded(s, line, sample, **columns):
     allows a gap."""
     at = positions(sample)
     assert line["mask"] == [int(t in at) for t in range(len(line["ids"]))]
-    drawn = zip(sample.versions, sample.sampled)
-    drawn = [version if yes else -1 for version, yes in drawn]
-    assert line["version"] == [-1] * len(sample.prompt) + drawn
+    versions = [-1] * len(sample.prompt) + sample.versions
+    assert [line["version"][t] for t in at] == [versions[t] for t in at]
     if s.args.max_logp_gap is None:
         whole = [0.0] * len(sample.prompt) + sample.logp
         columns["engine_logp"] = [x if t in at else 0.0 for t, x in enumerate(whole)]
