@@ -30,7 +30,7 @@ from scripts import ENVIRONMENT, command, metrics  # noqa: E402
 from nanopost.vllm import Server  # noqa: E402
 from runs import toy  # noqa: E402
 
-STEPS, MAX_PAUSE = 8, 15
+STEPS, MAX_PAUSE = 16, 15
 FLAGS = ("--steps", STEPS, "--warmup", 0, "--lr", 1e-3, "--eval_every", 0, "--device", "cpu")
 FLAGS += ("--prompts", 8, "--group", 4, "--max_new_tokens", 6, "--holdout", 8, "--record")
 FLAGS += ("--save_every", 1, "--keep", 2)
@@ -74,7 +74,9 @@ class Pair:
         return Server(self.url(i), 60.0)
 
     def wait_until_usable(self):
-        """No server stays paused for longer than --max_pause, and both answer."""
+        """Both answer, and neither stays paused for longer than --max_pause."""
+        for i in range(2):
+            self.wait(i)
         deadline = time.monotonic() + MAX_PAUSE + 30
         for i in range(2):
             while self.direct(i).get("/is_paused")["is_paused"]:
@@ -140,10 +142,13 @@ def main(kills, seed, folder, pair):
         for _ in range(min(draw.randint(1, 4), kills - done)):
             before = start_of(out)
             if trainer is None:
+                pair.wait_until_usable()
                 trainer = start(folder, ranks, out, *urls, "--resume")
                 while start_of(out) == before and trainer.poll() is None:
                     time.sleep(0.01)
             wait(trainer, 6 * draw.random())
+            if trainer.poll() == 0:
+                break
             done += 1
             victim = draw.choice(("launcher", "worker", "server", "server stops"))
             step = metrics(out)[-1:] if (out / "metrics.jsonl").exists() else []
@@ -158,21 +163,30 @@ def main(kills, seed, folder, pair):
                         pass
                 wait_until_gone(trainer, out, where)
                 nothing_is_left()
-                pair.wait_until_usable()
                 trainer = None
             else:
                 which, i = (signal.SIGKILL, signal.SIGSTOP)[victim == "server stops"], done % 2
-                pair.signal(i, which)
+                pair.wait(1 - i)  # it may be starting again; the trainer needs one of them
+                wait(trainer, 3)  # for a sync with it
                 if which == signal.SIGKILL:
-                    pair.restart(i)
+                    pair.kill(i)
+                    pair.launch(i)
                 else:
-                    wait(trainer, 15)
+                    pair.signal(i, signal.SIGSTOP)
+                    wait(trainer, 12)
                     pair.signal(i, signal.SIGCONT)
             print(f"{done}: {where}: {which.name} to {victim}", flush=True)
-        if trainer is None:
-            trainer = start(folder, ranks, out, *urls, "--resume")
-        status = trainer.wait(300)
-        log = Path(f"{out}.log").read_text()
+        for _ in range(3):
+            if trainer is None:
+                pair.wait_until_usable()
+                trainer = start(folder, ranks, out, *urls, "--resume")
+            status = trainer.wait(300)
+            log = Path(f"{out}.log").read_text()
+            # Both servers may have been dead, one of them until its next sync.
+            if status == 0 or "error: no server of --vllm" not in log[-3000:]:
+                break
+            print(f"run {number}: no server was left, so it is resumed", flush=True)
+            trainer = None
         assert status == 0, f"{where}: {log[-3000:]}"
         check(out, prompts, log[-3000:])
         nothing_is_left()
