@@ -7,7 +7,6 @@ that will train on it is at most `staleness` steps away. There are no collective
 since those of two threads would mix.
 """
 
-import atexit
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -51,7 +50,8 @@ class Ahead:
         self.finished = {}  # of these, what is finished
         self.arrived = 0  # groups that have finished
         if staleness:
-            atexit.register(self.close)
+            # Before the workers of a ThreadPoolExecutor are waited for, which atexit is not.
+            threading._register_atexit(self.close)
 
     def share(self, first: int, count: int) -> tuple[list[int], list[int]]:
         """This rank's share of the `count` prompts after the first `first`, for this step: (row
@@ -90,7 +90,6 @@ class Ahead:
         self.engine.close()
         if thread is not None:
             thread.join(LEAVE_WITHIN)
-        atexit.unregister(self.close)
 
     # ------------------------------------------------------------------------------------- thread
     def _begin(self, first, count):

@@ -37,10 +37,10 @@ from nanopost.forward import logprobs
 from nanopost.hf import EMBEDDING, HEAD
 from nanopost.terminal import say
 from nanopost.tokenizer import Tokenizer
-from nanopost.vllm import Refused, Server, ServerError
+from nanopost.vllm import WRONG, Refused, Server, ServerError, _about
 
 LENGTHS = (16, 32, 136)  # tokens of the scored sequences; the last one fills a block of a cache
-SAMPLED = 8  # tokens that the server samples
+SAMPLED = 24  # tokens that the server samples
 TEMPERATURE, TOP_P = 0.7, 0.5  # that it samples with
 DRAWN = {  # what is sampled -> after which sequence, with which top_p
     f"temperature {TEMPERATURE}": (0, 1.0),
@@ -48,7 +48,9 @@ DRAWN = {  # what is sampled -> after which sequence, with which top_p
     "a prompt it has seen before": (-1, 1.0),
 }
 PLAIN, CUT, CACHED = DRAWN
-SCORE = {torch.float32: 1e-4, torch.bfloat16: 0.1}  # largest mean difference of log-probs, nats
+# Largest mean difference of log-probs, nats. Random ids are unlikely tokens, whose log-probs bf16
+# rounds by 0.1 on average in a sound SmolLM2-135M.
+SCORE = {torch.float32: 1e-4, torch.bfloat16: 0.4}
 PRINT = {torch.float32: 5e-5, torch.bfloat16: 4e-2}  # largest difference, in units of the rms
 NOTHING = hashlib.sha256(b"").hexdigest()  # the checksum of a packed layer on a CPU
 TEXT = "12+34=? Grüße,  東京\n\tdef f(x): return x_1"
@@ -530,13 +532,17 @@ class Audit:
         from one audit to the next; 0: none."""
         config = model.config
         self.model, self.config, self.world, self.every = model, config, world, every
-        self.sequences = probes(tokenizer, config.vocab_size, config.max_positions)
         self.tokenizer = tokenizer
+        self.fit(config.max_positions)
         self.part = "policy." if hasattr(model, "policy") else ""
         self.count = -1  # of syncs before this one
         self.prints, self.before, self.scores = {}, None, None
         self.digests = Digests(world.dtype)
         self.known = set()  # servers whose tokenizer is right
+
+    def fit(self, positions: int):
+        """Score no longer sequences than these: positions that a server has."""
+        self.sequences = probes(self.tokenizer, self.config.vocab_size, positions)
 
     def due(self) -> bool:
         return self.every > 0 and self.count % self.every == 0
@@ -567,10 +573,12 @@ class Audit:
                 answers[server.url] = ask(server, self.sequences, self.config)
             except Refused as error:
                 answers[server.url] = InputError(f"{error}.")
-            except (ServerError, InputError) as error:
+            except InputError as error:
                 answers[server.url] = error
+            except (ServerError, *WRONG) as error:
+                answers[server.url] = _about(server, error)
         (answers,) = dist.gather([answers] if self.world.rank == 0 else [])
-        scores = self.scores
+        scores = self.scores if self.every == 1 else None  # those of the sync before
         for url, answer in answers.items():
             if isinstance(answer, InputError):
                 raise answer
@@ -583,7 +591,7 @@ class Audit:
             self.scores = ours.scores
             rows = compare(answer, ours, self.world.dtype)
             if dist.all_max(bool(failed(rows)))[0]:
-                weights = dist.full_weights(self.model, self.part)
+                weights = iter(dist.full_weights(self.model, self.part))
                 cause = why(answer, ours, self.world.dtype, self.config, weights)
                 for _ in weights:  # a collective, which `why` may not have needed
                     pass

@@ -199,7 +199,7 @@ def engine(args, folder, model, world, tokenizer):
                 "--engine colocate sleeps while the model trains: with --max_staleness above 0 "
                 "sample on servers (--vllm), or with nanopost's own engine."
             )
-        return Colocated(folder, tokenizer, world, model.config, args.vllm_memory)
+        return Colocated(folder, tokenizer, world, model.config, args.vllm_memory, args.tokens)
     rows, tokens, ahead = args.engine_rows, args.engine_tokens, args.max_staleness > 0
     return Engine.beside(policy, folder, world, tokenizer, rows, tokens, ahead)
 
@@ -232,7 +232,8 @@ def sampling(args, kept: bool = True) -> Sampling:
 
 
 def add_cut_flags(parser: Parser):
-    """The flags that cut the distribution to sample from: k, then p, then min-p of what is left."""
+    """The flags that cut the distribution to sample from: k, then p, then min-p of what is left
+    (vLLM: min-p first)."""
     add = parser.add_argument
     add("--top_k", type=at_least(0), default=0, help="sample from the k likeliest; 0: all")
     add("--top_p", type=above(0.0, 1.0), default=1.0, help="sample from this share of the mass")

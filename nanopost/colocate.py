@@ -20,8 +20,9 @@ from nanopost.rollout import Rollout
 class Colocated:
     """The engine by vllm.LLM, in this process."""
 
-    def __init__(self, folder, tokenizer, world, config, memory: float):
-        """folder: the checkpoint. config: the model's. memory: vLLM's share of the GPU, 0 to 1."""
+    def __init__(self, folder, tokenizer, world, config, memory: float, tokens: int):
+        """folder: the checkpoint. config: the model's. memory: vLLM's share of the GPU, 0 to 1.
+        tokens: of prompt and completion, at most."""
         # The engine runs in this process, not in one that it starts.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
@@ -39,7 +40,7 @@ class Colocated:
         self.sleeps = cuda
         self.device = world.device
         self.stop_ids = sorted(tokenizer.stop_ids)
-        self.positions = config.hf.get("max_position_embeddings", 2**31)
+        self.positions = min(config.hf.get("max_position_embeddings", 2**31), tokens)
         self.version = 0
         more = {"distributed_executor_backend": "external_launcher"} if world.size > 1 else {}
         self.llm = LLM(
@@ -75,7 +76,8 @@ class Colocated:
         if longest + sampling.max_tokens > self.positions:
             raise InputError(
                 f"a prompt of {longest} tokens and {sampling.max_tokens} new ones exceed the "
-                f"model's {self.positions} positions: lower --max_new_tokens or drop long prompts."
+                f"{self.positions} positions of model and --tokens: lower --max_new_tokens or drop "
+                "long prompts."
             )
         if sampling.kept and sampling.cuts:
             raise InputError(

@@ -346,6 +346,8 @@ def evaluation(args):
         raise InputError("give --model, or --reward_model, or both: see --help.")
     if bool(args.against) != bool(args.model and args.reward_model):
         raise InputError("a win rate needs all of --model, --against and --reward_model.")
+    if args.against and args.engine == "colocate":
+        raise InputError("--engine colocate has room for one model: for --against use another.")
     if max(args.k) > args.samples:
         raise InputError(f"pass@{max(args.k)} needs --samples {max(args.k)}.")
     if args.samples > 1 and not args.temperature:

@@ -27,6 +27,12 @@ class Recording:
         """out: the run's folder. step: the one after which the run begins: what was recorded after
         it is dropped. A collective, since rank 0 may have just emptied the folder."""
         torch.distributed.barrier()
+        ranks = len(list(Path(out).glob("records/rollouts-*.jsonl")))
+        if step and ranks not in (0, world.size):
+            raise InputError(
+                f"--record: the rollouts in {out} are those of {ranks} ranks, and this run has "
+                f"{world.size}: resume with {ranks} processes, or without --record."
+            )
         self.path = _path(out, world.rank)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(self.path) if line["step"] <= step]

@@ -123,7 +123,10 @@ class Server:
                 text = answer.read()
             except TimeoutError as error:
                 connection.close()
-                raise ServerError(f"{self.url}{path}: no answer in {limit:g} s") from error
+                sentence = f"{self.url}{path}: no answer in {limit:g} s"
+                if limit == self.timeout:
+                    sentence += " (--vllm_timeout)"
+                raise ServerError(sentence) from error
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
                 if kept and connection in self.busy:  # the server had closed it
@@ -193,6 +196,8 @@ class Servers:
         self.run = dist.gather([secrets.token_hex(4)])[0]
         limits = [self._ready(server, config) for server in self.servers]
         self.positions = min(config.hf.get("max_position_embeddings", 2**31), *limits)
+        if audit:
+            audit.fit(self.positions)
         # Why a server is left out. The others have the weights of the last sync.
         self.lost = {server.url: f"{server.url}: not synced yet" for server in self.servers}
         self.marks = {}  # the version of a server whose update has not ended
@@ -412,8 +417,7 @@ class Servers:
 
         A collective: every rank iterates over the tensors, rank 0 sends them; a second time if no
         server has them and the iterable allows it. Requests that run ahead go on under the new
-        weights, their cache recomputed. Without a server the next generate raises StepError, so
-        that the step is whole by then.
+        weights, their cache recomputed. Without a server the next generate raises StepError.
         """
         watched = named_tensors
         if self.audit:
@@ -422,8 +426,9 @@ class Servers:
             self._sync(watched, version)
             if not self.alive and iter(named_tensors) is not named_tensors:
                 self._sync(named_tensors, version)
-        if self.audit and self.alive:
-            self.audit.check(self.alive, version)
+            alive = self.alive  # the same on all ranks, until one doubts a server
+        if self.audit and alive:
+            self.audit.check(alive, version)
 
     def _sync(self, named_tensors, version):
         lost = {}
@@ -557,12 +562,12 @@ class Nccl:
 
     def __init__(self):
         self.groups = {}
+        self.device = torch.cuda.current_device()
 
     def connect(self, server):
         from vllm.distributed.weight_transfer.nccl_common import trainer_init
 
-        if server.url in self.groups:  # of its life before
-            del self.groups[server.url]
+        self._leave(server)
         size = server.get("/get_world_size?include_dp=true")["world_size"] + 1
         with socket.create_connection((server.host, server.port), timeout=QUICK) as seen:
             address = seen.getsockname()[0]  # under which the server can reach this machine
@@ -570,7 +575,7 @@ class Nccl:
             free.bind(("", 0))
             port = free.getsockname()[1]
         about = {"master_address": address, "master_port": port, "world_size": size}
-        joined = _Thread(lambda: trainer_init(about))
+        joined = _Thread(lambda: trainer_init(about), self.device)
         body = {"init_info": {**about, "rank_offset": 1, "packed": True}}
         server.post("/init_weight_transfer_engine", body)
         self.groups[server.url] = joined.result(server.timeout, server)
@@ -578,7 +583,8 @@ class Nccl:
     def send(self, engine, servers, errors, bucket) -> list[Server]:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
 
-        torch.cuda.synchronize()  # the bucket is gathered: the sender works on streams of its own
+        # The bucket is gathered: the sender works on streams of its own.
+        torch.cuda.current_stream().synchronize()
         info = {
             "names": [name for name, _ in bucket],
             "dtype_names": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
@@ -591,38 +597,44 @@ class Nccl:
                     iter(bucket), self.groups[server.url], src=0, post_iter_func=lambda x: x[1]
                 )
 
-            sent = _Thread(broadcast)
-            engine._update(server, info)
-            sent.result(server.timeout, server)
+            engine._check_mark(server)
+            sent = _Thread(broadcast, self.device)
+            try:
+                engine._update(server, info)
+                sent.result(server.timeout, server)
+            except Exception:
+                self._leave(server)  # else its broadcast would keep the GPU waiting
+                raise
 
         sound = []
         for server in servers:  # one after the other: two groups on one GPU may block each other
             sound += engine._each([server], errors, send_to)
         return sound
 
+    def _leave(self, server):
+        if group := self.groups.pop(server.url, None):
+            group.destroy()
+
     def close(self):
+        for group in self.groups.values():
+            group.destroy()
         self.groups.clear()
 
 
 class _Thread:
     """A call in a daemon thread: NCCL has no time-out, and must not keep the process alive."""
 
-    def __init__(self, function):
+    def __init__(self, function, device):
         self.answer, self.error = None, None
 
         def run():
             try:
+                torch.cuda.set_device(device)
                 self.answer = function()
             except Exception as error:
                 self.error = error
 
-        device = torch.cuda.current_device()
-
-        def on_device():
-            torch.cuda.set_device(device)
-            run()
-
-        self.thread = threading.Thread(target=on_device, daemon=True)
+        self.thread = threading.Thread(target=run, daemon=True)
         self.thread.start()
 
     def result(self, timeout, server):

@@ -11,6 +11,7 @@ as files in shared memory, by the one below. A server that a dead trainer has le
 weights of its --model again and goes on (after --max_pause seconds; default 600).
 """
 
+import argparse
 import base64
 import http.client
 import importlib.util
@@ -201,6 +202,8 @@ def arguments(given: list[str], cuda: bool) -> list[str]:
     }
     if not cuda:
         needed |= {"--dtype": "float32", "--enforce-eager": None}
+        # With a seed, a prompt in parts ends vLLM's CPU engine ("does not use offset").
+        needed |= {"--no-enable-chunked-prefill": None}
     names = {text.partition("=")[0].replace("_", "-") for text in given if text.startswith("--")}
     result = list(given)
     for name, value in needed.items():
@@ -209,18 +212,9 @@ def arguments(given: list[str], cuda: bool) -> list[str]:
     return result
 
 
-def take(given: list[str], name: str, default: str) -> str:
-    """The value of a flag of ours, which is removed."""
-    if name not in given:
-        return default
-    at = given.index(name)
-    value = given[at + 1]
-    del given[at : at + 2]
-    return value
-
-
-def watch(port: str, limit: float):
-    """Free a server that has been paused for `limit` seconds: its trainer is dead."""
+def watch(port: int, limit: float):
+    """Free a server that has been paused for `limit` seconds: its trainer is dead. It listens on
+    this machine's own address, without TLS; otherwise this says so, once."""
 
     def call(path, body=None):
         data = None if body is None else json.dumps(body).encode()
@@ -229,12 +223,14 @@ def watch(port: str, limit: float):
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.loads(answer.read() or b"null")
 
-    since, seen = 0.0, None
+    began = time.monotonic()
+    since, seen, reached = 0.0, None, False
     while True:
         time.sleep(min(5.0, limit / 4))
         try:
             # Each sync has a version of its own: two of them are not one long pause.
             before, seen = seen, call("/weight_info")["weight_version"]
+            reached = True
             if not call("/is_paused")["is_paused"] or seen != before:
                 since = time.monotonic()
             if time.monotonic() - since < limit:
@@ -244,20 +240,23 @@ def watch(port: str, limit: float):
             call("/update_weight_version", {"new_version": "restored"})
             call("/resume", {})
         except (OSError, ValueError, http.client.HTTPException):  # not up yet, or going down
-            continue
+            if not reached and time.monotonic() - began > 1800:
+                print("--max_pause does nothing: the server is not at 127.0.0.1", flush=True)
+                return
 
 
 def main():
-    given = sys.argv[1:]
-    limit = float(take(given, "--max_pause", "600"))
-    port = take(given, "--port", "8000")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--max_pause", type=float, default=600.0)
+    ours, given = parser.parse_known_args()
     os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")  # the routes for weights
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    sys.argv = ["api_server", *arguments([*given, "--port", port], cuda)]
-    threading.Thread(target=watch, args=(port, limit), daemon=True).start()
+    sys.argv = ["api_server", *arguments([*given, "--port", str(ours.port)], cuda)]
+    threading.Thread(target=watch, args=(ours.port, ours.max_pause), daemon=True).start()
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 
 

@@ -70,7 +70,7 @@ def inside(folders):
     from nanopost.colocate import Colocated
 
     folder = folders[True]
-    return Colocated(folder, Tokenizer.load(folder), ALONE, hf.load_model(folder).config, 0.5)
+    return Colocated(folder, Tokenizer.load(folder), ALONE, hf.load_model(folder).config, 0.5, 4096)
 
 
 def policy(folders, tied=True):
