@@ -307,8 +307,8 @@ def cause_of(
     if abs(scale) > 1e-3 and distance(x_O, scale * y_O) <= limit:
         return f"is scaled by {scale:.4g}"
     if distance(x_O, y_O) <= PRINT[torch.bfloat16]:
-        return "differs by about the rounding of bfloat16"
-    return "holds other numbers, neither the new nor the old ones"
+        return "differs a little, as by a small update: compare with the weights before (--before)"
+    return "holds other numbers" + ("" if before is None else ", neither the new nor the old ones")
 
 
 def some(names: list[str]) -> str:
@@ -339,7 +339,7 @@ def conclusion(causes: dict[str, str], names: list[str], changed: list[str]) -> 
     if all(".up_proj" in c or ".gate_proj" in c for c in causes.values()):
         layers = sorted({name.split(".mlp.")[0] for name in causes})
         return f"gate and up are swapped in {some(layers)}"
-    rounded = [name for name, cause in causes.items() if "bfloat16" in cause]
+    rounded = [name for name, cause in causes.items() if cause == "is rounded to bfloat16"]
     if len(rounded) == len(causes) and len(rounded) > len(names) / 3:
         return "low precision: all weights are rounded to bfloat16, and nothing else differs"
     kinds = {}
@@ -778,9 +778,20 @@ class Command:
         except ServerError as error:
             raise InputError(f"--vllm: {error}: is it up, and reachable from here?") from error
         self.name = about["id"]
+        if self._paused():
+            raise InputError(
+                f"{args.vllm} is paused: a run is sending it weights, or died while it was: wait, "
+                "or restart it."
+            )
         positions = min(self.config.max_positions, about["max_model_len"])
         self.sequences = probes(self.tokenizer, self.config.vocab_size, positions)
         say(f"{args.vllm} serves {about.get('root') or self.name}, as {self.name}")
+
+    def _paused(self) -> bool:
+        try:
+            return self.server.get("/is_paused")["is_paused"]
+        except ServerError:  # a server without the routes for weights
+            return False
 
     def load(self, folder):
         model = hf.load_model(folder, self.device)
@@ -856,7 +867,9 @@ class Command:
         for name, p in model.named_parameters():
             theirs = (answer.prints or {}).get(name)
             if theirs is None and answer.prints is not None:
-                raise InputError(f"--model has {name}, and the server has not: it serves another.")
+                raise InputError(
+                    f"{self.args.vllm} serves another model: --model has {name}, and it has not."
+                )
             if theirs is not None and len(theirs) != len(p):
                 raise InputError(
                     f"{name} has {len(p)} rows in --model and {len(theirs)} on the server: it "

@@ -198,6 +198,7 @@ class Servers:
         self.positions = min(config.hf.get("max_position_embeddings", 2**31), *limits)
         if audit:
             audit.fit(self.positions)
+        say(f"{len(self.servers)} vLLM servers sample: {' '.join(s.url for s in self.servers)}")
         # Why a server is left out. The others have the weights of the last sync.
         self.lost = {server.url: f"{server.url}: not synced yet" for server in self.servers}
         self.marks = {}  # the version of a server whose update has not ended
@@ -213,8 +214,14 @@ class Servers:
             server.get("/weight_info")
             limit = min(model["max_model_len"] for model in server.get("/v1/models")["data"])
         except (ServerError, *WRONG) as error:
+            error = _about(server, error)
+            if "status 40" in str(error):
+                raise InputError(
+                    f"--vllm {server.url} answers, but is no server to train with: {start}"
+                ) from error
             raise InputError(
-                f"--vllm: {_about(server, error)}: is it up, and reachable from here? Else {start}"
+                f"--vllm: {error}: is it up (loading takes a minute), and reachable from here? "
+                f"Else {start}"
             ) from error
         sizes = {}
         try:
@@ -222,9 +229,9 @@ class Servers:
                 "/collective_rpc", {"method": "nanopost_sizes", "args": [SIZES]}, QUICK
             )
             sizes = answer["results"][0]
-            server.post("/inference/v1/generate", {"token_ids": []}, QUICK)
-        except Refused:  # it knows the route, and wants tokens
-            pass
+            probe = {"token_ids": [0], "sampling_params": {"max_tokens": 1}}
+            if not server.get("/is_paused")["is_paused"]:  # as a dead run may have left it
+                server.post("/inference/v1/generate", probe, min(server.timeout, 60.0))
         except (ServerError, *WRONG) as error:
             error = _about(server, error)
             raise InputError(f"{error}: this server has no routes for training: {start}") from error
@@ -334,8 +341,8 @@ class Servers:
                 urls = " ".join(server.url for server in self.servers)
                 reasons = "; ".join(self.lost.values())
                 raise StepError(
-                    f"no server of --vllm {urls} is left ({reasons}): restart them and continue "
-                    "with --resume, which sends them the weights."
+                    f"no server of --vllm {urls} is left ({reasons}): restart them, or end another "
+                    "run that trains with them, and continue with --resume."
                 )
             # Ranks count only their own requests, so each begins with another server.
             first = self.world.rank % len(alive)

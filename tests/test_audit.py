@@ -107,7 +107,11 @@ CAUSES = [
     (V, NEW[V].view(2, 8, -1)[[1, 0]].reshape(16, -1), "has its heads in the order 1 0"),
     (V, NEW[V].flip(0), "has its rows in another order"),
     (V, NEW[V].bfloat16().float(), "is rounded to bfloat16"),
-    (V, NEW[V] + 0.002, "differs by about the rounding of bfloat16"),
+    (
+        V,
+        NEW[V] + 0.002,
+        "differs a little, as by a small update: compare with the weights before (--before)",
+    ),
     (V, NEW[V] + 0.2, "holds other numbers"),
     (V, NEW[V][:9], "has 9 rows instead of 16"),
 ]

@@ -314,7 +314,7 @@ def test_another_tokenizer_and_another_model_are_named(synced, tmp_path, capsys)
     assert status == 1 and "its chat template is another one than --model's" in text, text
 
     write_model(tmp_path / "model", tied=not config.tied)
-    with pytest.raises(InputError, match="it serves another"):
+    with pytest.raises(InputError, match="serves another model"):
         run(capsys, "--model", tmp_path / "model", "--vllm", synced.url)
 
 
