@@ -116,7 +116,8 @@ def expected(folder) -> list[Counter]:
     """What prompts_of must be: that of a run with the native engine. It does not depend on ranks,
     weights or what was sampled."""
     out = folder / "native"
-    assert start(folder, 1, out).wait(600) == 0, Path(f"{out}.log").read_text()[-3000:]
+    if not out.exists():
+        assert start(folder, 1, out).wait(600) == 0, Path(f"{out}.log").read_text()[-3000:]
     return prompts_of(out)
 
 
