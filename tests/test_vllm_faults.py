@@ -243,7 +243,7 @@ def test_ctrl_c_in_a_sync_ends_within_seconds(proxies, start, policy, monkeypatc
 def test_a_refused_request_ends_the_others_at_once(proxies, start, policy, monkeypatch, clock):
     monkeypatch.setattr("test_vllm_faults.PATIENCE", 600.0)
     engine = start(proxies)
-    proxies[0].fault(GENERATE, "hang")
+    proxies[0].fault(GENERATE, "hang", after=28)
     proxies[1].fault(GENERATE, 400)
     began = time.monotonic()
     with pytest.raises(InputError, match="status 400: planned"):
@@ -474,8 +474,9 @@ def test_a_server_that_its_trainer_left_paused_goes_on_by_itself(
 def test_interrupts_of_a_run_that_hangs(proxies, place, tmp_path):
     out = tmp_path / "out"
     asked = threading.Event()
-    proxies[0].fault(GENERATE, asked.set, times=1, after=20)
-    proxies[0].fault(GENERATE, "hang", after=20)
+    # In the second step: 17 requests before the first one, and 8 in it.
+    proxies[0].fault(GENERATE, asked.set, times=1, after=28)
+    proxies[0].fault(GENERATE, "hang", after=28)
     process = train(place, out, proxies[:1], 1, "--vllm_timeout", 600)
     assert asked.wait(60)
     for _ in range(2):  # the first one waits for the step
