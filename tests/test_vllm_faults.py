@@ -243,7 +243,7 @@ def test_ctrl_c_in_a_sync_ends_within_seconds(proxies, start, policy, monkeypatc
 def test_a_refused_request_ends_the_others_at_once(proxies, start, policy, monkeypatch, clock):
     monkeypatch.setattr("test_vllm_faults.PATIENCE", 600.0)
     engine = start(proxies)
-    proxies[0].fault(GENERATE, "hang", after=28)
+    proxies[0].fault(GENERATE, "hang")
     proxies[1].fault(GENERATE, 400)
     began = time.monotonic()
     with pytest.raises(InputError, match="status 400: planned"):
