@@ -107,6 +107,7 @@ def test_flags_choose_the_engine(alone, tmp_path):
     world = World(0, 1, torch.device("cpu"), torch.float32)
     parser = cli.Parser("")
     cli.add_engine_flags(parser)
+    parser.add_argument("--tokens", default=8192)
 
     def engine(*given) -> Namespace:
         return cli.engine(parser.parse_args(given), tmp_path, model, world, tokenizer)

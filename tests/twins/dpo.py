@@ -209,15 +209,17 @@ def means(dicts):
     return {name: sum(d[name] for d in dicts) / len(dicts) for name in dicts[0]} if dicts else {}
 
 
-def check_recorded(recorded, about, lines):
+def check_recorded(recorded, about, lines, first):
     """AssertionError unless a step's record has these numbers. lines: with the ranks' examples in
-    the order of one process; rank r has every R-th pair (two lines) from r on."""
+    the order of one process; of R ranks, rank r has the pairs (two lines) whose serial number is r
+    modulo R. first: the serial of the first pair."""
     found_about, found = recorded
     for name, value in about.items():
         assert found_about[name] == pytest.approx(value, rel=1e-9), name
     ranks = 1 + max(line["rank"] for line in found)
     units = [lines[i : i + 2] for i in range(0, len(lines), 2)]
-    ordered = [line for r in range(ranks) for unit in units[r::ranks] for line in unit]
+    owned = sorted(range(len(units)), key=lambda i: (first + i) % ranks)
+    ordered = [line for i in owned for line in units[i]]
     assert len(found) == len(ordered)
     for mine, theirs in zip(found, ordered):
         for name, value in theirs.items():
@@ -304,7 +306,7 @@ def twin(args):
                     }
                 )
         about = {"divisor": args.rows, "nll_tokens": nll_tokens}
-        check_recorded(records[step], about, expected)
+        check_recorded(records[step], about, expected, (step - 1) * args.rows)
         grad_norm = common.clip_gradients(model, args.grad_clip)
         lr = common.learning_rate(step, steps, args.lr, args.warmup)
         optimizer.step(lr)

@@ -214,7 +214,8 @@ def twin(args):
                         targets + n.targets,
                         tokens + n.tokens,
                     )
-        dpo.check_recorded(records[step], {"divisor": args.rows}, expected)
+        about = {"divisor": args.rows}
+        dpo.check_recorded(records[step], about, expected, (step - 1) * args.rows)
         grad_norm = common.clip_gradients(model, args.grad_clip)
         lr = common.learning_rate(step, steps, args.lr, args.warmup)
         optimizer.step(lr)
