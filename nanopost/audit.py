@@ -278,10 +278,10 @@ def cause_of(
     for other, z_O in now.items():
         if other != own and same(z_O) and not same(y_O):
             return f"is {other}"
+    if weight is not None and same(print_of(weight.bfloat16())):
+        return "is rounded to bfloat16"
     if weight is not None and weight.ndim == 2:
         x_I = vector(weight.shape[1])
-        if same(print_of(weight.bfloat16())):
-            return "is rounded to bfloat16"
         if weight.shape[0] == weight.shape[1] and same((weight.float().T @ x_I).numpy()):
             return "is transposed"
     heads = {"q_proj": config.heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}

@@ -599,8 +599,9 @@ MUTATIONS = [
     mutation(
         "tied-head-written",
         "nanopost/dist.py",
-        "for name, p in model.state_dict().items():",
-        'for name, p in {**model.state_dict(), "lm_head.weight": model.head_weight}.items():',
+        "for name, p in self.model.state_dict().items():",
+        'for name, p in {**self.model.state_dict(), "lm_head.weight": self.model.head_weight}'
+        ".items():",
         "test_mutation_gaps.py::test_full_weights_of_a_tied_model_have_no_head",
     ),
     mutation(
