@@ -477,7 +477,7 @@ def test_interrupts_of_a_run_that_hangs(proxies, place, tmp_path):
     # In the second step: 17 requests before the first one, and 8 in it.
     proxies[0].fault(GENERATE, asked.set, times=1, after=28)
     proxies[0].fault(GENERATE, "hang", after=28)
-    process = train(place, out, proxies[:1], 1, "--vllm_timeout", 600)
+    process = train(place, out, proxies[:1], 1, "--vllm_timeout", 600, "--audit_every", 0)
     assert asked.wait(60)
     for _ in range(2):  # the first one waits for the step
         process.send_signal(signal.SIGINT)

@@ -106,7 +106,7 @@ def start(folder, ranks, out, *more):
 def prompts_of(out) -> list[Counter]:
     """How often each step has which prompt."""
     steps = []
-    for path in sorted((out / "records").glob("*.jsonl")):
+    for path in sorted((out / "records").glob("[0-9]*.jsonl")):
         rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
         steps.append(Counter(tuple(row["ids"][: row["mask"].index(1)]) for row in rows))
     return steps
