@@ -132,8 +132,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     for part in parts:
         batch = batch_of([e for i in part for e in train_pairs[i]], world.device)
         score_S, loss_P = forward(batch)
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss_P.sum() * world.size / args.rows).backward()
+        (loss_P.sum() / args.rows).backward()
         meter.add(len(part), loss=loss_P.sum())
         scores.append(score_S.detach().view(-1, 2).T[:, : len(part)])
     examples = [e for part in parts for i in part for e in train_pairs[i]]

@@ -130,8 +130,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         batch = batch_of([train_examples[i] for i in part], world.device)
         logp_N, entropy_N = model(batch)
         loss = loss_of(logp_N, batch.mask_N)
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss * world.size / targets).backward()
+        (loss / targets).backward()
         meter.add(batch.num_targets, loss=loss, entropy=entropy_N.sum())
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
     check_finite(grad_norm, step, model, examples, tokenizer.decode)

@@ -169,9 +169,9 @@ def shard(
     """Apply activation checkpointing, compilation and FSDP2 to a model of model.py -> the model.
 
     On a CPU in fp32 with one process the model stays as it is. Otherwise every block and the root
-    are sharded over all ranks: fp32 master weights, compute in world.dtype, gradients reduced in
-    fp32 and averaged over ranks (a loop multiplies its loss by world.size to undo that). The root
-    is resharded after its forward too: nothing outside that forward may read a weight.
+    are sharded over all ranks: fp32 master weights, compute in world.dtype, gradients summed over
+    ranks in fp32: a loop divides its loss by the count of the whole step. The root is resharded
+    after its forward too: nothing outside that forward may read a weight.
     kernels: see logprob.py.
     """
     decoders = [m for m in model.modules() if hasattr(m, "checkpointing")]
@@ -194,6 +194,8 @@ def shard(
     )
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)  # a sum, not torch's mean
+        module.set_force_sum_reduction_for_comms(True)
     return model
 
 

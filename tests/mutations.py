@@ -855,22 +855,22 @@ MUTATIONS = [
     mutation(
         "token-count-of-one-rank-in-sft",
         "train_sft.py",
-        "(loss * world.size / targets)",
-        "(loss * world.size / sum(e.num_targets for e in examples))",
+        "(loss / targets)",
+        "(loss / sum(e.num_targets for e in examples))",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
     ),
     mutation(
         "token-count-of-a-micro-batch-in-sft",
         "train_sft.py",
-        "(loss * world.size / targets)",
-        "(loss * world.size / max(1, batch.num_targets) / len(step_batches))",
+        "(loss / targets)",
+        "(loss / max(1, batch.num_targets))",
         "test_loops.py::test_a_step_of_sft_is_a_mean_over_its_trained_tokens",
     ),
     mutation(
-        "world-size-missing-in-sft",
-        "train_sft.py",
-        "(loss * world.size / targets)",
-        "(loss / targets)",
+        "gradients-averaged-over-ranks",
+        "nanopost/dist.py",
+        "        module.set_gradient_divide_factor(1.0)  # a sum, not torch's mean\n",
+        "",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
     ),
     mutation(
@@ -1073,13 +1073,6 @@ MUTATIONS = [
         "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one",
     ),
     mutation(
-        "world-size-missing-in-grpo",
-        "train_grpo.py",
-        "(loss * world.size / divisor)",
-        "(loss / divisor)",
-        "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one",
-    ),
-    mutation(
         "kl-in-the-loss-of-grpo-forgotten",
         "train_grpo.py",
         "loss = loss + args.beta * (weight_N * kl_N).sum()",
@@ -1274,17 +1267,10 @@ MUTATIONS = [
         "test_preference_scripts.py::test_two_ranks_are_one[train_kto.py-more1]",
     ),
     mutation(
-        "world-size-missing-in-the-second-pass",
-        "train_kto.py",
-        "(loss * world.size / args.rows)",
-        "(loss / args.rows)",
-        "test_preference_scripts.py::test_two_ranks_are_one[train_kto.py-more1]",
-    ),
-    mutation(
         "pair-count-of-one-rank",
         "train_dpo.py",
-        "(loss * world.size / args.rows)",
-        "(loss * world.size / max(1, len(step_pairs)))",
+        "(loss / args.rows)",
+        "(loss / max(1, len(step_pairs)))",
         "test_preference_scripts.py::test_two_ranks_are_one[train_dpo.py-more0]",
     ),
     mutation(
@@ -1519,8 +1505,8 @@ MUTATIONS = [
     mutation(
         "reward-model-loss-a-mean-of-micro-batches",
         "train_rm.py",
-        "world.size / args.rows)",
-        "world.size / len(part))",
+        "(loss_P.sum() / args.rows)",
+        "(loss_P.sum() / len(part))",
         "twins/test_rm.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
