@@ -129,6 +129,17 @@ def parser(
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on CUDA")
     add("--compile", action="store_true", help="torch.compile each block")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add(
+        "--reduce",
+        default="micro_batch",
+        choices=["micro_batch", "step"],
+        help="when ranks add up gradients; once a step is faster, and holds whole gradients",
+    )
+    add(
+        "--reproducible",
+        action="store_true",
+        help="the same bytes on any number of ranks: see nanopost/reproducible.py",
+    )
     add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton on CUDA in bf16")
     add("--tokens", type=at_least(2), default=8192, help="maximum tokens per micro-batch")
     add("--lr", type=at_least(0.0), default=lr, help="peak learning rate")
@@ -173,12 +184,17 @@ def parser(
 
 def shard(args, world):
     """dist.shard with the values of its flags, for hf.load_model."""
+    if args.reproducible and args.reduce == "step":
+        raise InputError(
+            "--reproducible adds up gradients by micro-batch: leave out --reduce step."
+        )
     return partial(
         dist.shard,
         world=world,
         checkpointing=args.checkpointing,
         compile=args.compile,
         kernels=args.kernels,
+        reduce=args.reduce,
     )
 
 
@@ -188,6 +204,11 @@ def engine(args, folder, model, world, tokenizer):
     policy = getattr(model, "policy", model)
     if args.replay:
         return Replay(args.replay, world)
+    if dist.reproducible and (args.vllm or args.engine != "native" or args.max_staleness):
+        raise InputError(
+            "--reproducible samples with nanopost's own engine and the newest weights: leave out "
+            "--vllm, --engine and --max_staleness, or --replay what they gave."
+        )
     if args.vllm and args.engine != "native":
         raise InputError("--vllm and --engine colocate are two engines: give one of them.")
     if args.vllm:
