@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from nanopost import InputError, dist, hf
 from nanopost.attention import Cache
@@ -93,7 +94,8 @@ class Engine:
         they are shards or fp32 master weights, it gets a full copy in world.dtype. ahead: it
         samples while they change, and always gets a copy.
         """
-        whole = world.size == 1 and model.head_weight.dtype == world.dtype
+        head = model.head_weight
+        whole = world.size == 1 and head.dtype == world.dtype and not isinstance(head, DTensor)
         shared = whole and not ahead
         if not shared:
             model = hf.load_model(folder, world.device, world.dtype)
