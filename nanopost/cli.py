@@ -9,6 +9,7 @@ A script declares its own beside them:
 
 import argparse
 import math
+import re
 from functools import partial
 
 from nanopost import InputError, dist, packing
@@ -17,7 +18,11 @@ from nanopost.audit import Audit
 from nanopost.colocate import Colocated
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.recording import Recording, Replay
+from nanopost.run import changed_arguments, starts_of
+from nanopost.terminal import say
 from nanopost.vllm import Servers
+
+FREE = re.compile("(out|record|replay|save|keep|vllm|engine|audit|max_staleness)")  # in a replay
 
 
 def at_least(least: float, most: float = math.inf):
@@ -187,6 +192,10 @@ def engine(args, folder, model, world, tokenizer):
     that holds it."""
     policy = getattr(model, "policy", model)
     if args.replay:
+        for start in starts_of(args.replay)[-1:]:
+            changed = changed_arguments(start["args"], vars(args))
+            if changed := [change for change in changed if not FREE.match(change)]:
+                say(f"warning: --replay of a run with other flags: {'; '.join(changed)}")
         return Replay(args.replay, world)
     if args.vllm and args.engine != "native":
         raise InputError("--vllm and --engine colocate are two engines: give one of them.")

@@ -58,13 +58,20 @@ class Refused(ServerError):
     """It says that the request is wrong: another server would say so too."""
 
 
+MINE = threading.local()  # of a thread of _at_once: `ended`, set when its requests are to end
+
+
+def is_over() -> bool:
+    """Whether the requests of this thread are to end."""
+    return hasattr(MINE, "ended") and MINE.ended.is_set()
+
+
 # ------------------------------------------------------------------------------------------- server
 class Server:
     """The routes of one vLLM server. Connections are kept and used again."""
 
-    def __init__(self, url: str, timeout: float, closing: threading.Event | None = None):
-        """url: http://host:port, or https. timeout: seconds that a request may take. closing: while
-        it is set, all requests fail."""
+    def __init__(self, url: str, timeout: float):
+        """url: http://host:port, or https. timeout: seconds that a request may take."""
         try:
             parts = urlsplit(url if "//" in url else f"http://{url}")
             port = parts.port
@@ -76,10 +83,10 @@ class Server:
         self.url, self.timeout = url.rstrip("/"), timeout
         self.secure, self.host = parts.scheme == "https", parts.hostname
         self.port = port or (443 if self.secure else 80)
-        self.closing = closing or threading.Event()
         self.lock = threading.Lock()
         self.idle: list[http.client.HTTPConnection] = []
-        self.busy: set[http.client.HTTPConnection] = set()
+        self.busy: dict[http.client.HTTPConnection, threading.Event | None] = {}  # to its `ended`
+        self.closed = False
         self.load = 0  # prompts that it is asked for
 
     def get(self, path: str, timeout: float = QUICK) -> dict:
@@ -104,11 +111,11 @@ class Server:
         data = None if body is None else json.dumps(body)
         while True:
             with self.lock:
-                if self.closing.is_set():
+                if self.closed or is_over():
                     raise ServerError(f"{self.url}{path}: the engine is closed")
                 kept = again and bool(self.idle)
                 connection = self.idle.pop() if kept else self._connection()
-                self.busy.add(connection)
+                self.busy[connection] = getattr(MINE, "ended", None)
             limit = timeout
             try:
                 if connection.sock is None:
@@ -135,7 +142,7 @@ class Server:
                 raise ServerError(f"{self.url}{path}: {reason}") from error
             finally:
                 with self.lock:
-                    self.busy.discard(connection)
+                    self.busy.pop(connection, None)
             with self.lock:
                 self.idle.append(connection)
             return self._read(path, answer.status, text)
@@ -159,14 +166,16 @@ class Server:
         kind = Refused if status in (400, 422) else ServerError
         raise kind(f"{self.url}{path}: status {status}: {str(answer)[:300]}")
 
-    def hang_up(self):
-        """End all requests in flight: each raises ServerError."""
+    def hang_up(self, ended: threading.Event | None = None):
+        """End the requests in flight, or those of one _at_once: each raises ServerError."""
         with self.lock:
-            busy, self.busy = self.busy, set()
+            chosen = [c for c, theirs in self.busy.items() if ended in (None, theirs)]
+            for connection in chosen:
+                del self.busy[connection]
             idle, self.idle = self.idle, []
         for connection in idle:
             connection.close()
-        for connection in busy:
+        for connection in chosen:
             sock = connection.sock
             if sock is not None:
                 try:
@@ -184,8 +193,7 @@ class Servers:
     ):
         """config: the model's. timeout: seconds that any request may take. audit: audit.Audit."""
         self.audit = audit
-        self.closing = threading.Event()
-        self.servers = [Server(url, timeout, self.closing) for url in dict.fromkeys(urls)]
+        self.servers = [Server(url, timeout) for url in dict.fromkeys(urls)]
         self.tokenizer, self.world = tokenizer, world
         self.stop_ids = sorted(tokenizer.stop_ids)
         self.transport = (Nccl if world.device.type == "cuda" else SharedMemory)()
@@ -277,18 +285,19 @@ class Servers:
 
     def _at_once(self, calls: list[Callable]) -> list:
         """What the calls return. If one raises, or Ctrl-C does, all requests are ended."""
-        pool = ThreadPoolExecutor(min(len(calls), REQUESTS))
+        ended = threading.Event()
+        begin = partial(setattr, MINE, "ended", ended)
+        pool = ThreadPoolExecutor(min(len(calls), REQUESTS), initializer=begin)
         try:
             tasks = [pool.submit(call) for call in calls]
             for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
                 task.result()
             return [task.result() for task in tasks]
         except BaseException:
-            self.closing.set()
+            ended.set()
             for server in self.servers:
-                server.hang_up()
+                server.hang_up(ended)
             pool.shutdown(cancel_futures=True)
-            self.closing.clear()
             raise
         finally:
             pool.shutdown(wait=False)
@@ -326,7 +335,7 @@ class Servers:
             except Refused as error:
                 raise InputError(f"{error}.") from error
             except (ServerError, *WRONG) as error:
-                if self.closing.is_set():
+                if server.closed or is_over():
                     raise
                 failures[server] += 1
                 self._doubt(server, _about(server, error), failures[server])
@@ -368,14 +377,16 @@ class Servers:
                     reason = None
             except (ServerError, *WRONG) as silence:
                 reason = str(_about(server, silence))
-            if reason is not None and not self.closing.is_set():
+            if server.closed or is_over():
+                return
+            if reason is not None:
                 with self.lock:
                     self.lost[server.url] = f"{error}; {reason}"
                 say(f"warning: {error}; left out until the next sync: {reason}")
                 server.hang_up()  # what else it was asked for goes to the others
                 return
         say(f"warning: {error}; it is asked again")
-        self.closing.wait(times - 1)  # seconds
+        MINE.ended.wait(times - 1)  # seconds
 
     def _rollout(self, server, prompt, choice, sampling, before) -> Rollout:
         """One choice of an answer, checked."""
@@ -466,8 +477,9 @@ class Servers:
                 do(server)
             except (ServerError, *WRONG) as error:
                 # An update that has not ended leaves it without weights: it stays paused.
-                errors[server.url] = str(_about(server, error))
-                say(f"warning: not synced: {errors[server.url]}")
+                reason = errors[server.url] = str(_about(server, error))
+                if reason != self.lost.get(server.url):  # said at the sync before
+                    say(f"warning: not synced: {reason}")
 
         if servers:
             self._at_once([partial(attempt, server) for server in servers])
@@ -512,8 +524,8 @@ class Servers:
 
     def close(self):
         """Leave the servers as they are, with the weights of the last sync."""
-        self.closing.set()
         for server in self.servers:
+            server.closed = True
             server.hang_up()
         self.transport.close()
 
