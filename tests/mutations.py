@@ -2289,28 +2289,28 @@ MUTATIONS = [
     # ---- the audit
     mutation(
         "audit-takes-nan-for-agreement",
-        "nanopost/audit.py",
+        "nanopost/probe.py",
         "if not row[1] <= row[2]]",
         "if row[1] > row[2]]",
         "test_audit.py::test_log_probs_that_are_not_numbers_fail",
     ),
     mutation(
         "audit-forgets-the-tied-head",
-        "nanopost/audit.py",
+        "nanopost/probe.py",
         "names = [*now, *([HEAD] if HEAD not in now else [])]",
         "names = [*now]",
         "test_audit.py::test_a_stale_tied_head_is_seen_by_its_print",
     ),
     mutation(
         "audit-takes-any-cut",
-        "nanopost/audit.py",
+        "nanopost/probe.py",
         "np.log(np.minimum(1.0, top_p + np.exp(logp_T)))",
         "0.0 * logp_T",
         "test_audit.py::test_the_bounds_of_a_cut_hold_for_it_and_for_few_others",
     ),
     mutation(
         "audit-takes-scores-of-another-temperature",
-        "nanopost/audit.py",
+        "nanopost/probe.py",
         "score([*longer.values()], TEMPERATURE)",
         "score([*longer.values()], 1.0)",
         "test_audit.py::test_a_faithful_answer_fails_in_nothing",
@@ -2324,14 +2324,14 @@ MUTATIONS = [
     ),
     mutation(
         "audit-pads-no-vocabulary",
-        "nanopost/audit.py",
+        "nanopost/probe.py",
         "(-len(tensor) % 64)",
         "0",
         "test_audit.py::test_digests_are_those_of_fused_and_padded_weights",
     ),
     mutation(
         "audit-leaves-the-model-edited",
-        "nanopost/audit.py",
+        "nanopost/attribution.py",
         "own[name].copy_(tensor)\n                if HEAD",
         "pass\n                if HEAD",
         "test_audit.py::test_a_fault_is_found_by_scores_alone",
@@ -2343,10 +2343,24 @@ MUTATIONS = [
         "self.count >= 0",
         "test_audit.py::test_audits_come_every_so_many_syncs_from_the_first_on",
     ),
+    mutation(
+        "audit-names-one-of-several-alone",
+        "nanopost/attribution.py",
+        "of_several(cause) if len(members) > 1 else cause",
+        "cause",
+        "test_audit.py::test_causes_become_one_clause",
+    ),
     # ---- faults of vLLM servers
     mutation(
+        "vllm-ends-the-requests-of-other-calls",
+        "nanopost/server.py",
+        "if ended in (None, theirs)]",
+        "]",
+        "test_vllm_faults.py::test_a_refused_prompt_ends_no_sync_of_another_thread",
+    ),
+    mutation(
         "vllm-updates-sent-again",
-        "nanopost/vllm.py",
+        "nanopost/server.py",
         "kept = again and bool(self.idle)",
         "kept = bool(self.idle)",
         "test_vllm_faults.py::test_a_sync_that_fails_anywhere_leaves_a_server_out_until_a_whole_one"
@@ -2362,7 +2376,7 @@ MUTATIONS = [
     mutation(
         "vllm-ctrl-c-waits-for-answers",
         "nanopost/vllm.py",
-        "                server.hang_up()\n            pool.shutdown",
+        "                server.hang_up(ended)\n            pool.shutdown",
         "                pass\n            pool.shutdown",
         "test_vllm_faults.py::test_ctrl_c_while_it_generates_ends_within_seconds[6.0]",
     ),

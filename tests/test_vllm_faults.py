@@ -18,8 +18,9 @@ from nanopost import InputError, StepError, hf, vllm
 from nanopost.dist import World
 from nanopost.engine import Sampling, prompt_seed
 from nanopost.rollout import Rollout
+from nanopost.server import Server, ServerError
 from nanopost.tokenizer import Tokenizer
-from nanopost.vllm import Server, ServerError, Servers
+from nanopost.vllm import Servers
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32)
 PROMPTS = [[3, 60 + i, 61, 62 + i, 4] for i in range(12)]
@@ -226,6 +227,23 @@ def test_ctrl_c_while_it_generates_ends_within_seconds(proxies, start, monkeypat
         engine.generate(PROMPTS, 2, Sampling(6), SEEDS)
     assert time.monotonic() - began < 3
     assert not [t for t in threading.enumerate() if "ThreadPool" in t.name]
+
+
+def test_a_refused_prompt_ends_no_sync_of_another_thread(proxies, start, policy, clock):
+    """A prompt that ran ahead, say, while the loop syncs."""
+    engine = start(proxies)
+    change(policy)
+    for proxy in proxies:
+        proxy.fault("/update_weights", 1.0)
+    named = policy.state_dict().items()
+    sync = threading.Thread(target=engine.sync_weights, args=(named, 1))
+    sync.start()
+    with pytest.raises(InputError, match="status 400"):
+        engine.generate([[10**6]], 2, Sampling(6), [0])
+    assert sync.is_alive()
+    sync.join()
+    assert len(alive(engine)) == 2
+    generate(engine, policy)
 
 
 def test_ctrl_c_in_a_sync_ends_within_seconds(proxies, start, policy, monkeypatch, ctrl_c):
