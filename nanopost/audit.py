@@ -169,7 +169,12 @@ def parsed(arguments=None):
     add("--before", help="folder of the weights before the last update")
     add("--after_update", metavar="CMD", help="a shell command that sends weights to the server")
     add("--chat_template", help="a Jinja file that replaces the model's own template")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: of the folder")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="auto: fp32 if folder or server is",
+    )
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--vllm_timeout", type=above(0.0), default=600.0, help="seconds a request may take")
     return parser.parse_args(arguments)
@@ -215,9 +220,6 @@ class Command:
     def audit(self, model, before) -> tuple[bool, Answer]:
         """Print the comparisons and the cause -> (whether all agree, the server's answer)."""
         args, server, config = self.args, self.server, self.config
-        folder = hf.dtype_of(model.config)
-        chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)
-        dtype = chosen or (torch.float32 if folder == torch.float32 else torch.bfloat16)
         sequences = self.sequences
         try:
             answer = ask(server, sequences, config)
@@ -226,6 +228,10 @@ class Command:
         except ServerError as error:
             raise InputError(f"--vllm: {error}.") from error
         self._check_shapes(answer, model)
+        # Weights in bf16, computed with in fp32 on both sides, allow no more than fp32 does.
+        full = torch.float32 in (hf.dtype_of(model.config), self._dtype_of(answer))
+        chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)
+        dtype = chosen or (torch.float32 if full else torch.bfloat16)
 
         def score(sequences, temperature):
             total = sum(map(len, sequences))
@@ -239,7 +245,7 @@ class Command:
         if before is not None:
             with Edited(model).tensors(before):
                 more = {"before": prints(before), "scores_before": score(sequences, 1.0)}
-        kind = getattr(torch, answer.about.get("dtype", ""), dtype)
+        kind = self._dtype_of(answer) or dtype
         digests = Digests.of(own.items(), kind)
         ours = ours_of(score, sequences, answer, prints(own), digests, **more)
         rows = compare(answer, ours, dtype)
@@ -272,6 +278,10 @@ class Command:
         "sampling without parameters": "it samples with the defaults of generation_config.json "
         "where a request gives none: start it with --generation-config vllm",
     }
+
+    def _dtype_of(self, answer) -> torch.dtype | None:
+        """In which the server computes, if it says so."""
+        return getattr(torch, answer.about.get("dtype", ""), None)
 
     def _check_shapes(self, answer, model):
         for name, p in model.named_parameters():
