@@ -805,7 +805,7 @@ class Command:
     def audit(self, model, before) -> tuple[bool, "Answer"]:
         """Print the comparisons and the cause -> (whether all agree, the server's answer)."""
         args, server, config = self.args, self.server, self.config
-        folder = hf.dtype_of(model.config)
+        folder = model.config.dtype
         chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)
         dtype = chosen or (torch.float32 if folder == torch.float32 else torch.bfloat16)
         sequences = self.sequences

@@ -1371,8 +1371,8 @@ MUTATIONS = [
     mutation(
         "value-warm-up-inverted",
         "train_ppo.py",
-        "model.policy.requires_grad_(step > args.value_warmup)",
-        "model.policy.requires_grad_(step <= args.value_warmup)",
+        "p.requires_grad_(step > args.value_warmup)",
+        "p.requires_grad_(step <= args.value_warmup)",
         "test_loops.py::test_in_value_warm_up_the_value_model_alone_has_a_gradient",
     ),
     mutation(
