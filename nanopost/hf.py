@@ -390,9 +390,15 @@ def save_model(
         raise
 
 
-def save_adapter(folder, named_tensors: Iterable[tuple[str, torch.Tensor]], config: dict, write):
-    """Write a folder with an adapter in peft's format; killed at any moment, it is the old one, the
-    new one or not there. A collective, as save_model."""
+def save_adapter(
+    folder,
+    named_tensors: Iterable[tuple[str, torch.Tensor]],
+    config: dict,
+    files: dict[str, str | bytes | None] | None = None,
+    write: bool = True,
+):
+    """Write a folder with an adapter in peft's format, and `files`; killed at any moment, it is the
+    old one, the new one or not there. Arguments and collective as save_model's."""
     tensors = {name: tensor.cpu().contiguous() for name, tensor in named_tensors}
     if not write:
         return
@@ -402,7 +408,7 @@ def save_adapter(folder, named_tensors: Iterable[tuple[str, torch.Tensor]], conf
     saving.mkdir(parents=True)
     try:
         save_file(tensors, saving / lora.WEIGHTS, metadata={"format": "pt"})
-        (saving / lora.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _write_files(saving, {**(files or {}), lora.CONFIG: json.dumps(config, indent=2) + "\n"})
         (saving / lora.WEIGHTS).chmod((saving / lora.CONFIG).stat().st_mode)
         for path in (*saving.iterdir(), saving):
             to_disk(path)
@@ -456,11 +462,7 @@ def _install(folder, saving, paths, sizes_of, files):
         files = {**files, INDEX: _index_text(names, sizes_of)}
     stale = [name for name, content in files.items() if content is None]
     stale = [name for name in stale if (folder / name).exists()]
-    files = {name: content for name, content in files.items() if content is not None}
-    for name, content in files.items():
-        if isinstance(content, str):
-            content = content.encode()
-        (saving / name).write_bytes(content)
+    files = _write_files(saving, files)
     mode = (saving / "config.json").stat().st_mode
     for path in paths:
         path.chmod(mode)  # safetensors would keep it from all other users
@@ -489,6 +491,16 @@ def _install(folder, saving, paths, sizes_of, files):
         os.replace(saving / "config.json", folder / "config.json")
     shutil.rmtree(saving)
     to_disk(folder)
+
+
+def _write_files(saving, files):
+    """Write those that have a content -> these."""
+    files = {name: content for name, content in files.items() if content is not None}
+    for name, content in files.items():
+        if isinstance(content, str):
+            content = content.encode()
+        (saving / name).write_bytes(content)
+    return files
 
 
 def _shard_names(folder, count):

@@ -426,7 +426,7 @@ class Run:
         """
         adapted = getattr(named_tensors, "adapted", False)
         if adapted:
-            self._export_adapter(named_tensors, self.out / part / "adapter")
+            self._export_adapter(named_tensors, self.out / part / "adapter", files)
         read = config.dtype
         written = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": read}[dtype]
         folder = self.out / part
@@ -439,7 +439,7 @@ class Run:
         whole = ", its adapters merged" if adapted else ""
         self.say(f"the model{whole} is in {folder}{note.replace('torch.', '')}")
 
-    def _export_adapter(self, weights, folder):
+    def _export_adapter(self, weights, folder, files):
         if lora.is_adapter_folder(weights.root.folder):
             self.say(
                 f"{folder} is not written: the base of its adapters, {weights.root.folder} merged, "
@@ -447,7 +447,7 @@ class Run:
             )
             return
         config = lora.peft_config(weights.root)
-        hf.save_adapter(folder, weights.trained(), config, write=self.writes)
+        hf.save_adapter(folder, weights.trained(), config, files, write=self.writes)
         self.say(f"the adapters alone are in {folder}, for peft, with {weights.root.folder}")
 
     def finish(self):

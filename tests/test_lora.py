@@ -61,7 +61,7 @@ def adapted(folder, rank=3, load=hf.load_model, noise=0.1, **options):
 
 
 def write_adapter(model, folder):
-    hf.save_adapter(folder, dist.full_weights(model).trained(), lora.peft_config(model), write=True)
+    hf.save_adapter(folder, dist.full_weights(model).trained(), lora.peft_config(model))
     return folder
 
 
