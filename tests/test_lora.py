@@ -1,12 +1,15 @@
 """Adapters against peft: logits, gradients, files, both ways; one base, untouched, on any ranks."""
 
+import gc
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from inprocess import run_here
 from safetensors.torch import load_file, save_file
 from small import random_ids, small_config, small_model
 from torch.distributed.tensor import DTensor
@@ -14,8 +17,11 @@ from torch.distributed.tensor import DTensor
 from nanopost import InputError, checkpoint, dist, hf, lora, optim
 from nanopost.batch import Example, batch_of
 from nanopost.engine import Engine, Sampling
+from nanopost.eval import main as eval_main
 from nanopost.forward import batches, logprobs
 from nanopost.model import ScalarModel
+from nanopost.tokenizer import Tokenizer, tokenizer_files
+from runs import toy
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -442,3 +448,201 @@ def test_ranks_change_nothing_and_a_run_goes_on_with_any_number_of_them(base, tm
                 torch.testing.assert_close(many[n], one[n], rtol=0, atol=1e-5)
         np.testing.assert_allclose(found[name][3][1:], plain_N[:-1], atol=2e-5)
     assert len(found["begin 1"][0]) == 28  # A and B of seven layers in two blocks
+
+
+# ----------------------------------------------------------------------------------------- scripts
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a random toy model, a reward model, pairs and prompts."""
+    folder = tmp_path_factory.mktemp("place")
+    toy.write_model(folder / "toy")
+    rows = []
+    for a in range(10, 34):
+        chosen, rejected = f"<answer>{a + 17}</answer>", f"{a}" * (1 + a % 3)
+        row = {
+            "prompt": [{"role": "user", "content": f"{a}+17=?"}],
+            "chosen": [{"role": "assistant", "content": chosen}],
+            "rejected": [{"role": "assistant", "content": rejected}],
+        }
+        rows.append(row)
+    toy.write_rows(folder / "pairs.jsonl", rows)
+    toy.write_rows(folder / "prompts.jsonl", [{"prompt": row["prompt"]} for row in rows])
+    messages = [{"messages": row["prompt"] + row["chosen"]} for row in rows]
+    toy.write_rows(folder / "chats.jsonl", messages)
+    (folder / "reward.py").write_text(
+        "def letters(completions, **columns):\n"
+        "    return [sum(map(ord, c[-1]['content'])) % 5 for c in completions]\n"
+    )
+    return folder
+
+
+def train(script, place, out, *more, model="toy", rank=4):
+    data = {"sft": "chats", "grpo": "prompts", "ppo": "prompts", "online_dpo": "prompts"}
+    size = ["--rows", 6]
+    if script in ("grpo", "ppo", "online_dpo"):
+        size = ["--prompts", 4, "--group", 2, "--max_new_tokens", 6]
+        size += ["--reward", f"{place / 'reward.py'}:letters"]
+    flags = ("--model", place / model, "--data", place / f"{data.get(script, 'pairs')}.jsonl")
+    flags += ("--holdout", 2, "--out", out, "--steps", 4, "--lr", 1e-2, "--warmup", 0)
+    run_here(f"train_{script}.py", *flags, *size, "--lora", rank, *more)
+
+
+def parameters_alive() -> int:
+    """Numbers in all parameters that this process holds, each counted once."""
+    gc.collect()
+    found = {}
+    for x in gc.get_objects():
+        if isinstance(x, torch.nn.Parameter):
+            found[x.data_ptr()] = x.numel()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize(
+    "script, more, bases",
+    [
+        ("dpo", [], 1),
+        ("kto", [], 1),
+        ("grpo", ["--beta", 0.1], 1),
+        ("online_dpo", [], 1),
+        ("ppo", ["--beta", 0.1, "--value_model", "head"], 1),
+        ("ppo", ["--beta", 0.1], 2),  # and its value model
+        ("dpo", ["--lora", 0], 2),
+        ("grpo", ["--beta", 0.1, "--lora", 0], 2),
+    ],
+)
+def test_with_adapters_policy_reference_and_engine_are_one_model(
+    place, tmp_path, monkeypatch, script, more, bases
+):
+    before, seen = parameters_alive(), []
+    clip = dist.clip_grad_norm
+
+    def counted(*args):
+        if not seen:
+            seen.append(parameters_alive() - before)
+        return clip(*args)
+
+    monkeypatch.setattr(dist, "clip_grad_norm", counted)
+    train(script, place, tmp_path / "out", *more)
+    size = sum(p.numel() for p in hf.load_model(place / "toy").parameters())
+    adapters = 0.1 * size * (more[-2:] != ["--lora", 0])
+    assert bases * size <= seen[-1] <= bases * (size + adapters)
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo", "grpo"])
+def test_a_run_leaves_a_merged_model_and_its_adapter_which_are_the_same(place, tmp_path, script):
+    train(script, place, tmp_path / "out")
+    out = tmp_path / "out"
+    merged = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    theirs = theirs_of(place / "toy", out / "adapter")
+    close(their_logits(merged), their_logits(theirs))
+    ours = our_logits(hf.load_model(out))
+    close(ours, their_logits(merged))
+    close(our_logits(hf.load_model(out / "adapter")), ours)
+    assert not torch.allclose(ours, our_logits(hf.load_model(place / "toy")), atol=1e-2)
+    assert Tokenizer.load(out / "adapter").stop_ids == Tokenizer.load(out).stop_ids
+
+
+def test_an_adapters_folder_is_a_model_wherever_one_is_named(place, tmp_path, monkeypatch):
+    """Trained on, evaluated, as a reward, a reference and a value model; its tokenizer is that of
+    its base where it has none."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    train("sft", place, tmp_path / "sft")
+    train("rm", place, tmp_path / "rm")
+    adapter, reward = tmp_path / "sft" / "adapter", f"model:{tmp_path / 'rm' / 'adapter'}"
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
+        (adapter / name).unlink(missing_ok=True)
+    for number, model in enumerate([adapter, tmp_path / "sft"]):
+        out = tmp_path / f"ppo{number}"
+        train("ppo", place, out, "--reward", reward, "--lora", 0, "--beta", 0.1, model=model)
+        asked = f"--model {model} --kl {model} --max_new_tokens 6 --data {place / 'prompts.jsonl'}"
+        eval_main(asked.split())
+    torch.set_flush_denormal(False)
+    one, two = load_file(tmp_path / "ppo0" / hf.SINGLE), load_file(tmp_path / "ppo1" / hf.SINGLE)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
+    assert (tmp_path / "ppo0" / "tokenizer.json").exists()
+    assert (tmp_path / "ppo0" / "value" / "config.json").exists()
+
+
+def test_stop_tokens_of_an_adapter_are_those_of_its_base(place, tmp_path):
+    """peft and TRL save no generation_config.json beside an adapter."""
+    shutil.copytree(place / "toy", tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [1, 9]}')
+    adapter = write_adapter(adapted(tmp_path / "base"), tmp_path / "adapter")
+    for name in ("", "tokenizer.json"):  # with a tokenizer of its own, and without
+        if name:
+            shutil.copy(place / "toy" / name, adapter / name)
+        tokenizer = Tokenizer.load(adapter)
+        assert 9 in tokenizer.stop_ids
+        files = tokenizer_files(adapter, tokenizer)
+        assert files["tokenizer.json"] == (place / "toy" / "tokenizer.json").read_bytes()
+        assert json.loads(files["generation_config.json"])["eos_token_id"][:2] == [1, 9]
+
+
+def test_adapters_of_a_merged_adapter_are_not_written_by_themselves(place, tmp_path, capsys):
+    train("sft", place, tmp_path / "sft")
+    train("dpo", place, tmp_path / "dpo", model=tmp_path / "sft" / "adapter")
+    assert "dpo/adapter is not written: the base of its adapters" in capsys.readouterr().out
+    assert not (tmp_path / "dpo" / "adapter").exists()
+    assert (tmp_path / "dpo" / hf.SINGLE).exists()
+
+
+class Stopped(BaseException):
+    """As by a kill."""
+
+
+def stopped_after(step, monkeypatch):
+    save = checkpoint.save
+
+    def save_and_stop(out, now, *rest, **others):
+        save(out, now, *rest, **others)
+        if now == step:
+            raise Stopped
+
+    monkeypatch.setattr(checkpoint, "save", save_and_stop)
+
+
+@pytest.mark.parametrize("script", ["sft", "rm", "dpo", "grpo", "ppo"])
+def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(
+    place, tmp_path, monkeypatch, script
+):
+    more = ["--save_every", 2, "--seed", 3]
+    train(script, place, tmp_path / "whole", *more)
+    with monkeypatch.context() as patched:
+        stopped_after(2, patched)
+        with pytest.raises(Stopped):
+            train(script, place, tmp_path / "out", *more)
+    names = {n for n in stored_names(checkpoint.latest(tmp_path / "out")) if n.startswith("model.")}
+    assert names and all(lora.is_trained(name.removeprefix("model.")) for name in names)
+    train(script, place, tmp_path / "out", *more, "--resume")
+    for name in (hf.SINGLE, f"adapter/{lora.WEIGHTS}"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_a_changed_base_or_other_adapters_are_not_resumed(place, tmp_path, monkeypatch):
+    shutil.copytree(place / "toy", tmp_path / "toy")
+    with monkeypatch.context() as patched:
+        stopped_after(2, patched)
+        with pytest.raises(Stopped):
+            train("sft", place, tmp_path / "out", "--save_every", 2, model=tmp_path / "toy")
+    for rank, words in ((3, "does not fit this model"), (0, "belongs to another model")):
+        with pytest.raises(InputError, match=words):
+            train("sft", place, tmp_path / "out", "--resume", model=tmp_path / "toy", rank=rank)
+    model = hf.load_model(tmp_path / "toy")
+    model.model.norm.weight.data += 1e-3
+    hf.save_model(tmp_path / "toy", model.state_dict().items(), model.config)
+    with pytest.raises(InputError, match="toy has changed since the run started, whose checkpoint"):
+        train("sft", place, tmp_path / "out", "--resume", model=tmp_path / "toy")
+
+
+def test_a_run_without_adapters_leaves_none_of_the_run_that_it_replaces(place, tmp_path):
+    train("sft", place, tmp_path)
+    assert (tmp_path / "adapter").is_dir()
+    train("sft", place, tmp_path, "--lora", 0, "--overwrite")
+    assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize("flag", [["--lora_alpha", 8], ["--lora_targets", "q_proj"], ["--rslora"]])
+def test_flags_of_adapters_need_a_rank(place, tmp_path, flag):
+    with pytest.raises(InputError, match=f"{flag[0]} is about adapters: give their rank too"):
+        train("sft", place, tmp_path, *flag, rank=0)
