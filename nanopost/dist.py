@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from nanopost import InputError, StepError
+from nanopost import InputError, StepError, lora
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
 last_words: Callable[[], str] | None = None  # of a run: printed after an error that ends it
@@ -168,7 +168,8 @@ def shard(
 ):
     """Apply activation checkpointing, compilation and FSDP2 to a model of model.py -> the model.
 
-    On a CPU in fp32 with one process the model stays as it is. Otherwise every block and the root
+    With one process the model stays as it is on a CPU in fp32, and with adapters (lora.py) beside
+    frozen weights in world.dtype. Otherwise every block and the root
     are sharded over all ranks: fp32 master weights, compute in world.dtype, gradients reduced in
     fp32 and averaged over ranks (a loop multiplies its loss by world.size to undo that). The root
     is resharded after its forward too: nothing outside that forward may read a weight.
@@ -184,7 +185,8 @@ def shard(
     if compile:
         for block in blocks:
             block.compile()
-    if world.size == 1 and world.dtype == torch.float32:
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    if world.size == 1 and (world.dtype == torch.float32 or frozen == {world.dtype}):
         return model
     mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
     precision = MixedPrecisionPolicy(
@@ -198,10 +200,11 @@ def shard(
 
 
 def full_weights(model, part: str = "") -> "FullWeights":
-    """(checkpoint name, whole fp32 tensor), one at a time. A collective: all ranks must iterate.
+    """(checkpoint name, whole tensor), one at a time. A collective: all ranks must iterate.
 
-    A tied head is not included (the model has none). Both the saved folder and an engine's copy
-    are made from this. part: "policy." or "value." of an ActorCritic.
+    fp32, but for frozen weights that are held in less. Adapters are merged, from the untouched base
+    each time. A tied head is not included (the model has none). Both the saved folder and an
+    engine's copy are made from this. part: "policy." or "value." of an ActorCritic.
     """
     return FullWeights(model, part)
 
@@ -214,10 +217,43 @@ class FullWeights:
     part: str
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        held = dict(self.held())
+        layers = lora.layers(self.root)
+        for name, p in held.items():
+            if lora.is_adapter(name):
+                continue
+            whole = _whole(p)
+            layer, _, kind = name.rpartition(".")
+            if layer in layers and kind == "weight":
+                a, b = _whole(held[f"{layer}.lora_A"]), _whole(held[f"{layer}.lora_B"])
+                whole = lora.merged(whole, a, b, layers[layer].scale)
+            yield name, whole
+
+    def held(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) as the model holds them: its own tensors or shards, adapters apart."""
         for name, p in self.model.state_dict().items():
             if name.startswith(self.part):
-                whole = p.full_tensor() if isinstance(p, DTensor) else p
-                yield name.removeprefix(self.part), whole.detach()
+                yield name.removeprefix(self.part), p
+
+    def trained(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name in peft's format, whole tensor) of adapters and scalar heads. A collective."""
+        for name, p in self.held():
+            if lora.is_trained(name):
+                yield lora.peft_name(name), _whole(p)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are merged into these weights."""
+        return bool(lora.layers(self.root))
+
+    @property
+    def root(self) -> torch.nn.Module:
+        """The CausalLM or ScalarModel whose weights these are."""
+        return self.model.get_submodule(self.part.removesuffix("."))
+
+
+def _whole(p):
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
 
 
 def clip_grad_norm(model, max_norm: float) -> float:

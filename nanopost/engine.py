@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from nanopost import InputError, hf
+from nanopost import InputError, dist, hf
 from nanopost.attention import Cache
 from nanopost.rollout import Rollout
 
@@ -110,11 +110,14 @@ class Engine:
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int):
         """Copy full weights, under their checkpoint names, into the engine's model.
 
-        If the model is the trainer's own there is nothing to copy, and ValueError for tensors that
-        are not its own: they would be copied into the trainer. A running call to generate waits
+        If the model is the trainer's own there is nothing to copy or to merge, and ValueError for
+        tensors that are not its own: they would be copied into the trainer. A running call to
+        generate waits
         between two tokens, and goes on with the new weights.
         """
         own = dict(self.model.named_parameters())
+        if self.shared and isinstance(named_tensors, dist.FullWeights):
+            named_tensors = named_tensors.held()
         with torch.no_grad(), self.next, self.busy:
             for name, tensor in named_tensors:
                 if not self.shared:

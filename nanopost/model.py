@@ -92,6 +92,12 @@ class Config:
         )
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in the folder that the model was loaded from; fp32 if it names none."""
+        kind = self.hf.get("dtype") or self.hf.get("torch_dtype")
+        return getattr(torch, kind) if kind in ("bfloat16", "float16") else torch.float32
+
+    @property
     def max_positions(self) -> int:
         return self.hf.get("max_position_embeddings") or 2**31
 
@@ -269,6 +275,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.model, self.kernels = config, Decoder(config), "auto"
+        self.folder = ""  # from which its weights were loaded
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -342,6 +349,7 @@ class ScalarModel(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.model = config, Decoder(config)
+        self.folder = ""  # from which its weights were loaded
         self.score = nn.Linear(config.width, 1, bias=False)
 
     def forward(self, batch):
