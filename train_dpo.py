@@ -187,8 +187,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         pairs_P = preference.read_pairs(sequences, f_score)
         loss = loss_of(pairs_P, nll_tokens).sum()  # a dummy gives no gradient
         # A mean over the pairs of the step.
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss * world.size / args.rows).backward()
+        (loss / args.rows).backward()
         if not batch.dummy:  # its empty pair would be a tie
             metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
             meter.add(batch.num_examples // 2, loss=loss, **metrics)

@@ -299,8 +299,7 @@ for step in range(state["step"] + 1, args.steps + 1):
                 kl_N = kl_estimate(logp_N, batch["ref_logp"])
                 loss = loss + args.beta * (weight_N * kl_N).sum()
                 metrics["kl"] = kl_N.sum()
-            # FSDP averages gradients over ranks: world.size undoes it.
-            (loss * world.size / divisor).backward()
+            (loss / divisor).backward()
             loss_sum += loss.detach().double() / divisor
             metrics |= correction_metrics
             meter.add(batch.num_targets, entropy=entropy_N.sum(), **metrics)

@@ -218,8 +218,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         nll_S = batch.sequences.sum(-logp_N)
         loss = (batch["slope"] * logp_S + batch["nll_slope"] * nll_S).sum()
         # A mean over the examples of the step.
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss * world.size / args.rows).backward()
+        (loss / args.rows).backward()
         meter.add(batch.num_targets, entropy=entropy_N.sum())
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
     check_finite(grad_norm, step, model, examples, tokenizer.decode)

@@ -211,8 +211,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         )
         loss = loss_P.sum()  # a dummy gives no gradient
         # A mean over the pairs of the step.
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss * world.size / max(1, num_pairs)).backward()
+        (loss / max(1, num_pairs)).backward()
         if not batch.dummy:  # its empty pair would be a tie
             metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
             meter.add(batch.num_examples // 2, loss=loss, **metrics)

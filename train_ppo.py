@@ -275,8 +275,7 @@ for step in range(state["step"] + 1, args.steps + 1):
                 value_N, batch["value"], batch["ret"], batch.mask_N, args.value_clip
             )
             loss = policy_loss + args.value_coef * value_loss
-            # FSDP averages gradients over ranks: world.size undoes it.
-            (loss * world.size / max(1, targets)).backward()
+            (loss / max(1, targets)).backward()
             metrics = {
                 "loss/policy_avg": policy_loss,
                 "loss/value_avg": value_loss,

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from nanopost import cli, dist, hf, optim, packing, pairs, preference, rows
-from nanopost.batch import batch_of
 from nanopost.cli import at_least
 from nanopost.forward import batches, check_finite
 from nanopost.report import marked_text
@@ -65,7 +64,7 @@ train_pairs, cut = encode(train_rows)
 eval_pairs, eval_cut = encode(eval_rows)
 lengths = [len(chosen) + len(rejected) for chosen, rejected in train_pairs]
 packing.pack(lengths, args.tokens)  # InputError now if a pair does not fit into a micro-batch
-per_epoch, parts_of_step = packing.by_rows(lengths, args.tokens, args.seed)
+per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
@@ -126,17 +125,16 @@ if not run.resumed:
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- update
     began = time.perf_counter()
-    parts = parts_of_step(state["consumed"], args.rows, world.rank, world.size)
+    indices, _ = packing.share(per_epoch, args.seed, state["consumed"], args.rows, world)
     state["consumed"] += args.rows
-    meter, scores = dist.Meter(), []
-    for part in parts:
-        batch = batch_of([e for i in part for e in train_pairs[i]], world.device)
+    step_pairs = [train_pairs[i] for i in indices]
+    meter, examples, scores = dist.Meter(), [], []
+    for batch in batches(step_pairs, args.tokens, world.device):
         score_S, loss_P = forward(batch)
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss_P.sum() * world.size / args.rows).backward()
-        meter.add(len(part), loss=loss_P.sum())
-        scores.append(score_S.detach().view(-1, 2).T[:, : len(part)])
-    examples = [e for part in parts for i in part for e in train_pairs[i]]
+        (loss_P.sum() / args.rows).backward()
+        meter.add(batch.num_examples // 2, loss=loss_P.sum())
+        examples += batch.examples
+        scores.append(score_S.detach().view(-1, 2).T[:, : batch.num_examples // 2])
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
     check_finite(grad_norm, step, model, examples, tokenizer.decode)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)

@@ -7,6 +7,7 @@ import ctypes
 import io
 import json
 import os
+import pickle
 import signal
 import socket
 import sys
@@ -23,6 +24,7 @@ from torch.distributed.tensor import DTensor
 from nanopost import InputError, StepError, lora
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
+reproducible = False  # the same bytes on any number of ranks: set by init, see reproducible.py
 last_words: Callable[[], str] | None = None  # of a run: printed after an error that ends it
 
 
@@ -169,10 +171,10 @@ def shard(
     """Apply activation checkpointing, compilation and FSDP2 to a model of model.py -> the model.
 
     With one process the model stays as it is on a CPU in fp32, and with adapters (lora.py) beside
-    frozen weights in world.dtype. Otherwise every block and the root
-    are sharded over all ranks: fp32 master weights, compute in world.dtype, gradients reduced in
-    fp32 and averaged over ranks (a loop multiplies its loss by world.size to undo that). The root
-    is resharded after its forward too: nothing outside that forward may read a weight.
+    frozen weights in world.dtype. Otherwise every block and the root are sharded over all ranks:
+    fp32 master weights, compute in world.dtype, gradients summed over ranks in fp32: a loop divides
+    its loss by the count of the whole step. The root is resharded after its forward too: nothing
+    outside that forward may read a weight.
     kernels: see logprob.py.
     """
     decoders = [m for m in model.modules() if hasattr(m, "checkpointing")]
@@ -196,6 +198,8 @@ def shard(
     )
     for module in (*blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        module.set_gradient_divide_factor(1.0)  # a sum, not torch's mean
+        module.set_force_sum_reduction_for_comms(True)
     return model
 
 
@@ -321,6 +325,25 @@ def gather(values: list) -> list:
     parts = [None] * dist.get_world_size()
     dist.all_gather_object(parts, values)
     return [v for part in parts for v in part]
+
+
+def exchange(parts: list[list]) -> list:
+    """Send the list parts[r] to rank r -> what all ranks have sent to this one, rank by rank."""
+    mine, rank = parts[dist.get_rank()], dist.get_rank()
+    if len(parts) == 1:
+        return mine
+    sent = [b"" if r == rank else pickle.dumps(part) for r, part in enumerate(parts)]
+    size_R = torch.tensor([len(x) for x in sent])
+    coming_R = torch.empty_like(size_R)
+    dist.all_to_all_single(coming_R, size_R)
+    outgoing = torch.frombuffer(bytearray(b"".join(sent)) or bytearray(1), dtype=torch.uint8)
+    outgoing = outgoing[: int(size_R.sum())]
+    incoming = torch.empty(int(coming_R.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(incoming, outgoing, coming_R.tolist(), size_R.tolist())
+    came = []
+    for r, x in enumerate(incoming.split(coming_R.tolist())):
+        came += mine if r == rank else pickle.loads(x.numpy().tobytes())
+    return came
 
 
 class Meter:

@@ -107,7 +107,7 @@ class Run:
         saved_bases = state.pop("bases", bases)
         if self.writes and sorted(saved_bases.values()) != sorted(bases.values()):
             raise InputError(
-                f"--resume: the checkpoints hold adapters alone, and {' and '.join(bases)} no longer "
+                f"--resume: the checkpoints hold adapters alone; {' and '.join(bases)} no longer "
                 f"has the weights that they belong to (then: {' and '.join(saved_bases)}): restore "
                 "that folder, or --overwrite the run."
             )

@@ -45,7 +45,7 @@ def backward(model, tokens, examples):
     for batch in batches(mine, tokens, "cpu"):
         logp_N, entropy_N = model(batch)
         part = -(logp_N + 0.1 * entropy_N).sum()
-        (part * world.size / trained).backward()
+        (part / trained).backward()
         loss += float(part.detach())
     return dist.all_sum(loss) / trained
 

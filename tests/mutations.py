@@ -244,9 +244,9 @@ MUTATIONS = [
     mutation(
         "only-the-first-micro-batch-of-a-rank",
         "nanopost/packing.py",
-        "[rows[i] for i in b] for b in bins[rank::size]]",
-        "[rows[i] for i in b] for b in bins[rank : rank + 1]]",
-        "test_packing.py::test_a_step_is_the_same_on_any_number_of_ranks_and_at_any_resumption",
+        "return [dearest_first[rank::ranks] for",
+        "return [dearest_first[rank : rank + 1] for",
+        "test_packing.py::test_ranks_run_equally_many_micro_batches_of_similar_cost",
     ),
     mutation(
         "order-ignores-the-epoch",
@@ -358,8 +358,8 @@ MUTATIONS = [
     mutation(
         "log-probs-of-another-example",
         "nanopost/forward.py",
-        "for i, x_T in zip(part, batch.split(x_N)):",
-        "for i, x_T in zip(part[::-1], batch.split(x_N)):",
+        "zip(part, batch.split(forward(batch)))",
+        "zip(part[::-1], batch.split(forward(batch)))",
         "test_forward.py::test_log_probs_are_those_of_each_example_alone_and_aligned_with_its_ids",
     ),
     mutation(
@@ -812,16 +812,37 @@ MUTATIONS = [
     mutation(
         "no-dummy-for-a-rank-without-data",
         "nanopost/forward.py",
-        "micro_batches(lengths, tokens) or [[]]",
-        "micro_batches(lengths, tokens)",
+        "micro_batches(lengths, tokens, at_least) or [[]]",
+        "micro_batches(lengths, tokens, at_least)",
         "test_forward.py::test_single_examples_are_units_too_and_nothing_gives_a_dummy",
     ),
     mutation(
         "fewer-batches-on-a-rank",
+        "nanopost/packing.py",
+        "    dearest_first += [[] for _ in range(-len(parts) % ranks)]\n",
+        "",
+        "test_packing.py::test_ranks_run_equally_many_micro_batches_of_similar_cost",
+    ),
+    mutation(
+        "long-sequences-cost-no-more",
+        "nanopost/packing.py",
+        "lengths[i] ** 2 / ATTENTION",
+        "0",
+        "test_packing.py::test_ranks_run_equally_many_micro_batches_of_similar_cost",
+    ),
+    mutation(
+        "micro-batches-by-who-holds-what",
         "nanopost/forward.py",
-        "even(micro_batches(lengths, tokens) or [[]])",
-        "(micro_batches(lengths, tokens) or [[]])",
-        "test_forward.py::test_every_rank_has_as_many_batches_as_the_one_with_most",
+        "mine.append((_key(unit), rank, i,",
+        "mine.append((b'', rank, i,",
+        "test_forward.py::test_micro_batches_do_not_depend_on_who_holds_what",
+    ),
+    mutation(
+        "an-examples-numbers-to-another-rank",
+        "nanopost/forward.py",
+        "wanted[rank].append(",
+        "wanted[0].append(",
+        "test_forward.py::test_numbers_come_back_to_who_holds_the_example",
     ),
     mutation(
         "a-dummy-in-the-loss-of-a-reward-model",
@@ -855,22 +876,22 @@ MUTATIONS = [
     mutation(
         "token-count-of-one-rank-in-sft",
         "train_sft.py",
-        "(loss * world.size / targets)",
-        "(loss * world.size / sum(e.num_targets for e in examples))",
+        "(loss / targets)",
+        "(loss / sum(e.num_targets for e in examples))",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
     ),
     mutation(
         "token-count-of-a-micro-batch-in-sft",
         "train_sft.py",
-        "(loss * world.size / targets)",
-        "(loss * world.size / max(1, batch.num_targets) / len(step_batches))",
+        "(loss / targets)",
+        "(loss / max(1, batch.num_targets))",
         "test_loops.py::test_a_step_of_sft_is_a_mean_over_its_trained_tokens",
     ),
     mutation(
-        "world-size-missing-in-sft",
-        "train_sft.py",
-        "(loss * world.size / targets)",
-        "(loss / targets)",
+        "gradients-averaged-over-ranks",
+        "nanopost/dist.py",
+        "        module.set_gradient_divide_factor(1.0)  # a sum, not torch's mean\n",
+        "",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
     ),
     mutation(
@@ -1073,13 +1094,6 @@ MUTATIONS = [
         "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one",
     ),
     mutation(
-        "world-size-missing-in-grpo",
-        "train_grpo.py",
-        "(loss * world.size / divisor)",
-        "(loss / divisor)",
-        "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one",
-    ),
-    mutation(
         "kl-in-the-loss-of-grpo-forgotten",
         "train_grpo.py",
         "loss = loss + args.beta * (weight_N * kl_N).sum()",
@@ -1269,22 +1283,15 @@ MUTATIONS = [
     mutation(
         "slopes-of-another-rank",
         "nanopost/forward.py",
-        "slice(before, before + len(mine))",
-        "slice(0, len(mine))",
-        "test_preference_scripts.py::test_two_ranks_are_one[train_kto.py-more1]",
-    ),
-    mutation(
-        "world-size-missing-in-the-second-pass",
-        "train_kto.py",
-        "(loss * world.size / args.rows)",
-        "(loss / args.rows)",
+        "place_of[rank, i]",
+        "place_of[0, i]",
         "test_preference_scripts.py::test_two_ranks_are_one[train_kto.py-more1]",
     ),
     mutation(
         "pair-count-of-one-rank",
         "train_dpo.py",
-        "(loss * world.size / args.rows)",
-        "(loss * world.size / max(1, len(step_pairs)))",
+        "(loss / args.rows)",
+        "(loss / max(1, len(step_pairs)))",
         "test_preference_scripts.py::test_two_ranks_are_one[train_dpo.py-more0]",
     ),
     mutation(
@@ -1428,8 +1435,8 @@ MUTATIONS = [
     mutation(
         "sft-order-begins-anew-on-resume",
         "train_sft.py",
-        'parts_of_step(state["consumed"],',
-        'parts_of_step((step - state["step"] - 1) * per_step,',
+        'rows_of_step(state["consumed"],',
+        'rows_of_step((step - state["step"] - 1) * per_step,',
         "twins/test_sft.py::test_it_agrees_after_a_resume[truncated]",
     ),
     mutation(
@@ -1477,8 +1484,8 @@ MUTATIONS = [
     mutation(
         "reward-model-order-begins-anew-on-resume",
         "train_rm.py",
-        'parts_of_step(state["consumed"],',
-        'parts_of_step((step - state["step"] - 1) * args.rows,',
+        'args.seed, state["consumed"], args.rows',
+        'args.seed, (step - state["step"] - 1) * args.rows, args.rows',
         "twins/test_rm.py::test_it_agrees_after_a_resume[truncated]",
     ),
     mutation(
@@ -1519,8 +1526,8 @@ MUTATIONS = [
     mutation(
         "reward-model-loss-a-mean-of-micro-batches",
         "train_rm.py",
-        "world.size / args.rows)",
-        "world.size / len(part))",
+        "(loss_P.sum() / args.rows)",
+        "(loss_P.sum() / max(1, batch.num_examples // 2))",
         "twins/test_rm.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
@@ -1533,7 +1540,7 @@ MUTATIONS = [
     mutation(
         "scores-of-dummies-in-the-metrics",
         "train_rm.py",
-        ".T[:, : len(part)])",
+        ".T[:, : batch.num_examples // 2])",
         ".T)",
         "twins/test_rm.py::test_it_agrees_after_a_resume_on_two_ranks[dropped]",
     ),

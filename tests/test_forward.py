@@ -1,7 +1,7 @@
 """Many examples through a model, in micro-batches: each gets what it would get alone."""
 
-import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ import torch.distributed
 import torch.multiprocessing as mp
 from small import random_ids, small_config, small_model
 
-from nanopost import StepError
+from nanopost import StepError, dist
 from nanopost.batch import Example, batch_of
 from nanopost.forward import add_logprobs, add_values, batches, check_finite, logprobs, scores
 from nanopost.model import ActorCritic, ScalarModel
@@ -43,21 +43,68 @@ def test_single_examples_are_units_too_and_nothing_gives_a_dummy(alone):
     assert dummy.dummy and dummy.num_examples == 0
 
 
-def _rank(rank, size, folder):
+def _rank(rank, size, folder, task):
+    torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size
+        "gloo", init_method=f"file://{folder / str(size)}", rank=rank, world_size=size
     )
-    mine = examples(3, 4, 5) if rank == 1 else []
-    found = [batch.num_examples for batch in batches(mine, 5, "cpu")]
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    (folder / f"{rank}-of-{size}").write_bytes(pickle.dumps(task(rank, size)))
     torch.distributed.destroy_process_group()
 
 
-def test_every_rank_has_as_many_batches_as_the_one_with_most(tmp_path):
-    """Of one with nothing all are dummies."""
-    mp.start_processes(_rank, (2, tmp_path), nprocs=2, start_method="fork")
-    none, all_of_them = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert none == [0, 0, 0] and all_of_them == [1, 1, 1]
+def on_ranks(size, folder, task) -> list:
+    """What task(rank, size) returns on each of several ranks."""
+    mp.start_processes(_rank, (size, folder, task), nprocs=size, start_method="fork")
+    return [pickle.loads((folder / f"{rank}-of-{size}").read_bytes()) for rank in range(size)]
+
+
+def test_every_rank_has_as_many_batches_and_as_much_to_do(tmp_path):
+    """One rank holds all examples, and others run some of them."""
+
+    def task(rank, size):
+        mine = examples(3, 4, 5, 4, 3) if rank == 1 else []
+        return [batch.num_examples for batch in batches(mine, 8, "cpu")]
+
+    found = on_ranks(2, tmp_path, task)
+    assert [len(x) for x in found] == [2, 2] and sum(map(sum, found)) == 5
+    assert all(min(x) > 0 for x in found)
+
+
+def held_by(rank, size):
+    """Uneven shares of the same examples, two of them alike, with columns and kept ids."""
+    made = with_kept(examples(9, 15, 2, 7, 7, 12, 3, 15))
+    made.append(made[3])
+    for e in made:
+        e.columns["adv"] = np.full(len(e), e.ids[0] / 7, np.float32)
+    return {1: [made], 2: [made[1:3], made[3:] + made[:1]]}[size][rank]
+
+
+def test_micro_batches_do_not_depend_on_who_holds_what(tmp_path, monkeypatch):
+    """With --reproducible not even on the number of ranks."""
+    monkeypatch.setattr(dist, "reproducible", True)
+
+    def task(rank, size):
+        found = []
+        for batch in batches(held_by(rank, size), 20, "cpu"):
+            if not batch.dummy:
+                token_E, id_E = batch.kept
+                numbers = batch.token_N, batch.cu_seqlens, batch["adv"], token_E, id_E
+                found.append([x.tolist() for x in numbers])
+        return found
+
+    (one,), two = on_ranks(1, tmp_path, task), on_ranks(2, tmp_path, task)
+    assert sorted(two[0] + two[1]) == sorted(one) and len(one) > 2
+
+
+def test_numbers_come_back_to_who_holds_the_example(tmp_path):
+    def task(rank, size):
+        found = logprobs(small_model(), held_by(rank, size), 20, 0.7, "cpu")
+        return [x.tolist() for x in found]
+
+    (one,), (first, second) = on_ranks(1, tmp_path, task), on_ranks(2, tmp_path, task)
+    for expected, logp in zip(one, second[-1:] + first + second[:-1], strict=True):
+        assert logp == pytest.approx(expected, abs=1e-5)
+    assert one[3] == one[8] and len({tuple(x) for x in one}) == 8
 
 
 # -------------------------------------------------------------------------------- numbers of tokens

@@ -71,8 +71,7 @@ REPEATED = [
     "fingerprint(tokenizer))\nrun.say(check_stage(args.model, tokenizer))\n",
     "if not run.resumed:\n    run.log(0, evaluate())\n"
     'for step in range(state["step"] + 1, args.steps + 1):\n',
-    "# FSDP averages gradients over ranks: world.size undoes it.\n",
-    " * world.size / ",
+    ").backward()\n",
     "grad_norm = dist.clip_grad_norm(model, args.grad_clip)\n",
     "check_finite(grad_norm, step, model, ",
     "optimizer.step()\n",
