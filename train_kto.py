@@ -61,7 +61,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 reference_folder = args.reference_model or args.model
@@ -212,7 +212,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             columns = {**e.columns, "slope": slope, "nll_slope": nll_slope}
             examples.append(Example(e.ids, e.mask, columns))
     meter = dist.Meter()
-    for batch in batches(examples, args.tokens, world.device):
+    for batch in batches(model, examples, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
         logp_S = batch.sequences.sum(logp_N * batch["weight"])
         nll_S = batch.sequences.sum(-logp_N)

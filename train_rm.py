@@ -35,7 +35,7 @@ add("--centre", type=at_least(0.0), default=0.0, help="weight of a pair's square
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 # transformers scores the last non-padding token: if answers end with the padding token, no token
 # may count as padding.
@@ -99,12 +99,12 @@ def evaluate():
     if not eval_pairs:
         return {}
     meter, score_P2 = dist.Meter(), []
-    for batch in batches(eval_pairs[world.rank :: world.size], args.tokens, world.device):
+    for batch in batches(model, eval_pairs[world.rank :: world.size], args.tokens, world.device):
         score_S, loss_P = forward(batch)
         if not batch.dummy:
             meter.add(len(loss_P), **{"eval/loss": loss_P.sum()})
             score_P2 += score_S.view(-1, 2).tolist()
-    score_P2 = np.array(dist.gather(score_P2))
+    score_P2 = np.array(sorted(dist.gather(score_P2)))  # the same order on any number of ranks
     margin_P = score_P2[:, 0] - score_P2[:, 1]
     low, middle, high = np.quantile(score_P2, [0.05, 0.5, 0.95]).tolist()
     return {
@@ -129,7 +129,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     state["consumed"] += args.rows
     step_pairs = [train_pairs[i] for i in indices]
     meter, examples, scores = dist.Meter(), [], []
-    for batch in batches(step_pairs, args.tokens, world.device):
+    for batch in batches(model, step_pairs, args.tokens, world.device):
         score_S, loss_P = forward(batch)
         (loss_P.sum() / args.rows).backward()
         meter.add(batch.num_examples // 2, loss=loss_P.sum())
@@ -149,8 +149,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     meter.add(
         len(chosen_P),
         accuracy=(chosen_P > rejected_P).sum(),
-        margin=(chosen_P - rejected_P).sum(),
-        mean_reward=(chosen_P + rejected_P).sum() / 2,
+        margin=chosen_P - rejected_P,
+        mean_reward=(chosen_P + rejected_P) / 2,
     )
     each = score_2P.flatten().tolist()
     highest, minus_lowest = dist.all_max(max(each, default=-math.inf), -min(each, default=math.inf))

@@ -55,7 +55,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 
@@ -103,7 +103,7 @@ run.say(
 def evaluate():
     """Mean loss and entropy over the trained tokens of held-out rows."""
     meter = dist.Meter()
-    for batch in batches(eval_examples[world.rank :: world.size], args.tokens, world.device):
+    for batch in batches(model, eval_examples[world.rank :: world.size], args.tokens, world.device):
         logp_N, entropy_N = model(batch)
         meter.add(
             batch.num_targets, **{"eval/loss": -logp_N.sum(), "eval/entropy": entropy_N.sum()}
@@ -125,7 +125,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     examples = [train_examples[i] for i in indices]
     targets, tokens = dist.all_sums(sum(e.num_targets for e in examples), sum(map(len, examples)))
     meter = dist.Meter()
-    for batch in batches(examples, args.tokens, world.device):
+    for batch in batches(model, examples, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
         loss = loss_of(logp_N, batch.mask_N)
         (loss / targets).backward()

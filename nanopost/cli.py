@@ -137,6 +137,17 @@ def parser(
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on CUDA")
     add("--compile", action="store_true", help="torch.compile each block")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add(
+        "--reduce",
+        default="micro_batch",
+        choices=["micro_batch", "step"],
+        help="when ranks add up gradients; once a step is faster, and holds whole gradients",
+    )
+    add(
+        "--reproducible",
+        action="store_true",
+        help="the same bytes on any number of ranks: see nanopost/reproducible.py",
+    )
     add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton on CUDA in bf16")
     add("--tokens", type=at_least(2), default=8192, help="maximum tokens per micro-batch")
     add("--lr", type=at_least(0.0), default=lr, help="peak learning rate")
@@ -196,6 +207,10 @@ def parser(
 
 def shard(args, world):
     """What hf.load_model applies to a model that will train: adapters, then dist.shard."""
+    if args.reproducible and args.reduce == "step":
+        raise InputError(
+            "--reproducible adds up gradients by micro-batch: leave out --reduce step."
+        )
     if not args.lora:
         for name, given in [
             ("lora_alpha", args.lora_alpha != 32.0),
@@ -222,6 +237,7 @@ def _shard(args, world):
         checkpointing=args.checkpointing,
         compile=args.compile,
         kernels=args.kernels,
+        reduce=args.reduce,
     )
 
 
@@ -244,6 +260,11 @@ def engine(args, folder, model, world, tokenizer):
             if changed := [change for change in changed if not FREE.match(change)]:
                 say(f"warning: --replay of a run with other flags: {'; '.join(changed)}")
         return Replay(args.replay, world)
+    if dist.reproducible and (args.vllm or args.engine != "native" or args.max_staleness):
+        raise InputError(
+            "--reproducible samples with nanopost's own engine and the newest weights: leave out "
+            "--vllm, --engine and --max_staleness, or --replay what they gave."
+        )
     if args.vllm and args.engine != "native":
         raise InputError("--vllm and --engine colocate are two engines: give one of them.")
     if args.vllm:

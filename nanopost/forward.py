@@ -16,8 +16,9 @@ from nanopost.dist import even, exchange, gather
 from nanopost.packing import deal, micro_batches, pack
 
 
-def batches(items: list, tokens: int, device) -> Iterator[Batch]:
-    """Micro-batches of at most `tokens` tokens, on the device, equally many on every rank.
+def batches(model, items: list, tokens: int, device) -> Iterator[Batch]:
+    """Micro-batches of at most `tokens` tokens, on the device, equally many on every rank: what
+    goes through the model in one optimizer step, each with its backward pass.
 
     items: this rank's examples, or tuples of examples that stay together (a pair). The
     micro-batches are cut from those of all ranks, and a rank runs what others hold too, so that all
@@ -25,8 +26,11 @@ def batches(items: list, tokens: int, device) -> Iterator[Batch]:
     backward pass is a collective.
     """
     units = [(item,) if isinstance(item, Example) else item for item in items]
-    for part in _dealt(units, tokens):
+    parts = _dealt(units, tokens)
+    for i, part in enumerate(parts):
+        dist.before_pass(model, last=i == len(parts) - 1)
         yield batch_of([e for _, unit in part for e in unit], device)
+        dist.after_pass(model)
 
 
 def _dealt(

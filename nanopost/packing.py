@@ -18,9 +18,10 @@ from itertools import chain
 
 import numpy as np
 
-from nanopost import InputError
+from nanopost import InputError, dist
 from nanopost.batch import Example
 
+CHUNK = 8  # prompts that are sampled and rewarded at once with --reproducible
 # A token of a sequence of L costs 24 D^2 operations a layer in its matrices and 2 L D in causal
 # attention, so a sequence costs L + L^2 / (12 D) tokens. This is 12 D of a 1B model, D = 2048.
 ATTENTION = 12 * 2048
@@ -44,12 +45,22 @@ def share(n: int, seed: int, consumed: int, count: int, world) -> tuple[list[int
 
     A serial counts the rows drawn since the run began: it seeds what is sampled for the row, so the
     samples do not depend on the number of ranks. Serial i is of rank i % world.size, wherever the
-    count begins.
+    count begins; with --reproducible see part.
     """
-    mine = slice((world.rank - consumed) % world.size, None, world.size)
-    indices = take(n, seed, consumed, count)[mine]
-    serials = range(consumed, consumed + count)[mine]
-    return indices, list(serials)
+    indices = take(n, seed, consumed, count)
+    mine = part(count, world, consumed)
+    return [indices[i] for i in mine], [consumed + i for i in mine]
+
+
+def part(count: int, world, first: int = 0) -> list[int]:
+    """Which of `count` things, 0 to count - 1, are a rank's: i if first + i is rank modulo size.
+
+    With --reproducible it is whole chunks of CHUNK, the last of all perhaps less: what is computed
+    in such chunks is the same on any number of ranks.
+    """
+    if dist.reproducible:
+        return [i for i in range(count) if i // CHUNK % world.size == world.rank]
+    return list(range((world.rank - first) % world.size, count, world.size))
 
 
 def pack(lengths, budget: int) -> list[list[int]]:
@@ -177,16 +188,21 @@ def minibatches(
 
 
 def shuffled_minibatches(
-    items: list, group: int, parts: int, epochs: int, seed: tuple, world
+    items: list,
+    group: int,
+    serials: list[int],
+    all_serials: list[int],
+    parts: int,
+    epochs: int,
+    seed: tuple,
 ) -> Iterator[list]:
-    """This rank's share of `parts` minibatches, `epochs` times over, each in a new prompt order,
-    the same on all ranks. items: `group` for each of this rank's prompts; prompt i of all ranks is
-    number i // world.size on rank i % world.size."""
-    prompts = len(items) // group * world.size
+    """As minibatches, `epochs` times over, each in a new order of the groups, the same on all
+    ranks."""
+    place_of = {serial: i for i, serial in enumerate(serials)}
     for epoch in range(epochs):
-        order = np.random.default_rng((*seed, epoch)).permutation(prompts)
+        order = np.random.default_rng((*seed, epoch)).permutation(sorted(all_serials))
         for part in np.array_split(order, parts):
-            mine = [i // world.size for i in part.tolist() if i % world.size == world.rank]
+            mine = [place_of[serial] for serial in part.tolist() if serial in place_of]
             yield [item for i in mine for item in items[i * group : (i + 1) * group]]
 
 

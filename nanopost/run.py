@@ -236,6 +236,12 @@ class Run:
         earlier = starts_of(self.out) if resumed_at is not None else []
         if resumed_at is not None and not earlier:
             self.say(f"{self.out}/run.json is missing or cut off: a new one starts here")
+        threads = (earlier or [{}])[-1].get("threads", torch.get_num_threads())
+        if threads != torch.get_num_threads():
+            self.say(
+                f"WARNING: resumed with {torch.get_num_threads()} threads per rank, not {threads}: "
+                f"rounding differs (OMP_NUM_THREADS={threads} for the same bytes)"
+            )
         start = {
             "command": " ".join(sys.argv),
             "resumed_at": resumed_at,
@@ -243,6 +249,8 @@ class Run:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
+            "ranks": torch.distributed.get_world_size(),
+            "threads": torch.get_num_threads(),  # of each rank: the last digits depend on it
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "args": self.arguments,
             **about,

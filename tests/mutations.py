@@ -764,36 +764,29 @@ MUTATIONS = [
     mutation(
         "sums-of-one-rank",
         "nanopost/dist.py",
-        "return _reduce(values, dist.ReduceOp.SUM)",
-        "return [float(v) for v in values]",
+        "rows = gather([[exact(value) for value in values]])",
+        "rows = [[exact(value) for value in values]]",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
-    ),
-    mutation(
-        "a-sum-of-one-rank",
-        "nanopost/dist.py",
-        "return _reduce([value], dist.ReduceOp.SUM)[0]",
-        "return float(value)",
-        "test_preference_scripts.py::test_two_ranks_are_one[train_dpo.py-more0]",
     ),
     mutation(
         "means-of-one-rank",
         "nanopost/dist.py",
-        "in gather(list(mine.items())):",
-        "in mine.items():",
+        "in gather(mine):",
+        "in mine:",
         "test_rollout.py::test_gap_and_lengths_are_those_of_all_ranks_on_each",
     ),
     mutation(
         "meter-counts-its-calls",
         "nanopost/dist.py",
-        "self.counts.get(name, 0) + count",
+        "self.counts.get(name, 0) + exact(count)",
         "self.counts.get(name, 0) + 1",
         "test_dist.py::test_a_meter_divides_each_metric_by_what_it_counts",
     ),
     mutation(
         "head-missing-from-fsdp2",
         "nanopost/dist.py",
-        "for module in (*blocks, model):",
-        "for module in blocks:",
+        "sharded = [*blocks, model]",
+        "sharded = blocks",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
     ),
     mutation(
@@ -861,7 +854,7 @@ MUTATIONS = [
     mutation(
         "statistics-of-one-rank",
         "nanopost/dist.py",
-        "total, count = all_sums(x.sum(), x.numel())",
+        "total, count = all_sums(x, x.numel())",
         "total, count = float(x.sum()), x.numel()",
         "twins/test_ppo.py::test_it_agrees_after_a_resume_on_two_ranks[ppo]",
     ),
@@ -871,6 +864,84 @@ MUTATIONS = [
         "mean, std = dist.mean_and_std(x_BT[mask_BT])",
         "mean, std = float(x_BT[mask_BT].mean()), float(x_BT[mask_BT].std())",
         "twins/test_ppo.py::test_it_agrees_after_a_resume_on_two_ranks[ppo]",
+    ),
+    # ---- the same bytes on any number of ranks
+    mutation(
+        "threads-not-compared",
+        "nanopost/run.py",
+        "if threads != torch.get_num_threads():",
+        "if False:",
+        "test_run.py::test_a_resume_with_other_threads_says_that_rounding_differs",
+    ),
+    mutation(
+        "gradients-of-the-first-micro-batch-alone-are-added-up",
+        "nanopost/dist.py",
+        "model.set_requires_gradient_sync(last)",
+        "model.set_requires_gradient_sync(not last)",
+        "test_dist.py::test_gradients_may_be_added_up_once_a_step[2]",
+    ),
+    mutation(
+        "fixed-point-forgets-micro-batches",
+        "nanopost/reproducible.py",
+        "            term += self.total\n",
+        "            pass\n",
+        "test_reproducible.py::test_the_gradient_in_fixed_point_is_that_of_float64",
+    ),
+    mutation(
+        "fixed-point-on-top-of-the-gradient",
+        "nanopost/reproducible.py",
+        "            p.grad = None  # what comes next is the total\n",
+        "            pass\n",
+        "test_reproducible.py::test_the_gradient_in_fixed_point_is_that_of_float64",
+    ),
+    mutation(
+        "micro-batches-by-the-number-of-ranks",
+        "nanopost/forward.py",
+        "at_least = 1 if dist.reproducible else ranks",
+        "at_least = ranks",
+        "test_reproducible.py::test_a_model_has_the_same_weights_on_any_number_of_ranks",
+    ),
+    mutation(
+        "floats-added-over-ranks",
+        "nanopost/dist.py",
+        "        model.order_free = OrderFree(model, sharded if world.size > 1 else [])\n",
+        "        pass\n",
+        "test_reproducible.py::test_a_model_has_the_same_weights_on_any_number_of_ranks",
+    ),
+    mutation(
+        "a-fused-optimizer-on-shards",
+        "nanopost/optim.py",
+        "fused=not dist.reproducible",
+        "fused=True",
+        "test_reproducible.py::test_adamw_does_not_see_where_a_shard_begins",
+    ),
+    mutation(
+        "a-fixed-point-that-overflows",
+        "nanopost/dist.py",
+        "    if bound >= LARGEST:\n",
+        "    if False:\n",
+        "test_reproducible.py::test_a_gradient_beyond_the_fixed_point_is_one_sentence",
+    ),
+    mutation(
+        "sums-of-floats",
+        "nanopost/reproducible.py",
+        "    mantissa, exponent = torch.frexp(x)\n",
+        "    return Fraction(float(x.sum()))\n",
+        "test_reproducible.py::test_an_exact_sum_is_that_of_fractions_in_any_order",
+    ),
+    mutation(
+        "chunks-by-rank",
+        "nanopost/engine.py",
+        "b % (CHUNK * n) == 0",
+        "False",
+        "test_reproducible.py::test_the_engine_samples_by_chunks",
+    ),
+    mutation(
+        "rewards-by-rank",
+        "nanopost/rewards.py",
+        "if dist.reproducible and len(groups) > CHUNK:",
+        "if False:",
+        "test_reproducible.py::test_rewards_are_called_by_chunks",
     ),
     # ---- SFT
     mutation(
@@ -1181,7 +1252,7 @@ MUTATIONS = [
     mutation(
         "share-depends-on-where-a-round-begins",
         "nanopost/packing.py",
-        "(world.rank - consumed) % world.size",
+        "(world.rank - first) % world.size",
         "world.rank",
         "test_dist.py::test_ranks_share_out_the_rows_of_a_step_with_their_serials",
     ),
@@ -1407,8 +1478,8 @@ MUTATIONS = [
     mutation(
         "sft-evaluates-its-training-rows",
         "train_sft.py",
-        "batches(eval_examples[world.rank",
-        "batches(train_examples[world.rank",
+        "batches(model, eval_examples[world.rank",
+        "batches(model, train_examples[world.rank",
         "twins/test_sft.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
@@ -1477,8 +1548,8 @@ MUTATIONS = [
     mutation(
         "reward-model-evaluates-its-training-pairs",
         "train_rm.py",
-        "batches(eval_pairs[world.rank",
-        "batches(train_pairs[world.rank",
+        "batches(model, eval_pairs[world.rank",
+        "batches(model, train_pairs[world.rank",
         "twins/test_rm.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
@@ -1512,8 +1583,8 @@ MUTATIONS = [
     mutation(
         "mean-reward-counts-pairs-for-sequences",
         "train_rm.py",
-        "(chosen_P + rejected_P).sum() / 2",
-        "(chosen_P + rejected_P).sum()",
+        "(chosen_P + rejected_P) / 2",
+        "(chosen_P + rejected_P)",
         "twins/test_rm.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
@@ -1554,7 +1625,7 @@ MUTATIONS = [
     mutation(
         "quantiles-of-one-rank",
         "train_rm.py",
-        "np.array(dist.gather(score_P2))",
+        "np.array(sorted(dist.gather(score_P2)))",
         "np.array(score_P2)",
         "twins/test_rm.py::test_it_agrees_after_a_resume_on_two_ranks[dropped]",
     ),
@@ -1749,8 +1820,8 @@ MUTATIONS = [
     mutation(
         "grpo-equal-groups-per-group-kept",
         "train_grpo.py",
-        "meter.add(drawn / world.size, frac",
-        "meter.add(len(groups), frac",
+        "dist.all_sum(equal) / drawn",
+        "dist.all_sum(equal) / len(all_serials)",
         "twins/test_grpo.py::test_the_twin_agrees_and_each_flag_matters[resampled]",
     ),
     mutation(
@@ -1763,8 +1834,8 @@ MUTATIONS = [
     mutation(
         "grpo-loss-summed-over-minibatches",
         "train_grpo.py",
-        '"loss": dist.all_sum(loss_sum) / args.minibatches',
-        '"loss": dist.all_sum(loss_sum)',
+        '"loss": dist.all_sum(torch.stack(loss_parts)) / args.minibatches',
+        '"loss": dist.all_sum(torch.stack(loss_parts))',
         "twins/test_grpo.py::test_the_twin_agrees_and_each_flag_matters[grpo]",
     ),
     mutation(
@@ -1847,8 +1918,8 @@ MUTATIONS = [
     mutation(
         "grpo-reward-std-over-all",
         "train_grpo.py",
-        "meter.add(len(reward_PG), reward_std=advantages.std(reward_PG).sum())",
-        "meter.add(reward_PG.numel(), reward_std=advantages.std(reward_PG).sum())",
+        "meter.add(len(reward_PG), reward_std=",
+        "meter.add(reward_PG.numel(), reward_std=",
         "twins/test_grpo.py::test_the_twin_agrees_and_each_flag_matters[grpo]",
     ),
     mutation(
@@ -2113,15 +2184,15 @@ MUTATIONS = [
     mutation(
         "ppo-reward-without-the-kl-in-the-metric",
         "train_ppo.py",
-        "(kl_reward_B + score_B).nansum()",
-        "score_B.nansum()",
+        "(kl_reward_B + score_B)[scored_B]",
+        "score_B[scored_B]",
         "twins/test_ppo.py::test_the_twin_agrees_and_each_flag_matters[ppo]",
     ),
     mutation(
         "ppo-entropy-is-a-log-prob",
         "train_ppo.py",
-        "-old_BT.sum()",
-        "old_BT.sum()",
+        '"objective/entropy": -old_BT',
+        '"objective/entropy": old_BT',
         "twins/test_ppo.py::test_the_twin_agrees_and_each_flag_matters[ppo]",
     ),
     mutation(
@@ -2141,7 +2212,7 @@ MUTATIONS = [
     mutation(
         "ppo-score-scale-of-one-rank",
         "nanopost/advantages.py",
-        "new = dist.all_sums(len(score_B), score_B.sum(), score_B.square().sum())",
+        "new = dist.all_sums(len(score_B), score_B, score_B.square())",
         "new = len(score_B), float(score_B.sum()), float(score_B.square().sum())",
         "twins/test_ppo.py::test_it_agrees_after_a_resume_on_two_ranks[ppo]",
     ),
@@ -2225,8 +2296,8 @@ MUTATIONS = [
     mutation(
         "ppo-minibatches-without-shuffling",
         "nanopost/packing.py",
-        "order = np.random.default_rng((*seed, epoch)).permutation(prompts)",
-        "order = np.arange(prompts)",
+        "order = np.random.default_rng((*seed, epoch)).permutation(sorted(all_serials))",
+        "order = np.sort(all_serials)",
         "twins/test_ppo.py::test_the_twin_agrees_and_each_flag_matters[ppo]",
     ),
     mutation(

@@ -1,13 +1,11 @@
 """Many examples through a model, in micro-batches: each gets what it would get alone."""
 
 import math
-import pickle
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from small import random_ids, small_config, small_model
 
 from nanopost import StepError, dist
@@ -24,7 +22,7 @@ def examples(*lengths, prompt=1):
 @pytest.mark.parametrize("tokens", [12, 20, 1000])
 def test_batches_hold_every_unit_once_within_the_budget(alone, tokens):
     pairs = [tuple(examples(a, b)) for a, b in ((3, 9), (2, 2), (5, 1), (4, 4), (1, 6))]
-    made = list(batches(pairs, tokens, "cpu"))
+    made = list(batches(small_model(), pairs, tokens, "cpu"))
     assert max(len(batch.token_N) for batch in made) <= tokens and not made[0].dummy
     seen = []
     for batch in made:
@@ -37,25 +35,10 @@ def test_batches_hold_every_unit_once_within_the_budget(alone, tokens):
 
 
 def test_single_examples_are_units_too_and_nothing_gives_a_dummy(alone):
-    made = list(batches(examples(3, 4, 5), 8, "cpu"))
+    made = list(batches(small_model(), examples(3, 4, 5), 8, "cpu"))
     assert sorted(batch.num_examples for batch in made) == [1, 2]
-    (dummy,) = batches([], 8, "cpu")
+    (dummy,) = batches(small_model(), [], 8, "cpu")
     assert dummy.dummy and dummy.num_examples == 0
-
-
-def _rank(rank, size, folder, task):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / str(size)}", rank=rank, world_size=size
-    )
-    (folder / f"{rank}-of-{size}").write_bytes(pickle.dumps(task(rank, size)))
-    torch.distributed.destroy_process_group()
-
-
-def on_ranks(size, folder, task) -> list:
-    """What task(rank, size) returns on each of several ranks."""
-    mp.start_processes(_rank, (size, folder, task), nprocs=size, start_method="fork")
-    return [pickle.loads((folder / f"{rank}-of-{size}").read_bytes()) for rank in range(size)]
 
 
 def test_every_rank_has_as_many_batches_and_as_much_to_do(tmp_path):
@@ -63,7 +46,7 @@ def test_every_rank_has_as_many_batches_and_as_much_to_do(tmp_path):
 
     def task(rank, size):
         mine = examples(3, 4, 5, 4, 3) if rank == 1 else []
-        return [batch.num_examples for batch in batches(mine, 8, "cpu")]
+        return [batch.num_examples for batch in batches(small_model(), mine, 8, "cpu")]
 
     found = on_ranks(2, tmp_path, task)
     assert [len(x) for x in found] == [2, 2] and sum(map(sum, found)) == 5
@@ -85,7 +68,7 @@ def test_micro_batches_do_not_depend_on_who_holds_what(tmp_path, monkeypatch):
 
     def task(rank, size):
         found = []
-        for batch in batches(held_by(rank, size), 20, "cpu"):
+        for batch in batches(small_model(), held_by(rank, size), 20, "cpu"):
             if not batch.dummy:
                 token_E, id_E = batch.kept
                 numbers = batch.token_N, batch.cu_seqlens, batch["adv"], token_E, id_E
