@@ -407,9 +407,9 @@ def _rank(rank, size, folder, name, base):
     for step in steps:
         lengths = (3, 40, 7, 25, 11)
         examples = [example(random_ids(n, 10 * step + n)) for n in lengths]
-        for batch in batches(examples[rank::size], 40, "cpu"):
+        for batch in batches(model, examples[rank::size], 40, "cpu"):
             logp_N, _ = model(batch)
-            (-logp_N.sum() * size / 81).backward()
+            (-logp_N.sum() / 81).backward()
         gradients = {n: full(p.grad) for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
