@@ -45,7 +45,7 @@ add("--alpha", type=finite, default=0.5, help="alpha of --divergence alpha")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 f_score = {
@@ -176,7 +176,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- update
     meter = dist.Meter()
     # Ranks run equally many micro-batches, padded with dummies: each pass is a collective.
-    for batch in batches(step_pairs, args.tokens, world.device):
+    for batch in batches(model, step_pairs, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
         sequences = {
             "logp": batch.sequences.sum(logp_N * batch["weight"]),
@@ -187,8 +187,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         pairs_P = preference.read_pairs(sequences, f_score)
         loss = loss_of(pairs_P, nll_tokens).sum()  # a dummy gives no gradient
         # A mean over the pairs of the step.
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss * world.size / args.rows).backward()
+        (loss / args.rows).backward()
         if not batch.dummy:  # its empty pair would be a tie
             metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
             meter.add(batch.num_examples // 2, loss=loss, **metrics)

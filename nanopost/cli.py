@@ -9,6 +9,7 @@ A script declares its own beside them:
 
 import argparse
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +21,11 @@ from nanopost.audit import Audit
 from nanopost.colocate import Colocated
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.recording import Recording, Replay
+from nanopost.run import changed_arguments, starts_of
+from nanopost.terminal import say
 from nanopost.vllm import Servers
+
+FREE = re.compile("(out|record|replay|save|keep|vllm|engine|audit|max_staleness)")  # in a replay
 
 
 def at_least(least: float, most: float = math.inf):
@@ -132,6 +137,17 @@ def parser(
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on CUDA")
     add("--compile", action="store_true", help="torch.compile each block")
     add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add(
+        "--reduce",
+        default="micro_batch",
+        choices=["micro_batch", "step"],
+        help="when ranks add up gradients; once a step is faster, and holds whole gradients",
+    )
+    add(
+        "--reproducible",
+        action="store_true",
+        help="the same bytes on any number of ranks: see nanopost/reproducible.py",
+    )
     add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton on CUDA in bf16")
     add("--tokens", type=at_least(2), default=8192, help="maximum tokens per micro-batch")
     add("--lr", type=at_least(0.0), default=lr, help="peak learning rate")
@@ -197,6 +213,10 @@ def parser(
 
 def shard(args, world):
     """What hf.load_model applies to a model that will train: adapters, then dist.shard."""
+    if args.reproducible and args.reduce == "step":
+        raise InputError(
+            "--reproducible adds up gradients by micro-batch: leave out --reduce step."
+        )
     if not args.lora:
         for name, given in [
             ("lora_alpha", args.lora_alpha != 32.0),
@@ -226,6 +246,7 @@ def _shard(args, world):
         checkpointing=args.checkpointing,
         compile=args.compile,
         kernels=args.kernels,
+        reduce=args.reduce,
     )
 
 
@@ -243,7 +264,16 @@ def engine(args, folder, model, world, tokenizer):
     that holds it."""
     policy = getattr(model, "policy", model)
     if args.replay:
+        for start in starts_of(args.replay)[-1:]:
+            changed = changed_arguments(start["args"], vars(args))
+            if changed := [change for change in changed if not FREE.match(change)]:
+                say(f"warning: --replay of a run with other flags: {'; '.join(changed)}")
         return Replay(args.replay, world)
+    if dist.reproducible and (args.vllm or args.engine != "native" or args.max_staleness):
+        raise InputError(
+            "--reproducible samples with nanopost's own engine and the newest weights: leave out "
+            "--vllm, --engine and --max_staleness, or --replay what they gave."
+        )
     if args.vllm and args.engine != "native":
         raise InputError("--vllm and --engine colocate are two engines: give one of them.")
     if args.vllm:

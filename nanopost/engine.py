@@ -19,6 +19,7 @@ import torch
 
 from nanopost import InputError, dist, hf
 from nanopost.attention import Cache
+from nanopost.packing import CHUNK
 from nanopost.rollout import Rollout
 
 PREFILL_TOKENS = 2**14  # of prompts in one pass: their activations are as large as a micro-batch's
@@ -181,12 +182,14 @@ class Engine:
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
     def _parts(self, lengths, n, max_tokens) -> Iterator[range]:
-        """Rows to sample at once. Row b is sample b % n of prompt b // n."""
+        """Rows to sample at once. Row b is sample b % n of prompt b // n. With --reproducible they
+        are of one chunk of prompts (packing.part)."""
         first = longest = 0
         for b in range(len(lengths) * n):
             longest = max(longest, lengths[b // n])
             count = b - first + 1
-            if count > self.rows or count * (longest + max_tokens) > self.tokens:
+            full = count > self.rows or count * (longest + max_tokens) > self.tokens
+            if full or (dist.reproducible and b > first and b % (CHUNK * n) == 0):
                 yield range(first, b)
                 first, longest = b, lengths[b // n]
         if lengths:

@@ -146,8 +146,8 @@ class LogpGap:
         self.found = []
         means = dist.means(
             {
-                f"{GAP}/mean": (sum(gaps), sum(tokens)),
-                "same": (sum(same_gaps), sum(same_tokens)),
+                f"{GAP}/mean": (torch.tensor(gaps), sum(tokens)),
+                "same": (torch.tensor(same_gaps), sum(same_tokens)),
             }
         )
         self.same = means.pop("same", 0.0)
@@ -161,5 +161,6 @@ class LogpGap:
                 f"step {step}: before the first update engine and trainer are one policy, but "
                 f"their log-probs differ by {gap:.2g} on average (--max_logp_gap "
                 f"{self.limit:g}). Either the trainer sees different tokens, masks or a "
-                "different temperature, or the engine has stale weights or too low a precision."
+                "different temperature, or the engine has stale weights or too low a precision "
+                "(--replay: or its run had other flags)."
             )

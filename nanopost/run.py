@@ -104,12 +104,13 @@ class Run:
             self.resumed = True
         saved_hashes = state.pop("hashes", hashes)
         saved_arguments = state.pop("args", self.arguments)
-        for folder, was in state.pop("bases", {}).items() if self.writes else ():
-            if bases.get(folder, was) != was:
-                raise InputError(
-                    f"--resume: {folder} has changed since the run started, whose checkpoints hold "
-                    "only adapters of its weights: restore that folder, or --overwrite the run."
-                )
+        saved_bases = state.pop("bases", bases)
+        if self.writes and sorted(saved_bases.values()) != sorted(bases.values()):
+            raise InputError(
+                f"--resume: the checkpoints hold adapters alone; {' and '.join(bases)} no longer "
+                f"has the weights that they belong to (then: {' and '.join(saved_bases)}): restore "
+                "that folder, or --overwrite the run."
+            )
         if self.writes:
             ended = (self.out / "config.json").exists()
             killed_early = resume and not ended and bool(starts_of(self.out))
@@ -235,6 +236,12 @@ class Run:
         earlier = starts_of(self.out) if resumed_at is not None else []
         if resumed_at is not None and not earlier:
             self.say(f"{self.out}/run.json is missing or cut off: a new one starts here")
+        threads = (earlier or [{}])[-1].get("threads", torch.get_num_threads())
+        if threads != torch.get_num_threads():
+            self.say(
+                f"WARNING: resumed with {torch.get_num_threads()} threads per rank, not {threads}: "
+                f"rounding differs (OMP_NUM_THREADS={threads} for the same bytes)"
+            )
         start = {
             "command": " ".join(sys.argv),
             "resumed_at": resumed_at,
@@ -242,6 +249,8 @@ class Run:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
+            "ranks": torch.distributed.get_world_size(),
+            "threads": torch.get_num_threads(),  # of each rank: the last digits depend on it
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "args": self.arguments,
             **about,

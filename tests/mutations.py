@@ -244,9 +244,9 @@ MUTATIONS = [
     mutation(
         "only-the-first-micro-batch-of-a-rank",
         "nanopost/packing.py",
-        "[rows[i] for i in b] for b in bins[rank::size]]",
-        "[rows[i] for i in b] for b in bins[rank : rank + 1]]",
-        "test_packing.py::test_a_step_is_the_same_on_any_number_of_ranks_and_at_any_resumption",
+        "return [dearest_first[rank::ranks] for",
+        "return [dearest_first[rank : rank + 1] for",
+        "test_packing.py::test_ranks_run_equally_many_micro_batches_of_similar_cost",
     ),
     mutation(
         "order-ignores-the-epoch",
@@ -358,8 +358,8 @@ MUTATIONS = [
     mutation(
         "log-probs-of-another-example",
         "nanopost/forward.py",
-        "for i, x_T in zip(part, batch.split(x_N)):",
-        "for i, x_T in zip(part[::-1], batch.split(x_N)):",
+        "zip(part, batch.split(forward(batch)))",
+        "zip(part[::-1], batch.split(forward(batch)))",
         "test_forward.py::test_log_probs_are_those_of_each_example_alone_and_aligned_with_its_ids",
     ),
     mutation(
@@ -764,36 +764,29 @@ MUTATIONS = [
     mutation(
         "sums-of-one-rank",
         "nanopost/dist.py",
-        "return _reduce(values, dist.ReduceOp.SUM)",
-        "return [float(v) for v in values]",
+        "rows = gather([[exact(value) for value in values]])",
+        "rows = [[exact(value) for value in values]]",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
-    ),
-    mutation(
-        "a-sum-of-one-rank",
-        "nanopost/dist.py",
-        "return _reduce([value], dist.ReduceOp.SUM)[0]",
-        "return float(value)",
-        "test_preference_scripts.py::test_two_ranks_are_one[train_dpo.py-more0]",
     ),
     mutation(
         "means-of-one-rank",
         "nanopost/dist.py",
-        "in gather(list(mine.items())):",
-        "in mine.items():",
+        "in gather(mine):",
+        "in mine:",
         "test_rollout.py::test_gap_and_lengths_are_those_of_all_ranks_on_each",
     ),
     mutation(
         "meter-counts-its-calls",
         "nanopost/dist.py",
-        "self.counts.get(name, 0) + count",
+        "self.counts.get(name, 0) + exact(count)",
         "self.counts.get(name, 0) + 1",
         "test_dist.py::test_a_meter_divides_each_metric_by_what_it_counts",
     ),
     mutation(
         "head-missing-from-fsdp2",
         "nanopost/dist.py",
-        "for module in (*blocks, model):",
-        "for module in blocks:",
+        "sharded = [*blocks, model]",
+        "sharded = blocks",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
     ),
     mutation(
@@ -812,16 +805,37 @@ MUTATIONS = [
     mutation(
         "no-dummy-for-a-rank-without-data",
         "nanopost/forward.py",
-        "micro_batches(lengths, tokens) or [[]]",
-        "micro_batches(lengths, tokens)",
+        "micro_batches(lengths, tokens, at_least) or [[]]",
+        "micro_batches(lengths, tokens, at_least)",
         "test_forward.py::test_single_examples_are_units_too_and_nothing_gives_a_dummy",
     ),
     mutation(
         "fewer-batches-on-a-rank",
+        "nanopost/packing.py",
+        "    dearest_first += [[] for _ in range(-len(parts) % ranks)]\n",
+        "",
+        "test_packing.py::test_ranks_run_equally_many_micro_batches_of_similar_cost",
+    ),
+    mutation(
+        "long-sequences-cost-no-more",
+        "nanopost/packing.py",
+        "lengths[i] ** 2 / ATTENTION",
+        "0",
+        "test_packing.py::test_ranks_run_equally_many_micro_batches_of_similar_cost",
+    ),
+    mutation(
+        "micro-batches-by-who-holds-what",
         "nanopost/forward.py",
-        "even(micro_batches(lengths, tokens) or [[]])",
-        "(micro_batches(lengths, tokens) or [[]])",
-        "test_forward.py::test_every_rank_has_as_many_batches_as_the_one_with_most",
+        "mine.append((_key(unit), rank, i,",
+        "mine.append((b'', rank, i,",
+        "test_forward.py::test_micro_batches_do_not_depend_on_who_holds_what",
+    ),
+    mutation(
+        "an-examples-numbers-to-another-rank",
+        "nanopost/forward.py",
+        "wanted[rank].append(",
+        "wanted[0].append(",
+        "test_forward.py::test_numbers_come_back_to_who_holds_the_example",
     ),
     mutation(
         "a-dummy-in-the-loss-of-a-reward-model",
@@ -840,7 +854,7 @@ MUTATIONS = [
     mutation(
         "statistics-of-one-rank",
         "nanopost/dist.py",
-        "total, count = all_sums(x.sum(), x.numel())",
+        "total, count = all_sums(x, x.numel())",
         "total, count = float(x.sum()), x.numel()",
         "twins/test_ppo.py::test_it_agrees_after_a_resume_on_two_ranks[ppo]",
     ),
@@ -851,26 +865,104 @@ MUTATIONS = [
         "mean, std = float(x_BT[mask_BT].mean()), float(x_BT[mask_BT].std())",
         "twins/test_ppo.py::test_it_agrees_after_a_resume_on_two_ranks[ppo]",
     ),
+    # ---- the same bytes on any number of ranks
+    mutation(
+        "threads-not-compared",
+        "nanopost/run.py",
+        "if threads != torch.get_num_threads():",
+        "if False:",
+        "test_run.py::test_a_resume_with_other_threads_says_that_rounding_differs",
+    ),
+    mutation(
+        "gradients-of-the-first-micro-batch-alone-are-added-up",
+        "nanopost/dist.py",
+        "model.set_requires_gradient_sync(last)",
+        "model.set_requires_gradient_sync(not last)",
+        "test_dist.py::test_gradients_may_be_added_up_once_a_step[2]",
+    ),
+    mutation(
+        "fixed-point-forgets-micro-batches",
+        "nanopost/reproducible.py",
+        "            term += self.total\n",
+        "            pass\n",
+        "test_reproducible.py::test_the_gradient_in_fixed_point_is_that_of_float64",
+    ),
+    mutation(
+        "fixed-point-on-top-of-the-gradient",
+        "nanopost/reproducible.py",
+        "            p.grad = None  # what comes next is the total\n",
+        "            pass\n",
+        "test_reproducible.py::test_the_gradient_in_fixed_point_is_that_of_float64",
+    ),
+    mutation(
+        "micro-batches-by-the-number-of-ranks",
+        "nanopost/forward.py",
+        "at_least = 1 if dist.reproducible else ranks",
+        "at_least = ranks",
+        "test_reproducible.py::test_a_model_has_the_same_weights_on_any_number_of_ranks",
+    ),
+    mutation(
+        "floats-added-over-ranks",
+        "nanopost/dist.py",
+        "        model.order_free = OrderFree(model, sharded if world.size > 1 else [])\n",
+        "        pass\n",
+        "test_reproducible.py::test_a_model_has_the_same_weights_on_any_number_of_ranks",
+    ),
+    mutation(
+        "a-fused-optimizer-on-shards",
+        "nanopost/optim.py",
+        "fused=not dist.reproducible",
+        "fused=True",
+        "test_reproducible.py::test_adamw_does_not_see_where_a_shard_begins",
+    ),
+    mutation(
+        "a-fixed-point-that-overflows",
+        "nanopost/dist.py",
+        "    if bound >= LARGEST:\n",
+        "    if False:\n",
+        "test_reproducible.py::test_a_gradient_beyond_the_fixed_point_is_one_sentence",
+    ),
+    mutation(
+        "sums-of-floats",
+        "nanopost/reproducible.py",
+        "    mantissa, exponent = torch.frexp(x)\n",
+        "    return Fraction(float(x.sum()))\n",
+        "test_reproducible.py::test_an_exact_sum_is_that_of_fractions_in_any_order",
+    ),
+    mutation(
+        "chunks-by-rank",
+        "nanopost/engine.py",
+        "b % (CHUNK * n) == 0",
+        "False",
+        "test_reproducible.py::test_the_engine_samples_by_chunks",
+    ),
+    mutation(
+        "rewards-by-rank",
+        "nanopost/rewards.py",
+        "if dist.reproducible and len(groups) > CHUNK:",
+        "if False:",
+        "test_reproducible.py::test_rewards_are_called_by_chunks",
+    ),
     # ---- SFT
     mutation(
         "token-count-of-one-rank-in-sft",
         "train_sft.py",
-        "(loss * world.size / targets)",
-        "(loss * world.size / sum(e.num_targets for e in examples))",
+        "(loss / targets)",
+        "(loss / sum(e.num_targets for e in examples))",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
     ),
     mutation(
         "token-count-of-a-micro-batch-in-sft",
         "train_sft.py",
-        "(loss * world.size / targets)",
-        "(loss * world.size / max(1, batch.num_targets) / len(step_batches))",
+        "(loss / targets)",
+        "(loss / max(1, batch.num_targets))",
         "test_loops.py::test_a_step_of_sft_is_a_mean_over_its_trained_tokens",
     ),
     mutation(
-        "world-size-missing-in-sft",
-        "train_sft.py",
-        "(loss * world.size / targets)",
-        "(loss / targets)",
+        "gradients-averaged-over-ranks",
+        "nanopost/dist.py",
+        "        module.set_gradient_divide_factor(1.0)  # a sum, not torch's mean\n",
+        "",
         "test_mutation_gaps.py::test_sft_on_two_ranks_is_sft_on_one",
     ),
     mutation(
@@ -1073,13 +1165,6 @@ MUTATIONS = [
         "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one",
     ),
     mutation(
-        "world-size-missing-in-grpo",
-        "train_grpo.py",
-        "(loss * world.size / divisor)",
-        "(loss / divisor)",
-        "test_scripts.py::test_grpo_on_two_ranks_is_grpo_on_one",
-    ),
-    mutation(
         "kl-in-the-loss-of-grpo-forgotten",
         "train_grpo.py",
         "loss = loss + args.beta * (weight_N * kl_N).sum()",
@@ -1167,7 +1252,7 @@ MUTATIONS = [
     mutation(
         "share-depends-on-where-a-round-begins",
         "nanopost/packing.py",
-        "(world.rank - consumed) % world.size",
+        "(world.rank - first) % world.size",
         "world.rank",
         "test_dist.py::test_ranks_share_out_the_rows_of_a_step_with_their_serials",
     ),
@@ -1269,22 +1354,15 @@ MUTATIONS = [
     mutation(
         "slopes-of-another-rank",
         "nanopost/forward.py",
-        "slice(before, before + len(mine))",
-        "slice(0, len(mine))",
-        "test_preference_scripts.py::test_two_ranks_are_one[train_kto.py-more1]",
-    ),
-    mutation(
-        "world-size-missing-in-the-second-pass",
-        "train_kto.py",
-        "(loss * world.size / args.rows)",
-        "(loss / args.rows)",
+        "place_of[rank, i]",
+        "place_of[0, i]",
         "test_preference_scripts.py::test_two_ranks_are_one[train_kto.py-more1]",
     ),
     mutation(
         "pair-count-of-one-rank",
         "train_dpo.py",
-        "(loss * world.size / args.rows)",
-        "(loss * world.size / max(1, len(step_pairs)))",
+        "(loss / args.rows)",
+        "(loss / max(1, len(step_pairs)))",
         "test_preference_scripts.py::test_two_ranks_are_one[train_dpo.py-more0]",
     ),
     mutation(
@@ -1400,8 +1478,8 @@ MUTATIONS = [
     mutation(
         "sft-evaluates-its-training-rows",
         "train_sft.py",
-        "batches(eval_examples[world.rank",
-        "batches(train_examples[world.rank",
+        "batches(model, eval_examples[world.rank",
+        "batches(model, train_examples[world.rank",
         "twins/test_sft.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
@@ -1428,8 +1506,8 @@ MUTATIONS = [
     mutation(
         "sft-order-begins-anew-on-resume",
         "train_sft.py",
-        'parts_of_step(state["consumed"],',
-        'parts_of_step((step - state["step"] - 1) * per_step,',
+        'rows_of_step(state["consumed"],',
+        'rows_of_step((step - state["step"] - 1) * per_step,',
         "twins/test_sft.py::test_it_agrees_after_a_resume[truncated]",
     ),
     mutation(
@@ -1470,15 +1548,15 @@ MUTATIONS = [
     mutation(
         "reward-model-evaluates-its-training-pairs",
         "train_rm.py",
-        "batches(eval_pairs[world.rank",
-        "batches(train_pairs[world.rank",
+        "batches(model, eval_pairs[world.rank",
+        "batches(model, train_pairs[world.rank",
         "twins/test_rm.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
         "reward-model-order-begins-anew-on-resume",
         "train_rm.py",
-        'parts_of_step(state["consumed"],',
-        'parts_of_step((step - state["step"] - 1) * args.rows,',
+        'args.seed, state["consumed"], args.rows',
+        'args.seed, (step - state["step"] - 1) * args.rows, args.rows',
         "twins/test_rm.py::test_it_agrees_after_a_resume[truncated]",
     ),
     mutation(
@@ -1505,8 +1583,8 @@ MUTATIONS = [
     mutation(
         "mean-reward-counts-pairs-for-sequences",
         "train_rm.py",
-        "(chosen_P + rejected_P).sum() / 2",
-        "(chosen_P + rejected_P).sum()",
+        "(chosen_P + rejected_P) / 2",
+        "(chosen_P + rejected_P)",
         "twins/test_rm.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
@@ -1519,8 +1597,8 @@ MUTATIONS = [
     mutation(
         "reward-model-loss-a-mean-of-micro-batches",
         "train_rm.py",
-        "world.size / args.rows)",
-        "world.size / len(part))",
+        "(loss_P.sum() / args.rows)",
+        "(loss_P.sum() / max(1, batch.num_examples // 2))",
         "twins/test_rm.py::test_the_twin_agrees_and_each_flag_matters[truncated]",
     ),
     mutation(
@@ -1533,7 +1611,7 @@ MUTATIONS = [
     mutation(
         "scores-of-dummies-in-the-metrics",
         "train_rm.py",
-        ".T[:, : len(part)])",
+        ".T[:, : batch.num_examples // 2])",
         ".T)",
         "twins/test_rm.py::test_it_agrees_after_a_resume_on_two_ranks[dropped]",
     ),
@@ -1547,7 +1625,7 @@ MUTATIONS = [
     mutation(
         "quantiles-of-one-rank",
         "train_rm.py",
-        "np.array(dist.gather(score_P2))",
+        "np.array(sorted(dist.gather(score_P2)))",
         "np.array(score_P2)",
         "twins/test_rm.py::test_it_agrees_after_a_resume_on_two_ranks[dropped]",
     ),
@@ -1742,8 +1820,8 @@ MUTATIONS = [
     mutation(
         "grpo-equal-groups-per-group-kept",
         "train_grpo.py",
-        "meter.add(drawn / world.size, frac",
-        "meter.add(len(groups), frac",
+        "dist.all_sum(equal) / drawn",
+        "dist.all_sum(equal) / len(all_serials)",
         "twins/test_grpo.py::test_the_twin_agrees_and_each_flag_matters[resampled]",
     ),
     mutation(
@@ -1756,8 +1834,8 @@ MUTATIONS = [
     mutation(
         "grpo-loss-summed-over-minibatches",
         "train_grpo.py",
-        '"loss": dist.all_sum(loss_sum) / args.minibatches',
-        '"loss": dist.all_sum(loss_sum)',
+        '"loss": dist.all_sum(torch.stack(loss_parts)) / args.minibatches',
+        '"loss": dist.all_sum(torch.stack(loss_parts))',
         "twins/test_grpo.py::test_the_twin_agrees_and_each_flag_matters[grpo]",
     ),
     mutation(
@@ -1840,8 +1918,8 @@ MUTATIONS = [
     mutation(
         "grpo-reward-std-over-all",
         "train_grpo.py",
-        "meter.add(len(reward_PG), reward_std=advantages.std(reward_PG).sum())",
-        "meter.add(reward_PG.numel(), reward_std=advantages.std(reward_PG).sum())",
+        "meter.add(len(reward_PG), reward_std=",
+        "meter.add(reward_PG.numel(), reward_std=",
         "twins/test_grpo.py::test_the_twin_agrees_and_each_flag_matters[grpo]",
     ),
     mutation(
@@ -2106,15 +2184,15 @@ MUTATIONS = [
     mutation(
         "ppo-reward-without-the-kl-in-the-metric",
         "train_ppo.py",
-        "(kl_reward_B + score_B).nansum()",
-        "score_B.nansum()",
+        "(kl_reward_B + score_B)[scored_B]",
+        "score_B[scored_B]",
         "twins/test_ppo.py::test_the_twin_agrees_and_each_flag_matters[ppo]",
     ),
     mutation(
         "ppo-entropy-is-a-log-prob",
         "train_ppo.py",
-        "-old_BT.sum()",
-        "old_BT.sum()",
+        '"objective/entropy": -old_BT',
+        '"objective/entropy": old_BT',
         "twins/test_ppo.py::test_the_twin_agrees_and_each_flag_matters[ppo]",
     ),
     mutation(
@@ -2134,7 +2212,7 @@ MUTATIONS = [
     mutation(
         "ppo-score-scale-of-one-rank",
         "nanopost/advantages.py",
-        "new = dist.all_sums(len(score_B), score_B.sum(), score_B.square().sum())",
+        "new = dist.all_sums(len(score_B), score_B, score_B.square())",
         "new = len(score_B), float(score_B.sum()), float(score_B.square().sum())",
         "twins/test_ppo.py::test_it_agrees_after_a_resume_on_two_ranks[ppo]",
     ),
@@ -2218,8 +2296,8 @@ MUTATIONS = [
     mutation(
         "ppo-minibatches-without-shuffling",
         "nanopost/packing.py",
-        "order = np.random.default_rng((*seed, epoch)).permutation(prompts)",
-        "order = np.arange(prompts)",
+        "order = np.random.default_rng((*seed, epoch)).permutation(sorted(all_serials))",
+        "order = np.sort(all_serials)",
         "twins/test_ppo.py::test_the_twin_agrees_and_each_flag_matters[ppo]",
     ),
     mutation(
@@ -2289,28 +2367,28 @@ MUTATIONS = [
     # ---- the audit
     mutation(
         "audit-takes-nan-for-agreement",
-        "nanopost/audit.py",
+        "nanopost/probe.py",
         "if not row[1] <= row[2]]",
         "if row[1] > row[2]]",
         "test_audit.py::test_log_probs_that_are_not_numbers_fail",
     ),
     mutation(
         "audit-forgets-the-tied-head",
-        "nanopost/audit.py",
+        "nanopost/probe.py",
         "names = [*now, *([HEAD] if HEAD not in now else [])]",
         "names = [*now]",
         "test_audit.py::test_a_stale_tied_head_is_seen_by_its_print",
     ),
     mutation(
         "audit-takes-any-cut",
-        "nanopost/audit.py",
+        "nanopost/probe.py",
         "np.log(np.minimum(1.0, top_p + np.exp(logp_T)))",
         "0.0 * logp_T",
         "test_audit.py::test_the_bounds_of_a_cut_hold_for_it_and_for_few_others",
     ),
     mutation(
         "audit-takes-scores-of-another-temperature",
-        "nanopost/audit.py",
+        "nanopost/probe.py",
         "score([*longer.values()], TEMPERATURE)",
         "score([*longer.values()], 1.0)",
         "test_audit.py::test_a_faithful_answer_fails_in_nothing",
@@ -2324,14 +2402,14 @@ MUTATIONS = [
     ),
     mutation(
         "audit-pads-no-vocabulary",
-        "nanopost/audit.py",
+        "nanopost/probe.py",
         "(-len(tensor) % 64)",
         "0",
         "test_audit.py::test_digests_are_those_of_fused_and_padded_weights",
     ),
     mutation(
         "audit-leaves-the-model-edited",
-        "nanopost/audit.py",
+        "nanopost/attribution.py",
         "own[name].copy_(tensor)\n                if HEAD",
         "pass\n                if HEAD",
         "test_audit.py::test_a_fault_is_found_by_scores_alone",
@@ -2343,10 +2421,24 @@ MUTATIONS = [
         "self.count >= 0",
         "test_audit.py::test_audits_come_every_so_many_syncs_from_the_first_on",
     ),
+    mutation(
+        "audit-names-one-of-several-alone",
+        "nanopost/attribution.py",
+        "of_several(cause) if len(members) > 1 else cause",
+        "cause",
+        "test_audit.py::test_causes_become_one_clause",
+    ),
     # ---- faults of vLLM servers
     mutation(
+        "vllm-ends-the-requests-of-other-calls",
+        "nanopost/server.py",
+        "if ended in (None, theirs)]",
+        "]",
+        "test_vllm_faults.py::test_a_refused_prompt_ends_no_sync_of_another_thread",
+    ),
+    mutation(
         "vllm-updates-sent-again",
-        "nanopost/vllm.py",
+        "nanopost/server.py",
         "kept = again and bool(self.idle)",
         "kept = bool(self.idle)",
         "test_vllm_faults.py::test_a_sync_that_fails_anywhere_leaves_a_server_out_until_a_whole_one"
@@ -2362,7 +2454,7 @@ MUTATIONS = [
     mutation(
         "vllm-ctrl-c-waits-for-answers",
         "nanopost/vllm.py",
-        "                server.hang_up()\n            pool.shutdown",
+        "                server.hang_up(ended)\n            pool.shutdown",
         "                pass\n            pool.shutdown",
         "test_vllm_faults.py::test_ctrl_c_while_it_generates_ends_within_seconds[6.0]",
     ),
@@ -2476,7 +2568,7 @@ MUTATIONS = [
     mutation(
         "changed-base-resumed",
         "nanopost/run.py",
-        "if bases.get(folder, was) != was:",
+        "if self.writes and sorted(saved_bases.values()) != sorted(bases.values()):",
         "if False:",
         "test_lora.py::test_a_changed_base_or_other_adapters_are_not_resumed",
     ),

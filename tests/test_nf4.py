@@ -286,9 +286,9 @@ def _rank(rank, size, folder, base, kind):
         lengths = (3, 40, 7, 25, 11)
         examples = [example(random_ids(n, 10 * step + n)) for n in lengths]
         loss = 0.0
-        for batch in batches(examples[rank::size], 40, "cpu"):
+        for batch in batches(model, examples[rank::size], 40, "cpu"):
             logp_N, _ = model(batch)
-            (-logp_N.sum() * size / 81).backward()
+            (-logp_N.sum() / 81).backward()
             loss -= float(logp_N.detach().sum())
         losses.append(dist.all_sum(loss))
         optimizer.step()

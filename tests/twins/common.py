@@ -236,6 +236,8 @@ PLUMBING = {
     "record": "twins/common.py",
     "replay": "test_recording.py",
     "audit_every": "test_vllm_audit.py",
+    "reduce": "test_dist.py",
+    "reproducible": "test_reproducible.py",
     "resume": "test_scripts.py",
     "overwrite": "test_loops.py",
 }
