@@ -172,6 +172,12 @@ def parser(
         metavar="LAYER",
         help="layers with adapters, such as q_proj v_proj; default: all linear ones of the blocks",
     )
+    add(
+        "--quantize",
+        default="none",
+        choices=["none", "nf4"],
+        help="nf4: with --lora, hold the matrices of the frozen blocks in 4 bits (QLoRA)",
+    )
     add("--rslora", action="store_true", help="scale by alpha / sqrt(rank), for large ranks")
     add("--grad_clip", type=at_least(0.0), default=1.0, help="maximum gradient norm; 0: no limit")
     add(
@@ -216,6 +222,7 @@ def shard(args, world):
             ("lora_alpha", args.lora_alpha != 32.0),
             ("lora_targets", args.lora_targets is not None),
             ("rslora", args.rslora),
+            ("quantize", args.quantize != "none"),
         ]:
             if given:
                 raise InputError(f"--{name} is about adapters: give their rank too, --lora RANK.")
@@ -223,6 +230,8 @@ def shard(args, world):
     def prepare(model):
         if args.lora:
             lora.apply(model, args.lora, args.lora_alpha, args.rslora, args.lora_targets, args.seed)
+            if args.quantize == "nf4":
+                lora.quantize(model)
             if world.dtype != torch.float32:
                 lora.hold_in_stored_dtype(model)
         return _shard(args, world)(model)

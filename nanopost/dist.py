@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from nanopost import InputError, StepError, lora
+from nanopost import InputError, StepError, lora, nf4
 from nanopost.reproducible import LARGEST, OrderFree, exact, rounded, sum_of_squares
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
@@ -204,7 +204,7 @@ def shard(
             block.compile()
     model.reduce_last = reduce == "step" and world.size > 1
     sharded = [*blocks, model]
-    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
     if world.size > 1 or (world.dtype != torch.float32 and frozen != {world.dtype}):
         _fully_shard(sharded, world)
     if reproducible:
@@ -228,9 +228,10 @@ def _fully_shard(modules, world):
 def full_weights(model, part: str = "") -> "FullWeights":
     """(checkpoint name, whole tensor), one at a time. A collective: all ranks must iterate.
 
-    fp32, but for frozen weights that are held in less. Adapters are merged, from the untouched base
-    each time. A tied head is not included (the model has none). Both the saved folder and an
-    engine's copy are made from this. part: "policy." or "value." of an ActorCritic.
+    fp32, but for frozen weights that are held in less; of NF4 the dequantised ones. Adapters are
+    merged, from the untouched base each time. A tied head is not included (the model has none).
+    Both the saved folder and an engine's copy are made from this. part: "policy." or "value." of an
+    ActorCritic.
     """
     return FullWeights(model, part)
 
@@ -244,15 +245,19 @@ class FullWeights:
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         held = dict(self.held())
-        layers = lora.layers(self.root)
+        layers = dict(self.root.named_modules())
         for name, p in held.items():
-            if lora.is_adapter(name):
+            if lora.is_adapter(name) or nf4.is_scale(name):
                 continue
             whole = _whole(p)
-            layer, _, kind = name.rpartition(".")
-            if layer in layers and kind == "weight":
-                a, b = _whole(held[f"{layer}.lora_A"]), _whole(held[f"{layer}.lora_B"])
-                whole = lora.merged(whole, a, b, layers[layer].scale)
+            path, _, kind = name.rpartition(".")
+            layer = layers[path]
+            if kind == "weight" and nf4.is_packed(layer):
+                packed = nf4.Packed(*(_whole(held[f"{path}.{part}"]) for part in nf4.PARTS))
+                whole = nf4.dequantize(packed, layer.in_features, layer.stored_dtype)
+            if kind == "weight" and isinstance(layer, lora.LoRALinear):
+                a, b = _whole(held[f"{path}.lora_A"]), _whole(held[f"{path}.lora_B"])
+                whole = lora.merged(whole, a, b, layer.scale)
             yield name, whole
 
     def held(self) -> Iterator[tuple[str, torch.Tensor]]:

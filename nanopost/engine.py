@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from nanopost import InputError, dist, hf
+from nanopost import InputError, dist, hf, lora
 from nanopost.attention import Cache
 from nanopost.packing import CHUNK
 from nanopost.rollout import Rollout
@@ -91,10 +91,11 @@ class Engine:
 
         The engine samples with the model's own tensors if they are whole and in world.dtype. If
         they are shards or fp32 master weights, it gets a full copy in world.dtype. ahead: it
-        samples while they change, and always gets a copy.
+        samples while they change, and always gets a copy. With --reproducible adapters are always
+        merged into a copy, as on several ranks: computed beside the base they round otherwise.
         """
         whole = world.size == 1 and model.head_weight.dtype == world.dtype
-        shared = whole and not ahead
+        shared = whole and not ahead and not (dist.reproducible and lora.layers(model))
         if not shared:
             model = hf.load_model(folder, world.device, world.dtype)
         return cls.of(model, tokenizer, rows, tokens, shared)

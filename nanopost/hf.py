@@ -1,6 +1,7 @@
 """Hugging Face folders: config.json and sharded safetensors, in and out.
 
-A folder with a LoRA adapter in peft's format reads as its base model with the adapter merged in.
+A folder with a LoRA adapter in peft's format reads as its base model with the adapter merged in. A
+model that bitsandbytes has quantised to NF4 reads as its dequantised one.
 
 Reading streams tensor by tensor, and only this rank's slice of each. Writing streams too, and is
 atomic: anything slow or fallible (a full disk) happens in FOLDER/.saving, and only renames follow.
@@ -26,7 +27,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nanopost import InputError, lora
+from nanopost import InputError, lora, nf4
 from nanopost.model import FAMILIES, ActorCritic, CausalLM, Config, ScalarModel
 
 SINGLE = "model.safetensors"
@@ -35,6 +36,7 @@ SHARDS = "model-*-of-*.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SCORE = "score.weight"
+QUANTISED = ".quant_state.bitsandbytes__nf4"  # after the name of a matrix
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
 
@@ -161,8 +163,19 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     adapter = lora.read(folder) if lora.is_adapter_folder(folder) else None
     base = adapter.base if adapter else folder
     factors = adapter.factors if adapter else {}
-    wanted = {name: p for name, p in model.named_parameters() if not lora.is_adapter(name)}
-    file_of = _weight_files(base)
+    wanted = {
+        name: p
+        for name, p in model.named_parameters()
+        if not lora.is_adapter(name) and not nf4.is_scale(name)
+    }
+    packed_layers = {
+        f"{name}.weight": layer for name, layer in model.named_modules() if nf4.is_packed(layer)
+    }
+    stored = _weight_files(base)
+    quantised = {name.removesuffix(QUANTISED) for name in stored if name.endswith(QUANTISED)}
+    # Beside X.weight, bitsandbytes stores X.weight.absmax and the like.
+    beside = {name for name in stored if name.rpartition(".weight.")[0] + ".weight" in quantised}
+    file_of = {name: path for name, path in stored.items() if name not in beside}
     if adapter:
         _check_adapter(folder, adapter, wanted)
     if model.config.scalar and SCORE not in file_of:
@@ -172,8 +185,23 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     for path in sorted({file_of[name] for name in wanted}):
         with _opened(path) as file:
             for name, p in wanted.items():
-                if file_of[name] == path:
-                    _fill(p, file.get_slice(name), name, path, factors.get(name))
+                if file_of[name] != path:
+                    continue
+                layer = packed_layers.get(name)
+                if layer is not None and name in quantised and name not in factors:
+                    _fill_packed(layer, *_quantised(stored, name))
+                    continue
+                source = file.get_slice(name)
+                if name in quantised:
+                    packed, shape, dtype = _quantised(stored, name)
+                    source = nf4.dequantize(packed, shape[1], dtype)
+                if layer is None:
+                    _fill(p, source, name, path, factors.get(name))
+                else:
+                    dense = torch.empty(layer.out_features, layer.in_features)
+                    _fill(dense, source, name, path, factors.get(name))
+                    dense = dense.to(p.device, layer.stored_dtype)
+                    _fill_packed(layer, nf4.quantize(dense), dense.shape, dense.dtype)
     for name, head in (adapter.heads if adapter else {}).items():
         _copy(model.get_parameter(name), head)
     for layer in lora.layers(model).values():
@@ -277,9 +305,10 @@ def _check_adapter(folder, adapter, wanted):
 
 def _fill(p, source, name, path, factors=None):
     """factors: A, B and scale of an adapter to merge."""
-    if list(p.shape) != source.get_shape():
+    shape = list(source.shape) if isinstance(source, torch.Tensor) else source.get_shape()
+    if list(p.shape) != shape:
         raise InputError(
-            f"{path}: {name} has shape {source.get_shape()}, but config.json wants {list(p.shape)}."
+            f"{path}: {name} has shape {shape}, but config.json wants {list(p.shape)}."
         )
     if factors is None:
         _copy(p, source)
@@ -287,6 +316,31 @@ def _fill(p, source, name, path, factors=None):
     a, b, scale = factors
     rows = _mine(p)[0]
     _local(p).copy_(lora.merged(source[rows], a, b[rows], scale))
+
+
+def _fill_packed(layer, packed, shape, dtype):
+    layer.stored_dtype = dtype
+    for part, tensor in zip(nf4.PARTS, packed):
+        _copy(getattr(layer, part), tensor)
+
+
+def _quantised(file_of, name) -> tuple[nf4.Packed, list[int], torch.dtype]:
+    """A matrix that bitsandbytes has quantised, its shape and its dtype before."""
+    state = json.loads(bytes(_whole(file_of, name + QUANTISED).tolist()))
+    maps = {"quant_map": nf4.codebook(), "nested_quant_map": nf4.dynamic_map()}
+    known = state["blocksize"] == nf4.BLOCK and state.get("nested_blocksize") == nf4.NESTED_BLOCK
+    for kind, values in maps.items():
+        known = known and torch.equal(_whole(file_of, f"{name}.{kind}"), values)
+    if not known:
+        raise InputError(
+            f"{file_of[name]}: {name} is quantised in another way than NF4 with double "
+            f"quantisation, in blocks of {nf4.BLOCK} and {nf4.NESTED_BLOCK}: take the unquantised "
+            "model."
+        )
+    mean = torch.tensor([state["nested_offset"]])
+    nested = torch.cat([_whole(file_of, f"{name}.nested_absmax"), mean]).view(torch.int32)
+    packed = nf4.Packed(_whole(file_of, name).flatten(), _whole(file_of, f"{name}.absmax"), nested)
+    return packed, state["shape"], getattr(torch, state["dtype"])
 
 
 def _copy(p, source):

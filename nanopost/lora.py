@@ -19,11 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from nanopost import InputError
+from nanopost import InputError, nf4
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,13 +31,12 @@ HEADS = ("score.weight", "value.weight", "value.score.weight")  # they train in 
 
 
 # ------------------------------------------------------------------------------------------- layers
-class LoRALinear(nn.Linear):
+class LoRALinear(nf4.FrozenLinear):
     """A linear layer with an adapter. Made on the meta device; hf.load_weights fills it."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, rslora: bool, seed: tuple):
         """seed: (of the run, number of the layer)."""
-        super().__init__(base.in_features, base.out_features, device="meta")
-        self.weight, self.bias = base.weight, base.bias
+        super().__init__(base)
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device="meta"))
         self.lora_B = nn.Parameter(torch.empty(base.out_features, rank, device="meta"))
         self.rank, self.alpha, self.rslora, self.seed = rank, alpha, rslora, seed
@@ -49,7 +47,7 @@ class LoRALinear(nn.Linear):
         return scale(self.alpha, self.rank, self.rslora)
 
     def forward(self, x_NI):
-        y_NO = F.linear(x_NI, self.weight, self.bias)
+        y_NO = super().forward(x_NI)
         if not self.active:
             return y_NO
         # FSDP2 has cast them already; a single process in bf16 does it here.
@@ -89,11 +87,7 @@ def apply(
     targets: names of layers, such as q_proj; None: all of them, peft's "all-linear". InputError for
     a name that no layer has.
     """
-    linear = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and ".layers." in name
-    }
+    linear = _linear_layers(model)
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in linear)
     for target in targets or ():
         if target not in kinds:
@@ -103,23 +97,45 @@ def apply(
             )
     chosen = [name for name in linear if name.rpartition(".")[2] in (targets or kinds)]
     for number, name in enumerate(chosen):
-        parent, _, own = name.rpartition(".")
-        layer = LoRALinear(linear[name], rank, alpha, rslora, (seed, number))
-        setattr(model.get_submodule(parent), own, layer)
+        _replace(model, name, LoRALinear(linear[name], rank, alpha, rslora, (seed, number)))
     for name, p in model.named_parameters():
         p.requires_grad_(is_trained(name))
     return model
 
 
+def _linear_layers(model):
+    """{name: layer} of the blocks."""
+    modules = model.named_modules()
+    return {name: m for name, m in modules if isinstance(m, nn.Linear) and ".layers." in name}
+
+
+def _replace(model, name, layer):
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, layer)
+
+
+def quantize(model: nn.Module):
+    """Hold the matrices of the blocks in NF4: QLoRA. After `apply`, before the model is sharded."""
+    for part in _parts(model):
+        for name, layer in _linear_layers(part).items():
+            if not isinstance(layer, LoRALinear):
+                layer = nf4.FrozenLinear(layer)
+                _replace(part, name, layer)
+            nf4.pack(layer, name, part.config.dtype)
+
+
 def hold_in_stored_dtype(model: nn.Module):
     """Hold what is frozen in the dtype of the folder it comes from: it needs no fp32 master
     weights."""
-    for module in model.modules():
-        if hasattr(module, "folder"):
-            kind = module.config.dtype
-            for name, p in module.named_parameters():
-                if not is_trained(name):
-                    p.data = p.data.to(kind)
+    for part in _parts(model):
+        for name, p in part.named_parameters():
+            if not is_trained(name) and p.is_floating_point():
+                p.data = p.data.to(part.config.dtype)
+
+
+def _parts(model):
+    """The CausalLM and ScalarModels in a model: what is loaded from a folder."""
+    return [module for module in model.modules() if hasattr(module, "folder")]
 
 
 def is_adapter(name: str) -> bool:
@@ -142,13 +158,16 @@ def summary(model: nn.Module) -> str:
     adapted = layers(model)
     if not adapted:
         return ""
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    trained = sum(size for name, size in sizes.items() if is_trained(name))
+    trained = [p for name, p in model.named_parameters() if is_trained(name)]
+    frozen = [p for name, p in model.named_parameters() if not is_trained(name)]
+    packed = ""
+    if any(map(nf4.is_packed, model.modules())):
+        packed = ", of which the blocks' matrices in NF4"
     (rank,) = {layer.rank for layer in adapted.values()}
-    base = sum(sizes.values()) - trained
     return (
-        f"LoRA of rank {rank} on {len(adapted)} layers: {trained:,} parameters train beside "
-        f"{base:,} frozen ones"
+        f"LoRA of rank {rank} on {len(adapted)} layers: {sum(p.numel() for p in trained):,} "
+        f"parameters train beside {sum(p.nbytes for p in frozen) / 2**20:,.1f} MiB of frozen "
+        f"weights{packed}"
     )
 
 

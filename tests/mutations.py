@@ -2547,7 +2547,7 @@ MUTATIONS = [
     mutation(
         "frozen-weights-in-fp32",
         "nanopost/lora.py",
-        "p.data = p.data.to(kind)",
+        "p.data = p.data.to(part.config.dtype)",
         "pass",
         "test_lora.py::test_frozen_weights_keep_the_dtype_of_their_folder_and_adapters_are_fp32",
     ),
@@ -2592,6 +2592,49 @@ MUTATIONS = [
         "return path if path.is_file() else lora.base_folder(folder) / name",
         "return path",
         "test_lora.py::test_stop_tokens_of_an_adapter_are_those_of_its_base",
+    ),
+    mutation(
+        "nibbles-swapped",
+        "nanopost/nf4.py",
+        "(code_E[0::2] << 4) | code_E[1::2]",
+        "(code_E[1::2] << 4) | code_E[0::2]",
+        "test_nf4.py::test_a_matrix_has_the_bits_that_bitsandbytes_gives_it",
+    ),
+    mutation(
+        "absmax-with-their-mean",
+        "nanopost/nf4.py",
+        "_nearest(absmax_B - mean, NESTED_BLOCK",
+        "_nearest(absmax_B, NESTED_BLOCK",
+        "test_nf4.py::test_a_matrix_has_the_bits_that_bitsandbytes_gives_it",
+    ),
+    mutation(
+        "dequantised-without-the-mean",
+        "nanopost/nf4.py",
+        "dynamic_map(device)[absmax.int()] * nested_B + mean",
+        "dynamic_map(device)[absmax.int()] * nested_B",
+        "test_nf4.py::test_a_matrix_dequantises_to_the_bits_of_bitsandbytes",
+    ),
+    mutation(
+        "dequantised-and-not-rounded",
+        "nanopost/nf4.py",
+        ".to(dtype).view(-1, width)",
+        ".view(-1, width)",
+        "test_nf4.py::test_a_matrix_dequantises_to_the_bits_of_bitsandbytes",
+    ),
+    mutation(
+        "checkpoint-of-bitsandbytes-quantised-anew",
+        "nanopost/hf.py",
+        "if layer is not None and name in quantised and name not in factors:",
+        "if False:",
+        "test_nf4.py::test_a_checkpoint_of_bitsandbytes_keeps_its_bits_or_reads_as_dequantised",
+    ),
+    mutation(
+        "layers-without-adapters-not-packed",
+        "nanopost/lora.py",
+        "            nf4.pack(layer, name, part.config.dtype)\n",
+        "            if isinstance(layer, LoRALinear):\n"
+        "                nf4.pack(layer, name, part.config.dtype)\n",
+        "test_nf4.py::test_layers_without_adapters_are_packed_too",
     ),
 ]
 

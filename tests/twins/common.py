@@ -227,6 +227,7 @@ PLUMBING = {
     "save_minutes": "test_layout.py",
     "keep": "test_run.py",
     "save_dtype": "test_run.py",
+    "quantize": "test_nf4.py",
     "reward_timeout": "test_rewards.py",
     "engine": "test_vllm_scripts.py",
     "vllm": "test_vllm_scripts.py",
