@@ -80,14 +80,12 @@ def loss_of(pairs_P, nll_tokens):
 loss_of(preference.no_pairs(), nll_tokens=1.0)  # fail now if a loss rejects a flag
 
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-shard = cli.shard(args, world)
-model = hf.load_model(args.model, world.device, shard=shard)
+model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 reference_folder = args.reference_model or args.model
 reference_model = None
 if preference.needs_reference(loss_functions):
     tokenizer.check_same(reference_folder, "--reference_model ")
-    reference_model = hf.load_model(reference_folder, world.device, shard=shard)
-    reference_model.requires_grad_(False)
+    reference_model = cli.reference(args, reference_folder, model, world)
 elif args.reference_model or args.reference == "precomputed":
     raise InputError(f"--loss {' '.join(args.loss)} uses no reference.")
 

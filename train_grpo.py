@@ -117,11 +117,10 @@ if args.beta and args.kl == "k1":
     )
 cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-shard = cli.shard(args, world)
-model = hf.load_model(args.model, world.device, shard=shard)
+model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 reference = None
 if args.beta:
-    reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
+    reference = cli.reference(args, args.model, model, world)
 engine = cli.engine(args, args.model, model, world, tokenizer)
 
 train_rows, eval_rows = rows.load(

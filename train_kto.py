@@ -63,12 +63,10 @@ args = parser.parse_args()
 # -------------------------------------------------------------------------------------------- setup
 world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-shard = cli.shard(args, world)
-model = hf.load_model(args.model, world.device, shard=shard)
+model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 reference_folder = args.reference_model or args.model
 tokenizer.check_same(reference_folder, "--reference_model ")
-reference_model = hf.load_model(reference_folder, world.device, shard=shard)
-reference_model.requires_grad_(False)
+reference_model = cli.reference(args, reference_folder, model, world)
 
 loss_functions, loss_weights = [preference.COUPLED[args.loss]], [1.0]
 if args.sft_weight:

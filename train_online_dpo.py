@@ -73,14 +73,12 @@ if not args.reward and not args.judge:
     raise InputError("give --reward or --judge to rank the answers.")
 
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-shard = cli.shard(args, world)
-model = hf.load_model(args.model, world.device, shard=shard)
+model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 reference_folder = args.reference_model or args.model
 reference_model = None
 if preference.needs_reference(loss_functions):
     tokenizer.check_same(reference_folder, "--reference_model ")
-    reference_model = hf.load_model(reference_folder, world.device, shard=shard)
-    reference_model.requires_grad_(False)
+    reference_model = cli.reference(args, reference_folder, model, world)
 engine = cli.engine(args, args.model, model, world, tokenizer)
 
 train_rows, eval_rows = rows.load(

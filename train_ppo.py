@@ -117,7 +117,6 @@ if args.value_lr is not None:
         )
     value_rate = args.value_lr / args.lr
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-shard = cli.shard(args, world)
 reward_models = [x.removeprefix("model:") for x in args.reward if x.startswith("model:")]
 args.value_model = args.value_model or next(iter(reward_models), args.model)
 value_folder = None
@@ -127,10 +126,10 @@ if args.value_model != "head":
 # transformers reads the exported value model at the last non-padding token: if answers end with the
 # padding token, no token may count as padding.
 pad_id = None if tokenizer.pad_id in tokenizer.stop_ids else tokenizer.pad_id
-model = hf.load_actor_critic(args.model, value_folder, world.device, shard, pad_id)
+model = hf.load_actor_critic(args.model, value_folder, world.device, cli.shard(args, world), pad_id)
 reference = None
 if args.beta:
-    reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
+    reference = cli.reference(args, args.model, model, world)
 engine = cli.engine(args, args.model, model, world, tokenizer)
 
 train_rows, eval_rows = rows.load(
@@ -150,6 +149,7 @@ reward_functions, reward_weights = rewards.load(
 columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay, value=value_rate)
+policy_trained = [p for p in model.policy.parameters() if p.requires_grad]
 show = ["objective/scores", "objective/kl", "policy/entropy_avg", "loss/policy_avg"]
 show += ["loss/value_avg", "val/explained_variance", "grad_norm", "completions/mean_length"]
 run = Run(args.out, world, args.steps, vars(args), show, args.keep)
@@ -252,7 +252,8 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- update: one optimizer step per minibatch of shuffled prompts
     # During value warm-up, only the value model (or the value head on the policy) learns.
-    model.policy.requires_grad_(step > args.value_warmup)
+    for p in policy_trained:
+        p.requires_grad_(step > args.value_warmup)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
     meter, divisors = dist.Meter(), []

@@ -8,511 +8,42 @@
 It prints a line for each comparison, and exits with 1 if one fails. A run with --vllm does the same
 after a sync (--audit_every), and stops with one sentence.
 
-Three comparisons. Scores: log-probs of fixed sequences, and of tokens that the server samples.
-Prints: each matrix times a fixed vector, as the server computes it, whatever it has packed the
-weights into (needs a server of nanopost.vllm_worker). Bytes: vLLM's own checksums. A cause is named
-only if it reproduces the server's numbers.
-
-Shapes: T tokens of a sequence, I inputs and O outputs of a matrix.
+probe.py has the comparisons: log-probs with any server that has vLLM's OpenAI routes, tensors with
+one of nanopost.vllm_worker, bytes with one that runs under VLLM_SERVER_DEV_MODE=1. attribution.py
+has the causes: one is named only if it reproduces the server's numbers.
 """
 
-import base64
-import hashlib
-import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from nanopost import InputError, StepError, dist, hf
-from nanopost.batch import Example, batch_of
+from nanopost.attribution import Edited, search, why
+from nanopost.batch import batch_of
 from nanopost.engine import cut
 from nanopost.forward import logprobs
-from nanopost.hf import EMBEDDING, HEAD
+from nanopost.probe import (
+    SAMPLED,
+    SCORE,
+    Answer,
+    Digests,
+    ask,
+    compare,
+    examples,
+    failed,
+    gap,
+    ours_of,
+    print_of,
+    probes,
+)
+from nanopost.server import WRONG, Refused, Server, ServerError, as_server_error
 from nanopost.terminal import say
 from nanopost.tokenizer import Tokenizer
-from nanopost.vllm import WRONG, Refused, Server, ServerError, _about
 
-LENGTHS = (16, 32, 136)  # tokens of the scored sequences; the last one fills a block of a cache
-SAMPLED = 24  # tokens that the server samples
-TEMPERATURE, TOP_P = 0.7, 0.5  # that it samples with
-DRAWN = {  # what is sampled -> after which sequence, with which top_p
-    f"temperature {TEMPERATURE}": (0, 1.0),
-    f"top_p {TOP_P}": (0, TOP_P),
-    "a prompt it has seen before": (-1, 1.0),
-}
-PLAIN, CUT, CACHED = DRAWN
-# Largest mean difference of log-probs, nats. Random ids are unlikely tokens, whose log-probs bf16
-# rounds by 0.1 on average in a sound SmolLM2-135M.
-SCORE = {torch.float32: 1e-4, torch.bfloat16: 0.4}
-PRINT = {torch.float32: 5e-5, torch.bfloat16: 4e-2}  # largest difference, in units of the rms
-NOTHING = hashlib.sha256(b"").hexdigest()  # the checksum of a packed layer on a CPU
 TEXT = "12+34=? Grüße,  東京\n\tdef f(x): return x_1"
-
-
-# ------------------------------------------------------------------------------------------- scores
-def probes(tokenizer, vocab_size: int, positions: int) -> list[list[int]]:
-    """The sequences that are scored: random ids, the same for every run with this vocabulary.
-
-    They need no data, reach rows all over the embedding, and no training makes them likely.
-    """
-    unused = set(tokenizer.unused_ids(vocab_size))
-    ids = [i for i in range(vocab_size) if i not in unused]
-    generator = np.random.default_rng(0)
-    longest = min(LENGTHS[-1], positions - SAMPLED)
-    return [generator.choice(ids, min(length, longest)).tolist() for length in LENGTHS]
-
-
-@dataclass
-class Answer:
-    """What a server says of the probes."""
-
-    scores: list[np.ndarray]  # fp32 [T] of each probe; 0 at the first token
-    sampled: dict[str, tuple[list[int], np.ndarray]]  # key of DRAWN -> ids, their log-probs
-    prints: dict | None = None
-    about: dict = field(default_factory=dict)
-    checksums: dict[str, str] = field(default_factory=dict)
-
-
-def ask(server: Server, sequences: list[list[int]], config) -> Answer:
-    """Score sequences on a server, let it sample, and take its prints and checksums. ServerError if
-    it fails."""
-    tokens_route = _has(server, "/inference/v1/generate", {"token_ids": []})
-    model = server.get("/v1/models")["data"][0]["id"]
-
-    def complete(ids, **sampling):
-        """-> what the server says of the prompt, sampled ids, their log-probs."""
-        try:
-            return request(ids, **sampling)
-        except Refused as error:
-            if "float values" not in str(error):
-                raise
-            return [{}] * len(ids), ([0] * SAMPLED, [np.nan] * SAMPLED)  # JSON has no nan
-
-    def request(ids, **sampling):
-        sampling = {"n": 1, "temperature": 1.0, "logprobs": 0, "seed": 0, **sampling}
-        if tokens_route:
-            body = {"token_ids": ids, "sampling_params": sampling}
-            answer = server.post("/inference/v1/generate", body)
-            content = answer["choices"][0]["logprobs"]["content"]
-            found = [x["token_id"] for x in content], [x["logprob"] for x in content]
-            return answer["prompt_logprobs"], found
-        body = {"model": model, "prompt": ids, "return_token_ids": True, **sampling}
-        choice = server.post("/v1/completions", body)["choices"][0]
-        return choice["prompt_logprobs"], (
-            choice["token_ids"],
-            choice["logprobs"]["token_logprobs"],
-        )
-
-    def score(ids):
-        prompt, _ = complete(ids, max_tokens=1, prompt_logprobs=0)
-        if not prompt or len(prompt) != len(ids):
-            raise ServerError(f"{server.url}: no log-probs of a prompt's tokens")
-        found = [0.0] + [prompt[t].get(str(ids[t]), {}).get("logprob") for t in range(1, len(ids))]
-        return np.array([np.nan if x is None or x < -9000 else x for x in found], np.float32)
-
-    def sample(which, top_p):
-        sampling = {"temperature": TEMPERATURE, "top_p": top_p, "ignore_eos": True}
-        _, (ids, logps) = complete(sequences[which], max_tokens=SAMPLED, **sampling)
-        return ids, np.array(logps, np.float32)
-
-    with ThreadPoolExecutor(len(sequences) + len(DRAWN)) as pool:
-        scores = [pool.submit(score, ids) for ids in sequences]
-        sampled = {name: pool.submit(sample, *how) for name, how in DRAWN.items()}
-        answer = Answer(
-            [task.result() for task in scores],
-            {name: task.result() for name, task in sampled.items()},
-        )
-    answer.prints, answer.about = prints_of(server, config)
-    answer.checksums = checksums(server)
-    return answer
-
-
-def _has(server, path, body) -> bool:
-    """Whether a server has a route, by its answer to a request that it must refuse."""
-    try:
-        server.post(path, body, 10.0)
-    except Refused as error:
-        return "404" not in str(error)
-    return True
-
-
-def gap(engine: list[np.ndarray], trainer: list[np.ndarray]) -> float:
-    """Mean difference of the log-probs of all tokens but the first of each sequence, in nats."""
-    found = [np.abs(x - y)[1:] for x, y in zip(engine, trainer)]
-    return float(np.concatenate(found).mean())
-
-
-def cut_gap(cut_T, logp_T, top_p: float) -> float:
-    """How far log-probs under a cut are from what they can be, given those without it, in nats.
-
-    The tokens kept are the fewest that hold top_p of the mass, so they hold at most top_p and the
-    mass of the least likely one of them, which is at most that of the sampled token.
-    """
-    kept_T = logp_T.astype(np.float64) - cut_T
-    low_T, high_T = np.log(top_p), np.log(np.minimum(1.0, top_p + np.exp(logp_T)))
-    return float(np.maximum(np.maximum(low_T - kept_T, kept_T - high_T), 0.0).mean())
-
-
-# ------------------------------------------------------------------------------------------- prints
-def vector(width: int) -> torch.Tensor:
-    """The fixed vector that matrices of this width are multiplied with, exact in bf16: fp32 [I]."""
-    generator = torch.Generator().manual_seed(width)
-    return torch.randn(width, generator=generator).bfloat16().float()
-
-
-def print_of(tensor: torch.Tensor) -> np.ndarray:
-    """A matrix times the vector of its width; a norm or a bias as it is: fp32 [O]."""
-    if tensor.ndim == 2:
-        tensor = tensor.float() @ vector(tensor.shape[1]).to(tensor.device)
-    return tensor.detach().float().cpu().numpy().copy()
-
-
-def prints_of(server: Server, config) -> tuple[dict | None, dict]:
-    """A server's prints under checkpoint names, and how it computes; None if it gives none."""
-    widths = {config.width, config.mlp_width, config.heads * config.head_dim}
-    vectors = {str(width): vector(width).tolist() for width in widths}
-    body = {"method": "nanopost_prints", "kwargs": {"vectors": vectors}, "timeout": 60}
-    try:
-        (found, *_) = server.post("/collective_rpc", body)["results"]
-    except ServerError:
-        return None, {}
-    about = found.pop("about")
-    if about["ranks"] > 1:
-        return None, about
-    prints = {
-        name: np.frombuffer(base64.b64decode(text), np.float32) for name, text in found.items()
-    }
-    return split(prints, config), about
-
-
-def split(prints: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
-    """vLLM's fused projections -> those of the checkpoint."""
-    query = config.heads * config.head_dim
-    key = query + config.kv_heads * config.head_dim
-    found = {}
-    for name, x_O in prints.items():
-        if ".qkv_proj." in name:
-            for part, x in zip("qkv", np.split(x_O, [query, key])):
-                found[name.replace("qkv_proj", f"{part}_proj")] = x
-        elif ".gate_up_proj." in name:
-            for part, x in zip(("gate", "up"), np.split(x_O, 2)):
-                found[name.replace("gate_up", part)] = x
-        else:
-            found[name] = x_O
-    return found
-
-
-def distance(x_O: np.ndarray, y_O: np.ndarray) -> float:
-    """The largest difference of two prints, in units of the larger one's rms."""
-    if x_O.shape != y_O.shape or not np.isfinite(x_O).all():
-        return np.inf
-    rms = max(np.sqrt(np.square(x_O).mean()), np.sqrt(np.square(y_O).mean()), 1e-30)
-    return float(np.abs(x_O - y_O).max() / rms)
-
-
-def wrong(engine: dict, now: dict, limit: float) -> list[str]:
-    """The tensors whose prints differ, in the order of the checkpoint, a tied head last."""
-    names = [*now, *([HEAD] if HEAD not in now else [])]
-    there = [name for name in names if name in engine]
-    return [name for name in there if distance(engine[name], now[_own(name, now)]) > limit]
-
-
-def _own(name, prints):
-    return name if name in prints else EMBEDDING  # a tied head's
-
-
-def rotary_orders(heads: int, width: int) -> dict[str, np.ndarray]:
-    """Orders of a projection's rows: row i of it is row order[i] of Hugging Face's layout, which
-    has the halves of each head's rotation one after the other; the original has them in pairs."""
-    rows = np.arange(heads * width)
-    return {
-        "in the original rotary order (pairs side by side)": rows.reshape(heads, 2, width // 2)
-        .swapaxes(1, 2)
-        .ravel(),
-        "converted to Hugging Face's rotary order twice": rows.reshape(heads, width // 2, 2)
-        .swapaxes(1, 2)
-        .ravel(),
-    }
-
-
-def cause_of(
-    name: str,
-    x_O: np.ndarray,
-    now: dict[str, np.ndarray],
-    before: dict[str, np.ndarray] | None,
-    config,
-    limit: float,
-    weight: torch.Tensor | None = None,
-) -> str:
-    """Why a server's print of one tensor is wrong: the first explanation that gives the same print.
-
-    weight: the trainer's tensor, for explanations that need more than its print.
-    """
-
-    def same(y_O):
-        return distance(x_O, y_O) <= limit
-
-    own = _own(name, now)
-    y_O = now[own]
-    if x_O.shape != y_O.shape:
-        return f"has {len(x_O)} rows instead of {len(y_O)}"
-    if not np.isfinite(x_O).all():
-        return "is not finite"
-    if before is not None and distance(before[own], y_O) > limit:
-        if same(before[own]):
-            return "is that of the version before"
-        scale = limit * max(np.sqrt(np.square(y_O).mean()), 1e-30)
-        old_O = np.abs(x_O - y_O) > scale
-        if (np.abs(x_O - before[own])[old_O] <= scale).all():
-            rows = old_O.nonzero()[0]
-            return f"has rows {rows[0]} to {rows[-1]} of the version before ({len(rows)} rows)"
-    if not x_O.any():
-        return "is zero"
-    for other, z_O in now.items():
-        if other != own and same(z_O) and not same(y_O):
-            return f"is {other}"
-    if weight is not None and same(print_of(weight.bfloat16())):
-        return "is rounded to bfloat16"
-    if weight is not None and weight.ndim == 2:
-        x_I = vector(weight.shape[1])
-        if weight.shape[0] == weight.shape[1] and same((weight.float().T @ x_I).numpy()):
-            return "is transposed"
-    heads = {"q_proj": config.heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}
-    heads = heads.get(name.split(".")[-2])
-    if heads:
-        for text, order in rotary_orders(heads, config.head_dim).items():
-            if same(y_O[order]):
-                return f"has its rows {text}"
-        from_H = [
-            min(range(heads), key=lambda h: distance(part, y_O.reshape(heads, -1)[h]))
-            for part in x_O.reshape(heads, -1)
-        ]
-        if same(y_O.reshape(heads, -1)[from_H].ravel()):
-            return f"has its heads in the order {' '.join(map(str, from_H))}"
-    if name.endswith("o_proj.weight") and weight is not None:
-        x_I = vector(weight.shape[1])
-        for text, order in rotary_orders(config.heads, config.head_dim).items():
-            if same((weight[:, order].float() @ x_I).numpy()):
-                return f"has its columns {text}"
-    if distance(np.sort(x_O), np.sort(y_O)) <= limit:
-        return "has its rows in another order"
-    scale = float(x_O @ y_O / max(y_O @ y_O, 1e-30))
-    if abs(scale) > 1e-3 and distance(x_O, scale * y_O) <= limit:
-        return f"is scaled by {scale:.4g}"
-    if distance(x_O, y_O) <= PRINT[torch.bfloat16]:
-        return "differs a little, as by a small update: compare with the weights before (--before)"
-    return "holds other numbers" + ("" if before is None else ", neither the new nor the old ones")
-
-
-def some(names: list[str]) -> str:
-    shown = ", ".join(names[:3])
-    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
-
-
-def conclusion(causes: dict[str, str], names: list[str], changed: list[str]) -> str:
-    """One clause for the causes of all wrong tensors. names: all tensors, in the order in which
-    they were sent. changed: those that the last update has changed."""
-    old = [name for name, cause in causes.items() if cause == "is that of the version before"]
-    if old and old == [*causes]:
-        if set(changed) <= set(old):
-            return "stale weights: every tensor is that of the version before"
-        if old == [HEAD] and HEAD not in names:
-            return (
-                "a stale tied head: the embedding is new, but the server's packed copy of it, the "
-                "head, is that of the version before"
-            )
-        part = [name for name in changed if name in old]
-        first = changed.index(part[0])
-        if len(part) > 1 and changed[first : first + len(part)] == part:
-            return (
-                f"a partial update: a bucket of weights is missing, {part[0]} to {part[-1]} "
-                f"({len(part)} of {len(changed)} tensors) are those of the version before"
-            )
-        return f"a partial update: {some(old)} of the version before"
-    if all(".up_proj" in c or ".gate_proj" in c for c in causes.values()):
-        layers = sorted({name.split(".mlp.")[0] for name in causes})
-        return f"gate and up are swapped in {some(layers)}"
-    rounded = [name for name, cause in causes.items() if cause == "is rounded to bfloat16"]
-    if len(rounded) == len(causes) and len(rounded) > len(names) / 3:
-        return "low precision: all weights are rounded to bfloat16, and nothing else differs"
-    kinds = {}
-    for name, cause in causes.items():
-        kinds.setdefault(cause, []).append(name)
-    clauses = [f"{some(members)} {cause}" for cause, members in kinds.items()]
-    more = f"; and {len(clauses) - 3} more" if len(clauses) > 3 else ""
-    return "; ".join(clauses[:3]) + more
-
-
-# -------------------------------------------------------------------------------------------- bytes
-class Digests:
-    """SHA-256 of weights as vLLM's /weight_checker gives them: projections fused, rows of the
-    vocabulary padded with zeros to a multiple of 64."""
-
-    def __init__(self, dtype: torch.dtype):
-        self.dtype, self.hashes = dtype, {}
-
-    def add(self, name: str, tensor: torch.Tensor):
-        """In the order of the checkpoint: q, k, v, and gate, up."""
-        fused = re.sub(r"\b[qkv]_proj", "qkv_proj", name)
-        fused = re.sub(r"\b(gate|up)_proj", "gate_up_proj", fused)
-        data = tensor.detach().to("cpu", self.dtype).contiguous().view(torch.uint8)
-        found = self.hashes.setdefault(fused, hashlib.sha256())
-        found.update(data.numpy())
-        if name in (EMBEDDING, HEAD):
-            found.update(bytes(data.nbytes // len(tensor) * (-len(tensor) % 64)))
-
-    @classmethod
-    def of(cls, named_tensors, dtype) -> "Digests":
-        digests = cls(dtype)
-        for name, tensor in named_tensors:
-            digests.add(name, tensor)
-        return digests
-
-    def differ(self, theirs: dict[str, str]) -> list[str]:
-        """Of the tensors that both cover."""
-        return [n for n, h in self.hashes.items() if n in theirs and h.hexdigest() != theirs[n]]
-
-
-def checksums(server: Server) -> dict[str, str]:
-    """A server's SHA-256 of each tensor, where it covers that; {} where it shards or has none."""
-    try:
-        found = server.post("/weight_checker", {"action": "checksum"})["checksums"]
-    except ServerError:
-        return {}
-    if len({key.rpartition(":")[0] for key in found}) != 1:
-        return {}
-    return {key.rpartition(":")[2]: h for key, h in found.items() if h != NOTHING}
-
-
-# ------------------------------------------------------------------------------------------ verdict
-@dataclass
-class Ours:
-    """What the trainer says of the same."""
-
-    scores: list[np.ndarray]
-    sampled: dict[str, np.ndarray]  # key of DRAWN -> of the sampled tokens
-    raw: np.ndarray  # of the first of them, at temperature 1
-    prints: dict[str, np.ndarray]
-    digests: Digests
-    before: dict[str, np.ndarray] | None = None  # prints of the version before
-    scores_before: list[np.ndarray] | None = None
-
-
-def ours_of(score: Callable, sequences, answer: Answer, prints, digests, **before) -> Ours:
-    """score(sequences, temperature) -> fp32 [T] of each, by the trainer. Calls it twice."""
-    prompts = {name: sequences[which] for name, (which, _) in DRAWN.items()}
-    longer = {name: prompts[name] + ids for name, (ids, _) in answer.sampled.items()}
-    *scores, raw = score([*sequences, longer[PLAIN]], 1.0)
-    sampled = {
-        name: logp_T[len(prompts[name]) :]
-        for name, logp_T in zip(longer, score([*longer.values()], TEMPERATURE))
-    }
-    return Ours(scores, sampled, raw[len(prompts[PLAIN]) :], prints, digests, **before)
-
-
-def compare(answer: Answer, ours: Ours, dtype: torch.dtype) -> list[tuple[str, float, float]]:
-    """(what was compared, the difference, its limit) for each comparison."""
-    limit = SCORE[dtype]
-    rows = [("log-probs of fixed sequences, nats", gap(answer.scores, ours.scores), limit)]
-    for name, (ids, logp_T) in answer.sampled.items():
-        found = np.abs(logp_T - ours.sampled[name]).mean()
-        if name == CUT:
-            found = cut_gap(logp_T, ours.sampled[name], TOP_P)
-        rows.append((f"of {len(ids)} sampled tokens, {name}", float(found), limit))
-    if answer.prints is not None:
-        there = [name for name in (*ours.prints, HEAD) if name in answer.prints]
-        pairs = [(answer.prints[name], ours.prints[_own(name, ours.prints)]) for name in there]
-        worst = max(distance(x, y) for x, y in pairs)
-        rows.append((f"{len(there)} tensors times a vector", worst, _print_limit(answer, dtype)))
-    covered = ours.digests.hashes.keys() & answer.checksums.keys()
-    differ = _differ(answer, ours)
-    if covered and (answer.prints is not None or len(differ) < len(covered)):
-        rows.append((f"{len(covered)} tensors' bytes (SHA-256)", float(len(differ)), 0.0))
-    return rows
-
-
-def _differ(answer, ours) -> list[str]:
-    """Tensors whose bytes differ, if both sides have the same precision."""
-    if answer.about.get("dtype", "") not in str(ours.digests.dtype):
-        return []
-    return ours.digests.differ(answer.checksums)
-
-
-def _print_limit(answer, dtype) -> float:
-    """Of the coarser precision of server and trainer."""
-    full = answer.about.get("dtype") == "float32" and dtype == torch.float32
-    return PRINT[torch.float32 if full else torch.bfloat16]
-
-
-def failed(rows) -> list[tuple[str, float, float]]:
-    return [row for row in rows if not row[1] <= row[2]]  # nan too
-
-
-def why(
-    answer: Answer, ours: Ours, dtype, config, weights: Iterable[tuple[str, torch.Tensor]]
-) -> str:
-    """The cause, as one clause. weights: the trainer's, read once if a tensor differs."""
-    limit, bound = SCORE[dtype], _print_limit(answer, dtype)
-    names = [*ours.prints]
-    changed = names
-    if ours.before is not None:
-        changed = [n for n in names if distance(ours.before[n], ours.prints[n]) > bound] or names
-
-    bad = wrong(answer.prints, ours.prints, bound) if answer.prints is not None else []
-    causes = {}
-    for name, tensor in weights if bad else ():
-        for other in bad:
-            if other == name or (other not in names and name == EMBEDDING):
-                about = (answer.prints[other], ours.prints, ours.before, config, bound)
-                causes[other] = cause_of(other, *about, weight=tensor.cpu())
-    if causes:
-        return conclusion({name: causes[name] for name in bad}, names, changed)
-
-    found = gap(answer.scores, ours.scores)
-    if not found <= limit:
-        if not np.isfinite(found):
-            return "log-probs that are missing or not finite"
-        if ours.scores_before is not None and gap(answer.scores, ours.scores_before) <= limit:
-            return "stale weights: its log-probs are those of the version before"
-        if answer.about.get("dtype", "float32") != str(dtype).removeprefix("torch."):
-            return (
-                f"low precision: it computes in {answer.about['dtype']} and the trainer in "
-                f"{str(dtype).removeprefix('torch.')}; all {len(names)} tensors are the trainer's"
-            )
-        if answer.prints is not None:
-            return (
-                "not the weights, which are all the trainer's: it computes something else with "
-                "them (config.json, say rope_theta; a quantized cache; an attention kernel)"
-            )
-        return ""
-    off = {
-        name: np.abs(logp_T - ours.sampled[name]) for name, (_, logp_T) in answer.sampled.items()
-    }
-    off = {name: float(x.mean()) for name, x in off.items()}
-    if np.abs(answer.sampled[PLAIN][1] - ours.raw).mean() <= limit < off[PLAIN]:
-        return (
-            "its log-probs are those before temperature and cuts: start it with --logprobs-mode "
-            "processed_logprobs"
-        )
-    if off[PLAIN] <= limit < off[CACHED]:
-        return (
-            "stale keys and values: a prompt that it has seen before the update is answered from "
-            "its prefix cache; reset that after each update (/reset_prefix_cache)"
-        )
-    if off[PLAIN] <= limit and off[CUT] <= limit < cut_gap(
-        answer.sampled[CUT][1], ours.sampled[CUT], TOP_P
-    ):
-        return "its log-probs do not contain the cut (top_p), only the temperature"
-    if differ := _differ(answer, ours):
-        return f"the bytes of {some(differ)} differ, by less than the other comparisons show"
-    return ""
 
 
 def sentence(url: str, step, rows, cause: str) -> str:
@@ -576,7 +107,7 @@ class Audit:
             except InputError as error:
                 answers[server.url] = error
             except (ServerError, *WRONG) as error:
-                answers[server.url] = _about(server, error)
+                answers[server.url] = as_server_error(server, error)
         (answers,) = dist.gather([answers] if self.world.rank == 0 else [])
         scores = self.scores if self.every == 1 else None  # those of the sync before
         for url, answer in answers.items():
@@ -617,10 +148,6 @@ class Audit:
             self.known.add(server.url)
 
 
-def examples(sequences) -> list[Example]:
-    return [Example(ids, np.arange(len(ids)) > 0) for ids in sequences]
-
-
 def same_text(server: Server, tokenizer) -> bool:
     """Whether text has the same token ids there; also if the server encodes none."""
     model = server.get("/v1/models")["data"][0]["id"]
@@ -629,123 +156,6 @@ def same_text(server: Server, tokenizer) -> bool:
         return server.post("/tokenize", body)["tokens"] == list(tokenizer.encode(TEXT))
     except ServerError:
         return True
-
-
-# ------------------------------------------------------------------- the cause, by scores alone
-class Edited(nn.Module):
-    """A model with some of its tensors replaced for a while. head: a head for a tied model."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    @contextmanager
-    def tensors(self, edit: dict[str, torch.Tensor]):
-        model, own = self.model, dict(self.model.named_parameters())
-        kept = {name: own[name].detach().clone() for name in edit if name in own}
-        with torch.no_grad():
-            for name in kept:
-                own[name].copy_(edit[name])
-            if HEAD in edit and HEAD not in own:
-                head = nn.Linear(*edit[HEAD].shape[::-1], bias=False, device="meta")
-                head.weight = nn.Parameter(edit[HEAD], requires_grad=False)
-                model.lm_head = head
-            try:
-                yield
-            finally:
-                for name, tensor in kept.items():
-                    own[name].copy_(tensor)
-                if HEAD not in own:
-                    model.lm_head = None
-
-
-def search(
-    model, scores: list[np.ndarray], score: Callable, before: dict | None, limit: float
-) -> str:
-    """Which change of the trainer's weights gives a server's scores -> a clause, or "".
-
-    A forward pass for each hypothesis. score() -> the model's scores.
-    """
-    edited = Edited(model)
-    own = {name: p.detach() for name, p in model.named_parameters()}
-    first = score()
-    start = gap(scores, first)
-
-    def explains(edit):
-        with edited.tensors(edit):
-            found = gap(scores, score())
-        return found <= limit and found < start / 4
-
-    for group in hypotheses(own, before, model.config):
-        # Scores alone cannot tell a zero gate from a zero up_proj.
-        if found := [clause for clause, edit in group if explains(edit)]:
-            return " or ".join(found[:3])
-    if before is None:
-        return ""
-    # Several tensors of the version before: to first order their effects add up.
-    changed = [name for name in own if not torch.equal(own[name], before[name])]
-    effects = []
-    for name in changed:
-        with edited.tensors({name: before[name]}):
-            effects.append(_flat(score()) - _flat(first))
-    matrix, rest = np.stack(effects, 1), _flat(scores) - _flat(first)
-    share, *_ = np.linalg.lstsq(matrix, rest, rcond=None)
-    guesses = [[name for name, s in zip(changed, share) if s > 0.5]]
-    for i in range(1, len(changed)):  # a bucket, at the end or at the beginning
-        guesses += [changed[i:], changed[:i]]
-    for names in guesses:
-        if names and explains({name: before[name] for name in names}):
-            causes = dict.fromkeys(names, "is that of the version before")
-            return conclusion(causes, [*own], changed)
-    return ""
-
-
-def _flat(scores):
-    return np.concatenate([x[1:] for x in scores]).astype(np.float64)
-
-
-def hypotheses(own: dict, before: dict | None, config) -> Iterator[Iterable[tuple[str, dict]]]:
-    """Groups of (clause, the tensors that a server would then have), the commonest first."""
-    layers = [name.removesuffix(".self_attn.q_proj.weight") for name in own if ".q_proj.w" in name]
-    orders = rotary_orders(config.heads, config.head_dim)
-    key_orders = rotary_orders(config.kv_heads, config.head_dim)
-
-    def rotary(layers, text):
-        edit = {}
-        for layer in layers:
-            for part, order in (("q", orders[text]), ("k", key_orders[text])):
-                for kind in ("weight", "bias"):
-                    if (name := f"{layer}.self_attn.{part}_proj.{kind}") in own:
-                        edit[name] = own[name][order]
-        return edit
-
-    def swapped(layers):
-        edit = {}
-        for layer in layers:
-            gate, up = (f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up"))
-            edit |= {gate: own[up].clone(), up: own[gate].clone()}
-        return edit
-
-    def layouts(layers, where):
-        for text in orders:
-            yield f"q_proj and k_proj of {where} have their rows {text}", rotary(layers, text)
-        yield f"gate and up are swapped in {where}", swapped(layers)
-
-    if before is not None:
-        yield [("stale weights: every tensor is that of the version before", before)]
-        if HEAD not in own:
-            clause = "a stale tied head: the embedding is new, the head that of the version before"
-            yield [(clause, {HEAD: before[EMBEDDING]})]
-        one = "a partial update: {} is that of the version before"
-        yield ((one.format(name), {name: before[name]}) for name in own)
-    yield layouts(layers, "all layers")
-    for layer in layers:
-        yield layouts([layer], layer)
-    square = {name: x for name, x in own.items() if x.ndim == 2 and x.shape[0] == x.shape[1]}
-    yield ((f"{name} is transposed", {name: x.T.clone()}) for name, x in square.items())
-    for scale in (0.0, 0.5, 2.0):
-        clause = f"is scaled by {scale:g}" if scale else "is zero"
-        yield ((f"{name} {clause}", {name: scale * x}) for name, x in own.items())
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -759,7 +169,12 @@ def parsed(arguments=None):
     add("--before", help="folder of the weights before the last update")
     add("--after_update", metavar="CMD", help="a shell command that sends weights to the server")
     add("--chat_template", help="a Jinja file that replaces the model's own template")
-    add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: of the folder")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="auto: fp32 if folder or server is",
+    )
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--vllm_timeout", type=above(0.0), default=600.0, help="seconds a request may take")
     return parser.parse_args(arguments)
@@ -802,12 +217,9 @@ class Command:
             )
         return model
 
-    def audit(self, model, before) -> tuple[bool, "Answer"]:
+    def audit(self, model, before) -> tuple[bool, Answer]:
         """Print the comparisons and the cause -> (whether all agree, the server's answer)."""
         args, server, config = self.args, self.server, self.config
-        folder = hf.dtype_of(model.config)
-        chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)
-        dtype = chosen or (torch.float32 if folder == torch.float32 else torch.bfloat16)
         sequences = self.sequences
         try:
             answer = ask(server, sequences, config)
@@ -816,6 +228,10 @@ class Command:
         except ServerError as error:
             raise InputError(f"--vllm: {error}.") from error
         self._check_shapes(answer, model)
+        # Weights in bf16, computed with in fp32 on both sides, allow no more than fp32 does.
+        full = torch.float32 in (model.config.dtype, self._dtype_of(answer))
+        chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)
+        dtype = chosen or (torch.float32 if full else torch.bfloat16)
 
         def score(sequences, temperature):
             total = sum(map(len, sequences))
@@ -829,7 +245,7 @@ class Command:
         if before is not None:
             with Edited(model).tensors(before):
                 more = {"before": prints(before), "scores_before": score(sequences, 1.0)}
-        kind = getattr(torch, answer.about.get("dtype", ""), dtype)
+        kind = self._dtype_of(answer) or dtype
         digests = Digests.of(own.items(), kind)
         ours = ours_of(score, sequences, answer, prints(own), digests, **more)
         rows = compare(answer, ours, dtype)
@@ -862,6 +278,10 @@ class Command:
         "sampling without parameters": "it samples with the defaults of generation_config.json "
         "where a request gives none: start it with --generation-config vllm",
     }
+
+    def _dtype_of(self, answer) -> torch.dtype | None:
+        """In which the server computes, if it says so."""
+        return getattr(torch, answer.about.get("dtype", ""), None)
 
     def _check_shapes(self, answer, model):
         for name, p in model.named_parameters():

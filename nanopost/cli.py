@@ -9,15 +9,23 @@ A script declares its own beside them:
 
 import argparse
 import math
+import re
 from functools import partial
+from pathlib import Path
 
-from nanopost import InputError, dist, packing
+import torch
+
+from nanopost import InputError, dist, hf, lora, packing
 from nanopost.ahead import Ahead
 from nanopost.audit import Audit
 from nanopost.colocate import Colocated
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.recording import Recording, Replay
+from nanopost.run import changed_arguments, starts_of
+from nanopost.terminal import say
 from nanopost.vllm import Servers
+
+FREE = re.compile("(out|record|replay|save|keep|vllm|engine|audit|max_staleness)")  # in a replay
 
 
 def at_least(least: float, most: float = math.inf):
@@ -163,6 +171,27 @@ def parser(
         help="optimizer steps (PPO: rollout batches), at most half the run",
     )
     add("--weight_decay", type=at_least(0.0), default=weight_decay)
+    add(
+        "--lora",
+        type=at_least(0),
+        default=0,
+        metavar="RANK",
+        help="train adapters of this rank beside frozen weights; 0: train all weights",
+    )
+    add("--lora_alpha", type=above(0.0), default=32.0, help="adapters are scaled by alpha / rank")
+    add(
+        "--lora_targets",
+        nargs="+",
+        metavar="LAYER",
+        help="layers with adapters, such as q_proj v_proj; default: all linear ones of the blocks",
+    )
+    add(
+        "--quantize",
+        default="none",
+        choices=["none", "nf4"],
+        help="nf4: with --lora, hold the matrices of the frozen blocks in 4 bits (QLoRA)",
+    )
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(rank), for large ranks")
     add("--grad_clip", type=at_least(0.0), default=1.0, help="maximum gradient norm; 0: no limit")
     add(
         "--eval_every",
@@ -196,7 +225,7 @@ def parser(
 
 
 def shard(args, world):
-    """dist.shard with the values of its flags, for hf.load_model."""
+    """What hf.load_model applies to a model that will train: adapters, then dist.shard."""
     if args.reproducible and args.reduce == "step":
         raise InputError(
             "--reproducible adds up gradients by micro-batch: leave out --reduce step."
@@ -207,6 +236,29 @@ def shard(args, world):
         raise InputError(
             f"--replicas {args.replicas} does not divide {world.size} ranks: give one that does."
         )
+    if not args.lora:
+        for name, given in [
+            ("lora_alpha", args.lora_alpha != 32.0),
+            ("lora_targets", args.lora_targets is not None),
+            ("rslora", args.rslora),
+            ("quantize", args.quantize != "none"),
+        ]:
+            if given:
+                raise InputError(f"--{name} is about adapters: give their rank too, --lora RANK.")
+
+    def prepare(model):
+        if args.lora:
+            lora.apply(model, args.lora, args.lora_alpha, args.rslora, args.lora_targets, args.seed)
+            if args.quantize == "nf4":
+                lora.quantize(model)
+            if world.dtype != torch.float32:
+                lora.hold_in_stored_dtype(model)
+        return _shard(args, world)(model)
+
+    return prepare
+
+
+def _shard(args, world):
     return partial(
         dist.shard,
         world=world,
@@ -219,11 +271,24 @@ def shard(args, world):
     )
 
 
+def reference(args, folder, model, world):
+    """The frozen model in `folder`, with which `model` is compared. With --lora, where both are
+    --model's, that is `model` itself with its adapters off."""
+    if args.lora and Path(folder).resolve() == Path(args.model).resolve():
+        return lora.Reference(model)
+    found = hf.load_model(folder, world.device, shard=_shard(args, world))
+    return found.requires_grad_(False)
+
+
 def engine(args, folder, model, world, tokenizer):
     """The engine that the flags ask for. model: the policy, loaded from `folder`, or an ActorCritic
     that holds it."""
     policy = getattr(model, "policy", model)
     if args.replay:
+        for start in starts_of(args.replay)[-1:]:
+            changed = changed_arguments(start["args"], vars(args))
+            if changed := [change for change in changed if not FREE.match(change)]:
+                say(f"warning: --replay of a run with other flags: {'; '.join(changed)}")
         return Replay(args.replay, world)
     if dist.reproducible and (args.vllm or args.engine != "native" or args.max_staleness):
         raise InputError(
@@ -241,6 +306,7 @@ def engine(args, folder, model, world, tokenizer):
                 "--engine colocate sleeps while the model trains: with --max_staleness above 0 "
                 "sample on servers (--vllm), or with nanopost's own engine."
             )
+        folder = lora.base_folder(folder)  # of an adapter; the first sync brings the merged weights
         return Colocated(folder, tokenizer, world, model.config, args.vllm_memory, args.tokens)
     rows, tokens, ahead = args.engine_rows, args.engine_tokens, args.max_staleness > 0
     return Engine.beside(policy, folder, world, tokenizer, rows, tokens, ahead)

@@ -30,7 +30,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from nanopost import InputError, StepError
+from nanopost import InputError, StepError, lora, nf4
 from nanopost.reproducible import LARGEST, OrderFree, exact, rounded, sum_of_squares
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
@@ -193,10 +193,11 @@ def shard(
 ):
     """Apply activation checkpointing, compilation and FSDP2 to a model of model.py -> the model.
 
-    On a CPU in fp32 with one process the model stays as it is. Otherwise every block and the root
-    are sharded over all ranks: fp32 master weights, compute in world.dtype, gradients summed over
-    ranks in fp32: a loop divides its loss by the count of the whole step. The root is resharded
-    after its forward too: nothing outside that forward may read a weight.
+    With one process the model stays as it is on a CPU in fp32, and with adapters (lora.py) beside
+    frozen weights in world.dtype. Otherwise every block and the root are sharded over all ranks:
+    fp32 master weights, compute in world.dtype, gradients summed over ranks in fp32: a loop divides
+    its loss by the count of the whole step. The root is resharded after its forward too: nothing
+    outside that forward may read a weight.
     checkpointing: none, selective or full (model.py). kernels: see logprob.py. reduce: micro_batch,
     or step: gradients are summed over ranks with the last micro-batch of a step alone, and until
     then each rank holds them whole. replicas: how many times the ranks hold the model, each time
@@ -215,7 +216,9 @@ def shard(
     model.reduce_last = reduce == "step" and world.size > 1
     sharded = [*blocks, model]
     model.runs_on = world.device
-    if world.size > 1 or world.dtype != torch.float32 or offload:
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
+    is_whole = world.dtype == torch.float32 or frozen == {world.dtype}
+    if world.size > 1 or offload or not is_whole:
         _fully_shard(sharded, world, replicas, offload)
     if reproducible:
         model.order_free = OrderFree(model, sharded if world.size > 1 else [])
@@ -235,17 +238,20 @@ def _fully_shard(modules, world, replicas, offload):
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+    how = {"mesh": mesh, "mp_policy": precision, "offload_policy": policy}
     for module in modules:
-        fully_shard(module, mesh=mesh, mp_policy=precision, offload_policy=policy)
+        fully_shard(module, **how, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # a sum, not torch's mean
         module.set_force_sum_reduction_for_comms(True)
 
 
 def full_weights(model, part: str = "") -> "FullWeights":
-    """(checkpoint name, whole fp32 tensor), one at a time. A collective: all ranks must iterate.
+    """(checkpoint name, whole tensor), one at a time. A collective: all ranks must iterate.
 
-    A tied head is not included (the model has none). Both the saved folder and an engine's copy
-    are made from this. part: "policy." or "value." of an ActorCritic.
+    fp32, but for frozen weights that are held in less; of NF4 the dequantised ones. Adapters are
+    merged, from the untouched base each time. A tied head is not included (the model has none).
+    Both the saved folder and an engine's copy are made from this. part: "policy." or "value." of an
+    ActorCritic.
     """
     return FullWeights(model, part)
 
@@ -258,10 +264,47 @@ class FullWeights:
     part: str
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        held = dict(self.held())
+        layers = dict(self.root.named_modules())
+        for name, p in held.items():
+            if lora.is_adapter(name) or nf4.is_scale(name):
+                continue
+            whole = _whole(p)
+            path, _, kind = name.rpartition(".")
+            layer = layers[path]
+            if kind == "weight" and nf4.is_packed(layer):
+                packed = nf4.Packed(*(_whole(held[f"{path}.{part}"]) for part in nf4.PARTS))
+                whole = nf4.dequantize(packed, layer.in_features, layer.stored_dtype)
+            if kind == "weight" and isinstance(layer, lora.LoRALinear):
+                a, b = _whole(held[f"{path}.lora_A"]), _whole(held[f"{path}.lora_B"])
+                whole = lora.merged(whole, a, b, layer.scale)
+            yield name, whole
+
+    def held(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, tensor) as the model holds them: its own tensors or shards, adapters apart."""
         for name, p in self.model.state_dict().items():
             if name.startswith(self.part):
-                whole = p.full_tensor() if isinstance(p, DTensor) else p
-                yield name.removeprefix(self.part), whole.detach()
+                yield name.removeprefix(self.part), p
+
+    def trained(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name in peft's format, whole tensor) of adapters and scalar heads. A collective."""
+        for name, p in self.held():
+            if lora.is_trained(name):
+                yield lora.peft_name(name), _whole(p)
+
+    @property
+    def adapted(self) -> bool:
+        """Whether adapters are merged into these weights."""
+        return bool(lora.layers(self.root))
+
+    @property
+    def root(self) -> torch.nn.Module:
+        """The CausalLM or ScalarModel whose weights these are."""
+        return self.model.get_submodule(self.part.removesuffix("."))
+
+
+def _whole(p):
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
 
 
 def before_pass(model, last: bool):

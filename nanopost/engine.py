@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch.distributed.tensor import DTensor
 
-from nanopost import InputError, dist, hf
+from nanopost import InputError, dist, hf, lora
 from nanopost.attention import Cache
 from nanopost.packing import CHUNK
 from nanopost.rollout import Rollout
@@ -92,11 +92,12 @@ class Engine:
 
         The engine samples with the model's own tensors if they are whole and in world.dtype. If
         they are shards or fp32 master weights, it gets a full copy in world.dtype. ahead: it
-        samples while they change, and always gets a copy.
+        samples while they change, and always gets a copy. With --reproducible adapters are always
+        merged into a copy, as on several ranks: computed beside the base they round otherwise.
         """
         head = model.head_weight
         whole = world.size == 1 and head.dtype == world.dtype and not isinstance(head, DTensor)
-        shared = whole and not ahead
+        shared = whole and not ahead and not (dist.reproducible and lora.layers(model))
         if not shared:
             model = hf.load_model(folder, world.device, world.dtype)
         return cls.of(model, tokenizer, rows, tokens, shared)
@@ -113,11 +114,14 @@ class Engine:
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int):
         """Copy full weights, under their checkpoint names, into the engine's model.
 
-        If the model is the trainer's own there is nothing to copy, and ValueError for tensors that
-        are not its own: they would be copied into the trainer. A running call to generate waits
+        If the model is the trainer's own there is nothing to copy or to merge, and ValueError for
+        tensors that are not its own: they would be copied into the trainer. A running call to
+        generate waits
         between two tokens, and goes on with the new weights.
         """
         own = dict(self.model.named_parameters())
+        if self.shared and isinstance(named_tensors, dist.FullWeights):
+            named_tensors = named_tensors.held()
         with torch.no_grad(), self.next, self.busy:
             for name, tensor in named_tensors:
                 if not self.shared:

@@ -70,6 +70,7 @@ class Config:
     def of(cls, hf: dict, source: str = "config.json") -> "Config":
         """Read the content of a config.json. InputError for what this decoder does not support."""
         _check(hf, source)
+        hf = {key: value for key, value in hf.items() if key != "quantization_config"}
         family = hf["model_type"]
         heads = hf["num_attention_heads"]
         head_dim = hf.get("head_dim")
@@ -95,6 +96,12 @@ class Config:
             qk_norm=family == "qwen3",
             scalar=_architecture(hf) == scalar_architecture(family),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in the folder that the model was loaded from; fp32 if it names none."""
+        kind = self.hf.get("dtype") or self.hf.get("torch_dtype")
+        return getattr(torch, kind) if kind in ("bfloat16", "float16") else torch.float32
 
     @property
     def max_positions(self) -> int:
@@ -142,11 +149,11 @@ def _check(hf, source):
         raise InputError(
             f"{source}: a classifier with {labels} labels; a reward model has one (num_labels 1)."
         )
-    if hf.get("quantization_config"):
+    if not _is_nf4(hf.get("quantization_config")):
         method = hf["quantization_config"].get("quant_method")
         raise InputError(
-            f"{source}: the weights are quantized ({method}); take the unquantized checkpoint of "
-            "this model."
+            f"{source}: the weights are quantized ({method}), and not by bitsandbytes to NF4 with "
+            "double quantization; take the unquantized checkpoint of this model."
         )
     if hf.get("hidden_act", "silu") != "silu":
         raise InputError(
@@ -157,6 +164,15 @@ def _check(hf, source):
         raise InputError(
             f"{source}: {', '.join(missing)} missing; this is not a complete config.json."
         )
+
+
+def _is_nf4(quantised: dict | None) -> bool:
+    """Whether weights are not quantised, or so that hf.py reads them: by bitsandbytes to NF4."""
+    if not quantised:
+        return True
+    by = quantised.get("quant_method"), quantised.get("bnb_4bit_quant_type")
+    twice = quantised.get("bnb_4bit_use_double_quant")
+    return by == ("bitsandbytes", "nf4") and bool(quantised.get("load_in_4bit") and twice)
 
 
 def _windows(hf, family):
@@ -289,6 +305,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.model, self.kernels = config, Decoder(config), "auto"
+        self.folder = ""  # from which its weights were loaded
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -362,6 +379,7 @@ class ScalarModel(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.model = config, Decoder(config)
+        self.folder = ""  # from which its weights were loaded
         self.score = nn.Linear(config.width, 1, bias=False)
 
     def forward(self, batch):

@@ -91,8 +91,8 @@ class Replay:
             if line is None:
                 raise InputError(
                     f"--replay {self.folder}: after step {self.version} it has no {n} rollouts "
-                    f"with seed {seed} and {sampling}: give the flags of that run (--seed, "
-                    "--prompts, --group, --eval_every, ...), and no more steps than it had."
+                    f"with seed {seed} and {sampling}: give the flags of that run "
+                    f"({self.folder}/run.json has them), and no more steps than it had."
                 )
             line = json.loads(line)
             if line["prompt"] != prompt:

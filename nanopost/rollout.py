@@ -161,5 +161,6 @@ class LogpGap:
                 f"step {step}: before the first update engine and trainer are one policy, but "
                 f"their log-probs differ by {gap:.2g} on average (--max_logp_gap "
                 f"{self.limit:g}). Either the trainer sees different tokens, masks or a "
-                "different temperature, or the engine has stale weights or too low a precision."
+                "different temperature, or the engine has stale weights or too low a precision "
+                "(--replay: or its run had other flags)."
             )

@@ -13,8 +13,6 @@ fails in a sync stays paused until a whole one succeeds; if the trainer dies, se
 vllm_worker.py.
 """
 
-import http.client
-import json
 import os
 import secrets
 import socket
@@ -23,7 +21,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
-from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -32,13 +29,21 @@ from safetensors.torch import save
 from nanopost import InputError, StepError, dist
 from nanopost.engine import Sampling
 from nanopost.rollout import Rollout
+from nanopost.server import (
+    MINE,
+    QUICK,
+    WRONG,
+    Refused,
+    Server,
+    ServerError,
+    as_server_error,
+    is_over,
+)
 from nanopost.terminal import say
 
 BUCKET = 2**28  # bytes of weights in one update
 REQUESTS = 256  # in flight from one rank
-QUICK = 10.0  # seconds in which a server must say how it is
 TRIES = 3  # of one prompt on each server
-WRONG = (KeyError, TypeError, ValueError, IndexError, AttributeError)  # an answer of another form
 SIZES = (  # of a model, under their names in config.json
     "vocab_size",
     "hidden_size",
@@ -50,131 +55,6 @@ SIZES = (  # of a model, under their names in config.json
 )
 
 
-class ServerError(Exception):
-    """A server did not do what it was asked to. The message begins with its address."""
-
-
-class Refused(ServerError):
-    """It says that the request is wrong: another server would say so too."""
-
-
-# ------------------------------------------------------------------------------------------- server
-class Server:
-    """The routes of one vLLM server. Connections are kept and used again."""
-
-    def __init__(self, url: str, timeout: float, closing: threading.Event | None = None):
-        """url: http://host:port, or https. timeout: seconds that a request may take. closing: while
-        it is set, all requests fail."""
-        try:
-            parts = urlsplit(url if "//" in url else f"http://{url}")
-            port = parts.port
-        except ValueError:  # a port that is no number
-            parts, port = urlsplit(""), None
-        rest = parts.path.strip("/") or parts.query
-        if parts.scheme not in ("http", "https") or not parts.hostname or rest:
-            raise InputError(f"--vllm {url}: give an address such as http://127.0.0.1:8000.")
-        self.url, self.timeout = url.rstrip("/"), timeout
-        self.secure, self.host = parts.scheme == "https", parts.hostname
-        self.port = port or (443 if self.secure else 80)
-        self.closing = closing or threading.Event()
-        self.lock = threading.Lock()
-        self.idle: list[http.client.HTTPConnection] = []
-        self.busy: set[http.client.HTTPConnection] = set()
-        self.load = 0  # prompts that it is asked for
-
-    def get(self, path: str, timeout: float = QUICK) -> dict:
-        return self._call("GET", path, None, min(timeout, self.timeout), again=True)
-
-    def post(
-        self,
-        path: str,
-        body: dict | None = None,
-        timeout: float | None = None,
-        again: bool = False,
-    ) -> dict:
-        """again: the request may be sent twice. Otherwise it goes over a new connection: when one
-        that was kept is closed, nobody knows whether the server has read the request."""
-        return self._call("POST", path, body, timeout or self.timeout, again)
-
-    def _call(self, method, path, body, timeout, again):
-        """The server's answer to one request, or ServerError."""
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("VLLM_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        data = None if body is None else json.dumps(body)
-        while True:
-            with self.lock:
-                if self.closing.is_set():
-                    raise ServerError(f"{self.url}{path}: the engine is closed")
-                kept = again and bool(self.idle)
-                connection = self.idle.pop() if kept else self._connection()
-                self.busy.add(connection)
-            limit = timeout
-            try:
-                if connection.sock is None:
-                    limit = connection.timeout = min(timeout, QUICK)
-                    connection.connect()
-                    limit = timeout
-                    if connection not in self.busy:
-                        raise ConnectionAbortedError("hung up")
-                connection.sock.settimeout(timeout)
-                connection.request(method, path, data, headers)
-                answer = connection.getresponse()
-                text = answer.read()
-            except TimeoutError as error:
-                connection.close()
-                sentence = f"{self.url}{path}: no answer in {limit:g} s"
-                if limit == self.timeout:
-                    sentence += " (--vllm_timeout)"
-                raise ServerError(sentence) from error
-            except (OSError, http.client.HTTPException) as error:
-                connection.close()
-                if kept and connection in self.busy:  # the server had closed it
-                    continue
-                reason = " ".join(str(error).split()) or type(error).__name__
-                raise ServerError(f"{self.url}{path}: {reason}") from error
-            finally:
-                with self.lock:
-                    self.busy.discard(connection)
-            with self.lock:
-                self.idle.append(connection)
-            return self._read(path, answer.status, text)
-
-    def _connection(self):
-        kind = http.client.HTTPSConnection if self.secure else http.client.HTTPConnection
-        return kind(self.host, self.port)
-
-    def _read(self, path, status, text):
-        try:
-            answer = json.loads(text or b"null")
-        except ValueError as error:
-            answer = text.decode(errors="replace")
-            if status == 200:
-                raise ServerError(f"{self.url}{path}: not JSON: {answer[:200]!r}") from error
-        if status == 200:
-            return answer
-        if isinstance(answer, dict):
-            answer = answer.get("error", answer)
-            answer = answer.get("message", answer) if isinstance(answer, dict) else answer
-        kind = Refused if status in (400, 422) else ServerError
-        raise kind(f"{self.url}{path}: status {status}: {str(answer)[:300]}")
-
-    def hang_up(self):
-        """End all requests in flight: each raises ServerError."""
-        with self.lock:
-            busy, self.busy = self.busy, set()
-            idle, self.idle = self.idle, []
-        for connection in idle:
-            connection.close()
-        for connection in busy:
-            sock = connection.sock
-            if sock is not None:
-                try:
-                    sock.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # it is closed already
-
-
 # ------------------------------------------------------------------------------------------- engine
 class Servers:
     """The engine on one or more vLLM servers. Each rank has one; rank 0 syncs the weights."""
@@ -184,8 +64,7 @@ class Servers:
     ):
         """config: the model's. timeout: seconds that any request may take. audit: audit.Audit."""
         self.audit = audit
-        self.closing = threading.Event()
-        self.servers = [Server(url, timeout, self.closing) for url in dict.fromkeys(urls)]
+        self.servers = [Server(url, timeout) for url in dict.fromkeys(urls)]
         self.tokenizer, self.world = tokenizer, world
         self.stop_ids = sorted(tokenizer.stop_ids)
         self.transport = (Nccl if world.device.type == "cuda" else SharedMemory)()
@@ -214,7 +93,7 @@ class Servers:
             server.get("/weight_info")
             limit = min(model["max_model_len"] for model in server.get("/v1/models")["data"])
         except (ServerError, *WRONG) as error:
-            error = _about(server, error)
+            error = as_server_error(server, error)
             if "status 40" in str(error):
                 raise InputError(
                     f"--vllm {server.url} answers, but is no server to train with: {start}"
@@ -233,7 +112,7 @@ class Servers:
             if not server.get("/is_paused")["is_paused"]:  # as a dead run may have left it
                 server.post("/inference/v1/generate", probe, min(server.timeout, 60.0))
         except (ServerError, *WRONG) as error:
-            error = _about(server, error)
+            error = as_server_error(server, error)
             raise InputError(f"{error}: this server has no routes for training: {start}") from error
         for name in SIZES:
             ours, theirs = config.hf.get(name), sizes.get(name)
@@ -277,18 +156,19 @@ class Servers:
 
     def _at_once(self, calls: list[Callable]) -> list:
         """What the calls return. If one raises, or Ctrl-C does, all requests are ended."""
-        pool = ThreadPoolExecutor(min(len(calls), REQUESTS))
+        ended = threading.Event()
+        begin = partial(setattr, MINE, "ended", ended)
+        pool = ThreadPoolExecutor(min(len(calls), REQUESTS), initializer=begin)
         try:
             tasks = [pool.submit(call) for call in calls]
             for task in wait(tasks, return_when=FIRST_EXCEPTION).done:
                 task.result()
             return [task.result() for task in tasks]
         except BaseException:
-            self.closing.set()
+            ended.set()
             for server in self.servers:
-                server.hang_up()
+                server.hang_up(ended)
             pool.shutdown(cancel_futures=True)
-            self.closing.clear()
             raise
         finally:
             pool.shutdown(wait=False)
@@ -326,10 +206,10 @@ class Servers:
             except Refused as error:
                 raise InputError(f"{error}.") from error
             except (ServerError, *WRONG) as error:
-                if self.closing.is_set():
+                if server.closed or is_over():
                     raise
                 failures[server] += 1
-                self._doubt(server, _about(server, error), failures[server])
+                self._doubt(server, as_server_error(server, error), failures[server])
             finally:
                 with self.lock:
                     server.load -= 1
@@ -367,15 +247,17 @@ class Servers:
                 else:
                     reason = None
             except (ServerError, *WRONG) as silence:
-                reason = str(_about(server, silence))
-            if reason is not None and not self.closing.is_set():
+                reason = str(as_server_error(server, silence))
+            if server.closed or is_over():
+                return
+            if reason is not None:
                 with self.lock:
                     self.lost[server.url] = f"{error}; {reason}"
                 say(f"warning: {error}; left out until the next sync: {reason}")
                 server.hang_up()  # what else it was asked for goes to the others
                 return
         say(f"warning: {error}; it is asked again")
-        self.closing.wait(times - 1)  # seconds
+        MINE.ended.wait(times - 1)  # seconds
 
     def _rollout(self, server, prompt, choice, sampling, before) -> Rollout:
         """One choice of an answer, checked."""
@@ -466,8 +348,9 @@ class Servers:
                 do(server)
             except (ServerError, *WRONG) as error:
                 # An update that has not ended leaves it without weights: it stays paused.
-                errors[server.url] = str(_about(server, error))
-                say(f"warning: not synced: {errors[server.url]}")
+                reason = errors[server.url] = str(as_server_error(server, error))
+                if reason != self.lost.get(server.url):  # said at the sync before
+                    say(f"warning: not synced: {reason}")
 
         if servers:
             self._at_once([partial(attempt, server) for server in servers])
@@ -512,17 +395,10 @@ class Servers:
 
     def close(self):
         """Leave the servers as they are, with the weights of the last sync."""
-        self.closing.set()
         for server in self.servers:
+            server.closed = True
             server.hang_up()
         self.transport.close()
-
-
-def _about(server, error) -> Exception:
-    """An error of a server; what is wrong with the form of an answer becomes one."""
-    if isinstance(error, ServerError):
-        return error
-    return ServerError(f"{server.url}: an answer of another form: {error!r}")
 
 
 def _buckets(named_tensors, dtype) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -212,14 +212,14 @@ def arguments(given: list[str], cuda: bool) -> list[str]:
     return result
 
 
-def watch(port: int, limit: float):
-    """Free a server that has been paused for `limit` seconds: its trainer is dead. It listens on
-    this machine's own address, without TLS; otherwise this says so, once."""
+def watch(host: str, port: int, limit: float):
+    """Free a server that has been paused for `limit` seconds: its trainer is dead. If it cannot be
+    reached at http://host:port (TLS, say), this says so, once."""
 
     def call(path, body=None):
         data = None if body is None else json.dumps(body).encode()
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data, headers)
+        request = urllib.request.Request(f"http://{host}:{port}{path}", data, headers)
         with urllib.request.urlopen(request, timeout=600) as answer:
             return json.loads(answer.read() or b"null")
 
@@ -241,22 +241,27 @@ def watch(port: int, limit: float):
             call("/resume", {})
         except (OSError, ValueError, http.client.HTTPException):  # not up yet, or going down
             if not reached and time.monotonic() - began > 1800:
-                print("--max_pause does nothing: the server is not at 127.0.0.1", flush=True)
+                print(f"--max_pause does nothing: no server at http://{host}:{port}", flush=True)
                 return
 
 
 def main():
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--host", default="0.0.0.0")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--max_pause", type=float, default=600.0)
     ours, given = parser.parse_known_args()
+    if {"-h", "--help"} & set(given):
+        print(__doc__)
     os.environ.setdefault("VLLM_SERVER_DEV_MODE", "1")  # the routes for weights
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-    sys.argv = ["api_server", *arguments([*given, "--port", str(ours.port)], cuda)]
-    threading.Thread(target=watch, args=(ours.port, ours.max_pause), daemon=True).start()
+    where = ["--host", ours.host, "--port", str(ours.port)]
+    sys.argv = ["api_server", *arguments([*given, *where], cuda)]
+    host = "127.0.0.1" if ours.host == "0.0.0.0" else ours.host
+    threading.Thread(target=watch, args=(host, ours.port, ours.max_pause), daemon=True).start()
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 
 

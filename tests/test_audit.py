@@ -1,5 +1,5 @@
-"""The audit's hypotheses, without a server: planted changes of a small model are named rightly.
-tests/test_vllm_audit.py has the same on real servers."""
+"""The audit (probe.py, attribution.py, audit.py) without a server: planted changes of a small model
+are named rightly. tests/test_vllm_audit.py has the same on real servers."""
 
 import hashlib
 from types import SimpleNamespace
@@ -9,15 +9,17 @@ import pytest
 import torch
 from small import random_ids, small_model
 
-from nanopost import InputError, StepError, audit, forward
-from nanopost.audit import Answer, Audit, Digests, cause_of, compare, conclusion, cut_gap, print_of
+from nanopost import InputError, StepError, attribution, audit, forward, probe
+from nanopost.attribution import cause_of, conclusion
+from nanopost.audit import Audit
 from nanopost.dist import World
 from nanopost.engine import cut
 from nanopost.hf import EMBEDDING, HEAD
-from nanopost.vllm import Refused, ServerError
+from nanopost.probe import Answer, Digests, compare, cut_gap, print_of
+from nanopost.server import Refused, ServerError
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
-LIMIT = audit.PRINT[FP32]
+LIMIT = probe.PRINT[FP32]
 Q, K, V, O = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkvo")
 GATE, UP, DOWN = (f"model.layers.0.mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
 NORM = "model.layers.1.input_layernorm.weight"
@@ -52,16 +54,16 @@ def test_probes_are_the_same_each_time_and_hold_no_id_that_no_token_has():
         def unused_ids(self, size):
             return range(40, size)
 
-    first, again = (audit.probes(Tokens(), 61, 256) for _ in range(2))
+    first, again = (probe.probes(Tokens(), 61, 256) for _ in range(2))
     assert first == again
-    assert [len(ids) for ids in first] == list(audit.LENGTHS)
+    assert [len(ids) for ids in first] == list(probe.LENGTHS)
     assert 30 < len(set().union(*first)) and max(map(max, first)) < 40
-    assert max(map(len, audit.probes(Tokens(), 61, 64))) + audit.SAMPLED == 64
+    assert max(map(len, probe.probes(Tokens(), 61, 64))) + probe.SAMPLED == 64
 
 
 def test_a_gap_leaves_out_the_first_token_of_each_sequence():
     one, other = np.float32([9.0, -1.0, -2.0]), np.float32([0.0, -1.5, -1.0])
-    assert audit.gap([one, one[:2]], [other, other[:2]]) == pytest.approx((0.5 + 1.0 + 0.5) / 3)
+    assert probe.gap([one, one[:2]], [other, other[:2]]) == pytest.approx((0.5 + 1.0 + 0.5) / 3)
 
 
 @pytest.mark.parametrize("spread", [0.3, 3.0])
@@ -121,7 +123,7 @@ CAUSES = [
 def test_a_changed_tensor_is_explained(name, tensor, cause):
     theirs = NOW | {name: print_of(tensor)}
     if len(tensor) == len(NEW[name]):
-        assert audit.wrong(theirs, NOW, LIMIT) == [name]
+        assert probe.wrong(theirs, NOW, LIMIT) == [name]
     found = cause_of(name, theirs[name], NOW, BEFORE, MODEL.config, LIMIT, NEW[name])
     assert found.startswith(cause)
 
@@ -129,15 +131,15 @@ def test_a_changed_tensor_is_explained(name, tensor, cause):
 def test_what_a_server_rounds_is_not_wrong_at_its_own_precision():
     rounded = {name: print_of(x.bfloat16()) for name, x in NEW.items()}
     as_bf16 = {name: torch.tensor(x).bfloat16().float().numpy() for name, x in rounded.items()}
-    assert audit.wrong(as_bf16, rounded, audit.PRINT[BF16]) == []
-    assert len(audit.wrong(rounded, NOW, LIMIT)) == len(NOW)
-    assert audit.wrong(rounded | {Q: -rounded[Q]}, rounded, audit.PRINT[BF16]) == [Q]
+    assert probe.wrong(as_bf16, rounded, probe.PRINT[BF16]) == []
+    assert len(probe.wrong(rounded, NOW, LIMIT)) == len(NOW)
+    assert probe.wrong(rounded | {Q: -rounded[Q]}, rounded, probe.PRINT[BF16]) == [Q]
 
 
 def test_a_stale_tied_head_is_seen_by_its_print():
     tied = {name: x for name, x in NOW.items() if name != HEAD}
-    assert audit.wrong(tied | {HEAD: tied[EMBEDDING]}, tied, LIMIT) == []
-    assert audit.wrong(tied | {HEAD: BEFORE[EMBEDDING]}, tied, LIMIT) == [HEAD]
+    assert probe.wrong(tied | {HEAD: tied[EMBEDDING]}, tied, LIMIT) == []
+    assert probe.wrong(tied | {HEAD: BEFORE[EMBEDDING]}, tied, LIMIT) == [HEAD]
     before = {name: x for name, x in BEFORE.items() if name != HEAD}
     cause = cause_of(HEAD, BEFORE[EMBEDDING], tied, before, MODEL.config, LIMIT)
     assert cause == "is that of the version before"
@@ -150,7 +152,7 @@ def test_fused_projections_are_taken_apart():
         "model.layers.0.mlp.gate_up_proj.weight": np.arange(96),
         "model.norm.weight": np.arange(32),
     }
-    found = audit.split(fused, MODEL.config)
+    found = probe.split(fused, MODEL.config)
     assert {name: x.tolist() for name, x in found.items()} == {
         f"{layer}.q_proj.weight": list(range(32)),
         f"{layer}.k_proj.weight": list(range(32, 48)),
@@ -174,8 +176,10 @@ NAMES = [*NEW]
         (NAMES, {HEAD: OLD_ONE}, f"a partial update: {HEAD} of the version before"),
         (NAMES[:-1], {HEAD: OLD_ONE}, "a stale tied head"),
         (NAMES, {GATE: f"is {UP}", UP: f"is {GATE}"}, "gate and up are swapped in model.layers.0"),
-        (NAMES, {Q: "is zero", K: "is zero", V: "is transposed"}, f"{Q}, {K} is zero; {V} is tr"),
+        (NAMES, {Q: "is zero", K: "is zero", V: "is transposed"}, f"{Q}, {K} are zero; {V} is tr"),
         (NAMES, dict.fromkeys(NAMES, "is rounded to bfloat16"), "low precision"),
+        (NAMES, {V: OLD_ONE, O: OLD_ONE, Q: "is zero"}, f"{V}, {O} are those of the version b"),
+        (NAMES, dict.fromkeys([V, O], "has its rows in another order"), f"{O} have their rows in"),
     ],
 )
 def test_causes_become_one_clause(names, causes, clause):
@@ -205,17 +209,17 @@ SEQUENCES = [random_ids(length, length) for length in (8, 16, 24)]
 
 
 def score(model, sequences=SEQUENCES, temperature=1.0):
-    return forward.logprobs(model, audit.examples(sequences), 512, temperature, CPU)
+    return forward.logprobs(model, probe.examples(sequences), 512, temperature, CPU)
 
 
 def answer_of(model, raw=False, uncut=False, **more):
     """What a faithful server with this model's weights would say."""
     sampled, generator = {}, torch.Generator().manual_seed(0)
-    for name, (which, top_p) in audit.DRAWN.items():
+    for name, (which, top_p) in probe.DRAWN.items():
         ids, logps = [], []
-        for _ in range(audit.SAMPLED):
+        for _ in range(probe.SAMPLED):
             logits_V = audit.all_logits(model, SEQUENCES[which] + ids, CPU)[-1]
-            logp_1V = (logits_V[None] / audit.TEMPERATURE).log_softmax(-1)
+            logp_1V = (logits_V[None] / probe.TEMPERATURE).log_softmax(-1)
             cut_1V = cut(logp_1V, 0, top_p, 0.0)
             ids.append(int(torch.multinomial(cut_1V.exp(), 1, generator=generator)))
             logp_1V = logp_1V if uncut else cut_1V
@@ -235,10 +239,10 @@ def judged(answer, model, old=None, dtype=FP32):
     if old is not None:
         more = {"before": prints(state(old)), "scores_before": score(old)}
     digests = Digests.of(state(model).items(), FP32)
-    ours = audit.ours_of(scores, SEQUENCES, answer, prints(state(model)), digests, **more)
+    ours = probe.ours_of(scores, SEQUENCES, answer, prints(state(model)), digests, **more)
     rows = compare(answer, ours, dtype)
-    bad = [what for what, *_ in audit.failed(rows)]
-    return bad, audit.why(answer, ours, dtype, model.config, state(model).items())
+    bad = [what for what, *_ in probe.failed(rows)]
+    return bad, attribution.why(answer, ours, dtype, model.config, state(model).items())
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +276,7 @@ def test_log_probs_before_the_temperature_or_without_the_cut_are_named(alone, ne
 
 def test_stale_keys_and_values_are_named(alone, old, new):
     answer = answer_of(new)
-    answer.sampled[audit.CACHED] = answer_of(old).sampled[audit.CACHED]
+    answer.sampled[probe.CACHED] = answer_of(old).sampled[probe.CACHED]
     assert "stale keys and values" in judged(answer, new)[1]
 
 
@@ -336,7 +340,7 @@ def test_a_fault_is_found_by_scores_alone(alone, old, new, fault, clause):
     server = small_model()
     server.load_state_dict(fault(state(new), state(old)))
     before = state(new)
-    found = audit.search(new, score(server), lambda: score(new), state(old), 1e-4)
+    found = attribution.search(new, score(server), lambda: score(new), state(old), 1e-4)
     assert clause in found and bool(clause) == bool(found), found
     assert all(torch.equal(x, before[name]) for name, x in new.state_dict().items())
 
@@ -345,7 +349,7 @@ def test_a_stale_tied_head_is_found_by_scores_alone(alone):
     old, new = small_model(tie_word_embeddings=True), changed(small_model(tie_word_embeddings=True))
     server = small_model(tie_word_embeddings=False)
     server.load_state_dict(state(new) | {HEAD: old.model.embed_tokens.weight.detach()})
-    found = audit.search(new, score(server), lambda: score(new), state(old), 1e-4)
+    found = attribution.search(new, score(server), lambda: score(new), state(old), 1e-4)
     assert found.startswith("a stale tied head")
     assert new.lm_head is None
 
@@ -368,7 +372,6 @@ class Tokens:
 def run(alone, monkeypatch):
     """(an Audit of a model, a list of what its servers answer, one each; [] asks none)."""
     model, answers = changed(small_model()), []
-    monkeypatch.setattr(audit, "LENGTHS", tuple(map(len, SEQUENCES)))
     monkeypatch.setattr(audit, "probes", lambda *_: SEQUENCES)
     monkeypatch.setattr(Audit, "_check_tokenizer", lambda *_: None)
 

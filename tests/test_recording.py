@@ -61,7 +61,7 @@ def test_what_the_recorded_run_did_not_ask_for_is_refused_in_a_sentence(alone, t
     engine = Replay(tmp_path, WORLD)
     for given, said in (
         (([[5, 3]], 2, CUT, [4]), "after step 0 it has no 2 rollouts with seed 4 and Sampling"),
-        (([[5, 3]], 3, CUT, [3]), "it has no 3 rollouts with seed 3 .*--group"),
+        (([[5, 3]], 3, CUT, [3]), "it has no 3 rollouts with seed 3 .*run.json has them"),
         (([[5, 3]], 2, Sampling(9), [3]), "seed 3 and Sampling.max_tokens=9"),
         (([[5, 3, 1]], 2, CUT, [3]), "has other tokens there .2, here 3.: give the --data"),
     ):
@@ -119,16 +119,20 @@ def seeds_taken(out) -> list[int]:
 
 
 @pytest.mark.parametrize("script", SAMPLING)
-def test_a_run_that_ran_ahead_replays_to_the_same_bytes(place, tmp_path, monkeypatch, script):
+def test_a_run_that_ran_ahead_replays_to_the_same_bytes(
+    place, tmp_path, monkeypatch, capsys, script
+):
     """Without a model to sample from."""
     run_here(script, *ahead(place, script, tmp_path / "out", "--record"))
     assert max(line["staleness/max"] for line in metrics(tmp_path / "out")[1:]) > 0
     monkeypatch.setattr(Engine, "generate", None)
     run_here(script, *ahead(place, script, tmp_path / "again", "--replay", tmp_path / "out"))
     assert remains(tmp_path / "again") == remains(tmp_path / "out")
+    assert "other flags" not in capsys.readouterr().out
     others = ahead(place, script, tmp_path / "other", "--replay", tmp_path / "out", "--seed", 1)
-    with pytest.raises(InputError, match="after step 0 .*--seed"):
+    with pytest.raises(InputError, match="after step 0 it has no"):
         run_here(script, *others)
+    assert "--replay of a run with other flags: seed: 0 -> 1\n" in capsys.readouterr().out
 
 
 def killed(process, out, seconds):

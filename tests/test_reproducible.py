@@ -265,12 +265,15 @@ def remains(out):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_run_has_the_same_bytes_on_any_number_of_ranks(place, tmp_path, script):
+def test_a_run_has_the_same_bytes_on_any_number_of_ranks(place, tmp_path, script, rank):
+    """rank: of adapters; 0: all weights train."""
     found = []
     for ranks in (1, 2, 4):
         out = tmp_path / str(ranks)
-        double.run_ranks(ranks, script, flags(place, script, out), tmp_path / "log", run=plainly)
+        given = [*flags(place, script, out), "--lora", str(rank)]
+        double.run_ranks(ranks, script, given, tmp_path / "log", run=plainly)
         found.append(remains(out))
     assert len(metrics(out)) == 4 and metrics(out)[-1]["grad_norm"] > 0
     assert found[0] == found[1] == found[2]

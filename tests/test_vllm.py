@@ -12,8 +12,9 @@ from test_engine import trainer_logp
 from nanopost import InputError, StepError, hf
 from nanopost.dist import World
 from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.server import Server, ServerError
 from nanopost.tokenizer import Tokenizer
-from nanopost.vllm import Server, ServerError, Servers
+from nanopost.vllm import Servers
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32)
 PROMPTS = [[3, 60, 61, 62, 4], [3, 99, 4], [70] * 17, [3, 21, 10, 22, 4]]

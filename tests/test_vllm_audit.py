@@ -9,7 +9,7 @@ import vllm_servers
 from small import small_config
 from test_audit import changed
 
-from nanopost import InputError, StepError, audit, hf, vllm
+from nanopost import InputError, StepError, audit, hf, server, vllm
 from nanopost.audit import Audit
 from nanopost.dist import World
 from nanopost.hf import EMBEDDING
@@ -320,7 +320,7 @@ def test_another_tokenizer_and_another_model_are_named(synced, tmp_path, capsys)
 
 def test_keys_and_values_of_the_version_before_are_named(synced, monkeypatch):
     """A sync that forgets /reset_prefix_cache."""
-    post = vllm.Server.post
+    post = server.Server.post
 
     def forgetful(self, path, *args, **more):
         if "prefix_cache" in path:
@@ -329,7 +329,7 @@ def test_keys_and_values_of_the_version_before_are_named(synced, monkeypatch):
             path += "&clear_cache=false"
         return post(self, path, *args, **more)
 
-    monkeypatch.setattr(vllm.Server, "post", forgetful)
+    monkeypatch.setattr(server.Server, "post", forgetful)
     synced.train()
     with pytest.raises(StepError, match="stale keys and values"):
         synced.sync()

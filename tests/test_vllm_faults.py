@@ -18,8 +18,9 @@ from nanopost import InputError, StepError, hf, vllm
 from nanopost.dist import World
 from nanopost.engine import Sampling, prompt_seed
 from nanopost.rollout import Rollout
+from nanopost.server import Server, ServerError
 from nanopost.tokenizer import Tokenizer
-from nanopost.vllm import Server, ServerError, Servers
+from nanopost.vllm import Servers
 
 ALONE = World(0, 1, torch.device("cpu"), torch.float32)
 PROMPTS = [[3, 60 + i, 61, 62 + i, 4] for i in range(12)]
@@ -228,6 +229,26 @@ def test_ctrl_c_while_it_generates_ends_within_seconds(proxies, start, monkeypat
     assert not [t for t in threading.enumerate() if "ThreadPool" in t.name]
 
 
+def test_a_refused_prompt_ends_no_sync_of_another_thread(proxies, start, policy, clock):
+    """A prompt that ran ahead, say, while the loop syncs."""
+    engine = start(proxies)
+    change(policy)
+    for proxy in proxies:
+        proxy.fault("/update_weights", 1.0)
+    named = policy.state_dict().items()
+    before = [proxy.count("/update_weights") for proxy in proxies]
+    sync = threading.Thread(target=engine.sync_weights, args=(named, 1))
+    sync.start()
+    while any(proxy.count("/update_weights") == n for proxy, n in zip(proxies, before)):
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="status 400"):
+        engine.generate([[10**6]], 2, Sampling(6), [0])
+    assert sync.is_alive()
+    sync.join()
+    assert len(alive(engine)) == 2
+    generate(engine, policy)
+
+
 def test_ctrl_c_in_a_sync_ends_within_seconds(proxies, start, policy, monkeypatch, ctrl_c):
     monkeypatch.setattr("test_vllm_faults.PATIENCE", 600.0)
     engine = start(proxies)
@@ -276,8 +297,10 @@ def test_a_sync_that_fails_anywhere_leaves_a_server_out_until_a_whole_one(
     change(policy)
     after = 1 if path == "/update_weights" else 0
     proxies[1].fault(path, what, times=1, after=after)
+    before = proxies[1].count(path)
     engine.sync_weights(policy.state_dict().items(), 1)
     assert alive(engine) == [proxies[0].url]
+    assert proxies[1].count(path) == before + after + 1  # what was lost may have been read
     asked = proxies[1].count(GENERATE)
     generate(engine, policy)
     assert proxies[1].count(GENERATE) == asked
@@ -413,8 +436,8 @@ def test_all_dead_ends_with_a_checkpoint_that_is_resumed(
     proxies, place, prompts, tmp_path, ranks, where
 ):
     out = tmp_path / "out"
-    for proxy in proxies:  # in the third step, after 16 prompts held out and two steps of 8
-        proxy.fault(where, 500, after=3 if where == "/update_weights" else 20)
+    for proxy in proxies:  # in the third step or so: a step asks each for 4 prompts, an audit for 7
+        proxy.fault(where, 500, after=3 if where == "/update_weights" else 30)
     assert train(place, out, proxies, ranks, "--save_every", 0 if ranks == 1 else 1).wait(120) == 1
     log = log_of(out)
     assert "error: no server of --vllm" in log and "status 500: planned" in log

@@ -9,6 +9,7 @@ import pytest
 import torch
 import vllm_servers
 from scripts import ENVIRONMENT, ROOT, metrics, run
+from test_recording import remains
 
 from nanopost import InputError, cli, hf
 from nanopost.dist import World
@@ -72,6 +73,18 @@ def test_a_script_samples_on_servers(place, urls, tmp_path, script, ranks):
         assert len(rollouts) > 0 and {row["rank"] for row in rollouts} == set(range(ranks))
     # What the run has learnt is on the servers, and in the folder that it wrote.
     assert (tmp_path / "out/model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize("script, staleness", [("train_grpo.py", 0), *((s, 2) for s in OWN)])
+def test_a_recorded_run_on_servers_replays_to_the_same_bytes(
+    place, urls, tmp_path, script, staleness
+):
+    """The replay has no thread and no server: it is the synchronous loop."""
+    own = *OWN[script], "--max_staleness", staleness
+    own += ("--max_logp_gap", 9) if script != "train_online_dpo.py" else ()
+    run(script, *flags(place, tmp_path / "out"), *own, "--record", "--vllm", *urls)
+    run(script, *flags(place, tmp_path / "again"), *own, "--replay", tmp_path / "out")
+    assert remains(tmp_path / "again") == remains(tmp_path / "out")
 
 
 def test_a_resumed_run_pushes_its_weights_before_it_samples(place, urls, tmp_path):

@@ -27,7 +27,7 @@ import vllm_servers  # noqa: E402
 from kills import REWARD, SIGNALS, start_of, wait, wait_until_gone, workers  # noqa: E402
 from scripts import ENVIRONMENT, command, metrics  # noqa: E402
 
-from nanopost.vllm import Server  # noqa: E402
+from nanopost.server import Server  # noqa: E402
 from runs import toy  # noqa: E402
 
 STEPS, MAX_PAUSE = 24, 15

@@ -36,6 +36,8 @@ RUNS = {
     "without_reference": PLAIN + "--loss simpo cpo sft --loss_weights 0.8 0.5 0.3 --beta 0.7 "
     "--gamma 0.9 --smoothing 0.1 --steps 3 --rows 5 --lr 3e-3 --warmup 0",
     "orpo": PLAIN + "--loss orpo simpo --beta 0.6 --steps 3 --rows 5 --lr 3e-3 --warmup 0",
+    "lora": NEAR + "--steps 3 --rows 5 --lr 2e-2 --warmup 0 --seed 1 --lora 3 --lora_alpha 5 "
+    "--rslora --lora_targets q_proj down_proj",
     "fork ld_dpo": NEAR + "--loss sigmoid sft --ld_alpha 0.4 --steps 3 --rows 5 --lr 3e-3",
     "fork tr_dpo": NEAR + "--follow_every 2 --steps 5 --rows 4 --lr 3e-3 --eval_every 1",
     "fork wpo": NEAR + "--loss sigmoid_norm --steps 3 --rows 5 --lr 3e-3",
@@ -260,7 +262,7 @@ def wpo_weight(model, pair):
 
 def twin(args):
     tokenizer = common.tokenizer(args.model)
-    model = common.language_model(args.model)
+    model = common.with_adapters(common.language_model(args.model), args)
     reference = None
     if set(args.loss) - WITHOUT_REFERENCE:
         reference = common.language_model(args.reference_model or args.model)

@@ -51,6 +51,10 @@ RUNS = {
     "stale": PLAIN + "--prompts 6 --minibatches 3 --resample 2 --steps 4 --max_staleness 2 "
     "--reward {place}/rewards.py:rarely --max_logp_gap 5 --old_logp trainer "
     "--correct token-truncate --correct_cap 1.05 --max_new_tokens 9",
+    "lora": PLAIN + TWO + "--lora 3 --lora_alpha 5 --rslora --lora_targets o_proj down_proj "
+    "--beta 0.3 --lr 2e-2",
+    "lora, stale": PLAIN + TWO + "--lora 2 --lr 2e-2 --max_staleness 1 --max_logp_gap 5 "
+    "--old_logp trainer --correct token-truncate --beta 0.2",
     "fork curriculum": PLAIN + TWO,
     "fork entropy_bonus": PLAIN + TWO + "--entropy_coef 0.2 --agg sequence",
     "fork gdpo": PLAIN + TWO + "--adv gdpo",
@@ -239,7 +243,7 @@ def with_kl(args, sample, reward):
 # --------------------------------------------------------------------------------------------- twin
 def twin(args):
     s = rollouts.setting(args)
-    model = common.language_model(args.model)
+    model = common.with_adapters(common.language_model(args.model), args)
     reference = common.language_model(args.model) if args.beta else None
     optimizer = common.AdamW(model, args.weight_decay)
     records = common.records(args.out)
@@ -309,7 +313,7 @@ def twin(args):
             divisors.append(divisor(args, minibatch))
             trained = 0
             for p in model.parameters():
-                p.grad = torch.zeros_like(p)
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
             for sample in minibatch:
                 if args.beta or args.fork == "entropy_bonus" or any(sample.adv):
                     loss = loss_of(args, model, sample, meter, gaps if k == 0 else None)

@@ -24,6 +24,8 @@ RUNS = {
     "--reference precomputed --cache {place}/cache --to_messages --eval_rows 4",
     "bco": PAIRS + "--loss bco --sft_weight 0.4 --beta 0.4 --steps 4 --rows 5 --lr 3e-3 --warmup 0 "
     "--eval_every 1 --max_length 19",
+    "lora": LABELLED + "--steps 3 --rows 5 --lr 2e-2 --warmup 0 --lora 3 --lora_alpha 5 --rslora "
+    "--lora_targets q_proj v_proj",
     # No step of these holds a pair twice: its slope would depend on how a sort breaks the tie.
     "aot": PAIRS + "--loss aot --smoothing 0.2 --seed 4 --steps 3 --rows 5 --lr 3e-3 --warmup 0 "
     "--reference_model {place}/other --reference precomputed --cache {place}/cache",
@@ -162,7 +164,7 @@ def step_metrics(sides, label_P, losses, args):
 # --------------------------------------------------------------------------------------------- twin
 def twin(args):
     tokenizer = common.tokenizer(args.model)
-    model = common.language_model(args.model)
+    model = common.with_adapters(common.language_model(args.model), args)
     reference = common.language_model(args.reference_model or args.model)
     train, held_out = (units_of(tokenizer, rows, args) for rows in common.split_rows(args))
     steps = args.steps or math.ceil(args.epochs * len(train) / args.rows)

@@ -32,6 +32,8 @@ RUNS = {
     "--eval_rows 4 --gamma 0.9 --beta 0.4 --eos_penalty 0 --steps 3 --prompts 3 --group 2",
     "stale": PLAIN + "--reward {place}/reward.py:letters --loss sigmoid --steps 4 --prompts 3 "
     "--max_staleness 1 --max_new_tokens 9 --reference_model {place}/near",
+    "lora": PLAIN + "--reward {place}/reward.py:letters --steps 3 --prompts 3 --reference_model "
+    "{place}/near --lora 3 --lora_alpha 5 --rslora --lora_targets q_proj v_proj --lr 2e-2",
     "orpo": PLAIN + "--reward {place}/reward.py:letters --loss orpo --steps 3 --prompts 2",
 }
 METRICS = {
@@ -161,7 +163,7 @@ def twin(args):
         judge = runpy.run_path(f"{path}.py")[name]
     # The script has no other divergence than the reverse KL, and its twin uses that of DPO.
     loss_args = Namespace(**vars(args), divergence="reverse_kl")
-    model = common.language_model(args.model)
+    model = common.with_adapters(common.language_model(args.model), args)
     reference = None
     if set(args.loss) - dpo.WITHOUT_REFERENCE:
         reference = common.language_model(args.reference_model or args.model)

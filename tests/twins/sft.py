@@ -23,6 +23,8 @@ RUNS = {
     "bins": "--model {place}/model --data {place}/dialogs.jsonl --rename dialog=messages "
     "--eval_data {place}/dialogs.jsonl --epochs 1.3 --bins 1 --tokens 80 --max_length 45 "
     "--lr 1e-3 --seed 5 --grad_clip 0",
+    "lora": PLAIN + "--steps 3 --rows 5 --lr 2e-2 --warmup 0 --weight_decay 0.4 --lora 3 "
+    "--lora_alpha 5 --rslora --lora_targets q_proj down_proj --checkpointing",
     "compiled": PLAIN + "--steps 3 --compile --dtype fp32",
     "bf16": PLAIN + "--steps 2 --lr 1e-3 --dtype bf16",
     "fork muon": "--model {place}/model --data {place}/sft.jsonl --holdout 0 "
@@ -141,7 +143,7 @@ class Muon:
 
 def twin(args):
     tokenizer = common.tokenizer(args.model)
-    model = common.language_model(args.model)
+    model = common.with_adapters(common.language_model(args.model), args)
     train_rows, eval_rows = common.split_rows(args)
     train, held_out = (examples(tokenizer, rows, args) for rows in (train_rows, eval_rows))
     lengths = [len(ids) for ids, _ in train]
