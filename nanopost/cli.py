@@ -136,7 +136,20 @@ def parser(
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on CUDA")
     add("--compile", action="store_true", help="torch.compile each block")
-    add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add(
+        "--checkpointing",
+        default="none",
+        choices=["none", "selective", "full"],
+        help="recompute a block's activations in the backward pass: none of them, all but products "
+        "of matrices, or all",
+    )
+    add(
+        "--replicas",
+        type=at_least(1),
+        default=1,
+        help="of the model, each sharded over its part of the ranks (HSDP): say, the nodes",
+    )
+    add("--offload", action="store_true", help="keep shards and moments in the CPU's memory")
     add(
         "--reduce",
         default="micro_batch",
@@ -217,6 +230,12 @@ def shard(args, world):
         raise InputError(
             "--reproducible adds up gradients by micro-batch: leave out --reduce step."
         )
+    if args.reproducible and args.replicas > 1:
+        raise InputError("--reproducible adds up shards, not replicas: leave out --replicas.")
+    if world.size % args.replicas:
+        raise InputError(
+            f"--replicas {args.replicas} does not divide {world.size} ranks: give one that does."
+        )
     if not args.lora:
         for name, given in [
             ("lora_alpha", args.lora_alpha != 32.0),
@@ -247,6 +266,8 @@ def _shard(args, world):
         compile=args.compile,
         kernels=args.kernels,
         reduce=args.reduce,
+        replicas=args.replicas,
+        offload=args.offload,
     )
 
 

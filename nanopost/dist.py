@@ -1,5 +1,7 @@
 """torchrun, FSDP2, reductions over ranks, and full weights from shards.
 
+There is no tensor and no context parallelism: both would put collectives into the formulas of
+model.py, and shards, packed rows and recomputed activations make dense models of 70B fit without.
 A run always has a process group, even with a single process, so no call site checks for one.
 """
 
@@ -20,7 +22,12 @@ from fractions import Fraction
 
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
 
 from nanopost import InputError, StepError, lora, nf4
@@ -133,7 +140,7 @@ def _one_sentence(kind, error, trace):
     if issubclass(kind, (InputError, StepError)):
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif issubclass(kind, torch.OutOfMemoryError):
-        way_out = "lower --tokens (per micro-batch), or add --checkpointing"
+        way_out = "lower --tokens (per micro-batch), or add --checkpointing full"
         print(f"error: out of memory: {way_out}. {error}", file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr, flush=True)
@@ -177,10 +184,12 @@ def finish(code: int = 0):
 def shard(
     model,
     world: World,
-    checkpointing: bool = False,
+    checkpointing: str = "none",
     compile: bool = False,
     kernels: str = "auto",
     reduce: str = "micro_batch",
+    replicas: int = 1,
+    offload: bool = False,
 ):
     """Apply activation checkpointing, compilation and FSDP2 to a model of model.py -> the model.
 
@@ -189,8 +198,10 @@ def shard(
     fp32 master weights, compute in world.dtype, gradients summed over ranks in fp32: a loop divides
     its loss by the count of the whole step. The root is resharded after its forward too: nothing
     outside that forward may read a weight.
-    kernels: see logprob.py. reduce: micro_batch, or step: gradients are summed over ranks with the
-    last micro-batch of a step alone, and until then each rank holds them whole.
+    checkpointing: none, selective or full (model.py). kernels: see logprob.py. reduce: micro_batch,
+    or step: gradients are summed over ranks with the last micro-batch of a step alone, and until
+    then each rank holds them whole. replicas: how many times the ranks hold the model, each time
+    sharded over some of them (HSDP). offload: shards and moments are in the memory of the CPU.
     """
     decoders = [m for m in model.modules() if hasattr(m, "checkpointing")]
     blocks = [block for decoder in decoders for block in decoder.layers]
@@ -204,23 +215,32 @@ def shard(
             block.compile()
     model.reduce_last = reduce == "step" and world.size > 1
     sharded = [*blocks, model]
+    model.runs_on = world.device
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
-    if world.size > 1 or (world.dtype != torch.float32 and frozen != {world.dtype}):
-        _fully_shard(sharded, world)
+    is_whole = world.dtype == torch.float32 or frozen == {world.dtype}
+    if world.size > 1 or offload or not is_whole:
+        _fully_shard(sharded, world, replicas, offload)
     if reproducible:
         model.order_free = OrderFree(model, sharded if world.size > 1 else [])
     return model
 
 
-def _fully_shard(modules, world):
-    mesh = dist.device_mesh.init_device_mesh(world.device.type, (world.size,))
+def _fully_shard(modules, world, replicas, offload):
+    shape, names = (world.size,), ("shard",)
+    if replicas > 1:
+        shape, names = (replicas, world.size // replicas), ("replica", "shard")
+    mesh = dist.device_mesh.init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    policy = OffloadPolicy()
+    if offload:
+        policy = CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
     precision = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if world.dtype == torch.bfloat16 else None,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
+    how = {"mesh": mesh, "mp_policy": precision, "offload_policy": policy}
     for module in modules:
-        fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
+        fully_shard(module, **how, reshard_after_forward=True)
         module.set_gradient_divide_factor(1.0)  # a sum, not torch's mean
         module.set_force_sum_reduction_for_comms(True)
 

@@ -16,6 +16,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from nanopost import InputError, dist, hf, lora
 from nanopost.attention import Cache
@@ -94,7 +95,8 @@ class Engine:
         samples while they change, and always gets a copy. With --reproducible adapters are always
         merged into a copy, as on several ranks: computed beside the base they round otherwise.
         """
-        whole = world.size == 1 and model.head_weight.dtype == world.dtype
+        head = model.head_weight
+        whole = world.size == 1 and head.dtype == world.dtype and not isinstance(head, DTensor)
         shared = whole and not ahead and not (dist.reproducible and lora.layers(model))
         if not shared:
             model = hf.load_model(folder, world.device, world.dtype)

@@ -172,7 +172,7 @@ def check_finite(grad_norm: float, step: int, model, examples: list[Example], de
     """
     if math.isfinite(grad_norm):
         return
-    device = next(model.parameters()).device
+    device = getattr(model, "runs_on", next(model.parameters()).device)
     found = []
     for part in even([[e] for e in examples]):
         batch = batch_of(part, device)

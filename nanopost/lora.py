@@ -160,7 +160,9 @@ def summary(model: nn.Module) -> str:
         return ""
     trained = [p for name, p in model.named_parameters() if is_trained(name)]
     frozen = [p for name, p in model.named_parameters() if not is_trained(name)]
-    packed = ", of which the blocks' matrices in NF4" * any(map(nf4.is_packed, model.modules()))
+    packed = ""
+    if any(map(nf4.is_packed, model.modules())):
+        packed = ", of which the blocks' matrices in NF4"
     (rank,) = {layer.rank for layer in adapted.values()}
     return (
         f"LoRA of rank {rank} on {len(adapted)} layers: {sum(p.numel() for p in trained):,} "

@@ -16,7 +16,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from nanopost import InputError
 from nanopost.attention import Cache, Packing, cached_attention, packed_attention
@@ -241,12 +246,26 @@ class Block(nn.Module):
         return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
 
 
+def _keep_products(context, operator, *args, **kwargs):
+    if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --checkpointing -> what a block keeps for its backward pass, beside its input: nothing, or the
+# products of its matrices, which cost the most to compute again.
+KEEP = {
+    "full": noop_context_fn,
+    "selective": partial(create_selective_checkpoint_contexts, _keep_products),
+}
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm: everything under `model.` in a checkpoint."""
 
     def __init__(self, c: Config):
         super().__init__()
-        self.config, self.checkpointing = c, False
+        self.config, self.checkpointing = c, "none"
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.layers))
         self.norm = RMSNorm(c.width, c.norm_eps)
@@ -262,10 +281,11 @@ class Decoder(nn.Module):
         cos_NK, sin_NK = angle_NK.cos() * magnitude, angle_NK.sin() * magnitude
         for layer, block in enumerate(self.layers):
             inputs = (x_ND, cos_NK, sin_NK, partial(attend, layer))
-            if self.checkpointing and torch.is_grad_enabled():
-                x_ND = checkpoint(block, *inputs, use_reentrant=False)
-            else:
+            if self.checkpointing == "none" or not torch.is_grad_enabled():
                 x_ND = block(*inputs)
+            else:
+                contexts = KEEP[self.checkpointing]
+                x_ND = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
         return self.norm(x_ND)
 
     def packed(self, token_N, position_N, cu_seqlens, max_seqlen):

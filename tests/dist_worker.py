@@ -1,7 +1,7 @@
 """Run by test_dist.py under torchrun: one optimizer step on uneven data for each number of tokens
 per micro-batch, its gradient, what comes after it, and statistics over ranks, to a file.
 
-    torchrun --nproc_per_node N tests/dist_worker.py OUT {step|fail} TOKENS ...
+    torchrun --nproc_per_node N tests/dist_worker.py OUT {step|fail|late} TOKENS ...
 """
 
 import math
@@ -45,6 +45,8 @@ def backward(model, tokens, examples):
     for batch in batches(model, mine, tokens, "cpu"):
         logp_N, entropy_N = model(batch)
         part = -(logp_N + 0.1 * entropy_N).sum()
+        if mode == "late" and world.rank == world.size - 1:
+            raise InputError("the last rank has had enough of this step.")
         (part / trained).backward()
         loss += float(part.detach())
     return dist.all_sum(loss) / trained
@@ -119,6 +121,11 @@ found = {int(tokens): step(int(tokens), plain) for tokens in sys.argv[3:]}
 for tokens in sys.argv[3:]:
     found[f"cut {tokens}"] = step(int(tokens), cut)
 found["reduced once"] = step(45, plain, reduce="step")
+found["offload"] = step(45, plain, offload=True)
+found["selective"] = step(45, plain, checkpointing="selective")
+if world.size > 1:
+    found["replicas"] = step(45, plain, replicas=2)
+    found["replicas, reduced once"] = step(45, plain, replicas=2, reduce="step")
 found["statistics"] = statistics()
 if world.rank == 0:
     torch.save(found, out)

@@ -867,6 +867,20 @@ MUTATIONS = [
     ),
     # ---- the same bytes on any number of ranks
     mutation(
+        "replicas-not-added-up",
+        "nanopost/dist.py",
+        "        module.set_force_sum_reduction_for_comms(True)\n",
+        "        module.set_requires_all_reduce(False)\n",
+        "test_dist.py::test_how_a_model_is_sharded_changes_no_gradient[2-replicas]",
+    ),
+    mutation(
+        "selective-checkpointing-keeps-nothing",
+        "nanopost/model.py",
+        "return CheckpointPolicy.MUST_SAVE",
+        "return CheckpointPolicy.PREFER_RECOMPUTE",
+        "test_model.py::test_selective_checkpointing_computes_no_product_again",
+    ),
+    mutation(
         "threads-not-compared",
         "nanopost/run.py",
         "if threads != torch.get_num_threads():",
@@ -878,7 +892,7 @@ MUTATIONS = [
         "nanopost/dist.py",
         "model.set_requires_gradient_sync(last)",
         "model.set_requires_gradient_sync(not last)",
-        "test_dist.py::test_gradients_may_be_added_up_once_a_step[2]",
+        "test_dist.py::test_how_a_model_is_sharded_changes_no_gradient[2-reduced once]",
     ),
     mutation(
         "fixed-point-forgets-micro-batches",

@@ -77,13 +77,22 @@ def test_over_kept_ids_neither_ranks_nor_micro_batches_change_the_gradient(resul
     assert largest_difference(one["gradient"], results[1, 1000]["gradient"]) > 0.01
 
 
+HOW = [(ranks, how) for ranks in (1, 2, 4) for how in ("reduced once", "offload", "selective")]
+HOW += [(ranks, how) for ranks in (2, 4) for how in ("replicas", "replicas, reduced once")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_gradients_may_be_added_up_once_a_step(results, ranks):
-    """--reduce step."""
-    one, many = results[1, 1000], results[ranks, "reduced once"]
+@pytest.mark.parametrize("ranks, how", HOW)
+def test_how_a_model_is_sharded_changes_no_gradient(results, ranks, how):
+    """--reduce step, --offload, --checkpointing selective and, with --replicas 2, one or two shards
+    each."""
+    one, many = results[1, 1000], results[ranks, how]
     assert largest_difference(one["gradient"], many["gradient"]) <= 1e-5
+    assert one["loss"] == pytest.approx(many["loss"], abs=1e-5)
     assert one["norm"] == pytest.approx(many["norm"], abs=1e-5)
+    clear = {n: g.abs() > 1e-5 for n, g in one["gradient"].items()}
+    for n, w in many["weights"].items():
+        assert float(((one["weights"][n] - w).abs() * clear[n]).max()) <= 1e-5
 
 
 @pytest.mark.slow
@@ -111,10 +120,12 @@ def test_the_head_is_neither_a_shard_nor_stale(results, ranks):
 
 
 @pytest.mark.slow
-def test_an_error_on_one_rank_ends_all_of_them_promptly(tmp_path):
+@pytest.mark.parametrize("when", ["fail", "late"])
+def test_an_error_on_one_rank_ends_all_of_them_promptly(tmp_path, when):
+    """At the start, and amid a step, while the others wait for its gradients."""
     start = time.monotonic()
-    done = run(2, tmp_path / "x.pt", "fail", timeout=60)
-    assert done.returncode != 0 and "error: the last rank has had enough." in done.stderr
+    done = run(2, tmp_path / "x.pt", when, "1000", timeout=60)
+    assert done.returncode != 0 and "error: the last rank has had enough" in done.stderr
     report = done.stderr.split("Root Cause")[-1]
     assert "had enough" in report  # torchrun's own, which comes last
     assert "Traceback" not in done.stderr.split("error: the last rank")[0]
@@ -296,7 +307,7 @@ def test_a_meter_holds_no_tensor_of_the_cpu_beside_those_of_a_gpu():
 def test_training_that_runs_out_of_memory_names_the_flags_to_lower(capsys):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
     dist._one_sentence(type(error), error, None)
-    said = "error: out of memory: lower --tokens (per micro-batch), or add --checkpointing. CUDA"
+    said = "error: out of memory: lower --tokens (per micro-batch), or add --checkpointing full"
     assert capsys.readouterr().err.startswith(said)
 
 

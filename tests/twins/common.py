@@ -237,6 +237,8 @@ PLUMBING = {
     "replay": "test_recording.py",
     "audit_every": "test_vllm_audit.py",
     "reduce": "test_dist.py",
+    "replicas": "test_dist.py",
+    "offload": "test_dist.py",
     "reproducible": "test_reproducible.py",
     "resume": "test_scripts.py",
     "overwrite": "test_loops.py",

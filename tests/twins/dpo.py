@@ -21,11 +21,12 @@ RUNS = {
     "forward_kl": NEAR + SCORES + "--loss_weights 1 0.6 0.05 1.3 0.7 0.9 0.4 --smoothing 0.15 "
     "--beta 0.3 --divergence forward_kl --steps 3 --rows 5 --seed 3 --lr 4e-3 --warmup 0 "
     "--weight_decay 0.4 --grad_clip 0.6 --eval_every 2 --max_length 30 --tokens 80 "
-    "--chat_template {place}/chat.jinja --checkpointing",
+    "--chat_template {place}/chat.jinja --checkpointing full",
     "js": "--model {place}/model --reference_model {place}/near --data {place}/theirs.jsonl "
     "--rename better=chosen worse=rejected --holdout 6 " + SCORES + "--loss_weights 0.5 0.8 "
     "0.03 1.1 1.2 0.7 0.6 --smoothing 0.2 --divergence js --epochs 1.4 --rows 4 --max_length 20 "
     "--overlong drop --tokens 50 --lr 2e-3 --warmup 1 --kernels torch --grad_clip 0 "
+    "--checkpointing selective "
     "--reference precomputed --cache {place}/cache",
     "alpha": NEAR + SCORES + "--loss_weights 0.9 0.4 0.02 1.2 0.8 1.4 0.5 --smoothing 0.1 "
     "--divergence alpha --alpha 0.3 --steps 3 --rows 5 --lr 3e-3 --warmup 0 --tokens 50 "

@@ -20,11 +20,12 @@ TWO = "--reward {place}/reward.py:letters {place}/reward.py:scaled --reward_weig
 SCALED = "--reward {place}/reward.py:scaled "  # which does not apply to some completions
 GAPS = "--max_logp_gap 5 "  # of an engine that lies: see rollouts.lying_engine
 RUNS = {
-    "grpo": PLAIN + TWO + "--eval_every 2 --eval_rows 3 --tokens 70 --checkpointing "
+    "grpo": PLAIN + TWO + "--eval_every 2 --eval_rows 3 --tokens 70 --checkpointing full "
     "--kernels torch --engine_rows 7 --engine_tokens 200 --clip 0.02 0.05 --beta 0.3 "
     "--agg sequence",
     "resampled": PLAIN + "--prompts 6 --minibatches 3 --resample 2 --adv batch --agg constant "
-    "--clip 0.01 0.03 --reward {place}/rewards.py:rarely --beta 0.1 --kl k2",
+    "--clip 0.01 0.03 --reward {place}/rewards.py:rarely --beta 0.1 --kl k2 "
+    "--checkpointing selective",
     "other rows": "--model {place}/model --data {place}/puzzles.jsonl --holdout 3 "
     "--rename puzzle=prompt weight=factor --max_prompt 30 --chat_template {place}/chat.jinja "
     "--reward {place}/rewards.py:letters {place}/rewards.py:factors {place}/rewards.py:letters "

@@ -16,10 +16,11 @@ RUNS = {
     # A mean of mismatched log-ratios is above 0 in some steps of both runs and clamped in others.
     "kto": LABELLED + "--label_weights 1.4 0.6 --beta 0.3 --steps 3 --rows 5 --seed 3 --lr 4e-3 "
     "--warmup 0 --weight_decay 0.4 --grad_clip 0.04 --eval_every 2 --max_length 36 --tokens 80 "
-    "--chat_template {place}/chat.jinja --checkpointing",
+    "--chat_template {place}/chat.jinja --checkpointing full",
     "kto of pairs": "--model {place}/near --reference_model {place}/model "
     "--data {place}/theirs.jsonl --rename better=chosen worse=rejected --holdout 6 --epochs 1.6 "
     "--rows 5 --max_length 20 --overlong drop --tokens 50 --lr 3e-3 --warmup 1 --kernels torch "
+    "--checkpointing selective "
     "--reference precomputed --cache {place}/cache --to_messages --eval_rows 4",
     "bco": PAIRS + "--loss bco --sft_weight 0.4 --beta 0.4 --steps 4 --rows 5 --lr 3e-3 --warmup 0 "
     "--eval_every 1 --max_length 19",

@@ -18,13 +18,14 @@ RUNS = {
     "--loss sigmoid ipo robust exo --loss_weights 1 0.05 0.6 0.8 --smoothing 0.15 --beta 0.3 "
     "--eos_penalty 0.4 --temperature 0.7 --steps 3 --prompts 5 --group 3 --seed 3 "
     "--weight_decay 0.4 --grad_clip 0.5 --eval_every 2 --tokens 100 --engine_rows 4 "
-    "--engine_tokens 200 --chat_template {place}/chat.jinja --checkpointing --kernels torch",
+    "--engine_tokens 200 --chat_template {place}/chat.jinja --checkpointing full --kernels torch",
     # Without near/, policy and reference would be equal in the first step, and rewards/ties would
     # be a matter of rounding.
     "judge": "--model {place}/model --data {place}/puzzled.jsonl --rename puzzle=prompt "
     "--holdout 4 --max_prompt 20 --judge {place}/judge.py:longer --loss sigmoid_norm hinge "
     "discopop nca sppo apo_zero apo_down --eos_penalty 0.3 --max_new_tokens 5 --steps 3 "
     "--prompts 3 --lr 2e-3 --warmup 1 --to_messages --reference_model {place}/near "
+    "--checkpointing selective "
     "--top_k 60 --top_p 0.9 --min_p 0.1",
     # Rewards are seldom unequal: there are steps with few pairs, and ranks with none.
     "without_reference": PLAIN + "--reward {place}/judge.py:rarely --loss simpo cpo sft "

@@ -14,13 +14,13 @@ PLAIN = (
 )
 TWO = "--reward {place}/reward.py:letters {place}/reward.py:scaled --reward_weights 0.7 -0.45 "
 RUNS = {
-    "ppo": PLAIN + TWO + "--eval_every 2 --tokens 70 --checkpointing --kernels torch "
+    "ppo": PLAIN + TWO + "--eval_every 2 --tokens 70 --checkpointing full --kernels torch "
     "--engine_rows 5 --engine_tokens 200 --eval_rows 3 --clip 0.03 0.06 --beta 0.3 "
     "--value_lr 9e-3 --value_coef 0.7 --value_clip 0.05 --gamma 0.97 --lam 0.8 --eos_penalty 0.4 "
     "--score_scale --ppo_epochs 3",
     "warmed up": PLAIN + "--reward {place}/reward.py:scaled --whiten_rewards --value_warmup 1 "
     "--value_lr 1e-3 --minibatches 4 --ppo_epochs 1 --prompts 8 --group 1 --beta 0.5 --kl k3 "
-    "--eos_penalty 1.5 --score_scale --gamma 0.9",
+    "--eos_penalty 1.5 --score_scale --gamma 0.9 --checkpointing selective",
     "head": PLAIN + TWO + "--value_model head --value_warmup 1 --kl k2 --beta 0.4 --lam 0.7 "
     "--whiten_rewards --max_logp_gap 5 --old_logp trainer --value_lr 2e-2 "
     "--top_k 60 --top_p 0.9 --min_p 0.1",

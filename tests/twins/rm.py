@@ -12,10 +12,10 @@ RUNS = {
     "truncated": "--model {place}/model --data {place}/pairs.jsonl --eval_data "
     "{place}/pairs_held_out.jsonl --steps 3 --rows 5 --seed 3 --lr 4e-3 --warmup 0 --tokens 130 "
     "--weight_decay 0.4 --grad_clip 0.6 --eval_every 2 --max_length 30 --centre 0.07 "
-    "--chat_template {place}/lines.jinja --checkpointing --to_messages --eval_rows 2",
+    "--chat_template {place}/lines.jinja --checkpointing full --to_messages --eval_rows 2",
     "dropped": "--model {place}/rm --data {place}/theirs.jsonl --rename better=chosen "
     "worse=rejected --holdout 3 --epochs 2.7 --rows 3 --warmup 2 --overlong drop --max_length 22 "
-    "--tokens 46 --grad_clip 0 --lr 2e-3 --kernels torch",
+    "--tokens 46 --grad_clip 0 --lr 2e-3 --kernels torch --checkpointing selective",
     "nothing held out": "--model {place}/model --data {place}/pairs.jsonl --holdout 0 --steps 3 "
     "--rows 5 --tokens 60 --lr 1e-3",
     "lora": "--model {place}/model --data {place}/pairs.jsonl --holdout 3 --steps 3 --rows 5 "

@@ -13,9 +13,10 @@ PLAIN = "--model {place}/model --data {place}/sft.jsonl --eval_data {place}/sft_
 RUNS = {
     "truncated": PLAIN + "--steps 3 --rows 5 --seed 3 --lr 4e-3 --warmup 0 --weight_decay 0.4 "
     "--grad_clip 0.6 --eval_every 2 --max_length 64 --tokens 140 --train_on last "
-    "--chat_template {place}/lines.jinja --checkpointing --to_messages --eval_rows 4",
+    "--chat_template {place}/lines.jinja --checkpointing full --to_messages --eval_rows 4",
     "split": PLAIN + "--steps 6 --bins 3 --tokens 70 --max_length 25 --overlong split --lr 2e-3 "
-    "--warmup 2 --train_on all --loss dft --kernels torch --grad_clip 0.01",
+    "--warmup 2 --train_on all --loss dft --kernels torch --grad_clip 0.01 "
+    "--checkpointing selective",
     "dropped": "--model {place}/model --data {place}/dialogs.jsonl --rename dialog=messages "
     "--holdout 3 --epochs 1.4 --rows 4 --seed 1 --max_length 50 --overlong drop --tokens 120 "
     "--train_on completion",
