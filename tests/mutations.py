@@ -742,7 +742,7 @@ MUTATIONS = [
     mutation(
         "weights-not-finite-loaded",
         "nanopost/hf.py",
-        "    _check_finite(folder, wanted)\n",
+        "    _check_finite(folder, found)\n",
         "",
         "test_hf.py::test_weights_that_are_not_finite_are_refused",
     ),
