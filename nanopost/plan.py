@@ -15,7 +15,7 @@ what depends on `cuda` below, on several GPUs above all, is derived from the cod
 Times are estimates: rates by data sheets, times the shares that UTILISATION and its neighbours
 state.
 
-Letters: N tokens of a micro-batch, all of them trained, L layers, D width, F width of the MLP, A
+Letters: N tokens of a micro-batch, M of them trained, L layers, D width, F width of the MLP, A
 heads times their width, G the same of key/value heads, V vocabulary, R ranks that share a weight, b
 bytes of a number in the dtype that computes.
 """
@@ -66,6 +66,7 @@ GPUS = {
 NODE = 8  # GPUs of a node
 RESERVED = 3e9  # assumed: CUDA's context, NCCL's buffers, and what the allocator cannot reuse
 UTILISATION = 0.3  # of `matmul`: 0.29 was measured on an H200, without --compile (docs/results.md)
+FP32 = 16  # times slower than bf16, without TF32
 BANDWIDTH = 0.6  # assumed share of `bandwidth` that decoding and the optimizer reach
 COLLECTIVES = 0.7  # assumed share of `link` and `network` that collectives reach
 PCIE = 25e9  # bytes/s, assumed: what --offload moves between a GPU and its host
@@ -287,18 +288,19 @@ def kept_by_block(args, c: Config) -> float:
     return block_activations(args, c)
 
 
-def decoder_activations(args, c: Config) -> float:
-    """Bytes of all blocks, of the last norm, and of cos and sin of the positions, in fp32."""
-    others = tokens_of_micro_batch(args) * (norm_bytes(args, c.width) + 4 * c.head_dim)
-    return c.layers * kept_by_block(args, c) + others
+def blocks_activations(args, c: Config) -> float:
+    """Bytes of all blocks, and of cos and sin of the positions, in fp32."""
+    rotary = tokens_of_micro_batch(args) * 4 * c.head_dim
+    return c.layers * kept_by_block(args, c) + rotary
 
 
 def inside_a_block(args, c: Config) -> float:
-    """Bytes beyond that while the backward pass is in a block: what was recomputed of it, and
-    gradients: of silu(gate) and up, and of the residual stream, twice."""
+    """Bytes beyond that while the backward pass is in a block: what was recomputed of it, and the
+    gradients of silu(gate), of up, and of the residual stream."""
     recomputed = block_activations(args, c) - kept_by_block(args, c)
-    gradients = compute_bytes(args) * (2 * c.mlp_width + 2 * c.width)
-    return recomputed + tokens_of_micro_batch(args) * gradients
+    gradients = compute_bytes(args) * (2 * c.mlp_width + c.width)
+    layer = compute_bytes(args) * c.width * c.mlp_width  # NF4 is made whole a layer at a time
+    return recomputed + tokens_of_micro_batch(args) * gradients + layer * (args.base == "nf4")
 
 
 # -------------------------------------------------------------------------------- memory: log-probs
@@ -306,23 +308,23 @@ def logprob_bytes(args, c: Config) -> tuple[float, float, float]:
     """-> bytes that wait for the backward pass, and beyond them at the peaks of the forward and of
     the backward pass. Without the gradient of the head's weight."""
     N, D, V, b = tokens_of_micro_batch(args), c.width, c.vocab_size, compute_bytes(args)
+    M = max(1, math.ceil(N * args.trained))
     if cuda(args) and b == 2 and args.kernels == "auto":  # kernels/logprob.py
-        tiles = -(-V // 256) * N * 4  # a maximum, a sum and an entropy for each tile
-        kept = b * N * D
-        if 2 * N * V <= args.machine.memory / 16:  # e^(z-m)
-            kept += 2 * N * V + tiles
-        chunk = max(1024, 2**28 // (b * N))
-        return kept, 3 * tiles + b * N * D, b * N * min(V, chunk) + 2 * 4 * N * D
-    # logprob.py. Three buffers of a chunk: two of this one and one of the last, not freed yet.
-    chunk, kept = V, b * N * D
-    if N * V <= SAVED_ELEMENTS:
-        kept += 4 * N * V
-    else:
-        device = "cuda" if cuda(args) else "cpu"
-        chunk = min(V, max(CHUNK_ENTRIES, CHUNK_ELEMENTS[device] // N))
-    buffers = 3 * 4 * N * chunk
-    converted = 0 if b == 4 or cuda(args) else 4 * (N + chunk) * D  # to fp32, for a CPU's matmuls
-    return kept, buffers + converted + b * N * D, buffers + converted + 4 * N * D
+        tiles = -(-V // 256) * M * 4  # a maximum, a sum and an entropy for each tile
+        kept = b * M * D
+        if 2 * M * V <= args.machine.memory / 16:  # e^(z-m)
+            kept += 2 * M * V + tiles
+        chunk = max(1024, 2**28 // (b * M))
+        return kept, 3 * tiles + b * N * D, b * M * min(V, chunk) + 2 * 4 * M * D
+    # logprob.py. Three buffers of a chunk: two of this one and one of the last, not freed yet. A
+    # single chunk of few log-probs is saved: beside it there are two, and one in the backward pass.
+    device = "cuda" if cuda(args) else "cpu"
+    chunk = min(V, max(CHUNK_ENTRIES, CHUNK_ELEMENTS[device] // M))
+    kept, before, after = b * M * D, 3 * 4 * M * chunk, 3 * 4 * M * chunk
+    if M * V <= SAVED_ELEMENTS:
+        chunk, kept, before, after = V, kept + 4 * M * V, 2 * 4 * M * V, 4 * M * V
+    converted = 0 if b == 4 or cuda(args) else 4 * (M + chunk) * D  # to fp32, for a CPU's matmuls
+    return kept, before + converted + b * N * D, after + converted + 4 * M * D
 
 
 # ----------------------------------------------------------------------------------- memory: update
@@ -367,76 +369,59 @@ def engine_weights(args) -> float:
 
 
 def update(args) -> dict[str, float]:
-    """Bytes of a rank at the worst instant of an update's second micro-batch or a later one, when
-    there are gradients already: {part: bytes}."""
-    c, v, b = args.config, args.value_config, compute_bytes(args)
-    sharded = is_sharded(args)
-    block, rest = unit(args, "block"), unit(args, "root")
-    one, whole = gathered_bytes(args, block), gathered_bytes(args, rest)
-    embedding = 0 if args.lora else b * c.vocab_size * c.width
-    kept, forward, backward = (0, 0, 0) if args.script == "rm" else logprob_bytes(args, c)
-    activations = decoder_activations(args, c)
-    # Weights in NF4 are made whole one layer at a time.
-    layer = b * c.width * c.mlp_width if args.base == "nf4" else 0
+    """Bytes of a rank at the worst instant of an update's second micro-batch, or of a later one:
+    there are gradients already. {part: bytes}"""
+    c, v, b, N = args.config, args.value_config, compute_bytes(args), tokens_of_micro_batch(args)
+    sharded, full = is_sharded(args), not args.lora
+    block, root = unit(args, "block"), unit(args, "root")
+    one, whole = gathered_bytes(args, block), gathered_bytes(args, root)
+    inside, blocks = inside_a_block(args, c), blocks_activations(args, c)
+    last, forward, backward = N * norm_bytes(args, c.width), 0, 0
+    if args.script != "rm":
+        kept, forward, backward = logprob_bytes(args, c)
+        last += kept
 
-    # The gradient of the head's weight is a new tensor. It is added to what the micro-batches
-    # before have left, at once, or after the root's backward pass if FSDP2 has to reduce it, or if
-    # the embedding's is added to it first.
+    # Gradients of weights are new tensors. Without FSDP2 they are added to those of the
+    # micro-batches before at once, but a tied head's waits for the embedding's. FSDP2 holds those
+    # of a unit until all are there, copies them into one fp32 buffer to reduce, and holds this
+    # until the next unit's.
+    embedding = full * b * c.vocab_size * c.width
     head = 0 if args.script == "rm" else embedding
     waiting = head if sharded or c.tied else 0
-    # FSDP2 copies gradients of a block into one fp32 buffer, which it holds until the next block's.
-    flight = b * block.trained + 4 * block.trained if sharded else b * c.width * c.mlp_width
-    flight = 0 if args.lora and not sharded else flight
+    down = full * sharded * b * c.width * c.mlp_width  # down_proj's, the first of a block
+    buffer = sharded * 4 * block.trained
+    mine = buffer / ranks(args)
+    ended = sharded * b * block.trained + buffer + mine
+    of_root = sharded * (b * root.trained + 4 * root.trained + 4 * root.trained / ranks(args))
 
+    # In a backward pass FSDP2 holds the root, a block, and the next one as it arrives.
     instants = [
-        # In a backward pass FSDP2 holds the root, a block, and the next one as it arrives.
-        instant(activations + kept, forward, whole + one, 0),
-        instant(activations + kept, backward, whole + one, head),
-        instant(
-            activations + inside_a_block(args, c) + layer,
+        ("the head's forward pass", blocks + last, forward, whole + one, 0),
+        ("the head's backward pass", blocks + last, backward, whole + one, head),
+        ("the last block", blocks + inside, 0, whole + 2 * one, waiting + down),
+        (
+            "the block before it",
+            blocks - kept_by_block(args, c) + inside,
             0,
             whole + 2 * one,
-            waiting + flight - (4 * block.trained if sharded else 0),
+            waiting + down + buffer,
         ),
-        instant(
-            activations - kept_by_block(args, c) + inside_a_block(args, c) + layer,
-            0,
-            whole + 2 * one,
-            waiting + flight,
-        ),
-        # At the end the embedding's gradient, whole, beside the head's.
-        instant(0, 0, whole, embedding + waiting + (4 * block.trained if sharded else 0)),
+        ("a block's end", blocks - kept_by_block(args, c), 0, whole + one, waiting + ended),
+        ("the embedding", 0, 0, whole, waiting + embedding + buffer),
+        ("the root's end", 0, 0, 0, of_root),
     ]
-    if sharded:  # the root's fp32 buffer, and this micro-batch's shards
-        reduced = (b + 4) * rest.trained + 4 * rest.trained / ranks(args)
-        instants.append(instant(0, 0, 0, reduced))
-    if args.script == "ppo":
-        # The value model runs after the policy: its backward pass comes first, while all of the
-        # policy's activations wait.
-        values = tokens_of_micro_batch(args) * 4 * c.width  # hidden states in fp32
+    if args.script == "ppo":  # the value model runs last: its backward pass comes first
+        waits = blocks + last + N * 4 * c.width  # hidden states, in fp32
         if v:
-            values = tokens_of_micro_batch(args) * 4 * v.width + decoder_activations(args, v)
-            inside = inside_a_block(args, v)
-            instants.append(
-                instant(activations + kept + values + inside, 0, whole + 2 * one, flight)
-            )
-            if sharded:  # of the value model's embedding, until the root is reduced
-                for later in instants[1:5]:
-                    later["gradients in flight"] += 0 if args.lora else b * v.vocab_size * v.width
-        else:
-            instants.append(instant(activations + kept + values, 0, whole, 0))
-    worst = max(instants, key=lambda parts: sum(parts.values()))
-    worst["gradients"] = gradient_bytes(args)
-    return worst
-
-
-def instant(activations, logprobs, gathered, in_flight) -> dict[str, float]:
-    return {
-        "activations": activations,
-        "log-prob buffers": logprobs,
-        "gathered weights": gathered,
-        "gradients in flight": in_flight,
-    }
+            waits += blocks_activations(args, v) + inside_a_block(args, v)
+            if sharded:  # its embedding is in the root, too
+                more = full * b * v.vocab_size * v.width
+                instants = [(*others, flight + more) for *others, flight in instants[:-1]]
+                instants.append(("the root's end", 0, 0, 0, of_root))
+        instants.append(("the value model", waits, 0, whole + 2 * one, down + buffer))
+    name, *parts = max(instants, key=lambda parts: sum(parts[1:]))
+    names = ("activations", "log-prob buffers", "gathered weights", "gradients in flight")
+    return {"gradients": gradient_bytes(args), **dict(zip(names, parts))}
 
 
 # ---------------------------------------------------------------------------- memory: other moments
@@ -504,13 +489,13 @@ def host_bytes(args) -> float:
 
 
 # --------------------------------------------------------------------------------------------- time
-def forward_flops(c: Config, length: int, head: bool) -> tuple[float, float, float]:
+def forward_flops(c: Config, length: int) -> tuple[float, float, float]:
     """Per token: of the blocks' matrices, of causal attention over half a sequence, and of the
     head."""
     A, G = c.heads * c.head_dim, c.kv_heads * c.head_dim
     matrices = 2 * c.layers * c.width * (2 * A + 2 * G + 3 * c.mlp_width)
     attention = 4 * c.layers * A * length / 2
-    return matrices, attention, 2 * c.vocab_size * c.width * head
+    return matrices, attention, 2 * c.vocab_size * c.width
 
 
 def update_flops(args) -> float:
@@ -522,13 +507,17 @@ def update_flops(args) -> float:
         if c is None:
             continue
         is_policy = c is args.config and args.script != "rm"
-        matrices, attention, head = forward_flops(c, length, is_policy)
+        matrices, attention, head = forward_flops(c, length)
+        head *= is_policy * args.trained
         # Forward, input gradients and weight gradients; adapters need no weight gradients.
         passes = 2 if args.lora else 3
         again = {"none": 0, "selective": 0, "full": matrices}[args.checkpointing]
         if args.checkpointing != "none":
             again += attention
-        stored = 2 * tokens_of_micro_batch(args) * c.vocab_size <= args.machine.memory / 16
+        stored = (
+            2 * tokens_of_micro_batch(args) * args.trained * c.vocab_size
+            <= args.machine.memory / 16
+        )
         if not (stored and cuda(args)):
             again += head
         total += epochs * (passes * (matrices + head) + 3 * attention + again)
@@ -599,7 +588,7 @@ def rollout_seconds(args) -> float:
     all rows, half full on average. Completions are as long as --max_new_tokens."""
     c, b = args.config, compute_bytes(args)
     weights = b * policy_size(args)
-    matrices, attention, _ = forward_flops(c, args.length, head=False)
+    matrices, attention, _ = forward_flops(c, args.length)
     gpus = args.vllm or args.gpus
     prefill = args.prompts * args.length * (matrices + attention)
     prefill /= gpus * args.machine.matmul * UTILISATION
@@ -635,10 +624,9 @@ def sync_seconds(args) -> float:
 def seconds(args) -> dict[str, float]:
     """{part of a step: seconds}. Collectives overlap with what is computed: only what they take
     beyond it counts."""
-    rate = args.gpus * args.machine.matmul * UTILISATION * 2 / max(2, compute_bytes(args))
-    if not cuda(args):
-        rate = args.gpus * args.machine.matmul * UTILISATION
-    compute = update_flops(args) / rate
+    compute = update_flops(args) / (args.gpus * args.machine.matmul * UTILISATION)
+    if cuda(args) and compute_bytes(args) == 4:
+        compute *= FP32
     found = {
         "update": compute,
         "waiting for collectives": max(0.0, collective_seconds(args) - compute),
@@ -670,7 +658,8 @@ def changes(args) -> Iterator[list[dict]]:
             halves = [args.engine_tokens // 2**i for i in range(1, 20)]
             yield [{"engine_tokens": tokens} for tokens in halves if tokens >= longest(args)]
         group = servers_gpus(args)
-        yield [{"vllm": group * -(-max(1, args.gpus // 4) // group), "engine": "native"}]
+        servers = {"vllm": group * -(-max(1, args.gpus // 4) // group)}
+        yield [servers if args.engine == "native" else {**servers, "engine": "native"}]
     yield [{"gpus": args.gpus * 2**i} for i in range(1, 11) if args.gpus * 2**i <= 1024]
     if not args.offload and cuda(args):
         yield [{"offload": True}]
@@ -721,6 +710,11 @@ def parsed(arguments=None) -> Namespace:
     add("--link", type=above(0.0), help="GB/s, one way, within a node")
     add("--network", type=above(0.0), help="GB/s per GPU, one way, between nodes")
     add("--length", type=at_least(1), default=512, help="tokens of a row, or of a prompt")
+    add(
+        "--trained",
+        type=above(0.0, 1.0),
+        help="share of the tokens that are trained; default: all, of rollouts the completions",
+    )
     add("--tokens", type=at_least(2), default=8192, help="maximum tokens per micro-batch")
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on a GPU")
     add("--kernels", default="auto", choices=["auto", "torch"])
@@ -750,6 +744,8 @@ def parsed(arguments=None) -> Namespace:
     for name, value in DEFAULTS.get(args.script, {"minibatches": 1}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    if args.trained is None:
+        args.trained = args.max_new_tokens / longest(args) if args.script in SAMPLE else 1.0
     args.config = hf.read_config(args.model)
     args.value_config = None
     if args.script == "ppo" and args.value_model != "head":
@@ -832,7 +828,7 @@ def table(args) -> list[str]:
 def main(arguments=None):
     args = parsed(arguments)
     size = numbers(args.units).trained
-    say(f"{args.script}, {size / 1e9:.2f}B parameters, {args.gpus} {args.gpu}, sharded over")
+    say(f"{args.script}, {size / 1e9:.2f}B parameters, {args.gpus} {args.gpu}")
     say("\n".join(table(args)))
     if peak(args) <= args.machine.memory:
         return
