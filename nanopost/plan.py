@@ -316,15 +316,19 @@ def logprob_bytes(args, c: Config) -> tuple[float, float, float]:
             kept += 2 * M * V + tiles
         chunk = max(1024, 2**28 // (b * M))
         return kept, 3 * tiles + b * N * D, b * M * min(V, chunk) + 2 * 4 * M * D
-    # logprob.py. Three buffers of a chunk: two of this one and one of the last, not freed yet. A
-    # single chunk of few log-probs is saved: beside it there are two, and one in the backward pass.
+    # logprob.py: three buffers of a chunk, two of this one and one of the last, not freed yet. In
+    # the backward pass the chunk's part of the weight's gradient, in fp32, can be beside two. A
+    # single chunk of few log-probs is saved, and needs a buffer less.
     device = "cuda" if cuda(args) else "cpu"
-    chunk = min(V, max(CHUNK_ENTRIES, CHUNK_ELEMENTS[device] // M))
-    kept, before, after = b * M * D, 3 * 4 * M * chunk, 3 * 4 * M * chunk
+    chunk, saved = min(V, max(CHUNK_ENTRIES, CHUNK_ELEMENTS[device] // M)), 0
     if M * V <= SAVED_ELEMENTS:
-        chunk, kept, before, after = V, kept + 4 * M * V, 2 * 4 * M * V, 4 * M * V
+        chunk, saved = V, 1
+    buffer, part = 4 * M * chunk, 4 * chunk * D
     converted = 0 if b == 4 or cuda(args) else 4 * (M + chunk) * D  # to fp32, for a CPU's matmuls
-    return kept, before + converted + b * N * D, after + converted + 4 * M * D
+    kept = b * M * D + saved * buffer
+    forward = (3 - saved) * buffer + converted + b * N * D
+    backward = (2 - saved) * buffer + max((1 - saved) * buffer, part) + converted + 4 * M * D
+    return kept, forward, backward
 
 
 # ----------------------------------------------------------------------------------- memory: update
