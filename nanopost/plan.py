@@ -1,7 +1,7 @@
 """python -m nanopost.plan: what a run needs per GPU, and how long its steps take, before you rent.
 
     --model DIR --script grpo --gpus 64 --tokens 32768 --checkpointing full --vllm 16
-    --model DIR --script sft --gpus 8 --gpu a100 --lora 16 --base nf4
+    --model DIR --script sft --gpus 8 --gpu a100 --lora 16 --quantize nf4
 
 DIR needs no more than a config.json: nothing is allocated. Flags have the names, values and
 defaults of the scripts. It prints the memory of a GPU by part, at each moment of a step that may be
@@ -185,7 +185,7 @@ def ranks(args) -> int:
 
 def frozen_bytes(args, linear: bool) -> float:
     """Of a weight that --lora freezes: the folder's dtype where that computes too, or NF4."""
-    if linear and args.base == "nf4":
+    if linear and args.quantize == "nf4":
         return NF4
     return min(hf.dtype_of(args.config).itemsize, compute_bytes(args))
 
@@ -194,7 +194,8 @@ def is_sharded(args) -> bool:
     """Whether FSDP2 holds the model (dist.shard): not on one rank that computes in the dtype in
     which it holds the weights."""
     b = compute_bytes(args)
-    return args.gpus > 1 or b < 4 and not (args.lora and frozen_bytes(args, linear=False) == b)
+    is_whole = b == 4 or (args.lora and frozen_bytes(args, linear=False) == b)
+    return args.gpus > 1 or args.offload or not is_whole
 
 
 def has_reference(args) -> bool:
@@ -299,8 +300,9 @@ def inside_a_block(args, c: Config) -> float:
     gradients of silu(gate), of up, and of the residual stream."""
     recomputed = block_activations(args, c) - kept_by_block(args, c)
     gradients = compute_bytes(args) * (2 * c.mlp_width + c.width)
-    layer = compute_bytes(args) * c.width * c.mlp_width  # NF4 is made whole a layer at a time
-    return recomputed + tokens_of_micro_batch(args) * gradients + layer * (args.base == "nf4")
+    # NF4 is made whole a layer at a time: 4 bytes in fp32, beside 2 in the folder's dtype.
+    layer = 6 * c.width * c.mlp_width if args.quantize == "nf4" else 0
+    return recomputed + tokens_of_micro_batch(args) * gradients + layer
 
 
 # -------------------------------------------------------------------------------- memory: log-probs
@@ -351,7 +353,7 @@ def gathered_bytes(args, of: Numbers) -> float:
     if not is_sharded(args):
         return 0
     b = compute_bytes(args)
-    linear = NF4 if args.base == "nf4" else b
+    linear = NF4 if args.quantize == "nf4" else b
     return b * (of.trained + of.frozen) + linear * of.linear
 
 
@@ -515,9 +517,10 @@ def update_flops(args) -> float:
         head *= is_policy * args.trained
         # Forward, input gradients and weight gradients; adapters need no weight gradients.
         passes = 2 if args.lora else 3
-        again = {"none": 0, "selective": 0, "full": matrices}[args.checkpointing]
-        if args.checkpointing != "none":
-            again += attention
+        # What is computed again ends before down_proj, whose output nothing waits for.
+        again = 0 if args.checkpointing == "none" else attention
+        if args.checkpointing == "full":
+            again += matrices - 2 * c.layers * c.width * c.mlp_width
         stored = (
             2 * tokens_of_micro_batch(args) * args.trained * c.vocab_size
             <= args.machine.memory / 16
@@ -670,9 +673,9 @@ def changes(args) -> Iterator[list[dict]]:
     if not args.lora:
         yield [{"lora": 16}]
         if cuda(args):
-            yield [{"lora": 16, "base": "nf4"}]
-    elif args.base != "nf4" and cuda(args):
-        yield [{"base": "nf4"}]
+            yield [{"lora": 16, "quantize": "nf4"}]
+    elif args.quantize == "none" and cuda(args):
+        yield [{"quantize": "nf4"}]
 
 
 def fitting(args) -> list[tuple[dict, Namespace]]:
@@ -724,7 +727,7 @@ def parsed(arguments=None) -> Namespace:
     add("--kernels", default="auto", choices=["auto", "torch"])
     add("--checkpointing", default="none", choices=["none", "selective", "full"])
     add("--lora", type=at_least(0), default=0, metavar="RANK", help="0: all weights train")
-    add("--base", default="stored", choices=["stored", "nf4"], help="how --lora holds the base")
+    add("--quantize", default="none", choices=["none", "nf4"], help="what --lora freezes")
     add("--replicas", type=at_least(1), default=1, help="HSDP: copies of the sharded model")
     add("--offload", action="store_true", help="weights, gradients, moments on the host")
     add("--reduce", default="micro_batch", choices=["step", "micro_batch"], help="of gradients")
@@ -777,8 +780,8 @@ def check(args):
         raise InputError(
             f"--gpus {args.gpus} does not divide into {args.replicas} replicas: change --replicas."
         )
-    if args.base == "nf4" and not args.lora:
-        raise InputError("--base nf4 holds frozen weights: it needs --lora RANK.")
+    if args.quantize == "nf4" and not args.lora:
+        raise InputError("--quantize nf4 is of weights that --lora freezes: add --lora RANK.")
     if args.vllm and args.script not in SAMPLE:
         raise InputError(f"--script {args.script} samples nothing: drop --vllm.")
     if args.vllm and args.engine == "colocate":
@@ -829,6 +832,14 @@ def table(args) -> list[str]:
     return lines
 
 
+def words(change: dict) -> str:
+    """As on a command line."""
+    found = []
+    for name, value in change.items():
+        found.append(f"--{name}" if value is True else f"--{name} {value}")
+    return " ".join(found)
+
+
 def main(arguments=None):
     args = parsed(arguments)
     size = numbers(args.units).trained
@@ -839,11 +850,8 @@ def main(arguments=None):
     ways = fitting(args)
     say("what would make it fit:" if ways else "no three of these flags make it fit.")
     for change, other in ways[:6]:
-        flags = " ".join(
-            f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items()
-        )
         say(
-            f"  {flags:48s} {peak(other) / 1e9:6.1f} GB, "
+            f"  {words(change):48s} {peak(other) / 1e9:6.1f} GB, "
             f"{1e6 * cost(other) / 3600:6.2f} GPU-hours per million tokens"
         )
 

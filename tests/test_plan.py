@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import os
-import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -17,8 +16,11 @@ import torch
 from inprocess import run_here
 from scripts import ROOT, SCRIPTS, parser_of
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench.plan import SHAPES
 from nanopost import InputError, dist, hf, plan
+from nanopost.batch import Example, batch_of
 from nanopost.model import ActorCritic, CausalLM, Config
 from runs import toy
 
@@ -28,30 +30,12 @@ import zlib
 def uneven(completions, **columns):
     return [float(zlib.crc32(repr(c).encode()) % 997) for c in completions]
 """
-LLAMA_70B = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "vocab_size": 128256,
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-QWEN_1_5B = {  # of bench/train_step.py
-    **LLAMA_70B,
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
+LLAMA_70B = SHAPES["70B"]
+QWEN_1_5B = {
+    **SHAPES["7B"],
     "vocab_size": 151936,
     "hidden_size": 1536,
     "intermediate_size": 8960,
-    "num_hidden_layers": 28,
     "num_attention_heads": 12,
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
@@ -68,11 +52,14 @@ def planned(model, script, *flags) -> Namespace:
     return plan.parsed(["--model", str(model), "--script", script, *map(str, flags)])
 
 
+PLAIN = {**plan_worker.SIZES, "vocab_size": 4096}
+
+
 def total(parts) -> float:
     return sum(parts.values())
 
 
-# --------------------------------------------------------------------------- scripts, in one process
+# -------------------------------------------------------------------------- scripts, in one process
 def write_inputs(folder, prompt: int, answer: int, **sizes):
     """A model, and rows of so many tokens: a byte is a token."""
     more = {"hidden_act": "silu", "rope_theta": 1e4, "eos_token_id": 1, "pad_token_id": 0}
@@ -284,3 +271,189 @@ def test_numbers_of_parameters_are_those_of_the_models(tmp_path):
     assert found.linear == sum(p.numel() for p in linear)
     assert found.frozen == size(policy) - found.linear
     assert found.trained == sum(16 * (out + into) for out, into in (p.shape for p in linear))
+
+
+# ------------------------------------------------------------------------------------------- a GPU
+def test_two_runs_on_an_h200_peak_where_the_plan_says(tmp_path):
+    """bench/train_step.py's, whose torch, 2.11, kept keys and values for every query head."""
+    jobs = json.loads((ROOT / "bench/results/train_step.json").read_text())["jobs"]
+    folder = write_config(tmp_path / "model", QWEN_1_5B)
+    sft = planned(folder, "sft", "--gpu", "h200", "--rows", 64, "--length", 1024)
+    shapes = ["--prompts", 32, "--group", 8, "--length", 190, "--max_new_tokens", 512]
+    grpo = planned(folder, "grpo", "--gpu", "h200", *shapes)
+    for args, name in ((sft, "sft"), (grpo, "grpo")):
+        assert 8000 < plan.tokens_of_micro_batch(args) <= 8192
+        repeated = 2 * 2 * (12 - 2) * 128 * 28 * plan.tokens_of_micro_batch(args)
+        expected = plan.peak(args) - plan.RESERVED + repeated
+        measured = jobs[name]["peak_mb"] * 2**20
+        print(f"{name}: measured {measured / 1e9:.2f} GB, planned {expected / 1e9:.2f}")
+        assert expected == pytest.approx(measured, rel=0.02)
+
+
+# -------------------------------------------------------------------------------------------- time
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
+    """Attention apart, which torch does not count on a CPU."""
+    sizes = {**plan_worker.SIZES, "vocab_size": 16384, "num_hidden_layers": 2}
+    config = plan_worker.small_config(**sizes)
+    model = CausalLM(config).init_weights(0)
+    model.model.checkpointing = checkpointing
+    ids = torch.arange(128)
+    batch = batch_of([Example(ids, torch.ones(128, dtype=torch.bool))] * 4)
+    with FlopCounterMode(display=False) as counter:
+        (-model(batch)[0].sum()).backward()
+    counted = counter.get_total_flops()
+    folder = write_config(tmp_path / "model", config.hf)
+    flags = ["--gpu", "cpu", "--rows", 4, "--length", 128, "--tokens", 512]
+    flags += ["--trained", 127 / 128]
+    args = planned(folder, "sft", *flags, "--checkpointing", "full" if checkpointing else "none")
+    _, attention, _ = plan.forward_flops(config, 128)
+    attention *= 512 * (4 if checkpointing else 3)
+    assert plan.update_flops(args) - attention == pytest.approx(counted, rel=1e-9)
+
+
+def test_bytes_that_ranks_exchange_are_those_of_fsdp2(fake, tmp_path, monkeypatch):
+    sent = {"gather": 0, "reduce": 0}
+
+    def count(name, kind):
+        original = getattr(torch.distributed, name)
+
+        def counted(*given, **named):
+            tensors = [x for x in [*given, *named.values()] if isinstance(x, torch.Tensor)]
+            sent[kind] += max(x.nbytes for x in tensors)
+            return original(*given, **named)
+
+        monkeypatch.setattr(torch.distributed, name, counted)
+
+    names = {"all_gather_single": "gather", "reduce_scatter_single": "reduce"}
+    if not hasattr(torch.distributed, "all_gather_single"):  # torch 2.11
+        names = {"all_gather_into_tensor": "gather", "reduce_scatter_tensor": "reduce"}
+    for name, kind in names.items():
+        count(name, kind)
+    sizes = {"rows": 2, "length": 64, "vocab_size": 4096}
+    world = dist.World(0, 64, torch.device("cpu"), torch.bfloat16)
+    plan_worker.measured(world, **sizes)  # seven micro-batches
+    folder = write_config(tmp_path / "model", plan_worker.small_config(**PLAIN).hf)
+    flags = ["--gpus", 64, "--rows", 128, "--length", 64, "--tokens", 128, "--network", 1]
+    args = planned(folder, "sft", *flags)
+    assert plan.micro_batches(args) == 1
+    each = (sent["gather"] + sent["reduce"]) / 7
+    seconds = each * 63 / 64 / (1e9 * plan.COLLECTIVES)
+    assert plan.collective_seconds(args) == pytest.approx(seconds, rel=1e-3)
+
+
+def test_more_of_what_costs_time_takes_longer(tmp_path):
+    folder = write_config(tmp_path / "model", LLAMA_70B)
+    base = ["--gpus", 64, "--tokens", 8192, "--checkpointing", "full", "--vllm", 16]
+
+    def seconds(*more):
+        return plan.seconds(planned(folder, "grpo", *base, *more))
+
+    before = seconds()
+    assert before.keys() >= {"update", "rollout", "sync", "optimizer"}
+    assert seconds("--max_new_tokens", 1024)["rollout"] > 1.9 * before["rollout"]
+    assert seconds("--vllm", 32)["rollout"] < before["rollout"]
+    assert seconds("--lora", 16)["update"] < 0.8 * before["update"]
+    assert seconds("--checkpointing", "none")["update"] < 0.8 * before["update"]
+    assert seconds("--beta", 0.1)["update"] > 1.2 * before["update"]
+    assert seconds("--network", 5)["waiting for collectives"] > before["waiting for collectives"]
+    assert seconds("--offload")["optimizer"] > before["optimizer"]
+
+
+# -------------------------------------------------------------------------------------------- flags
+def test_what_makes_it_fit_fits_and_the_cheapest_comes_first(tmp_path):
+    folder = write_config(tmp_path / "model", LLAMA_70B)
+    args = planned(folder, "grpo", "--gpus", 64, "--tokens", 8192)
+    assert plan.peak(args) > args.machine.memory
+    ways = plan.fitting(args)
+    assert ways
+    for change, other in ways:
+        flags = plan.words(change).split()
+        again = planned(folder, "grpo", "--gpus", 64, "--tokens", 8192, *flags)
+        assert plan.peak(again) == plan.peak(other) <= args.machine.memory
+        for flag in change:  # none of them is idle
+            fewer = {name: value for name, value in change.items() if name != flag}
+            without = Namespace(**{**vars(args), **fewer})
+            assert plan.peak(without) > args.machine.memory or plan.cost(without) > plan.cost(other)
+    whole = [plan.cost(other) for change, other in ways if "lora" not in change]
+    assert whole == sorted(whole) and ["lora" in change for change, _ in ways][: len(whole)] == [
+        False
+    ] * len(whole)
+
+
+def test_each_way_to_less_memory_takes_less(tmp_path):
+    folder = write_config(tmp_path / "model", SHAPES["7B"])
+
+    def peak(*flags, script="grpo"):
+        return plan.peak(planned(folder, script, "--gpus", 8, "--tokens", 8192, *flags))
+
+    before = peak()
+    order = [before, peak("--checkpointing", "selective"), peak("--checkpointing", "full")]
+    assert order == sorted(order, reverse=True) and len({*order}) == 3
+    assert peak("--tokens", 4096) < before and peak("--lora", 16) < before
+    assert peak("--lora", 16, "--quantize", "nf4") < peak("--lora", 16)
+    assert peak("--vllm", 8) < before and peak("--offload") < before
+    assert peak("--replicas", 2) > before and peak("--reduce", "step") > before
+    assert peak("--beta", 0.1) > before
+    assert peak("--beta", 0.1, "--lora", 16) == peak("--lora", 16)  # the same model
+    assert peak(script="dpo") > peak("--reference", "precomputed", script="dpo")
+
+
+UNLIKE = {"checkpointing", "vllm", "trained"}  # a switch still; servers are named; is measured
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_have_the_scripts_defaults(script, tmp_path):
+    folder = write_config(tmp_path / "model", SHAPES["0.5B"])
+    name = script.removeprefix("train_").removesuffix(".py")
+    args, theirs = vars(planned(folder, name)), parser_of(script)
+    shared = {action.dest: action.default for action in theirs._actions if action.dest in args}
+    if name in ("dpo", "kto", "online_dpo"):
+        del shared["beta"]  # of another meaning
+    for flag, default in shared.items():
+        if flag not in UNLIKE and flag != "model":
+            assert args[flag] == default, flag
+    assert {"tokens", "kernels", "dtype"} <= shared.keys()
+
+
+BAD = {
+    "--gpus 6 --replicas 4": "--gpus 6 does not divide into 4 replicas: change --replicas.",
+    "--quantize nf4": "--quantize nf4 is of weights that --lora freezes: add --lora RANK.",
+    "--script sft --vllm 8": "--script sft samples nothing: drop --vllm.",
+    "--vllm 8 --engine colocate": "--vllm and --engine colocate are two engines: give one of them.",
+    "--engine colocate --max_staleness 1": "--engine colocate sleeps while the model trains: drop",
+    "--tokens 512": "--tokens 512 is less than a sequence of 1024 tokens: raise it, or lower",
+    "--script dpo --tokens 512": "--tokens 512 is less than a pair of 1024 tokens: raise it, or",
+    "--length 40000": "sequences of 40512 tokens exceed the model's 32768 positions: lower",
+    "--engine_tokens 100": "sequences of 1024 tokens exceed --engine_tokens 100: raise it.",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_a_plan_that_no_script_could_run_is_refused_in_a_sentence(flags, tmp_path):
+    folder = write_config(tmp_path / "model", SHAPES["0.5B"])
+    given = flags.split()
+    script = given.pop(1) if given[0] == "--script" else "grpo"
+    given = given[1:] if flags.startswith("--script") else given
+    if "--tokens" not in given:
+        given += ["--tokens", "65536"]
+    with pytest.raises(InputError) as error:
+        planned(folder, script, *given)
+    assert str(error.value).startswith(BAD[flags])
+
+
+def test_the_command_prints_a_table_and_what_would_fit(tmp_path):
+    folder = write_config(tmp_path / "model", SHAPES["7B"])
+
+    def run(*flags):
+        command = [sys.executable, "-m", "nanopost.plan", "--model", folder, *map(str, flags)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = run("--script", "ppo", "--gpus", 8, "--beta", 0.05)
+    assert done.returncode == 0, done.stderr
+    for word in ("weights", "reference", "KV cache", "update", "rollout", "does not fit into 80"):
+        assert word in done.stdout
+    assert "--checkpointing full" in done.stdout.split("what would make it fit")[1]
+    refused = run("--script", "sft", "--quantize", "nf4")
+    assert refused.returncode == 1 and refused.stderr.startswith("error: --quantize nf4")
+    assert refused.stderr.count("\n") == 1
