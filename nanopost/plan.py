@@ -450,7 +450,7 @@ def rollout(args) -> dict[str, float]:
     prefill = prompts * b * (3 * c.width + 3 * c.mlp_width)
     return {
         "KV cache": rows * longest(args) * cache_bytes_per_token(args),
-        "decoding or prompts": max(decode, prefill),
+        "decoding, or prompts": max(decode, prefill),
     }
 
 
@@ -843,7 +843,11 @@ def words(change: dict) -> str:
 def main(arguments=None):
     args = parsed(arguments)
     size = numbers(args.units).trained
-    say(f"{args.script}, {size / 1e9:.2f}B parameters, {args.gpus} {args.gpu}")
+    count = micro_batches(args) // optimizer_steps(args)
+    say(
+        f"{args.script} of {size / 1e9:.2f}B parameters on {args.gpus} {args.gpu}: for each "
+        f"optimizer step, a GPU has {count} x {tokens_of_micro_batch(args):,} tokens"
+    )
     say("\n".join(table(args)))
     if peak(args) <= args.machine.memory:
         return

@@ -1,5 +1,5 @@
-"""Steps under the profiler: the largest sum of what was allocated minus freed. test_plan.py calls it
-in its own process, with torch's fake process group, and runs it with gloo:
+"""Steps under the profiler: the largest sum of what was allocated minus freed. test_plan.py calls
+it in its own process, with torch's fake process group, and runs it with gloo:
 
     torchrun --nproc_per_node 2 tests/plan_worker.py OUT SETTINGS      both JSON
 """
