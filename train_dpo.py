@@ -45,7 +45,7 @@ add("--alpha", type=finite, default=0.5, help="alpha of --divergence alpha")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 f_score = {
@@ -80,14 +80,12 @@ def loss_of(pairs_P, nll_tokens):
 loss_of(preference.no_pairs(), nll_tokens=1.0)  # fail now if a loss rejects a flag
 
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-shard = cli.shard(args, world)
-model = hf.load_model(args.model, world.device, shard=shard)
+model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 reference_folder = args.reference_model or args.model
 reference_model = None
 if preference.needs_reference(loss_functions):
     tokenizer.check_same(reference_folder, "--reference_model ")
-    reference_model = hf.load_model(reference_folder, world.device, shard=shard)
-    reference_model.requires_grad_(False)
+    reference_model = cli.reference(args, reference_folder, model, world)
 elif args.reference_model or args.reference == "precomputed":
     raise InputError(f"--loss {' '.join(args.loss)} uses no reference.")
 
@@ -178,7 +176,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     # ---- update
     meter = dist.Meter()
     # Ranks run equally many micro-batches, padded with dummies: each pass is a collective.
-    for batch in batches(step_pairs, args.tokens, world.device):
+    for batch in batches(model, step_pairs, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
         sequences = {
             "logp": batch.sequences.sum(logp_N * batch["weight"]),
@@ -189,8 +187,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         pairs_P = preference.read_pairs(sequences, f_score)
         loss = loss_of(pairs_P, nll_tokens).sum()  # a dummy gives no gradient
         # A mean over the pairs of the step.
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss * world.size / args.rows).backward()
+        (loss / args.rows).backward()
         if not batch.dummy:  # its empty pair would be a tie
             metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
             meter.add(batch.num_examples // 2, loss=loss, **metrics)

@@ -109,7 +109,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 if args.beta and args.kl == "k1":
     raise InputError(
         "--kl k1 has no expected gradient in a loss: use --kl k3 or k2, or forks/kl_reward.diff, "
@@ -117,11 +117,10 @@ if args.beta and args.kl == "k1":
     )
 cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-shard = cli.shard(args, world)
-model = hf.load_model(args.model, world.device, shard=shard)
+model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 reference = None
 if args.beta:
-    reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
+    reference = cli.reference(args, args.model, model, world)
 engine = cli.engine(args, args.model, model, world, tokenizer)
 
 train_rows, eval_rows = rows.load(
@@ -223,7 +222,7 @@ def evaluate():
     """Mean rewards on held-out prompts, one completion each: sampled at temperature 1, and greedy.
     eval/accuracy and eval/greedy are those of the first --reward."""
     metrics = {}
-    mine = range(len(eval_rows))[world.rank :: world.size]
+    mine = packing.part(len(eval_rows), world)
     rows_P = [eval_rows[i] for i in mine]
     serials = [2**32 + i for i in mine]  # disjoint from training's, so that seeds differ
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
@@ -276,7 +275,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         e.columns["adv"] = adv * e.mask
 
     # ---- update: one optimizer step per minibatch of whole groups
-    meter, loss_sum, divisors = dist.Meter(), 0.0, []
+    meter, loss_parts, divisors = dist.Meter(), [], []
     minibatches = packing.minibatches(examples, args.group, serials, all_serials, args.minibatches)
     for k, minibatch in enumerate(minibatches):
         targets, sequences = dist.all_sums(sum(e.num_targets for e in minibatch), len(minibatch))
@@ -288,7 +287,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         if reference is None:
             minibatch = [e for e in minibatch if e.columns["adv"].any()]
         # Ranks run equally many micro-batches, padded with dummies: each pass is a collective.
-        for batch in batches(minibatch, args.tokens, world.device):
+        for batch in batches(model, minibatch, args.tokens, world.device):
             logp_N, entropy_N = model(batch, args.temperature)
             log_ratio_N = losses.log_ratio(logp_N, batch["old_logp"], batch.sequences, args.ratio)
             weight_N = losses.token_weights(batch.sequences, args.agg)
@@ -300,9 +299,8 @@ for step in range(state["step"] + 1, args.steps + 1):
                 kl_N = kl_estimate(logp_N, batch["ref_logp"])
                 loss = loss + args.beta * (weight_N * kl_N).sum()
                 metrics["kl"] = kl_N.sum()
-            # FSDP averages gradients over ranks: world.size undoes it.
-            (loss * world.size / divisor).backward()
-            loss_sum += loss.detach().double() / divisor
+            (loss / divisor).backward()
+            loss_parts.append(loss.detach().double() / divisor)
             metrics |= correction_metrics
             meter.add(batch.num_targets, entropy=entropy_N.sum(), **metrics)
             if k == 0:  # before the first update, engine and trainer are the same policy
@@ -325,10 +323,9 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- log
     unrewarded_PG = reward_PG.isnan()
-    meter.add((~unrewarded_PG).sum(), reward=reward_PG.nansum())
+    meter.add((~unrewarded_PG).sum(), reward=reward_PG[~unrewarded_PG])
     meter.add(reward_PG.numel(), **{"completions/unrewarded": unrewarded_PG.sum()})
-    meter.add(len(reward_PG), reward_std=advantages.std(reward_PG).sum())
-    meter.add(drawn / world.size, frac_reward_zero_std=equal)
+    meter.add(len(reward_PG), reward_std=advantages.std(reward_PG))
     sampled = dist.all_sum(sum(r.length for r in rollouts))
     state["num_tokens"] += sampled
     state["rewards"] = rewards.states(reward_functions)
@@ -339,7 +336,8 @@ for step in range(state["step"] + 1, args.steps + 1):
         **length_metrics(rollouts),
         **staleness_metrics(rollouts, step - 1),
         **gap.metrics(),
-        "loss": dist.all_sum(loss_sum) / args.minibatches,
+        "loss": dist.all_sum(torch.stack(loss_parts)) / args.minibatches,
+        "frac_reward_zero_std": dist.all_sum(equal) / drawn,
         "grad_norm": grad_norm,
         "lr": lr,
         "groups": len(all_serials),

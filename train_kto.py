@@ -61,14 +61,12 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-shard = cli.shard(args, world)
-model = hf.load_model(args.model, world.device, shard=shard)
+model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 reference_folder = args.reference_model or args.model
 tokenizer.check_same(reference_folder, "--reference_model ")
-reference_model = hf.load_model(reference_folder, world.device, shard=shard)
-reference_model.requires_grad_(False)
+reference_model = cli.reference(args, reference_folder, model, world)
 
 loss_functions, loss_weights = [preference.COUPLED[args.loss]], [1.0]
 if args.sft_weight:
@@ -214,14 +212,13 @@ for step in range(state["step"] + 1, args.steps + 1):
             columns = {**e.columns, "slope": slope, "nll_slope": nll_slope}
             examples.append(Example(e.ids, e.mask, columns))
     meter = dist.Meter()
-    for batch in batches(examples, args.tokens, world.device):
+    for batch in batches(model, examples, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
         logp_S = batch.sequences.sum(logp_N * batch["weight"])
         nll_S = batch.sequences.sum(-logp_N)
         loss = (batch["slope"] * logp_S + batch["nll_slope"] * nll_S).sum()
         # A mean over the examples of the step.
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss * world.size / args.rows).backward()
+        (loss / args.rows).backward()
         meter.add(batch.num_targets, entropy=entropy_N.sum())
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
     check_finite(grad_norm, step, model, examples, tokenizer.decode)

@@ -22,6 +22,7 @@ from nanopost import (
     forward,
     hf,
     optim,
+    packing,
     pairs,
     preference,
     reference,
@@ -56,7 +57,7 @@ add("--reference_model", help="folder of the reference; default: --model")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
@@ -72,14 +73,12 @@ if not args.reward and not args.judge:
     raise InputError("give --reward or --judge to rank the answers.")
 
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-shard = cli.shard(args, world)
-model = hf.load_model(args.model, world.device, shard=shard)
+model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 reference_folder = args.reference_model or args.model
 reference_model = None
 if preference.needs_reference(loss_functions):
     tokenizer.check_same(reference_folder, "--reference_model ")
-    reference_model = hf.load_model(reference_folder, world.device, shard=shard)
-    reference_model.requires_grad_(False)
+    reference_model = cli.reference(args, reference_folder, model, world)
 engine = cli.engine(args, args.model, model, world, tokenizer)
 
 train_rows, eval_rows = rows.load(
@@ -144,13 +143,13 @@ def evaluate():
     metrics = {}
     if not reward_functions:
         return metrics
-    mine = range(len(eval_rows))[world.rank :: world.size]
+    mine = packing.part(len(eval_rows), world)
     rows_P, serials = [eval_rows[i] for i in mine], [2**32 + i for i in mine]
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
         with rewards.held_out(stateful):
             groups, reward_PG = rollout(rows_P, serials, 1, sampling.held_out(temperature))
-        applies = (~reward_PG.isnan()).sum()
-        metrics |= dist.means({f"eval/{name}": (reward_PG.nansum(), applies)})
+        applies_PG = ~reward_PG.isnan()
+        metrics |= dist.means({f"eval/{name}": (reward_PG[applies_PG], applies_PG.sum())})
         if name == "accuracy" and reference_model is not None:
             examples = [r.example() for (r,) in groups]
             # Both log-probs from the trainer: in bf16 the engine's rounding would count as a KL.
@@ -159,7 +158,7 @@ def evaluate():
                 for x in (model, reference_model)
             ]
             kl_P = [float((x - ref_x).sum()) for x, ref_x in zip(logps, ref_logps)]
-            metrics |= dist.means({"eval/kl": (sum(kl_P), len(kl_P))})
+            metrics |= dist.means({"eval/kl": (torch.tensor(kl_P).double(), len(kl_P))})
     return metrics
 
 
@@ -193,7 +192,7 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- update
     meter = dist.Meter()
-    for batch in batches(step_pairs, args.tokens, world.device):
+    for batch in batches(model, step_pairs, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
         sequences = {
             "logp": batch.sequences.sum(logp_N * batch["weight"]),
@@ -213,8 +212,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         )
         loss = loss_P.sum()  # a dummy gives no gradient
         # A mean over the pairs of the step.
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss * world.size / max(1, num_pairs)).backward()
+        (loss / max(1, num_pairs)).backward()
         if not batch.dummy:  # its empty pair would be a tie
             metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
             meter.add(batch.num_examples // 2, loss=loss, **metrics)
@@ -239,7 +237,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     state["num_tokens"] += tokens
     state["rewards"] = rewards.states(stateful)
     unrewarded_PG = reward_PG.isnan()
-    meter.add((~unrewarded_PG).sum(), reward=reward_PG.nansum())
+    meter.add((~unrewarded_PG).sum(), reward=reward_PG[~unrewarded_PG])
     meter.add(reward_PG.numel(), **{"completions/unrewarded": unrewarded_PG.sum()})
     meter.add(len(groups), ties=len(groups) - len(step_pairs))
     metrics = {

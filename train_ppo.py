@@ -42,6 +42,7 @@ from nanopost.batch import add_column, padded
 from nanopost.cli import above, at_least
 from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, add_values, batches, check_finite
+from nanopost.reproducible import row_sums
 from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
 from nanopost.run import Clock, Run
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
@@ -106,7 +107,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 value_rate = 1.0
 if args.value_lr is not None:
@@ -116,7 +117,6 @@ if args.value_lr is not None:
         )
     value_rate = args.value_lr / args.lr
 tokenizer = Tokenizer.load(args.model, args.chat_template)
-shard = cli.shard(args, world)
 reward_models = [x.removeprefix("model:") for x in args.reward if x.startswith("model:")]
 args.value_model = args.value_model or next(iter(reward_models), args.model)
 value_folder = None
@@ -126,10 +126,10 @@ if args.value_model != "head":
 # transformers reads the exported value model at the last non-padding token: if answers end with the
 # padding token, no token may count as padding.
 pad_id = None if tokenizer.pad_id in tokenizer.stop_ids else tokenizer.pad_id
-model = hf.load_actor_critic(args.model, value_folder, world.device, shard, pad_id)
+model = hf.load_actor_critic(args.model, value_folder, world.device, cli.shard(args, world), pad_id)
 reference = None
 if args.beta:
-    reference = hf.load_model(args.model, world.device, shard=shard).requires_grad_(False)
+    reference = cli.reference(args, args.model, model, world)
 engine = cli.engine(args, args.model, model, world, tokenizer)
 
 train_rows, eval_rows = rows.load(
@@ -149,6 +149,7 @@ reward_functions, reward_weights = rewards.load(
 columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay, value=value_rate)
+policy_trained = [p for p in model.policy.parameters() if p.requires_grad]
 show = ["objective/scores", "objective/kl", "policy/entropy_avg", "loss/policy_avg"]
 show += ["loss/value_avg", "val/explained_variance", "grad_norm", "completions/mean_length"]
 run = Run(args.out, world, args.steps, vars(args), show, args.keep)
@@ -179,7 +180,7 @@ def evaluate():
     """Mean rewards on held-out prompts, one completion each: sampled at temperature 1, and greedy.
     eval/accuracy and eval/greedy are those of the first --reward."""
     metrics = {}
-    mine = range(len(eval_rows))[world.rank :: world.size]
+    mine = packing.part(len(eval_rows), world)
     rows_P = [eval_rows[i] for i in mine]
     serials = [2**32 + i for i in mine]  # disjoint from training's, so that seeds differ
     for name, temperature in [("accuracy", 1.0), ("greedy", 0.0)]:
@@ -205,7 +206,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     rows_P = [train_rows[i] for i in indices]
     groups, reward_FPG = rollout(rows_P, serials, args.group, sampling)
     rollouts = [r for group in groups for r in group]
-    unended_B = torch.tensor([r.finish == "length" for r in rollouts])
+    unended_B = torch.tensor([r.finish == "length" for r in rollouts], dtype=torch.bool)
     score_B = rewards.total(reward_FPG, reward_weights).flatten() - args.eos_penalty * unended_B
     scored_B = ~score_B.isnan()
     engine.sleep()  # if it shares the GPU, its memory is free until the sync
@@ -231,12 +232,12 @@ for step in range(state["step"] + 1, args.steps + 1):
     policy_BT = ref_BT = torch.zeros_like(old_BT)
     if reference is not None:
         policy_BT, ref_BT = padded(examples, "policy_logp"), padded(examples, "ref_logp")
-    length_B = torch.tensor([int(e.mask.sum()) for e in examples])
+    length_B = torch.tensor([int(e.mask.sum()) for e in examples], dtype=torch.long)
     sampled_BT = torch.arange(old_BT.shape[1]) < length_B[:, None]
 
     # ---- advantage: the KL at each token, the score at the last one, and GAE
     reward_BT = -args.beta * kl_estimate(policy_BT, ref_BT)
-    kl_reward_B = reward_BT.sum(1)
+    kl_reward_B = row_sums(reward_BT)
     scale = 1.0
     if args.score_scale:
         sums = state["score_sums"]
@@ -251,19 +252,21 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- update: one optimizer step per minibatch of shuffled prompts
     # During value warm-up, only the value model (or the value head on the policy) learns.
-    model.policy.requires_grad_(step > args.value_warmup)
+    for p in policy_trained:
+        p.requires_grad_(step > args.value_warmup)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
     meter, divisors = dist.Meter(), []
     seed = args.seed, step
+    all_serials = dist.gather(serials)
     minibatches = packing.shuffled_minibatches(
-        examples, args.group, args.minibatches, args.ppo_epochs, seed, world
+        examples, args.group, serials, all_serials, args.minibatches, args.ppo_epochs, seed
     )
     for k, minibatch in enumerate(minibatches):
         targets = dist.all_sum(sum(e.num_targets for e in minibatch))
         divisors.append(targets)
         # Ranks run equally many micro-batches, padded with dummies: each pass is a collective.
-        for batch in batches(minibatch, args.tokens, world.device):
+        for batch in batches(model, minibatch, args.tokens, world.device):
             logp_N, entropy_N, value_N = model(batch, args.temperature)
             log_ratio_N = losses.log_ratio(logp_N, batch["old_logp"], batch.sequences, "token")
             weight_N = losses.token_weights(batch.sequences, "token")
@@ -274,8 +277,7 @@ for step in range(state["step"] + 1, args.steps + 1):
                 value_N, batch["value"], batch["ret"], batch.mask_N, args.value_clip
             )
             loss = policy_loss + args.value_coef * value_loss
-            # FSDP averages gradients over ranks: world.size undoes it.
-            (loss * world.size / max(1, targets)).backward()
+            (loss / max(1, targets)).backward()
             metrics = {
                 "loss/policy_avg": policy_loss,
                 "loss/value_avg": value_loss,
@@ -302,13 +304,13 @@ for step in range(state["step"] + 1, args.steps + 1):
 
     # ---- log
     objective = {
-        "objective/scores": score_B.nansum(),
-        "objective/entropy": -old_BT.sum(),
-        "objective/non_score_reward": kl_reward_B.sum(),
-        "objective/rlhf_reward": (kl_reward_B + score_B).nansum(),
+        "objective/scores": score_B[scored_B],
+        "objective/entropy": -old_BT,
+        "objective/non_score_reward": kl_reward_B,
+        "objective/rlhf_reward": (kl_reward_B + score_B)[scored_B],
     }
     if reference is not None:
-        objective["objective/kl"] = (policy_BT - ref_BT).sum()  # k1, whatever --kl is
+        objective["objective/kl"] = policy_BT - ref_BT  # k1, whatever --kl is
     meter.add(scored_B.sum(), **objective)
     meter.add(len(rollouts), **{"completions/unrewarded": (~scored_B).sum()})
     sampled, ended = dist.all_sums(sum(r.length for r in rollouts), (~unended_B).sum())

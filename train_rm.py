@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from nanopost import cli, dist, hf, optim, packing, pairs, preference, rows
-from nanopost.batch import batch_of
 from nanopost.cli import at_least
 from nanopost.forward import batches, check_finite
 from nanopost.report import marked_text
@@ -36,7 +35,7 @@ add("--centre", type=at_least(0.0), default=0.0, help="weight of a pair's square
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 # transformers scores the last non-padding token: if answers end with the padding token, no token
 # may count as padding.
@@ -65,7 +64,7 @@ train_pairs, cut = encode(train_rows)
 eval_pairs, eval_cut = encode(eval_rows)
 lengths = [len(chosen) + len(rejected) for chosen, rejected in train_pairs]
 packing.pack(lengths, args.tokens)  # InputError now if a pair does not fit into a micro-batch
-per_epoch, parts_of_step = packing.by_rows(lengths, args.tokens, args.seed)
+per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
@@ -100,12 +99,12 @@ def evaluate():
     if not eval_pairs:
         return {}
     meter, score_P2 = dist.Meter(), []
-    for batch in batches(eval_pairs[world.rank :: world.size], args.tokens, world.device):
+    for batch in batches(model, eval_pairs[world.rank :: world.size], args.tokens, world.device):
         score_S, loss_P = forward(batch)
         if not batch.dummy:
             meter.add(len(loss_P), **{"eval/loss": loss_P.sum()})
             score_P2 += score_S.view(-1, 2).tolist()
-    score_P2 = np.array(dist.gather(score_P2))
+    score_P2 = np.array(sorted(dist.gather(score_P2)))  # the same order on any number of ranks
     margin_P = score_P2[:, 0] - score_P2[:, 1]
     low, middle, high = np.quantile(score_P2, [0.05, 0.5, 0.95]).tolist()
     return {
@@ -126,17 +125,16 @@ if not run.resumed:
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- update
     began = time.perf_counter()
-    parts = parts_of_step(state["consumed"], args.rows, world.rank, world.size)
+    indices, _ = packing.share(per_epoch, args.seed, state["consumed"], args.rows, world)
     state["consumed"] += args.rows
-    meter, scores = dist.Meter(), []
-    for part in parts:
-        batch = batch_of([e for i in part for e in train_pairs[i]], world.device)
+    step_pairs = [train_pairs[i] for i in indices]
+    meter, examples, scores = dist.Meter(), [], []
+    for batch in batches(model, step_pairs, args.tokens, world.device):
         score_S, loss_P = forward(batch)
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss_P.sum() * world.size / args.rows).backward()
-        meter.add(len(part), loss=loss_P.sum())
-        scores.append(score_S.detach().view(-1, 2).T[:, : len(part)])
-    examples = [e for part in parts for i in part for e in train_pairs[i]]
+        (loss_P.sum() / args.rows).backward()
+        meter.add(batch.num_examples // 2, loss=loss_P.sum())
+        examples += batch.examples
+        scores.append(score_S.detach().view(-1, 2).T[:, : batch.num_examples // 2])
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
     check_finite(grad_norm, step, model, examples, tokenizer.decode)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
@@ -151,8 +149,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     meter.add(
         len(chosen_P),
         accuracy=(chosen_P > rejected_P).sum(),
-        margin=(chosen_P - rejected_P).sum(),
-        mean_reward=(chosen_P + rejected_P).sum() / 2,
+        margin=chosen_P - rejected_P,
+        mean_reward=(chosen_P + rejected_P) / 2,
     )
     each = score_2P.flatten().tolist()
     highest, minus_lowest = dist.all_max(max(each, default=-math.inf), -min(each, default=math.inf))

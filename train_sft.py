@@ -16,7 +16,6 @@ import time
 import torch
 
 from nanopost import cli, dist, hf, losses, optim, packing, rows
-from nanopost.batch import batch_of
 from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite
 from nanopost.report import report
@@ -56,7 +55,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 
@@ -75,10 +74,10 @@ eval_examples, eval_cut = packing.fit_to(eval_encoded, max_length, args.overlong
 lengths = [len(e) for e in train_examples]
 if args.bins:
     per_step, unit = args.bins, "bins"
-    per_epoch, parts_of_step = packing.by_bins(lengths, args.tokens, args.seed)
+    per_epoch, rows_of_step = packing.by_bins(lengths, args.tokens, args.seed)
 else:
     per_step, unit = args.rows, "rows"
-    per_epoch, parts_of_step = packing.by_rows(lengths, args.tokens, args.seed)
+    per_epoch, rows_of_step = packing.by_rows(len(lengths), args.seed)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / per_step)
 
 optimizer = optim.adamw(model, args.weight_decay)
@@ -104,7 +103,7 @@ run.say(
 def evaluate():
     """Mean loss and entropy over the trained tokens of held-out rows."""
     meter = dist.Meter()
-    for batch in batches(eval_examples[world.rank :: world.size], args.tokens, world.device):
+    for batch in batches(model, eval_examples[world.rank :: world.size], args.tokens, world.device):
         logp_N, entropy_N = model(batch)
         meter.add(
             batch.num_targets, **{"eval/loss": -logp_N.sum(), "eval/entropy": entropy_N.sum()}
@@ -121,17 +120,15 @@ if not run.resumed:
 for step in range(state["step"] + 1, args.steps + 1):
     # ---- update
     began = time.perf_counter()
-    parts = parts_of_step(state["consumed"], per_step, world.rank, world.size)
+    indices = rows_of_step(state["consumed"], per_step)[world.rank :: world.size]
     state["consumed"] += per_step
-    examples = [train_examples[i] for part in parts for i in part]
+    examples = [train_examples[i] for i in indices]
     targets, tokens = dist.all_sums(sum(e.num_targets for e in examples), sum(map(len, examples)))
     meter = dist.Meter()
-    for part in parts:
-        batch = batch_of([train_examples[i] for i in part], world.device)
+    for batch in batches(model, examples, args.tokens, world.device):
         logp_N, entropy_N = model(batch)
         loss = loss_of(logp_N, batch.mask_N)
-        # FSDP averages gradients over ranks: world.size undoes it.
-        (loss * world.size / targets).backward()
+        (loss / targets).backward()
         meter.add(batch.num_targets, loss=loss, entropy=entropy_N.sum())
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
     check_finite(grad_norm, step, model, examples, tokenizer.decode)

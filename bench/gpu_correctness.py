@@ -202,7 +202,7 @@ def variants(name: str, tiny: bool) -> dict[str, list]:
     found["fp32"] = flags(device="cuda", dtype="fp32")
     found["bf16"] = flags(device="cuda", dtype="bf16")
     if name in ("sft", "dpo", "grpo"):
-        found["bf16 --checkpointing"] = [*found["bf16"], "--checkpointing"]
+        found["bf16 --checkpointing"] = [*found["bf16"], "--checkpointing", "full"]
         found["bf16 --kernels torch"] = [*found["bf16"], *flags(kernels="torch")]
         found["bf16 --compile"] = [*found["bf16"], "--compile"]
     return found

@@ -22,6 +22,7 @@ from bench import common
 from bench.common import flags
 
 THREADS, WARM = 2, 2
+RECOMPUTE = ["--checkpointing", "full"]
 WORK = ["sft", "dpo", "reward", "equal", "ragged"]
 # A process of its own writes the inputs: a child's resident size begins with its parent's, so this
 # one imports no library.
@@ -70,7 +71,7 @@ def sft_jobs(folder, steps):
     """Steps of about 4,096 tokens: TRL's in 8 bins of 512, ours in bins of --tokens.
 
     By default TRL recomputes activations in the backward pass, which is slower and takes less
-    memory: "recompute", which ours does with --checkpointing.
+    memory: "recompute", which ours does with --checkpointing full.
     """
     shared = flags(model=f"{folder}/sft", data=f"{folder}/sft.jsonl", steps=steps, lr=1e-4)
     theirs = ["-m", "bench.trl_sft", *shared, "--packing"]
@@ -85,7 +86,7 @@ def sft_jobs(folder, steps):
     for tokens in (512, 1024, 2048):
         own = ours(folder, "sft", tokens=tokens, bins=4096 // tokens, max_length=512)
         jobs[f"nanopost --tokens {tokens}"] = ["train_sft.py", *shared, *own]
-    jobs["nanopost --tokens 512, recompute"] = [*jobs["nanopost --tokens 512"], "--checkpointing"]
+    jobs["nanopost --tokens 512, recompute"] = [*jobs["nanopost --tokens 512"], *RECOMPUTE]
     return jobs
 
 
@@ -112,7 +113,7 @@ def dpo_jobs(folder, steps):
             )
             jobs[f"nanopost --tokens {tokens}{suffix}"] = ["train_dpo.py", *shared, *own]
     jobs["trl 1 x 8, recompute"] = [*jobs["trl 1 x 8"], "--recompute"]
-    jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], "--checkpointing"]
+    jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], *RECOMPUTE]
     return jobs
 
 
@@ -129,7 +130,7 @@ def reward_jobs(folder, steps):
     for tokens in (1024, 2048):
         own = ours(folder, "reward", data=f"{folder}/reward.jsonl", rows=8, tokens=tokens)
         jobs[f"nanopost --tokens {tokens}"] = ["train_rm.py", *shared, *own]
-    jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], "--checkpointing"]
+    jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], *RECOMPUTE]
     return jobs
 
 
@@ -154,7 +155,7 @@ def grpo_jobs(folder, name, steps):
     for tokens in (1024, 2048):
         own = ours(folder, name, prompts=8, minibatches=1, tokens=tokens, reward=reward)
         jobs[f"nanopost --tokens {tokens}"] = ["train_grpo.py", *shared, *own]
-    jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], "--checkpointing"]
+    jobs["nanopost --tokens 1024, recompute"] = [*jobs["nanopost --tokens 1024"], *RECOMPUTE]
     return jobs
 
 

@@ -160,7 +160,7 @@ def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
         "kto": kto,
         "sft, --compile": [*sft, "--compile"],
         "sft, --kernels torch": [*sft, "--kernels", "torch"],
-        "sft, --checkpointing": [*sft, "--checkpointing"],
+        "sft, --checkpointing": [*sft, "--checkpointing", "full"],
         "dpo, --kernels torch": [*dpo, "--kernels", "torch"],
         "grpo": grpo,  # the slowest last
         "ppo": ppo,

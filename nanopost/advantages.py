@@ -84,7 +84,7 @@ def running_std(sums: tuple, score_B) -> tuple[tuple, float]:
     """Add the scores of all ranks to (count, sum, sum of squares) -> (the new sums, the std with n
     of all scores so far; 1 if there is none or all are equal: they have no scale). A
     collective."""
-    new = dist.all_sums(len(score_B), score_B.sum(), score_B.square().sum())
+    new = dist.all_sums(len(score_B), score_B, score_B.square())
     count, total, squares = sums = tuple(a + b for a, b in zip(sums, new))
     if not count:
         return sums, 1.0

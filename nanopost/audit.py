@@ -229,7 +229,7 @@ class Command:
             raise InputError(f"--vllm: {error}.") from error
         self._check_shapes(answer, model)
         # Weights in bf16, computed with in fp32 on both sides, allow no more than fp32 does.
-        full = torch.float32 in (hf.dtype_of(model.config), self._dtype_of(answer))
+        full = torch.float32 in (model.config.dtype, self._dtype_of(answer))
         chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)
         dtype = chosen or (torch.float32 if full else torch.bfloat16)
 

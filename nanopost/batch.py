@@ -97,6 +97,7 @@ class Batch:
     dummy: bool = False  # stands in for an empty batch: every column is 0
     # token_E and id_E, int32: the kept ids of each target, at the position that predicts it
     kept: tuple[torch.Tensor, torch.Tensor] | None = None
+    examples: list[Example] = field(default_factory=list)  # none in a dummy
 
     @property
     def num_sequences(self) -> int:
@@ -105,7 +106,7 @@ class Batch:
     @property
     def num_examples(self) -> int:
         """Sequences that are examples: 0 for a dummy."""
-        return 0 if self.dummy else self.num_sequences
+        return len(self.examples)
 
     @cached_property
     def sequences(self) -> Sequences:
@@ -149,7 +150,7 @@ def batch_of(examples: list[Example], device="cpu") -> Batch:
     InputError if columns differ between examples, or in length from their tokens. StepError if a
     target is not among the ids that its cut kept.
     """
-    dummy = not examples
+    given = examples
     examples = examples or [Example([0], [False])] * 2
     length_S = np.array([len(e) for e in examples])
     end_S = length_S.cumsum()
@@ -160,8 +161,15 @@ def batch_of(examples: list[Example], device="cpu") -> Batch:
     cu_seqlens = np.concatenate([[0], end_S]).astype(np.int32)
     tensors = map(torch.from_numpy, (token_N, position_N, target_N, mask_N, cu_seqlens))
     columns = {k: torch.from_numpy(v) for k, v in _columns(examples, length_S, end_S).items()}
-    kept = _kept(examples, target_N)
-    return Batch(*tensors, int(length_S.max()), columns, int(mask_N.sum()), dummy, kept).to(device)
+    return Batch(
+        *tensors,
+        int(length_S.max()),
+        columns,
+        num_targets=int(mask_N.sum()),
+        dummy=not given,
+        kept=_kept(examples, target_N),
+        examples=given,
+    ).to(device)
 
 
 def padded(examples: list[Example], name: str) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Checkpoints of a run, which can be killed at any moment and resumes from the newest one.
 
-OUT/checkpoints/step-000120/ holds weights and optimizer state (torch.distributed.checkpoint: any
-number of processes can load them), the random state of each rank, state.json, and the checksum of
-each of these files. The folder is written under a temporary name and renamed once it is complete.
-Loading one runs no code from it.
+OUT/checkpoints/step-000120/ holds weights (of a model with adapters: those that train) and
+optimizer state (torch.distributed.checkpoint: any number of processes can load them), the random
+state of each rank, state.json, and the checksum of each of these files. The folder is written under
+a temporary name and renamed once it is complete. Loading one runs no code from it.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, StorageMeta
 
-from nanopost import InputError
+from nanopost import InputError, lora
 from nanopost.dist import gather
 from nanopost.hf import read_json, to_disk
 
@@ -198,10 +198,14 @@ class _Reader(dcp.FileSystemReader):
 
 # ------------------------------------------------------------------------------------------- models
 def _weights(**models):
-    """{"model.lm_head.weight": the model's own tensor or its shard, a DTensor, ...}."""
+    """{"model.lm_head.weight": the model's own tensor or its shard, a DTensor, ...}. The base that
+    adapters leave untouched is not among them: it is loaded from --model."""
     weights = {}
     for name, model in models.items():
+        adapted = bool(lora.layers(model))
         for key, tensor in model.state_dict().items():
+            if adapted and not lora.is_trained(key):
+                continue
             weights[f"{name}.{key}"] = tensor
     return weights
 
@@ -212,7 +216,7 @@ def _check_names(path, name, here, stored):
     if here != there:
         raise InputError(
             f"{path} belongs to another {name} ({len(there)} tensors there, {len(here)} here): "
-            "resume with the --model (and --value_model) that the run started with."
+            "resume with the --model (and --value_model, --lora) that the run started with."
         )
 
 

@@ -11,8 +11,11 @@ import argparse
 import math
 import re
 from functools import partial
+from pathlib import Path
 
-from nanopost import InputError, dist, packing
+import torch
+
+from nanopost import InputError, dist, hf, lora, packing
 from nanopost.ahead import Ahead
 from nanopost.audit import Audit
 from nanopost.colocate import Colocated
@@ -133,7 +136,31 @@ def parser(
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on CUDA")
     add("--compile", action="store_true", help="torch.compile each block")
-    add("--checkpointing", action="store_true", help="recompute activations in the backward pass")
+    add(
+        "--checkpointing",
+        default="none",
+        choices=["none", "selective", "full"],
+        help="recompute a block's activations in the backward pass: none of them, all but products "
+        "of matrices, or all",
+    )
+    add(
+        "--replicas",
+        type=at_least(1),
+        default=1,
+        help="of the model, each sharded over its part of the ranks (HSDP): say, the nodes",
+    )
+    add("--offload", action="store_true", help="keep shards and moments in the CPU's memory")
+    add(
+        "--reduce",
+        default="micro_batch",
+        choices=["micro_batch", "step"],
+        help="when ranks add up gradients; once a step is faster, and holds whole gradients",
+    )
+    add(
+        "--reproducible",
+        action="store_true",
+        help="the same bytes on any number of ranks: see nanopost/reproducible.py",
+    )
     add("--kernels", default="auto", choices=["auto", "torch"], help="auto: Triton on CUDA in bf16")
     add("--tokens", type=at_least(2), default=8192, help="maximum tokens per micro-batch")
     add("--lr", type=at_least(0.0), default=lr, help="peak learning rate")
@@ -144,6 +171,27 @@ def parser(
         help="optimizer steps (PPO: rollout batches), at most half the run",
     )
     add("--weight_decay", type=at_least(0.0), default=weight_decay)
+    add(
+        "--lora",
+        type=at_least(0),
+        default=0,
+        metavar="RANK",
+        help="train adapters of this rank beside frozen weights; 0: train all weights",
+    )
+    add("--lora_alpha", type=above(0.0), default=32.0, help="adapters are scaled by alpha / rank")
+    add(
+        "--lora_targets",
+        nargs="+",
+        metavar="LAYER",
+        help="layers with adapters, such as q_proj v_proj; default: all linear ones of the blocks",
+    )
+    add(
+        "--quantize",
+        default="none",
+        choices=["none", "nf4"],
+        help="nf4: with --lora, hold the matrices of the frozen blocks in 4 bits (QLoRA)",
+    )
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(rank), for large ranks")
     add("--grad_clip", type=at_least(0.0), default=1.0, help="maximum gradient norm; 0: no limit")
     add(
         "--eval_every",
@@ -177,14 +225,59 @@ def parser(
 
 
 def shard(args, world):
-    """dist.shard with the values of its flags, for hf.load_model."""
+    """What hf.load_model applies to a model that will train: adapters, then dist.shard."""
+    if args.reproducible and args.reduce == "step":
+        raise InputError(
+            "--reproducible adds up gradients by micro-batch: leave out --reduce step."
+        )
+    if args.reproducible and args.replicas > 1:
+        raise InputError("--reproducible adds up shards, not replicas: leave out --replicas.")
+    if world.size % args.replicas:
+        raise InputError(
+            f"--replicas {args.replicas} does not divide {world.size} ranks: give one that does."
+        )
+    if not args.lora:
+        for name, given in [
+            ("lora_alpha", args.lora_alpha != 32.0),
+            ("lora_targets", args.lora_targets is not None),
+            ("rslora", args.rslora),
+            ("quantize", args.quantize != "none"),
+        ]:
+            if given:
+                raise InputError(f"--{name} is about adapters: give their rank too, --lora RANK.")
+
+    def prepare(model):
+        if args.lora:
+            lora.apply(model, args.lora, args.lora_alpha, args.rslora, args.lora_targets, args.seed)
+            if args.quantize == "nf4":
+                lora.quantize(model)
+            if world.dtype != torch.float32:
+                lora.hold_in_stored_dtype(model)
+        return _shard(args, world)(model)
+
+    return prepare
+
+
+def _shard(args, world):
     return partial(
         dist.shard,
         world=world,
         checkpointing=args.checkpointing,
         compile=args.compile,
         kernels=args.kernels,
+        reduce=args.reduce,
+        replicas=args.replicas,
+        offload=args.offload,
     )
+
+
+def reference(args, folder, model, world):
+    """The frozen model in `folder`, with which `model` is compared. With --lora, where both are
+    --model's, that is `model` itself with its adapters off."""
+    if args.lora and Path(folder).resolve() == Path(args.model).resolve():
+        return lora.Reference(model)
+    found = hf.load_model(folder, world.device, shard=_shard(args, world))
+    return found.requires_grad_(False)
 
 
 def engine(args, folder, model, world, tokenizer):
@@ -197,6 +290,11 @@ def engine(args, folder, model, world, tokenizer):
             if changed := [change for change in changed if not FREE.match(change)]:
                 say(f"warning: --replay of a run with other flags: {'; '.join(changed)}")
         return Replay(args.replay, world)
+    if dist.reproducible and (args.vllm or args.engine != "native" or args.max_staleness):
+        raise InputError(
+            "--reproducible samples with nanopost's own engine and the newest weights: leave out "
+            "--vllm, --engine and --max_staleness, or --replay what they gave."
+        )
     if args.vllm and args.engine != "native":
         raise InputError("--vllm and --engine colocate are two engines: give one of them.")
     if args.vllm:
@@ -208,6 +306,7 @@ def engine(args, folder, model, world, tokenizer):
                 "--engine colocate sleeps while the model trains: with --max_staleness above 0 "
                 "sample on servers (--vllm), or with nanopost's own engine."
             )
+        folder = lora.base_folder(folder)  # of an adapter; the first sync brings the merged weights
         return Colocated(folder, tokenizer, world, model.config, args.vllm_memory, args.tokens)
     rows, tokens, ahead = args.engine_rows, args.engine_tokens, args.max_staleness > 0
     return Engine.beside(policy, folder, world, tokenizer, rows, tokens, ahead)

@@ -16,9 +16,11 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
-from nanopost import InputError, hf
+from nanopost import InputError, dist, hf, lora
 from nanopost.attention import Cache
+from nanopost.packing import CHUNK
 from nanopost.rollout import Rollout
 
 PREFILL_TOKENS = 2**14  # of prompts in one pass: their activations are as large as a micro-batch's
@@ -90,10 +92,12 @@ class Engine:
 
         The engine samples with the model's own tensors if they are whole and in world.dtype. If
         they are shards or fp32 master weights, it gets a full copy in world.dtype. ahead: it
-        samples while they change, and always gets a copy.
+        samples while they change, and always gets a copy. With --reproducible adapters are always
+        merged into a copy, as on several ranks: computed beside the base they round otherwise.
         """
-        whole = world.size == 1 and model.head_weight.dtype == world.dtype
-        shared = whole and not ahead
+        head = model.head_weight
+        whole = world.size == 1 and head.dtype == world.dtype and not isinstance(head, DTensor)
+        shared = whole and not ahead and not (dist.reproducible and lora.layers(model))
         if not shared:
             model = hf.load_model(folder, world.device, world.dtype)
         return cls.of(model, tokenizer, rows, tokens, shared)
@@ -110,11 +114,14 @@ class Engine:
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int):
         """Copy full weights, under their checkpoint names, into the engine's model.
 
-        If the model is the trainer's own there is nothing to copy, and ValueError for tensors that
-        are not its own: they would be copied into the trainer. A running call to generate waits
+        If the model is the trainer's own there is nothing to copy or to merge, and ValueError for
+        tensors that are not its own: they would be copied into the trainer. A running call to
+        generate waits
         between two tokens, and goes on with the new weights.
         """
         own = dict(self.model.named_parameters())
+        if self.shared and isinstance(named_tensors, dist.FullWeights):
+            named_tensors = named_tensors.held()
         with torch.no_grad(), self.next, self.busy:
             for name, tensor in named_tensors:
                 if not self.shared:
@@ -178,12 +185,14 @@ class Engine:
         return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
 
     def _parts(self, lengths, n, max_tokens) -> Iterator[range]:
-        """Rows to sample at once. Row b is sample b % n of prompt b // n."""
+        """Rows to sample at once. Row b is sample b % n of prompt b // n. With --reproducible they
+        are of one chunk of prompts (packing.part)."""
         first = longest = 0
         for b in range(len(lengths) * n):
             longest = max(longest, lengths[b // n])
             count = b - first + 1
-            if count > self.rows or count * (longest + max_tokens) > self.tokens:
+            full = count > self.rows or count * (longest + max_tokens) > self.tokens
+            if full or (dist.reproducible and b > first and b % (CHUNK * n) == 0):
                 yield range(first, b)
                 first, longest = b, lengths[b // n]
         if lengths:

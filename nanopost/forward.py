@@ -3,28 +3,74 @@
 Shapes: N packed tokens, S sequences.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
 
-from nanopost import StepError
+from nanopost import StepError, dist
 from nanopost.batch import Batch, Example, batch_of
-from nanopost.dist import even, gather
-from nanopost.packing import micro_batches, pack
+from nanopost.dist import even, exchange, gather
+from nanopost.packing import deal, micro_batches, pack
 
 
-def batches(items: list, tokens: int, device) -> Iterator[Batch]:
-    """Micro-batches of at most `tokens` tokens, on the device, equally many on every rank.
+def batches(model, items: list, tokens: int, device) -> Iterator[Batch]:
+    """Micro-batches of at most `tokens` tokens, on the device, equally many on every rank: what
+    goes through the model in one optimizer step, each with its backward pass.
 
-    items: examples, or tuples of examples that stay together (a pair). At least one batch, a
-    dummy if a rank has nothing: each forward and backward pass is a collective.
+    items: this rank's examples, or tuples of examples that stay together (a pair). The
+    micro-batches are cut from those of all ranks, and a rank runs what others hold too, so that all
+    ranks have as much to do. At least one batch, a dummy if a rank has nothing: each forward and
+    backward pass is a collective.
     """
     units = [(item,) if isinstance(item, Example) else item for item in items]
-    lengths = [sum(len(e) for e in unit) for unit in units]
-    for part in even(micro_batches(lengths, tokens) or [[]]):
-        yield batch_of([e for i in part for e in units[i]], device)
+    parts = _dealt(units, tokens)
+    for i, part in enumerate(parts):
+        dist.before_pass(model, last=i == len(parts) - 1)
+        yield batch_of([e for _, unit in part for e in unit], device)
+        dist.after_pass(model)
+
+
+def _dealt(
+    units: list[tuple[Example, ...]], tokens: int, once: bool = False
+) -> list[list[tuple[bytes, tuple[Example, ...]]]]:
+    """This rank's micro-batches of the units of all ranks, each with its key: equally many on every
+    rank. A collective.
+
+    Which units share a micro-batch, and in which order, depends on what they hold and not on who
+    holds them. once: units that hold the same are in it once.
+    """
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    mine = []
+    for i, unit in enumerate(units):
+        mine.append((_key(unit), rank, i, sum(map(len, unit))))
+    held = sorted(gather(mine))
+    if once:
+        held = [x for before, x in zip([(None,), *held], held) if x[0] != before[0]]
+    lengths = [length for *_, length in held]
+    at_least = 1 if dist.reproducible else ranks  # so that no rank idles in a small step
+    dealt = deal(micro_batches(lengths, tokens, at_least) or [[]], lengths, ranks)
+    sent = []
+    for parts in dealt:
+        to_this_rank = [i for part in parts for i in part if held[i][1] == rank]
+        sent.append([(i, units[held[i][2]]) for i in to_this_rank])
+    unit_of = dict(exchange(sent))
+    return [[(held[i][0], unit_of[i]) for i in part] for part in dealt[rank]]
+
+
+def _key(unit: tuple[Example, ...]) -> bytes:
+    """A digest of all that the examples hold."""
+    digest = hashlib.blake2b(digest_size=16)
+    for e in unit:
+        arrays = {"ids": e.ids, "mask": e.mask, **e.columns}
+        if e.kept is not None:
+            arrays |= {"sizes": [len(ids) for ids in e.kept], "kept": np.concatenate(e.kept)}
+        for name, x in sorted(arrays.items()):
+            digest.update(f"{name} {np.shape(x)} ".encode())
+            digest.update(np.ascontiguousarray(x).tobytes())
+    return digest.digest()
 
 
 def logprobs(model, examples: list[Example], tokens: int, temperature: float, device):
@@ -56,46 +102,53 @@ def add_values(examples: list[Example], model, tokens: int, device):
 def per_token(forward: Callable, examples: list[Example], tokens: int, device) -> list[np.ndarray]:
     """forward(batch) -> x_N, 0 where there is no target; returns fp32 [T] for each example.
 
-    A collective: every rank calls it, and runs as many micro-batches as the rank with the most.
+    A collective: see batches. Examples of the same ids, mask and kept ids get the same numbers.
     """
-    out = [None] * len(examples)
-    for part in even(pack([len(e) for e in examples], tokens)):
-        chosen = [examples[i] for i in part]
-        batch = batch_of([Example(e.ids, e.mask, kept=e.kept) for e in chosen], device)
-        x_N = forward(batch)
-        for i, x_T in zip(part, batch.split(x_N)):
-            out[i] = x_T
-    return out
+    units = [(Example(e.ids, e.mask, kept=e.kept),) for e in examples]
+    keys = [_key(unit) for unit in units]
+    found = {}
+    for part in _dealt(units, tokens, once=True):
+        batch = batch_of([e for _, (e,) in part], device)
+        for (key, _), x_T in zip(part, batch.split(forward(batch))):
+            found[key] = x_T
+    wanted = [[] for _ in range(torch.distributed.get_world_size())]
+    for rank, key in sorted(set(gather([(torch.distributed.get_rank(), key) for key in keys]))):
+        if key in found:
+            wanted[rank].append((key, found[key]))
+    found = dict(exchange(wanted))
+    return [found[key] for key in keys]
 
 
 def gather_pairs(
     model, pairs: list[tuple[Example, Example]], tokens: int, device
-) -> tuple[dict[str, torch.Tensor], slice]:
+) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Numbers for the sequences of all ranks' pairs under the current model, without gradients
-    -> ({name: float64 [S]}, which sequences are this rank's). A collective.
+    -> ({name: float64 [S]}, the indices of this rank's sequences). A collective.
 
     logp: log-prob summed with the column weight. nll: - log-prob summed over all targets. ref_logp,
     length, label (1 if there is none): the columns. targets: the number of targets.
     """
+    rank, mine = torch.distributed.get_rank(), []
     examples = [e for pair in pairs for e in pair]
-    mine = []
-    for e, logp in zip(examples, logprobs(model, examples, tokens, 1.0, device)):
-        mine.append(
-            {
-                "logp": float((logp * e.columns["weight"]).sum()),
-                "nll": float(-logp.sum()),
-                "ref_logp": e.columns["ref_logp"],
-                "length": e.columns["length"],
-                "label": e.columns.get("label", 1.0),
-                "targets": e.num_targets,
-            }
-        )
-    before = sum(gather([len(mine)])[: torch.distributed.get_rank()])
-    every = gather(mine)
-    sequences = {
-        name: torch.tensor([row[name] for row in every], dtype=torch.float64) for name in every[0]
-    }
-    return sequences, slice(before, before + len(mine))
+    logps = logprobs(model, examples, tokens, 1.0, device)
+    for i, (e, logp) in enumerate(zip(examples, logps)):
+        numbers = {
+            "logp": float((logp * e.columns["weight"]).sum()),
+            "nll": float(-logp.sum()),
+            "ref_logp": e.columns["ref_logp"],
+            "length": e.columns["length"],
+            "label": e.columns.get("label", 1.0),
+            "targets": e.num_targets,
+        }
+        mine.append((_key(pairs[i // 2]), rank, i, numbers))
+    # In an order that does not depend on the ranks: so do sums over them.
+    every = sorted(gather(mine), key=lambda row: row[:3])
+    sequences = {}
+    for name in every[0][3]:
+        values = [numbers[name] for *_, numbers in every]
+        sequences[name] = torch.tensor(values, dtype=torch.float64)
+    place_of = {row[1:3]: s for s, row in enumerate(every)}
+    return sequences, [place_of[rank, i] for i in range(len(mine))]
 
 
 @torch.no_grad()
@@ -119,7 +172,7 @@ def check_finite(grad_norm: float, step: int, model, examples: list[Example], de
     """
     if math.isfinite(grad_norm):
         return
-    device = next(model.parameters()).device
+    device = getattr(model, "runs_on", next(model.parameters()).device)
     found = []
     for part in even([[e] for e in examples]):
         batch = batch_of(part, device)

@@ -1,5 +1,8 @@
 """Hugging Face folders: config.json and sharded safetensors, in and out.
 
+A folder with a LoRA adapter in peft's format reads as its base model with the adapter merged in. A
+model that bitsandbytes has quantised to NF4 reads as its dequantised one.
+
 Reading streams tensor by tensor, and only this rank's slice of each. Writing streams too, and is
 atomic: anything slow or fallible (a full disk) happens in FOLDER/.saving, and only renames follow.
 A save that changes only the weights (every save of a run after its first) is one rename: killed at
@@ -24,7 +27,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from nanopost import InputError
+from nanopost import InputError, lora, nf4
 from nanopost.model import FAMILIES, ActorCritic, CausalLM, Config, ScalarModel
 
 SINGLE = "model.safetensors"
@@ -33,6 +36,7 @@ SHARDS = "model-*-of-*.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SCORE = "score.weight"
+QUANTISED = ".quant_state.bitsandbytes__nf4"  # after the name of a matrix
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
 
@@ -40,12 +44,13 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  #
 def read_config(folder) -> Config:
     """The Config of a model folder. InputError for a hub name, another folder, an unknown model."""
     folder = Path(folder)
+    if lora.is_adapter_folder(folder):
+        config = read_config(lora.base_folder(folder))
+        if lora.read(folder).scalar and not config.scalar:
+            return config.with_scalar_head(config.hf.get("pad_token_id"))
+        return config
     if (folder / "config.json").is_file():
         return Config.of(read_json(folder / "config.json"), str(folder / "config.json"))
-    if (folder / "adapter_config.json").is_file():
-        raise InputError(
-            f"{folder} holds a LoRA adapter, not a model: merge it into its base model first."
-        )
     if (folder / ".saving").is_dir():
         raise InputError(
             f"{folder} has no config.json: a save was cut off here; --resume the run that wrote it."
@@ -68,7 +73,7 @@ def load_model(
     folder, device="cpu", dtype: torch.dtype = torch.float32, shard=lambda model: model
 ) -> CausalLM:
     """The language model in a folder. shard: applied while it holds no memory yet (dist.shard)."""
-    config = read_config(folder)
+    config = _config_and_dtype(folder)
     if config.scalar:
         raise InputError(
             f"{folder} is a reward model and writes no text: pass it as --reward model:{folder} "
@@ -88,7 +93,7 @@ def load_scalar_model(
     pad_id: int | None = None,
 ) -> ScalarModel:
     """A reward model. new_head: also take a language model, and replace its head with a new one."""
-    config = read_config(folder)
+    config = _config_and_dtype(folder)
     if not config.scalar and not new_head:
         raise InputError(
             f"{folder} is a language model and scores nothing: train a reward model from it "
@@ -108,7 +113,7 @@ def load_actor_critic(
     value_folder: a reward model, or a language model that gets a new head; None: the value function
     is a head on the policy's hidden states, initialised to 0.
     """
-    config = read_config(folder)
+    config = _config_and_dtype(folder)
     if config.scalar:
         raise InputError(
             f"{folder} is a reward model and writes no text: pass it as --value_model or "
@@ -116,7 +121,7 @@ def load_actor_critic(
         )
     value_config = None
     if value_folder:
-        value_config = read_config(value_folder).with_scalar_head(pad_id)
+        value_config = _config_and_dtype(value_folder).with_scalar_head(pad_id)
     model = _empty(lambda: ActorCritic(config, value_config), device, torch.float32, shard)
     load_weights(model.policy, folder)
     if value_folder:
@@ -124,6 +129,18 @@ def load_actor_critic(
     else:
         torch.nn.init.zeros_(model.value.weight)
     return model
+
+
+def _config_and_dtype(folder) -> Config:
+    """read_config, with the dtype that the weights have: what config.json says may be wrong."""
+    config = read_config(folder)
+    file_of = _weight_files(lora.base_folder(folder))
+    if EMBEDDING in file_of:
+        with _opened(file_of[EMBEDDING]) as file:
+            stored = DTYPES.get(file.get_slice(EMBEDDING).get_dtype(), torch.float32)
+        kind = str(stored).removeprefix("torch.")
+        config.hf.update(dtype=kind, torch_dtype=kind)
+    return config
 
 
 def _empty(make, device, dtype, shard):
@@ -138,42 +155,73 @@ def load_weights(model: CausalLM | ScalarModel, folder):
 
     Names and shapes must match the model. A tied head's copy and rotary buffers are skipped, and so
     is a language model's head if a scalar model needs a new one, which is normal with variance
-    1 / (width + 1), as in 2403.17031.
+    1 / (width + 1), as in 2403.17031. An adapter in the folder is merged; the model's own adapters
+    begin anew.
     """
     folder = Path(folder)
-    wanted = dict(model.named_parameters())
-    file_of = _weight_files(folder)
+    model.folder = str(folder)
+    adapter = lora.read(folder) if lora.is_adapter_folder(folder) else None
+    base = adapter.base if adapter else folder
+    factors = adapter.factors if adapter else {}
+    wanted = {
+        name: p
+        for name, p in model.named_parameters()
+        if not lora.is_adapter(name) and not nf4.is_scale(name)
+    }
+    packed_layers = {
+        f"{name}.weight": layer for name, layer in model.named_modules() if nf4.is_packed(layer)
+    }
+    stored = _weight_files(base)
+    quantised = {name.removesuffix(QUANTISED) for name in stored if name.endswith(QUANTISED)}
+    # Beside X.weight, bitsandbytes stores X.weight.absmax and the like.
+    beside = {name for name in stored if name.rpartition(".weight.")[0] + ".weight" in quantised}
+    file_of = {name: path for name, path in stored.items() if name not in beside}
+    if adapter:
+        _check_adapter(folder, adapter, wanted)
     if model.config.scalar and SCORE not in file_of:
         _new_head(wanted.pop(SCORE))
         file_of.pop(HEAD, None)
-    _check_names(folder, wanted, file_of, model.config.tied)
+    _check_names(base, wanted, file_of, model.config.tied)
     for path in sorted({file_of[name] for name in wanted}):
         with _opened(path) as file:
             for name, p in wanted.items():
-                if file_of[name] == path:
-                    _fill(p, file.get_slice(name), name, path)
+                if file_of[name] != path:
+                    continue
+                layer = packed_layers.get(name)
+                if layer is not None and name in quantised and name not in factors:
+                    _fill_packed(layer, *_quantised(stored, name))
+                    continue
+                source = file.get_slice(name)
+                if name in quantised:
+                    packed, shape, dtype = _quantised(stored, name)
+                    source = nf4.dequantize(packed, shape[1], dtype)
+                if layer is None:
+                    _fill(p, source, name, path, factors.get(name))
+                else:
+                    dense = torch.empty(layer.out_features, layer.in_features)
+                    _fill(dense, source, name, path, factors.get(name))
+                    dense = dense.to(p.device, layer.stored_dtype)
+                    _fill_packed(layer, nf4.quantize(dense), dense.shape, dense.dtype)
+    for name, head in (adapter.heads if adapter else {}).items():
+        _copy(model.get_parameter(name), head)
+    for layer in lora.layers(model).values():
+        _copy(layer.lora_A, layer.first_A())
+        layer.lora_B.zero_()
     _check_finite(folder, wanted)
-    with _opened(file_of[EMBEDDING]) as file:  # what config.json says may be wrong
-        stored = DTYPES.get(file.get_slice(EMBEDDING).get_dtype(), torch.float32)
-    kind = str(stored).removeprefix("torch.")
-    model.config.hf.update(dtype=kind, torch_dtype=kind)
     if model.config.tied and HEAD in file_of:
         if not torch.equal(_whole(file_of, HEAD), _whole(file_of, EMBEDDING)):
             raise InputError(
-                f"{folder}: config.json ties the head to the embedding, but the weights hold a "
+                f"{base}: config.json ties the head to the embedding, but the weights hold a "
                 f"{HEAD} that differs from it: set tie_word_embeddings to false in config.json to "
                 "use it."
             )
 
 
-def dtype_of(config: Config) -> torch.dtype:
-    """The dtype of the weights in the folder that the model was loaded from; else fp32."""
-    kind = config.hf.get("dtype") or config.hf.get("torch_dtype")
-    return getattr(torch, kind) if kind in ("bfloat16", "float16") else torch.float32
-
-
 def content_hash(folder) -> str:
     """Hash of a folder's config.json and weights, whatever the names of the weight files."""
+    if lora.is_adapter_folder(folder):
+        both = lora.file_hash(folder) + content_hash(lora.base_folder(folder))
+        return hashlib.sha256(both.encode()).hexdigest()[:16]
     digest = hashlib.sha256(Path(folder, "config.json").read_bytes())
     for path in sorted(set(_weight_files(Path(folder)).values())):
         with open(path, "rb") as file:
@@ -238,21 +286,73 @@ def _check_names(folder, wanted, file_of, tied):
     )
 
 
-def _fill(p, source, name, path):
-    if list(p.shape) != source.get_shape():
+def _check_adapter(folder, adapter, wanted):
+    """InputError for an adapter of another model, or of layers that have none here."""
+    for name, (a, b, _) in adapter.factors.items():
+        shape = [len(b), a.shape[1]]
+        if name not in wanted or list(wanted[name].shape) != shape:
+            here = list(wanted[name].shape) if name in wanted else "not there"
+            raise InputError(
+                f"{folder}: the adapter changes {name} {shape}, which in the base model "
+                f"{adapter.base} is {here}: is base_model_name_or_path right?"
+            )
+    for name in adapter.heads.keys() - wanted.keys():
         raise InputError(
-            f"{path}: {name} has shape {source.get_shape()}, but config.json wants {list(p.shape)}."
+            f"{folder}: the adapter has a {name}, as a reward model has, but its task_type is not "
+            "SEQ_CLS."
         )
-    _copy(p, source)
+
+
+def _fill(p, source, name, path, factors=None):
+    """factors: A, B and scale of an adapter to merge."""
+    shape = list(source.shape) if isinstance(source, torch.Tensor) else source.get_shape()
+    if list(p.shape) != shape:
+        raise InputError(
+            f"{path}: {name} has shape {shape}, but config.json wants {list(p.shape)}."
+        )
+    if factors is None:
+        _copy(p, source)
+        return
+    a, b, scale = factors
+    rows = _mine(p)[0]
+    _local(p).copy_(lora.merged(source[rows], a, b[rows], scale))
+
+
+def _fill_packed(layer, packed, shape, dtype):
+    layer.stored_dtype = dtype
+    for part, tensor in zip(nf4.PARTS, packed):
+        _copy(getattr(layer, part), tensor)
+
+
+def _quantised(file_of, name) -> tuple[nf4.Packed, list[int], torch.dtype]:
+    """A matrix that bitsandbytes has quantised, its shape and its dtype before."""
+    state = json.loads(bytes(_whole(file_of, name + QUANTISED).tolist()))
+    maps = {"quant_map": nf4.codebook(), "nested_quant_map": nf4.dynamic_map()}
+    known = state["blocksize"] == nf4.BLOCK and state.get("nested_blocksize") == nf4.NESTED_BLOCK
+    for kind, values in maps.items():
+        known = known and torch.equal(_whole(file_of, f"{name}.{kind}"), values)
+    if not known:
+        raise InputError(
+            f"{file_of[name]}: {name} is quantised in another way than NF4 with double "
+            f"quantisation, in blocks of {nf4.BLOCK} and {nf4.NESTED_BLOCK}: take the unquantised "
+            "model."
+        )
+    mean = torch.tensor([state["nested_offset"]])
+    nested = torch.cat([_whole(file_of, f"{name}.nested_absmax"), mean]).view(torch.int32)
+    packed = nf4.Packed(_whole(file_of, name).flatten(), _whole(file_of, f"{name}.absmax"), nested)
+    return packed, state["shape"], getattr(torch, state["dtype"])
 
 
 def _copy(p, source):
-    if isinstance(p, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-        mine = tuple(slice(start, start + size) for start, size in zip(offset, shape))
-        _local(p).copy_(source[mine])
-    else:
-        p.copy_(source[:])
+    _local(p).copy_(source[_mine(p)])
+
+
+def _mine(p) -> tuple[slice, ...]:
+    """Which part of a whole tensor this rank holds."""
+    if not isinstance(p, DTensor):
+        return (slice(None),) * p.ndim
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+    return tuple(slice(start, start + size) for start, size in zip(offset, shape))
 
 
 def _whole(file_of, name):
@@ -344,6 +444,41 @@ def save_model(
         raise
 
 
+def save_adapter(
+    folder,
+    named_tensors: Iterable[tuple[str, torch.Tensor]],
+    config: dict,
+    files: dict[str, str | bytes | None] | None = None,
+    write: bool = True,
+):
+    """Write a folder with an adapter in peft's format, and `files`; killed at any moment, it is the
+    old one, the new one or not there. Arguments and collective as save_model's."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in named_tensors}
+    if not write:
+        return
+    folder = Path(folder)
+    saving = folder.with_name(f".{folder.name}")
+    shutil.rmtree(saving, ignore_errors=True)
+    saving.mkdir(parents=True)
+    try:
+        save_file(tensors, saving / lora.WEIGHTS, metadata={"format": "pt"})
+        _write_files(saving, {**(files or {}), lora.CONFIG: json.dumps(config, indent=2) + "\n"})
+        (saving / lora.WEIGHTS).chmod((saving / lora.CONFIG).stat().st_mode)
+        for path in (*saving.iterdir(), saving):
+            to_disk(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(saving, ignore_errors=True)
+        if _full_disk(error):
+            raise InputError(
+                f"{folder}: the disk is full: free some disk space, then --resume from the last "
+                "checkpoint."
+            ) from error
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    saving.rename(folder)
+    to_disk(folder.parent)
+
+
 def to_disk(path):
     """Flush a file, or the entries of a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -381,11 +516,7 @@ def _install(folder, saving, paths, sizes_of, files):
         files = {**files, INDEX: _index_text(names, sizes_of)}
     stale = [name for name, content in files.items() if content is None]
     stale = [name for name in stale if (folder / name).exists()]
-    files = {name: content for name, content in files.items() if content is not None}
-    for name, content in files.items():
-        if isinstance(content, str):
-            content = content.encode()
-        (saving / name).write_bytes(content)
+    files = _write_files(saving, files)
     mode = (saving / "config.json").stat().st_mode
     for path in paths:
         path.chmod(mode)  # safetensors would keep it from all other users
@@ -414,6 +545,16 @@ def _install(folder, saving, paths, sizes_of, files):
         os.replace(saving / "config.json", folder / "config.json")
     shutil.rmtree(saving)
     to_disk(folder)
+
+
+def _write_files(saving, files):
+    """Write those that have a content -> these."""
+    files = {name: content for name, content in files.items() if content is not None}
+    for name, content in files.items():
+        if isinstance(content, str):
+            content = content.encode()
+        (saving / name).write_bytes(content)
+    return files
 
 
 def _shard_names(folder, count):

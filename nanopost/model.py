@@ -16,7 +16,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from nanopost import InputError
 from nanopost.attention import Cache, Packing, cached_attention, packed_attention
@@ -65,6 +70,7 @@ class Config:
     def of(cls, hf: dict, source: str = "config.json") -> "Config":
         """Read the content of a config.json. InputError for what this decoder does not support."""
         _check(hf, source)
+        hf = {key: value for key, value in hf.items() if key != "quantization_config"}
         family = hf["model_type"]
         heads = hf["num_attention_heads"]
         head_dim = hf.get("head_dim")
@@ -90,6 +96,12 @@ class Config:
             qk_norm=family == "qwen3",
             scalar=_architecture(hf) == scalar_architecture(family),
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights in the folder that the model was loaded from; fp32 if it names none."""
+        kind = self.hf.get("dtype") or self.hf.get("torch_dtype")
+        return getattr(torch, kind) if kind in ("bfloat16", "float16") else torch.float32
 
     @property
     def max_positions(self) -> int:
@@ -137,11 +149,11 @@ def _check(hf, source):
         raise InputError(
             f"{source}: a classifier with {labels} labels; a reward model has one (num_labels 1)."
         )
-    if hf.get("quantization_config"):
+    if not _is_nf4(hf.get("quantization_config")):
         method = hf["quantization_config"].get("quant_method")
         raise InputError(
-            f"{source}: the weights are quantized ({method}); take the unquantized checkpoint of "
-            "this model."
+            f"{source}: the weights are quantized ({method}), and not by bitsandbytes to NF4 with "
+            "double quantization; take the unquantized checkpoint of this model."
         )
     if hf.get("hidden_act", "silu") != "silu":
         raise InputError(
@@ -152,6 +164,15 @@ def _check(hf, source):
         raise InputError(
             f"{source}: {', '.join(missing)} missing; this is not a complete config.json."
         )
+
+
+def _is_nf4(quantised: dict | None) -> bool:
+    """Whether weights are not quantised, or so that hf.py reads them: by bitsandbytes to NF4."""
+    if not quantised:
+        return True
+    by = quantised.get("quant_method"), quantised.get("bnb_4bit_quant_type")
+    twice = quantised.get("bnb_4bit_use_double_quant")
+    return by == ("bitsandbytes", "nf4") and bool(quantised.get("load_in_4bit") and twice)
 
 
 def _windows(hf, family):
@@ -225,12 +246,26 @@ class Block(nn.Module):
         return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
 
 
+def _keep_products(context, operator, *args, **kwargs):
+    if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        return CheckpointPolicy.MUST_SAVE
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# --checkpointing -> what a block keeps for its backward pass, beside its input: nothing, or the
+# products of its matrices, which cost the most to compute again.
+KEEP = {
+    "full": noop_context_fn,
+    "selective": partial(create_selective_checkpoint_contexts, _keep_products),
+}
+
+
 class Decoder(nn.Module):
     """Embedding, blocks, final norm: everything under `model.` in a checkpoint."""
 
     def __init__(self, c: Config):
         super().__init__()
-        self.config, self.checkpointing = c, False
+        self.config, self.checkpointing = c, "none"
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.layers))
         self.norm = RMSNorm(c.width, c.norm_eps)
@@ -246,10 +281,11 @@ class Decoder(nn.Module):
         cos_NK, sin_NK = angle_NK.cos() * magnitude, angle_NK.sin() * magnitude
         for layer, block in enumerate(self.layers):
             inputs = (x_ND, cos_NK, sin_NK, partial(attend, layer))
-            if self.checkpointing and torch.is_grad_enabled():
-                x_ND = checkpoint(block, *inputs, use_reentrant=False)
-            else:
+            if self.checkpointing == "none" or not torch.is_grad_enabled():
                 x_ND = block(*inputs)
+            else:
+                contexts = KEEP[self.checkpointing]
+                x_ND = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
         return self.norm(x_ND)
 
     def packed(self, token_N, position_N, cu_seqlens, max_seqlen):
@@ -269,6 +305,7 @@ class CausalLM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.model, self.kernels = config, Decoder(config), "auto"
+        self.folder = ""  # from which its weights were loaded
         self.lm_head = None
         if not config.tied:
             self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -342,6 +379,7 @@ class ScalarModel(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.model = config, Decoder(config)
+        self.folder = ""  # from which its weights were loaded
         self.score = nn.Linear(config.width, 1, bias=False)
 
     def forward(self, batch):

@@ -3,14 +3,19 @@
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from nanopost import dist
+
 
 def adamw(model: nn.Module, weight_decay: float, **rates: float) -> AdamW:
-    """AdamW (1711.05101) that decays matrices and leaves norms and biases alone.
+    """AdamW (1711.05101) of what requires a gradient now. It decays matrices and leaves norms and
+    biases alone.
 
     rates: value=5.0 trains the part of the model with that name at five times the rate.
     """
     groups = {}
     for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
         part = next((part for part in rates if name.startswith(part + ".")), None)
         groups.setdefault((part, p.ndim < 2), []).append(p)
     return AdamW(
@@ -24,7 +29,7 @@ def adamw(model: nn.Module, weight_decay: float, **rates: float) -> AdamW:
         ],
         lr=0.0,
         betas=(0.9, 0.95),
-        fused=True,
+        fused=not dist.reproducible,  # its last digits depend on where a shard begins
     )
 
 

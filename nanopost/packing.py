@@ -13,13 +13,18 @@ import heapq
 from bisect import bisect_left, insort
 from collections import defaultdict
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain
 
 import numpy as np
 
-from nanopost import InputError
+from nanopost import InputError, dist
 from nanopost.batch import Example
+
+CHUNK = 8  # prompts that are sampled and rewarded at once with --reproducible
+# A token of a sequence of L costs 24 D^2 operations a layer in its matrices and 2 L D in causal
+# attention, so a sequence costs L + L^2 / (12 D) tokens. This is 12 D of a 1B model, D = 2048.
+ATTENTION = 12 * 2048
 
 
 def order(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -40,12 +45,22 @@ def share(n: int, seed: int, consumed: int, count: int, world) -> tuple[list[int
 
     A serial counts the rows drawn since the run began: it seeds what is sampled for the row, so the
     samples do not depend on the number of ranks. Serial i is of rank i % world.size, wherever the
-    count begins.
+    count begins; with --reproducible see part.
     """
-    mine = slice((world.rank - consumed) % world.size, None, world.size)
-    indices = take(n, seed, consumed, count)[mine]
-    serials = range(consumed, consumed + count)[mine]
-    return indices, list(serials)
+    indices = take(n, seed, consumed, count)
+    mine = part(count, world, consumed)
+    return [indices[i] for i in mine], [consumed + i for i in mine]
+
+
+def part(count: int, world, first: int = 0) -> list[int]:
+    """Which of `count` things, 0 to count - 1, are a rank's: i if first + i is rank modulo size.
+
+    With --reproducible it is whole chunks of CHUNK, the last of all perhaps less: what is computed
+    in such chunks is the same on any number of ranks.
+    """
+    if dist.reproducible:
+        return [i for i in range(count) if i // CHUNK % world.size == world.rank]
+    return list(range((world.rank - first) % world.size, count, world.size))
 
 
 def pack(lengths, budget: int) -> list[list[int]]:
@@ -109,8 +124,7 @@ def micro_batches(lengths, tokens: int, ranks: int = 1) -> list[list[int]]:
     """Micro-batches of at most `tokens` tokens -> the indices in each, in order; some may be empty.
 
     As few as best fit finds, rounded up to a multiple of ranks; filled evenly if that fits, which
-    lowers peak memory and keeps ranks from waiting for each other. InputError if one length is
-    above `tokens`.
+    lowers peak memory. InputError if one length is above `tokens`.
     """
     bins = pack(lengths, tokens)
     bins += [[] for _ in range(-len(bins) % ranks)]
@@ -124,27 +138,34 @@ def micro_batches(lengths, tokens: int, ranks: int = 1) -> list[list[int]]:
     return [sorted(b) for b in (even if fits else bins)]
 
 
-def by_rows(lengths, tokens: int, seed: int):
-    """-> (rows in an epoch, f(consumed, count, rank, size)), f: a rank's micro-batches of the next
-    `count` rows, lists of row indices, equally many per rank; an empty one is for batch_of([])."""
+def deal(parts: list[list[int]], lengths, ranks: int) -> list[list[list[int]]]:
+    """Micro-batches of micro_batches -> those of each rank, equally many: empty ones fill up.
 
-    def of_step(consumed, count, rank=0, size=1):
-        rows = take(len(lengths), seed, consumed, count)
-        bins = micro_batches([lengths[i] for i in rows], tokens, size)
-        return [[rows[i] for i in b] for b in bins[rank::size]]
+    Ranks wait for each other in every layer of every micro-batch, so what runs at the same time
+    should cost the same: micro-batches are dealt in rounds, from the most expensive down.
+    """
 
-    return len(lengths), of_step
+    def cost(part):
+        return sum(lengths[i] + lengths[i] ** 2 / ATTENTION for i in part)
+
+    dearest_first = sorted(parts, key=cost, reverse=True)
+    dearest_first += [[] for _ in range(-len(parts) % ranks)]
+    return [dearest_first[rank::ranks] for rank in range(ranks)]
+
+
+def by_rows(n: int, seed: int):
+    """-> (rows in an epoch, f(consumed, count)), f: the indices of the next `count` rows."""
+    return n, partial(take, n, seed)
 
 
 def by_bins(lengths, tokens: int, seed: int):
-    """-> (bins in an epoch, f as in by_rows): each of the next `count` bins is a micro-batch."""
+    """-> (bins in an epoch, f as in by_rows): the rows in the next `count` bins."""
     epoch_bins = lru_cache(2)(lambda epoch: packed_epoch(lengths, tokens, seed, epoch))
     num_bins = len(epoch_bins(0))
 
-    def of_step(consumed, count, rank=0, size=1):
+    def of_step(consumed, count):
         bins = [epoch_bins(i // num_bins)[i % num_bins] for i in range(consumed, consumed + count)]
-        bins += [[] for _ in range(-count % size)]
-        return bins[rank::size]
+        return list(chain(*bins))
 
     return num_bins, of_step
 
@@ -167,16 +188,21 @@ def minibatches(
 
 
 def shuffled_minibatches(
-    items: list, group: int, parts: int, epochs: int, seed: tuple, world
+    items: list,
+    group: int,
+    serials: list[int],
+    all_serials: list[int],
+    parts: int,
+    epochs: int,
+    seed: tuple,
 ) -> Iterator[list]:
-    """This rank's share of `parts` minibatches, `epochs` times over, each in a new prompt order,
-    the same on all ranks. items: `group` for each of this rank's prompts; prompt i of all ranks is
-    number i // world.size on rank i % world.size."""
-    prompts = len(items) // group * world.size
+    """As minibatches, `epochs` times over, each in a new order of the groups, the same on all
+    ranks."""
+    place_of = {serial: i for i, serial in enumerate(serials)}
     for epoch in range(epochs):
-        order = np.random.default_rng((*seed, epoch)).permutation(prompts)
+        order = np.random.default_rng((*seed, epoch)).permutation(sorted(all_serials))
         for part in np.array_split(order, parts):
-            mine = [i // world.size for i in part.tolist() if i % world.size == world.rank]
+            mine = [place_of[serial] for serial in part.tolist() if serial in place_of]
             yield [item for i in mine for item in items[i * group : (i + 1) * group]]
 
 

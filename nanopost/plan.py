@@ -35,6 +35,7 @@ from nanopost import InputError, hf
 from nanopost.cli import Parser, above, at_least
 from nanopost.engine import PREFILL_TOKENS
 from nanopost.logprob import CHUNK_ELEMENTS, CHUNK_ENTRIES, SAVED_ELEMENTS
+from nanopost.lora import HEADS
 from nanopost.model import ActorCritic, CausalLM, Config, ScalarModel
 from nanopost.terminal import say
 
@@ -78,7 +79,6 @@ NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bytes: 4 bits, a scale per 64, a sca
 PAIRS = ("rm", "dpo", "kto", "online_dpo")
 SAMPLE = ("online_dpo", "grpo", "ppo")
 SCRIPTS = ("sft", *PAIRS, "grpo", "ppo")
-HEADS = ("score.weight", "value.weight", "value.score.weight")  # they train in full under --lora
 # Defaults that differ between scripts.
 DEFAULTS = {
     "online_dpo": {"prompts": 64, "group": 4, "minibatches": 1},
@@ -128,19 +128,19 @@ def share(shape: tuple[int, ...], ranks: int) -> int:
 
 
 @lru_cache
-def numbers(units: tuple[Unit, ...], lora: int = 0, ranks: int = 1) -> "Numbers":
-    """How many rank 0 of `ranks` holds. lora: the rank of adapters on all linear layers of blocks;
-    0: everything trains."""
+def numbers(units: tuple[Unit, ...], rank: int = 0, ranks: int = 1) -> "Numbers":
+    """How many the first of `ranks` holds. rank: of adapters on all linear layers of blocks; 0:
+    everything trains."""
     trained = frozen = linear = 0
     for unit in units:
         for name, shape in unit.shapes:
             size = unit.count * share(shape, ranks)
-            if not lora or name in HEADS:
+            if not rank or name in HEADS:
                 trained += size
             elif unit.kind != "root" and len(shape) == 2:
                 linear += size
                 out, into = shape
-                trained += unit.count * (share((lora, into), ranks) + share((out, lora), ranks))
+                trained += unit.count * (share((rank, into), ranks) + share((out, rank), ranks))
             else:
                 frozen += size
     return Numbers(trained, frozen, linear)
@@ -184,10 +184,10 @@ def ranks(args) -> int:
 
 
 def frozen_bytes(args, linear: bool) -> float:
-    """Of a weight that --lora freezes: the folder's dtype where that computes too, or NF4."""
+    """Of a weight that --lora freezes: NF4, or, if bf16 computes, the folder's dtype."""
     if linear and args.quantize == "nf4":
         return NF4
-    return min(hf.dtype_of(args.config).itemsize, compute_bytes(args))
+    return args.config.dtype.itemsize if compute_bytes(args) == 2 else 4
 
 
 def is_sharded(args) -> bool:

@@ -39,6 +39,7 @@ import torch
 from nanopost import InputError, dist, forward
 from nanopost.batch import Example
 from nanopost.hf import load_scalar_model
+from nanopost.packing import CHUNK
 from nanopost.rollout import completion_text
 from nanopost.rows import errors_at, place
 from nanopost.verify import boxed, exact, full_match, gsm8k, gsm8k_format, length_limit, text_of
@@ -317,8 +318,15 @@ def score(
 ):
     """Rewards of the G Rollouts of each row -> float64 reward_FPG, NaN where one does not apply.
 
-    step: the one of training that they are for, or that would follow an evaluation.
+    step: the one of training that they are for, or that would follow an evaluation. With
+    --reproducible each call of a reward is for one chunk of prompts (packing.part).
     """
+    if dist.reproducible and len(groups) > CHUNK:
+        parts = []
+        for i in range(0, len(groups), CHUNK):
+            chunk = rows_P[i : i + CHUNK], groups[i : i + CHUNK]
+            parts.append(score(functions, tokenizer, *chunk, step))
+        return torch.cat(parts, 1)
     flat = [(row, rollout) for row, group in zip(rows_P, groups) for rollout in group]
     completions = []
     for row, rollout in flat:
@@ -575,8 +583,9 @@ def total(reward_FPG, weights: list[float]) -> torch.Tensor:
 
 
 def sums(names: list[str], reward_FPG: torch.Tensor) -> dict:
-    """One name per reward function -> {name: (sum of its values, their number)}, for means."""
+    """One name per reward function -> {name: (its values, their number)}, for means."""
     pairs = {}
     for name, reward_PG in zip(names, reward_FPG):
-        pairs[name] = reward_PG.nansum(), (~reward_PG.isnan()).sum()
+        applies_PG = ~reward_PG.isnan()
+        pairs[name] = reward_PG[applies_PG], applies_PG.sum()
     return pairs

@@ -146,8 +146,8 @@ class LogpGap:
         self.found = []
         means = dist.means(
             {
-                f"{GAP}/mean": (sum(gaps), sum(tokens)),
-                "same": (sum(same_gaps), sum(same_tokens)),
+                f"{GAP}/mean": (torch.tensor(gaps), sum(tokens)),
+                "same": (torch.tensor(same_gaps), sum(same_tokens)),
             }
         )
         self.same = means.pop("same", 0.0)

@@ -23,12 +23,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, checkpoint, dist, hf
+from nanopost import InputError, checkpoint, dist, hf, lora
 from nanopost.batch import Example
 from nanopost.terminal import printable
 from nanopost.tokenizer import FILES
 
-WRITTEN = ("value", "checkpoints", "records", "metrics.jsonl", "samples.jsonl", "run.json")
+WRITTEN = (
+    "value",
+    "adapter",
+    "checkpoints",
+    "records",
+    "metrics.jsonl",
+    "samples.jsonl",
+    "run.json",
+)
 MODEL = (*FILES, "config.json", "nanopost.json", "chat_template.jinja", "*.safetensors")
 NOT_COMPARED = ("resume", "overwrite")
 AGAIN_AFTER = 2.0  # seconds: an earlier signal is the same one
@@ -67,6 +75,7 @@ class Run:
         self.signal = 0  # that this process has got
         self.stop = 0  # the signal that all ranks have agreed to stop for
         self.hashes = {}  # of the files that flags name
+        self.bases = {}  # of the folders whose weights adapters leave untouched
         self.state = None  # the loop's own, which it changes
         self.boundary = None  # (step, state, random state) while the weights are as of that step
 
@@ -89,11 +98,19 @@ class Run:
         self._check_seen()
         found = self._to_resume() if resume else None
         hashes = _hashes(self.arguments) if self.writes else {}
+        bases = _bases(model) if self.writes else {}
         if found:
             state = state | checkpoint.load(found, model, optimizer, **others)
             self.resumed = True
         saved_hashes = state.pop("hashes", hashes)
         saved_arguments = state.pop("args", self.arguments)
+        saved_bases = state.pop("bases", bases)
+        if self.writes and sorted(saved_bases.values()) != sorted(bases.values()):
+            raise InputError(
+                f"--resume: the checkpoints hold adapters alone; {' and '.join(bases)} no longer "
+                f"has the weights that they belong to (then: {' and '.join(saved_bases)}): restore "
+                "that folder, or --overwrite the run."
+            )
         if self.writes:
             ended = (self.out / "config.json").exists()
             killed_early = resume and not ended and bool(starts_of(self.out))
@@ -108,7 +125,8 @@ class Run:
         for path in hashes:
             if saved_hashes.get(path, hashes[path]) != hashes[path]:
                 self.say(f"WARNING: {path} has changed since the run started")
-        self.hashes = hashes
+        self.hashes, self.bases = hashes, bases
+        self.say(lora.summary(model))
         self._watch(model, optimizer, state, others)
         return state
 
@@ -211,13 +229,19 @@ class Run:
                 )
             # What is left of the run that this one replaces would pass for its own.
             checkpoint.delete(self.out)
-            for folder in ("records", "value"):
+            for folder in ("records", "value", "adapter"):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             for path in (*logs, self.out / "config.json"):
                 path.unlink(missing_ok=True)
         earlier = starts_of(self.out) if resumed_at is not None else []
         if resumed_at is not None and not earlier:
             self.say(f"{self.out}/run.json is missing or cut off: a new one starts here")
+        threads = (earlier or [{}])[-1].get("threads", torch.get_num_threads())
+        if threads != torch.get_num_threads():
+            self.say(
+                f"WARNING: resumed with {torch.get_num_threads()} threads per rank, not {threads}: "
+                f"rounding differs (OMP_NUM_THREADS={threads} for the same bytes)"
+            )
         start = {
             "command": " ".join(sys.argv),
             "resumed_at": resumed_at,
@@ -225,6 +249,8 @@ class Run:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
+            "ranks": torch.distributed.get_world_size(),
+            "threads": torch.get_num_threads(),  # of each rank: the last digits depend on it
             "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
             "args": self.arguments,
             **about,
@@ -311,6 +337,7 @@ class Run:
     def _save(self, step, state, drawn=None):
         model, optimizer, others = self.trained
         record = {**state, "args": self.arguments, "hashes": self.hashes}
+        record["bases"] = self.bases
         checkpoint.save(self.out, step, model, optimizer, record, self.keep, drawn, **others)
 
     # ------------------------------------------------------------------------------- in the loop
@@ -401,12 +428,15 @@ class Run:
     # --------------------------------------------------------------------------------------- end
     def export(self, named_tensors, config, files: dict, dtype: str = "fp32", part: str = ""):
         """Write a model for transformers and vLLM to the folder, or its subfolder `part`. A
-        collective.
+        collective. Adapters are merged, and also written by themselves, to `adapter` in it.
 
         named_tensors, config, files: see hf.save_model. dtype: fp32, bf16, or auto, which is that
         of the folder from which the model was loaded.
         """
-        read = hf.dtype_of(config)
+        adapted = getattr(named_tensors, "adapted", False)
+        if adapted:
+            self._export_adapter(named_tensors, self.out / part / "adapter", files)
+        read = config.dtype
         written = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": read}[dtype]
         folder = self.out / part
         hf.save_model(folder, named_tensors, config, files, written, write=self.writes)
@@ -415,7 +445,19 @@ class Run:
             note = f" in {written}, rounded from fp32 (--save_dtype fp32 keeps it)"
         elif read != written:
             note = f" in {written}, though it was read in {read} (--save_dtype auto keeps that)"
-        self.say(f"the model is in {folder}{note.replace('torch.', '')}")
+        whole = ", its adapters merged" if adapted else ""
+        self.say(f"the model{whole} is in {folder}{note.replace('torch.', '')}")
+
+    def _export_adapter(self, weights, folder, files):
+        if lora.is_adapter_folder(weights.root.folder):
+            self.say(
+                f"{folder} is not written: the base of its adapters, {weights.root.folder} merged, "
+                "is no folder"
+            )
+            return
+        config = lora.peft_config(weights.root)
+        hf.save_adapter(folder, weights.trained(), config, files, write=self.writes)
+        self.say(f"the adapters alone are in {folder}, for peft, with {weights.root.folder}")
 
     def finish(self):
         """Print the held-out metrics before and after, and leave the process group."""
@@ -496,6 +538,14 @@ def _hashes(arguments) -> dict[str, str]:
             with open(text, "rb") as file:
                 hashes[text] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
+
+
+def _bases(model) -> dict[str, str]:
+    """{folder that adapters change the weights of: hash of its content}."""
+    folders = {module.folder for module in model.modules() if hasattr(module, "folder")}
+    if not lora.layers(model):
+        folders = set()
+    return {folder: hf.content_hash(folder) for folder in sorted(folders - {""})}
 
 
 def _is_text(path, text) -> bool:

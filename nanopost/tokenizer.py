@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import processors
 
-from nanopost import InputError
+from nanopost import InputError, lora
 from nanopost.batch import Example
 from nanopost.hf import is_own
 from nanopost.rows import errors_at, place
@@ -81,10 +81,10 @@ class Tokenizer:
     @classmethod
     def load(cls, folder, chat_template=None) -> "Tokenizer":
         """Read a folder; chat_template: a file to use instead of the model's template."""
-        folder = Path(folder)
-        raw, config = read_tokenizer(folder)
-        template = read_template(folder, config, chat_template)
-        stops = read_optional_json(folder / "generation_config.json").get("eos_token_id")
+        own = _own_folder(folder)
+        raw, config = read_tokenizer(own)
+        template = read_template(own, config, chat_template)
+        stops = read_optional_json(_path(folder, "generation_config.json")).get("eos_token_id")
         try:
             return cls(raw, config, template, listed(stops))
         except InputError as error:
@@ -375,22 +375,37 @@ def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes | Non
     eos_token_id: transformers and vLLM, which know nothing of the template's end of turn, would
     otherwise generate past it.
     """
-    folder = Path(folder)
+    own = _own_folder(folder)
     files = dict.fromkeys(FILES)
     for name in FILES:
-        if (folder / name).is_file() and name not in _foreign(folder):
-            files[name] = (folder / name).read_bytes()
+        path = own / name
+        if name == "generation_config.json":
+            path = _path(folder, name)
+        if path.is_file() and name not in _foreign(path.parent):
+            files[name] = path.read_bytes()
     files["chat_template.jinja"] = tokenizer.template.source
-    generation = read_optional_json(folder / "generation_config.json")
+    generation = read_optional_json(_path(folder, "generation_config.json"))
     known = listed(generation.get("eos_token_id"))
     if not known:
-        declared = listed(read_optional_json(folder / "config.json").get("eos_token_id"))
+        declared = listed(read_optional_json(_path(folder, "config.json")).get("eos_token_id"))
         known = [i for i in declared if i in tokenizer.stop_ids]
     if new := sorted(tokenizer.stop_ids - {*known}):
         generation["eos_token_id"] = known + new
         files["generation_config.json"] = json.dumps(generation, indent=2) + "\n"
     files["nanopost.json"] = json.dumps(fingerprint(tokenizer), indent=1) + "\n"
     return files
+
+
+def _own_folder(folder) -> Path:
+    """Where the tokenizer is: for an adapter's folder without one, in that of its base."""
+    folder = Path(folder)
+    return folder if (folder / "tokenizer.json").is_file() else lora.base_folder(folder)
+
+
+def _path(folder, name) -> Path:
+    """A file beside the weights; for an adapter's folder without it, that of its base."""
+    path = Path(folder, name)
+    return path if path.is_file() else lora.base_folder(folder) / name
 
 
 def _foreign(folder) -> list[str]:
@@ -411,7 +426,8 @@ def fingerprint(tokenizer: Tokenizer) -> dict:
 def check_stage(folder, tokenizer: Tokenizer) -> str:
     """A warning if the model in `folder` was trained with another template or tokenizer, or has
     files that will not be copied; else ""."""
-    trained = read_optional_json(Path(folder) / "nanopost.json")
+    own = _own_folder(folder)
+    trained = read_optional_json(own / "nanopost.json")
     now = fingerprint(tokenizer)
     changed = [
         name
@@ -425,7 +441,7 @@ def check_stage(folder, tokenizer: Tokenizer) -> str:
             "uses, so prompts will not look like those it was trained on: was --chat_template "
             "intended?"
         )
-    if foreign := _foreign(Path(folder)):
+    if foreign := _foreign(own):
         warnings.append(
             f"WARNING: {folder}: {', '.join(foreign)}: links to elsewhere, which are not copied to "
             "the trained model: put the files there instead."

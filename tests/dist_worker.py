@@ -1,7 +1,7 @@
 """Run by test_dist.py under torchrun: one optimizer step on uneven data for each number of tokens
 per micro-batch, its gradient, what comes after it, and statistics over ranks, to a file.
 
-    torchrun --nproc_per_node N tests/dist_worker.py OUT {step|fail} TOKENS ...
+    torchrun --nproc_per_node N tests/dist_worker.py OUT {step|fail|late} TOKENS ...
 """
 
 import math
@@ -42,10 +42,12 @@ def backward(model, tokens, examples):
     mine = share(examples)
     trained = dist.all_sum(sum(e.num_targets for e in mine))
     loss = 0.0
-    for batch in batches(mine, tokens, "cpu"):
+    for batch in batches(model, mine, tokens, "cpu"):
         logp_N, entropy_N = model(batch)
         part = -(logp_N + 0.1 * entropy_N).sum()
-        (part * world.size / trained).backward()
+        if mode == "late" and world.rank == world.size - 1:
+            raise InputError("the last rank has had enough of this step.")
+        (part / trained).backward()
         loss += float(part.detach())
     return dist.all_sum(loss) / trained
 
@@ -55,11 +57,11 @@ def logp(model, tokens, examples):
     return [x.tolist() for x in logprobs(model, examples, tokens, 1.0, "cpu")]
 
 
-def step(tokens, examples):
-    """A step of a new model -> all that test_dist.py looks at."""
+def step(tokens, examples, **how):
+    """A step of a new model, sharded like that -> all that test_dist.py looks at."""
     model = CausalLM(small_config())
     model.init_weights(0)
-    model = dist.shard(model, world)
+    model = dist.shard(model, world, **how)
     optimizer = optim.adamw(model, 0.1)
     optim.set_learning_rate(optimizer, 0.01)
     before = logp(model, tokens, examples)
@@ -118,6 +120,12 @@ def statistics():
 found = {int(tokens): step(int(tokens), plain) for tokens in sys.argv[3:]}
 for tokens in sys.argv[3:]:
     found[f"cut {tokens}"] = step(int(tokens), cut)
+found["reduced once"] = step(45, plain, reduce="step")
+found["offload"] = step(45, plain, offload=True)
+found["selective"] = step(45, plain, checkpointing="selective")
+if world.size > 1:
+    found["replicas"] = step(45, plain, replicas=2)
+    found["replicas, reduced once"] = step(45, plain, replicas=2, reduce="step")
 found["statistics"] = statistics()
 if world.rank == 0:
     torch.save(found, out)

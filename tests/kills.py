@@ -3,9 +3,10 @@ that were never killed, byte by byte.
 
     python tests/kills.py --kills 200 --seed 0       # about ten seconds a kill on two cores
 
-Each run is on one or two ranks and is killed up to four times, by SIGKILL, SIGTERM or SIGINT, to
-the launcher or to one of its workers. After each kill no process of the run may be left within a
-minute. Exits with 1 at the first difference.
+Each run is on one or two ranks, or with --reproducible on one, two or four, drawn anew after each
+kill. It trains all weights or adapters (--lora), and is killed up to four times, by SIGKILL,
+SIGTERM or SIGINT, to the launcher or to one of its workers. After each kill no process of the run
+may be left within a minute. Exits with 1 at the first difference.
 """
 
 import argparse
@@ -136,18 +137,25 @@ def main(kills, seed, names):
         for number in itertools.count():
             if done >= kills:
                 break
-            script, ranks = draw.choice(names), draw.choice((1, 2))
-            if (script, ranks) not in references:
-                out, began = folder / f"{script}-{ranks}", time.monotonic()
-                status = start(folder, script, ranks, out).wait()
+            script, rank = draw.choice(names), draw.choice((0, 4))
+            ranks = draw.choice(((1,), (2,), (1, 2, 4)))
+            flags = ["--lora", rank]
+            if len(ranks) > 1:
+                flags += ["--reproducible"]
+                # Two chunks of prompts, so that two ranks sample.
+                flags += ["--prompts", 16] if "--prompts" in OWN[script] else []
+            if (script, ranks, rank) not in references:
+                out, began = folder / f"{script}-{len(references)}", time.monotonic()
+                status = start(folder, script, ranks[-1], out, *flags).wait()
                 assert status == 0, Path(f"{out}.log").read_text()[-3000:]
                 trained = metrics(out)[-1]["time/elapsed"]
-                references[script, ranks] = remains(out), trained, time.monotonic() - began
-            expected, trained, whole = references[script, ranks]
+                whole = time.monotonic() - began
+                references[script, ranks, rank] = remains(out), trained, whole
+            expected, trained, whole = references[script, ranks, rank]
             out = folder / f"run-{number}"
             for _ in range(min(draw.randint(1, 4), kills - done)):
-                before = start_of(out)
-                process = start(folder, script, ranks, out, "--resume")
+                before, now = start_of(out), draw.choice(ranks)
+                process = start(folder, script, now, out, *flags, "--resume")
                 if draw.random() < 0.8:  # while it trains
                     while start_of(out) == before and process.poll() is None:
                         time.sleep(0.01)
@@ -161,12 +169,13 @@ def main(kills, seed, names):
                         signal.pidfd_send_signal(os.pidfd_open(pid), which)
                     except ProcessLookupError:
                         pass
-                where = f"{script} on {ranks}, {which.name} to its {whom}, run {number}"
+                where = f"{script} {' '.join(map(str, flags))} on {now}, run {number}"
+                where += f", {which.name} to its {whom}"
                 wait_until_gone(process, out, where)
                 done += 1
                 step = metrics(out)[-1:] if (out / "metrics.jsonl").exists() else []
                 print(f"{done}: {where}, after step {step[0]['step'] if step else '-'}", flush=True)
-            status = start(folder, script, ranks, out, "--resume").wait()
+            status = start(folder, script, draw.choice(ranks), out, *flags, "--resume").wait()
             log = Path(f"{out}.log").read_text()
             assert status == 0, f"{where}: {log[-3000:]}"
             for name, content in remains(out).items():

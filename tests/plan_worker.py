@@ -13,7 +13,7 @@ import torch
 from small import small_config
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from nanopost import dist, optim
+from nanopost import dist, lora, optim
 from nanopost.batch import Example, batch_of
 from nanopost.model import CausalLM
 
@@ -75,9 +75,11 @@ def local(x: torch.Tensor) -> torch.Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def measured(world, rows: int, length: int, checkpointing=False, step=False, **sizes) -> int:
+def measured(world, rows: int, length: int, how: dict | None = None, **sizes) -> int:
     """Peak bytes of a rank in micro-batches of SFT, when there are gradients and moments already.
-    step: gradients are reduced with the last micro-batch of a step."""
+    how: lora, quantize, and what dist.shard takes. sizes: of the model."""
+    how = dict(how or {})
+    rank, packed = how.pop("lora", 0), how.pop("quantize", "none") == "nf4"
     config = small_config(**{**SIZES, **sizes})
     ids = torch.arange(length) % config.vocab_size
     batch = batch_of([Example(ids, torch.ones(length, dtype=torch.bool))] * rows)
@@ -86,10 +88,16 @@ def measured(world, rows: int, length: int, checkpointing=False, step=False, **s
     def run():
         with torch.device("meta"):
             model = CausalLM(config)
-        model = dist.shard(model, world, checkpointing).to_empty(device="cpu")
+        if rank:
+            lora.apply(model, rank)
+            if packed:
+                lora.quantize(model)
+            if world.dtype == torch.bfloat16:
+                lora.hold_in_stored_dtype(model)
+        model = dist.shard(model, world, **how).to_empty(device="cpu")
         with torch.no_grad():
             for p in model.parameters():
-                local(p).fill_(0.01)
+                local(p).fill_(0.01 if p.is_floating_point() else 1)
         optimizer = optim.adamw(model, 0.1)
 
         def held():
@@ -105,8 +113,8 @@ def measured(world, rows: int, length: int, checkpointing=False, step=False, **s
         micro_batch()
         optimizer.step()  # there are moments
         whole = 0
-        if step:
-            model.set_requires_gradient_sync(False)
+        if how.get("reduce") == "step":
+            dist.before_pass(model, last=False)
             whole = 4 * sum(p.numel() for p in model.parameters())
         for _ in range(3):
             optimizer.zero_grad(set_to_none=True)

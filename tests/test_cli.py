@@ -214,11 +214,25 @@ def test_every_row_of_grpos_table_is_understood():
 
 # ------------------------------------------------------------------------------------------- shard
 def test_the_flags_reach_the_model():
-    given = ["--model", "m", "--data", "d", "--kernels", "torch", "--checkpointing"]
+    given = ["--model", "m", "--data", "d", "--kernels", "torch", "--checkpointing", "full"]
     args = parser_of("train_sft.py").parse_args(given)
     world = World(0, 1, torch.device("cpu"), torch.float32)
     model = cli.shard(args, world)(small_model())
-    assert model.kernels == "torch" and model.model.checkpointing
+    assert model.kernels == "torch" and model.model.checkpointing == "full"
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--replicas", "3"], "--replicas 3 does not divide 4 ranks"),
+        (["--replicas", "2", "--reproducible"], "leave out --replicas"),
+        (["--reduce", "step", "--reproducible"], "leave out --reduce step"),
+    ],
+)
+def test_what_ranks_cannot_do_together_is_one_sentence(more, said):
+    args = parser_of("train_sft.py").parse_args(["--model", "m", "--data", "d", *more])
+    with pytest.raises(InputError, match=said):
+        cli.shard(args, World(0, 4, torch.device("cpu"), torch.float32))
 
 
 # ------------------------------------------------------------------------------ flags of scripts

@@ -159,7 +159,7 @@ def our_grpo(
     names = run_lines(
         patched_source(SCRIPT, name),
         "log_ratio_N = losses.log_ratio(",
-        "# FSDP averages gradients",
+        "(loss / divisor).backward()",
         args=SimpleNamespace(ratio=level, agg=AGGREGATION[loss_type], beta=beta, **flags),
         batch=batch,
         logp_N=x.logp_N,

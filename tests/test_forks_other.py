@@ -230,11 +230,13 @@ def test_the_reference_of_tr_dpo_follows_the_policy_and_is_resumed(dpo_place, tm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--reference", "precomputed"), ("--loss", "simpo")])
+@pytest.mark.parametrize(
+    "flags", [("--reference", "precomputed"), ("--loss", "simpo"), ("--lora", 4)]
+)
 def test_tr_dpo_needs_a_reference_to_move(dpo_place, tmp_path, flags):
     script = patched(tmp_path, "tr_dpo") / "train_dpo.py"
     done = run(script, *dpo(dpo_place, tmp_path / "run", *flags), ok=False)
-    assert "TR-DPO needs --reference frozen and a --loss that reads a reference" in done.stderr
+    assert "TR-DPO needs --reference frozen, a --loss that reads it, and no --lora" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -1,16 +1,14 @@
 """Many examples through a model, in micro-batches: each gets what it would get alone."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from small import random_ids, small_config, small_model
 
-from nanopost import StepError
+from nanopost import StepError, dist
 from nanopost.batch import Example, batch_of
 from nanopost.forward import add_logprobs, add_values, batches, check_finite, logprobs, scores
 from nanopost.model import ActorCritic, ScalarModel
@@ -24,7 +22,7 @@ def examples(*lengths, prompt=1):
 @pytest.mark.parametrize("tokens", [12, 20, 1000])
 def test_batches_hold_every_unit_once_within_the_budget(alone, tokens):
     pairs = [tuple(examples(a, b)) for a, b in ((3, 9), (2, 2), (5, 1), (4, 4), (1, 6))]
-    made = list(batches(pairs, tokens, "cpu"))
+    made = list(batches(small_model(), pairs, tokens, "cpu"))
     assert max(len(batch.token_N) for batch in made) <= tokens and not made[0].dummy
     seen = []
     for batch in made:
@@ -37,27 +35,59 @@ def test_batches_hold_every_unit_once_within_the_budget(alone, tokens):
 
 
 def test_single_examples_are_units_too_and_nothing_gives_a_dummy(alone):
-    made = list(batches(examples(3, 4, 5), 8, "cpu"))
+    made = list(batches(small_model(), examples(3, 4, 5), 8, "cpu"))
     assert sorted(batch.num_examples for batch in made) == [1, 2]
-    (dummy,) = batches([], 8, "cpu")
+    (dummy,) = batches(small_model(), [], 8, "cpu")
     assert dummy.dummy and dummy.num_examples == 0
 
 
-def _rank(rank, size, folder):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=size
-    )
-    mine = examples(3, 4, 5) if rank == 1 else []
-    found = [batch.num_examples for batch in batches(mine, 5, "cpu")]
-    (folder / f"{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+def test_every_rank_has_as_many_batches_and_as_much_to_do(tmp_path):
+    """One rank holds all examples, and others run some of them."""
+
+    def task(rank, size):
+        mine = examples(3, 4, 5, 4, 3) if rank == 1 else []
+        return [batch.num_examples for batch in batches(small_model(), mine, 8, "cpu")]
+
+    found = on_ranks(2, tmp_path, task)
+    assert [len(x) for x in found] == [2, 2] and sum(map(sum, found)) == 5
+    assert all(min(x) > 0 for x in found)
 
 
-def test_every_rank_has_as_many_batches_as_the_one_with_most(tmp_path):
-    """Of one with nothing all are dummies."""
-    mp.start_processes(_rank, (2, tmp_path), nprocs=2, start_method="fork")
-    none, all_of_them = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert none == [0, 0, 0] and all_of_them == [1, 1, 1]
+def held_by(rank, size):
+    """Uneven shares of the same examples, two of them alike, with columns and kept ids."""
+    made = with_kept(examples(9, 15, 2, 7, 7, 12, 3, 15))
+    made.append(made[3])
+    for e in made:
+        e.columns["adv"] = np.full(len(e), e.ids[0] / 7, np.float32)
+    return {1: [made], 2: [made[1:3], made[3:] + made[:1]]}[size][rank]
+
+
+def test_micro_batches_do_not_depend_on_who_holds_what(tmp_path, monkeypatch):
+    """With --reproducible not even on the number of ranks."""
+    monkeypatch.setattr(dist, "reproducible", True)
+
+    def task(rank, size):
+        found = []
+        for batch in batches(small_model(), held_by(rank, size), 20, "cpu"):
+            if not batch.dummy:
+                token_E, id_E = batch.kept
+                numbers = batch.token_N, batch.cu_seqlens, batch["adv"], token_E, id_E
+                found.append([x.tolist() for x in numbers])
+        return found
+
+    (one,), two = on_ranks(1, tmp_path, task), on_ranks(2, tmp_path, task)
+    assert sorted(two[0] + two[1]) == sorted(one) and len(one) > 2
+
+
+def test_numbers_come_back_to_who_holds_the_example(tmp_path):
+    def task(rank, size):
+        found = logprobs(small_model(), held_by(rank, size), 20, 0.7, "cpu")
+        return [x.tolist() for x in found]
+
+    (one,), (first, second) = on_ranks(1, tmp_path, task), on_ranks(2, tmp_path, task)
+    for expected, logp in zip(one, second[-1:] + first + second[:-1], strict=True):
+        assert logp == pytest.approx(expected, abs=1e-5)
+    assert one[3] == one[8] and len({tuple(x) for x in one}) == 8
 
 
 # -------------------------------------------------------------------------------- numbers of tokens

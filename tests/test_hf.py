@@ -227,7 +227,7 @@ def test_a_hub_name_is_answered_with_the_command_that_downloads_it():
 def test_folders_that_are_something_else_say_so(tmp_path):
     refused(tmp_path, "no config.json")
     (tmp_path / "adapter_config.json").write_text("{}")
-    refused(tmp_path, "LoRA adapter", "merge")
+    refused(tmp_path, "adapter_config.json", "its base model, None, is no model folder here")
     (tmp_path / "config.json").write_text(json.dumps(small_model().config.hf))
     refused(tmp_path, "no weights at all")
     for name in ("pytorch_model.bin", "model.Q4_K_M.gguf"):

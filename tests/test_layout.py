@@ -65,14 +65,13 @@ def test_every_loop_has_its_phases_in_the_same_order(script):
 # Repeated on purpose, because researchers edit what surrounds it: it is the same everywhere.
 REPEATED = [
     "args = parser.parse_args()\n",
-    "world = dist.init(args.device, args.dtype, args.seed)\n",
+    "world = dist.init(args.device, args.dtype, args.seed, args.reproducible)\n",
     "tokenizer = Tokenizer.load(args.model, args.chat_template)\n",
     "state = run.start(model, optimizer, fresh, args.resume, args.overwrite, "
     "fingerprint(tokenizer))\nrun.say(check_stage(args.model, tokenizer))\n",
     "if not run.resumed:\n    run.log(0, evaluate())\n"
     'for step in range(state["step"] + 1, args.steps + 1):\n',
-    "# FSDP averages gradients over ranks: world.size undoes it.\n",
-    " * world.size / ",
+    ").backward()\n",
     "grad_norm = dist.clip_grad_norm(model, args.grad_clip)\n",
     "check_finite(grad_norm, step, model, ",
     "optimizer.step()\n",

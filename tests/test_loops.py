@@ -694,16 +694,29 @@ def test_flags_that_say_how_reach_what_they_are_for(place, tmp_path, monkeypatch
     watch(Run, "__init__", "keep")
     watch(Run, "due_save", "every", "minutes")
     watch(Run, "export", "dtype")
-    watch(dist, "shard", "checkpointing", "compile", "kernels")
+    names = ("checkpointing", "compile", "kernels", "reduce", "replicas", "offload")
+    watch(dist, "shard", *names)
     watch(Engine, "beside", "rows", "tokens")
     watch(rewards, "load", "tokens", "timeout")
     more = ("--keep", 3, "--save_every", 7, "--save_minutes", 5, "--save_dtype", "bf16")
-    more += ("--checkpointing", "--kernels", "torch", "--steps", 1, "--tokens", 900)
+    more += (
+        "--reduce",
+        "step",
+        "--offload",
+        "--checkpointing",
+        "full",
+        "--kernels",
+        "torch",
+        "--steps",
+        1,
+        "--tokens",
+        900,
+    )
     expected = {
         "__init__": {(3,)},
         "due_save": {(7, 5.0)},
         "export": {("bf16",)},
-        "shard": {(True, False, "torch")},
+        "shard": {("full", False, "torch", "step", 1, True)},
     }
     if script in SAMPLING:
         more += ("--engine_rows", 9, "--engine_tokens", 800, "--reward_timeout", 30)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from small import random_ids, small_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanopost.model as model_module
 from nanopost import InputError, hf
@@ -381,11 +382,34 @@ def test_gradients_equal_those_of_transformers(case):
     )
 
 
-def test_activation_checkpointing_gives_the_same_gradients():
+@pytest.mark.parametrize("how", ["selective", "full"])
+def test_activation_checkpointing_gives_the_same_gradients(how):
     model, docs = tiny("qwen2_window"), documents()
     plain = loss_and_gradients(model, docs)
-    model.model.checkpointing = True
+    model.model.checkpointing = how
     assert_close(loss_and_gradients(model, docs), plain, 1e-6)
+
+
+def test_selective_checkpointing_computes_no_product_again():
+    """The forward's products of matrices are run once, with full checkpointing twice."""
+
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            self.count += operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            return operator(*args, **(kwargs or {}))
+
+    counts = {}
+    for how in ("none", "selective", "full"):
+        model, docs = tiny("qwen2_window"), documents()
+        model.model.checkpointing = how
+        with Products() as products:
+            loss_and_gradients(model, docs)
+        counts[how] = products.count
+    assert counts["none"] == counts["selective"]
+    # A block's last product is its output, which the next one has kept.
+    assert counts["full"] == counts["none"] + 6 * len(model.model.layers)
 
 
 @pytest.mark.skipif(

@@ -99,7 +99,7 @@ def test_the_torch_twin_on_cuda_is_that_on_a_cpu_in_chunks():
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_script_takes_two_steps_as_on_a_gpu(place, tmp_path, script, version):  # noqa: F811
     """bf16 under FSDP2 in a group of one, an engine of its own; the first step is that of fp32."""
-    more = ("--eval_every", 1, "--checkpointing")
+    more = ("--eval_every", 1, "--checkpointing", "full")
     run_here(script, *flags(place, script, tmp_path / "fp32", *more))
     with gpu_on_cpu.pretended(version) as taken:
         run_here(script, *flags(place, script, tmp_path / "bf16", *more, "--dtype", "bf16"))

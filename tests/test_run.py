@@ -89,6 +89,7 @@ def test_the_manifest_says_what_the_run_was(tmp_path):
     assert start["resumed_at"] is None and start["template_hash"] == "abc"
     assert start["torch"] == torch.__version__ and start["python"].startswith("3.")
     assert {"command", "git", "cuda", "started"} <= start.keys()
+    assert start["ranks"] == 1 and start["threads"] == torch.get_num_threads()
     assert not [*(tmp_path / "run").glob("*.tmp")]
 
 
@@ -99,6 +100,16 @@ def test_the_manifest_has_each_start_of_a_resumed_run_and_none_of_a_replaced_one
     assert [start["resumed_at"] for start in starts_of(tmp_path)] == [None, 4, 4]
     begun(tmp_path, overwrite=True)
     assert [start["resumed_at"] for start in starts_of(tmp_path)] == [None]
+
+
+def test_a_resume_with_other_threads_says_that_rounding_differs(tmp_path, monkeypatch, capsys):
+    saved(tmp_path, 4)
+    begun(tmp_path, resume=True)
+    assert "threads" not in capsys.readouterr().out
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    begun(tmp_path, resume=True)
+    said = "resumed with 7 threads per rank, not 1: rounding differs (OMP_NUM_THREADS=1"
+    assert said in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [None, "{}", "[1]", "no JSON", '[{"no": "args"}]'])

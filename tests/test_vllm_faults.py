@@ -236,8 +236,11 @@ def test_a_refused_prompt_ends_no_sync_of_another_thread(proxies, start, policy,
     for proxy in proxies:
         proxy.fault("/update_weights", 1.0)
     named = policy.state_dict().items()
+    before = [proxy.count("/update_weights") for proxy in proxies]
     sync = threading.Thread(target=engine.sync_weights, args=(named, 1))
     sync.start()
+    while any(proxy.count("/update_weights") == n for proxy, n in zip(proxies, before)):
+        time.sleep(0.01)
     with pytest.raises(InputError, match="status 400"):
         engine.generate([[10**6]], 2, Sampling(6), [0])
     assert sync.is_alive()
@@ -294,8 +297,10 @@ def test_a_sync_that_fails_anywhere_leaves_a_server_out_until_a_whole_one(
     change(policy)
     after = 1 if path == "/update_weights" else 0
     proxies[1].fault(path, what, times=1, after=after)
+    before = proxies[1].count(path)
     engine.sync_weights(policy.state_dict().items(), 1)
     assert alive(engine) == [proxies[0].url]
+    assert proxies[1].count(path) == before + after + 1  # what was lost may have been read
     asked = proxies[1].count(GENERATE)
     generate(engine, policy)
     assert proxies[1].count(GENERATE) == asked

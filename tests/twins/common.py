@@ -177,8 +177,18 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 
 def of_module(module) -> dict[str, torch.Tensor]:
-    """name -> tensor of a twin's model, as `weights` names them; a tied head is left out."""
-    return {name: p.detach() for name, p in module.named_parameters()}
+    """name -> tensor of a twin's model, as `weights` names them, adapters merged; a tied head is
+    left out."""
+    layers = dict(module.named_modules())
+    found = {}
+    for name, p in module.named_parameters():
+        if ".lora_" in name:
+            continue
+        layer, _, kind = name.rpartition(".base_layer.")
+        if kind == "weight":
+            p = p + layers[layer].get_delta_weight("default")
+        found[name.replace(".base_layer.", ".")] = p.detach()
+    return found
 
 
 # ---------------------------------------------------------------------------------------- comparing
@@ -217,6 +227,7 @@ PLUMBING = {
     "save_minutes": "test_layout.py",
     "keep": "test_run.py",
     "save_dtype": "test_run.py",
+    "quantize": "test_nf4.py",
     "reward_timeout": "test_rewards.py",
     "engine": "test_vllm_scripts.py",
     "vllm": "test_vllm_scripts.py",
@@ -225,6 +236,10 @@ PLUMBING = {
     "record": "twins/common.py",
     "replay": "test_recording.py",
     "audit_every": "test_vllm_audit.py",
+    "reduce": "test_dist.py",
+    "replicas": "test_dist.py",
+    "offload": "test_dist.py",
+    "reproducible": "test_reproducible.py",
     "resume": "test_scripts.py",
     "overwrite": "test_loops.py",
 }
@@ -387,6 +402,36 @@ def scalar_model(folder):
         head = torch.randn(1, width, generator=draw, dtype=torch.float64) / (width + 1) ** 0.5
         model.score.weight.data.copy_(head)
     model.model.embed_tokens.padding_idx = None
+    return model
+
+
+LINEAR = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+
+
+def with_adapters(model, args, first=0):
+    """A model as it trains: with peft's adapters, if the run has some, drawn from --seed and the
+    number of the layer, of which this model's first has the number `first`."""
+    if not args.lora:
+        return model
+    peft = pytest.importorskip("peft")
+    model.requires_grad_(False)
+    config = peft.LoraConfig(
+        r=args.lora,
+        lora_alpha=args.lora_alpha,
+        use_rslora=args.rslora,
+        target_modules=args.lora_targets or LINEAR,
+    )
+    peft.inject_adapter_in_model(config, model)
+    layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.Linear)]
+    for number, layer in enumerate(layers, first):
+        seed = np.random.SeedSequence((args.seed, number)).generate_state(1, np.uint64)[0] >> 2
+        a_RI = layer.lora_A["default"].weight
+        draw = torch.Generator().manual_seed(int(seed))
+        uniform_RI = torch.rand(a_RI.shape, generator=draw, dtype=torch.float64)
+        a_RI.data = (2 * uniform_RI - 1) / math.sqrt(a_RI.shape[1])
+        layer.lora_B["default"].weight.data = layer.lora_B["default"].weight.data.double()
+    if hasattr(model, "score"):
+        model.score.requires_grad_(True)
     return model
 
 

@@ -101,16 +101,19 @@ SERVER.set_forkserver_preload(
 )
 
 
-def run_ranks(ranks, script, arguments, log, stop=0, seconds=200):
+def run_ranks(ranks, script, arguments, log, stop=0, seconds=200, run=run_script):
     """Run a script on `ranks` processes. log: the file for what they print. RuntimeError if one
-    fails, or if none has ended for so many seconds: ranks that wait for each other."""
+    fails, or if none has ended for so many seconds: ranks that wait for each other.
+
+    run: run(script, arguments, stop), with which a process runs it.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     running = {}
     for rank in range(ranks):
         arguments = [str(x) for x in arguments]
-        given = (rank, ranks, port, str(script), arguments, str(log), stop)
+        given = (rank, ranks, port, str(script), arguments, str(log), stop, run)
         process = SERVER.Process(target=_rank, args=given)
         process.start()
         running[process.sentinel] = process
@@ -129,7 +132,7 @@ def run_ranks(ranks, script, arguments, log, stop=0, seconds=200):
         raise RuntimeError(Path(log).read_text()[-6000:])
 
 
-def _rank(rank, ranks, port, script, arguments, log, stop):
+def _rank(rank, ranks, port, script, arguments, log, stop, run):
     with open(log, "a") as file:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(file.fileno(), stream.fileno())
@@ -139,7 +142,8 @@ def _rank(rank, ranks, port, script, arguments, log, stop):
     os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     status = 1
     try:
-        run_script(script, arguments, stop)  # exits with 0 where it ends
+        run(script, arguments, stop)  # several ranks exit with 0 where it ends
+        status = 0
     except Stopped:
         status = 0
     except BaseException:

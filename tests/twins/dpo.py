@@ -21,11 +21,12 @@ RUNS = {
     "forward_kl": NEAR + SCORES + "--loss_weights 1 0.6 0.05 1.3 0.7 0.9 0.4 --smoothing 0.15 "
     "--beta 0.3 --divergence forward_kl --steps 3 --rows 5 --seed 3 --lr 4e-3 --warmup 0 "
     "--weight_decay 0.4 --grad_clip 0.6 --eval_every 2 --max_length 30 --tokens 80 "
-    "--chat_template {place}/chat.jinja --checkpointing",
+    "--chat_template {place}/chat.jinja --checkpointing full",
     "js": "--model {place}/model --reference_model {place}/near --data {place}/theirs.jsonl "
     "--rename better=chosen worse=rejected --holdout 6 " + SCORES + "--loss_weights 0.5 0.8 "
     "0.03 1.1 1.2 0.7 0.6 --smoothing 0.2 --divergence js --epochs 1.4 --rows 4 --max_length 20 "
     "--overlong drop --tokens 50 --lr 2e-3 --warmup 1 --kernels torch --grad_clip 0 "
+    "--checkpointing selective "
     "--reference precomputed --cache {place}/cache",
     "alpha": NEAR + SCORES + "--loss_weights 0.9 0.4 0.02 1.2 0.8 1.4 0.5 --smoothing 0.1 "
     "--divergence alpha --alpha 0.3 --steps 3 --rows 5 --lr 3e-3 --warmup 0 --tokens 50 "
@@ -35,6 +36,8 @@ RUNS = {
     "without_reference": PLAIN + "--loss simpo cpo sft --loss_weights 0.8 0.5 0.3 --beta 0.7 "
     "--gamma 0.9 --smoothing 0.1 --steps 3 --rows 5 --lr 3e-3 --warmup 0",
     "orpo": PLAIN + "--loss orpo simpo --beta 0.6 --steps 3 --rows 5 --lr 3e-3 --warmup 0",
+    "lora": NEAR + "--steps 3 --rows 5 --lr 2e-2 --warmup 0 --seed 1 --lora 3 --lora_alpha 5 "
+    "--rslora --lora_targets q_proj down_proj",
     "fork ld_dpo": NEAR + "--loss sigmoid sft --ld_alpha 0.4 --steps 3 --rows 5 --lr 3e-3",
     "fork tr_dpo": NEAR + "--follow_every 2 --steps 5 --rows 4 --lr 3e-3 --eval_every 1",
     "fork wpo": NEAR + "--loss sigmoid_norm --steps 3 --rows 5 --lr 3e-3",
@@ -259,7 +262,7 @@ def wpo_weight(model, pair):
 
 def twin(args):
     tokenizer = common.tokenizer(args.model)
-    model = common.language_model(args.model)
+    model = common.with_adapters(common.language_model(args.model), args)
     reference = None
     if set(args.loss) - WITHOUT_REFERENCE:
         reference = common.language_model(args.reference_model or args.model)

@@ -20,11 +20,12 @@ TWO = "--reward {place}/reward.py:letters {place}/reward.py:scaled --reward_weig
 SCALED = "--reward {place}/reward.py:scaled "  # which does not apply to some completions
 GAPS = "--max_logp_gap 5 "  # of an engine that lies: see rollouts.lying_engine
 RUNS = {
-    "grpo": PLAIN + TWO + "--eval_every 2 --eval_rows 3 --tokens 70 --checkpointing "
+    "grpo": PLAIN + TWO + "--eval_every 2 --eval_rows 3 --tokens 70 --checkpointing full "
     "--kernels torch --engine_rows 7 --engine_tokens 200 --clip 0.02 0.05 --beta 0.3 "
     "--agg sequence",
     "resampled": PLAIN + "--prompts 6 --minibatches 3 --resample 2 --adv batch --agg constant "
-    "--clip 0.01 0.03 --reward {place}/rewards.py:rarely --beta 0.1 --kl k2",
+    "--clip 0.01 0.03 --reward {place}/rewards.py:rarely --beta 0.1 --kl k2 "
+    "--checkpointing selective",
     "other rows": "--model {place}/model --data {place}/puzzles.jsonl --holdout 3 "
     "--rename puzzle=prompt weight=factor --max_prompt 30 --chat_template {place}/chat.jinja "
     "--reward {place}/rewards.py:letters {place}/rewards.py:factors {place}/rewards.py:letters "
@@ -50,6 +51,10 @@ RUNS = {
     "stale": PLAIN + "--prompts 6 --minibatches 3 --resample 2 --steps 4 --max_staleness 2 "
     "--reward {place}/rewards.py:rarely --max_logp_gap 5 --old_logp trainer "
     "--correct token-truncate --correct_cap 1.05 --max_new_tokens 9",
+    "lora": PLAIN + TWO + "--lora 3 --lora_alpha 5 --rslora --lora_targets o_proj down_proj "
+    "--beta 0.3 --lr 2e-2",
+    "lora, stale": PLAIN + TWO + "--lora 2 --lr 2e-2 --max_staleness 1 --max_logp_gap 5 "
+    "--old_logp trainer --correct token-truncate --beta 0.2",
     "fork curriculum": PLAIN + TWO,
     "fork entropy_bonus": PLAIN + TWO + "--entropy_coef 0.2 --agg sequence",
     "fork gdpo": PLAIN + TWO + "--adv gdpo",
@@ -238,7 +243,7 @@ def with_kl(args, sample, reward):
 # --------------------------------------------------------------------------------------------- twin
 def twin(args):
     s = rollouts.setting(args)
-    model = common.language_model(args.model)
+    model = common.with_adapters(common.language_model(args.model), args)
     reference = common.language_model(args.model) if args.beta else None
     optimizer = common.AdamW(model, args.weight_decay)
     records = common.records(args.out)
@@ -308,7 +313,7 @@ def twin(args):
             divisors.append(divisor(args, minibatch))
             trained = 0
             for p in model.parameters():
-                p.grad = torch.zeros_like(p)
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
             for sample in minibatch:
                 if args.beta or args.fork == "entropy_bonus" or any(sample.adv):
                     loss = loss_of(args, model, sample, meter, gaps if k == 0 else None)

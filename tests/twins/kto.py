@@ -16,13 +16,16 @@ RUNS = {
     # A mean of mismatched log-ratios is above 0 in some steps of both runs and clamped in others.
     "kto": LABELLED + "--label_weights 1.4 0.6 --beta 0.3 --steps 3 --rows 5 --seed 3 --lr 4e-3 "
     "--warmup 0 --weight_decay 0.4 --grad_clip 0.04 --eval_every 2 --max_length 36 --tokens 80 "
-    "--chat_template {place}/chat.jinja --checkpointing",
+    "--chat_template {place}/chat.jinja --checkpointing full",
     "kto of pairs": "--model {place}/near --reference_model {place}/model "
     "--data {place}/theirs.jsonl --rename better=chosen worse=rejected --holdout 6 --epochs 1.6 "
     "--rows 5 --max_length 20 --overlong drop --tokens 50 --lr 3e-3 --warmup 1 --kernels torch "
+    "--checkpointing selective "
     "--reference precomputed --cache {place}/cache --to_messages --eval_rows 4",
     "bco": PAIRS + "--loss bco --sft_weight 0.4 --beta 0.4 --steps 4 --rows 5 --lr 3e-3 --warmup 0 "
     "--eval_every 1 --max_length 19",
+    "lora": LABELLED + "--steps 3 --rows 5 --lr 2e-2 --warmup 0 --lora 3 --lora_alpha 5 --rslora "
+    "--lora_targets q_proj v_proj",
     # No step of these holds a pair twice: its slope would depend on how a sort breaks the tie.
     "aot": PAIRS + "--loss aot --smoothing 0.2 --seed 4 --steps 3 --rows 5 --lr 3e-3 --warmup 0 "
     "--reference_model {place}/other --reference precomputed --cache {place}/cache",
@@ -161,7 +164,7 @@ def step_metrics(sides, label_P, losses, args):
 # --------------------------------------------------------------------------------------------- twin
 def twin(args):
     tokenizer = common.tokenizer(args.model)
-    model = common.language_model(args.model)
+    model = common.with_adapters(common.language_model(args.model), args)
     reference = common.language_model(args.reference_model or args.model)
     train, held_out = (units_of(tokenizer, rows, args) for rows in common.split_rows(args))
     steps = args.steps or math.ceil(args.epochs * len(train) / args.rows)

@@ -18,19 +18,22 @@ RUNS = {
     "--loss sigmoid ipo robust exo --loss_weights 1 0.05 0.6 0.8 --smoothing 0.15 --beta 0.3 "
     "--eos_penalty 0.4 --temperature 0.7 --steps 3 --prompts 5 --group 3 --seed 3 "
     "--weight_decay 0.4 --grad_clip 0.5 --eval_every 2 --tokens 100 --engine_rows 4 "
-    "--engine_tokens 200 --chat_template {place}/chat.jinja --checkpointing --kernels torch",
+    "--engine_tokens 200 --chat_template {place}/chat.jinja --checkpointing full --kernels torch",
     # Without near/, policy and reference would be equal in the first step, and rewards/ties would
     # be a matter of rounding.
     "judge": "--model {place}/model --data {place}/puzzled.jsonl --rename puzzle=prompt "
     "--holdout 4 --max_prompt 20 --judge {place}/judge.py:longer --loss sigmoid_norm hinge "
     "discopop nca sppo apo_zero apo_down --eos_penalty 0.3 --max_new_tokens 5 --steps 3 "
     "--prompts 3 --lr 2e-3 --warmup 1 --to_messages --reference_model {place}/near "
+    "--checkpointing selective "
     "--top_k 60 --top_p 0.9 --min_p 0.1",
     # Rewards are seldom unequal: there are steps with few pairs, and ranks with none.
     "without_reference": PLAIN + "--reward {place}/judge.py:rarely --loss simpo cpo sft "
     "--eval_rows 4 --gamma 0.9 --beta 0.4 --eos_penalty 0 --steps 3 --prompts 3 --group 2",
     "stale": PLAIN + "--reward {place}/reward.py:letters --loss sigmoid --steps 4 --prompts 3 "
     "--max_staleness 1 --max_new_tokens 9 --reference_model {place}/near",
+    "lora": PLAIN + "--reward {place}/reward.py:letters --steps 3 --prompts 3 --reference_model "
+    "{place}/near --lora 3 --lora_alpha 5 --rslora --lora_targets q_proj v_proj --lr 2e-2",
     "orpo": PLAIN + "--reward {place}/reward.py:letters --loss orpo --steps 3 --prompts 2",
 }
 METRICS = {
@@ -160,7 +163,7 @@ def twin(args):
         judge = runpy.run_path(f"{path}.py")[name]
     # The script has no other divergence than the reverse KL, and its twin uses that of DPO.
     loss_args = Namespace(**vars(args), divergence="reverse_kl")
-    model = common.language_model(args.model)
+    model = common.with_adapters(common.language_model(args.model), args)
     reference = None
     if set(args.loss) - dpo.WITHOUT_REFERENCE:
         reference = common.language_model(args.reference_model or args.model)

@@ -14,13 +14,13 @@ PLAIN = (
 )
 TWO = "--reward {place}/reward.py:letters {place}/reward.py:scaled --reward_weights 0.7 -0.45 "
 RUNS = {
-    "ppo": PLAIN + TWO + "--eval_every 2 --tokens 70 --checkpointing --kernels torch "
+    "ppo": PLAIN + TWO + "--eval_every 2 --tokens 70 --checkpointing full --kernels torch "
     "--engine_rows 5 --engine_tokens 200 --eval_rows 3 --clip 0.03 0.06 --beta 0.3 "
     "--value_lr 9e-3 --value_coef 0.7 --value_clip 0.05 --gamma 0.97 --lam 0.8 --eos_penalty 0.4 "
     "--score_scale --ppo_epochs 3",
     "warmed up": PLAIN + "--reward {place}/reward.py:scaled --whiten_rewards --value_warmup 1 "
     "--value_lr 1e-3 --minibatches 4 --ppo_epochs 1 --prompts 8 --group 1 --beta 0.5 --kl k3 "
-    "--eos_penalty 1.5 --score_scale --gamma 0.9",
+    "--eos_penalty 1.5 --score_scale --gamma 0.9 --checkpointing selective",
     "head": PLAIN + TWO + "--value_model head --value_warmup 1 --kl k2 --beta 0.4 --lam 0.7 "
     "--whiten_rewards --max_logp_gap 5 --old_logp trainer --value_lr 2e-2 "
     "--top_k 60 --top_p 0.9 --min_p 0.1",
@@ -36,6 +36,10 @@ RUNS = {
     "--rename puzzle=prompt weight=factor --max_prompt 30 --chat_template {place}/chat.jinja "
     "--reward {place}/rewards.py:letters {place}/rewards.py:factors {place}/rewards.py:letters "
     "--steps 3 --prompts 4 --group 3 --max_new_tokens 5 --lr 3e-3 --warmup 0 --seed 2",
+    "lora": PLAIN + TWO + "--lora 3 --lora_alpha 5 --rslora --beta 0.3 --value_warmup 1 --lr 2e-2 "
+    "--value_lr 1e-2 --steps 3",
+    "lora, head": PLAIN + TWO + "--lora 2 --lora_targets v_proj up_proj --beta 0.3 --lr 2e-2 "
+    "--value_model head --weight_decay 0.3",
     "fork adaptive_kl": PLAIN
     + TWO
     + "--kl_target 1.1 --beta 0.3 --value_warmup 1 --lr 8e-3 --steps 4",
@@ -56,7 +60,9 @@ METRICS = rollouts.METRICS | {
 # ------------------------------------------------------------------------------------------ values
 def actor_critic(args):
     """-> ModuleDict of policy and value, and whether the value model is one of its own."""
-    model = torch.nn.ModuleDict({"policy": common.language_model(args.model)})
+    model = torch.nn.ModuleDict(
+        {"policy": common.with_adapters(common.language_model(args.model), args)}
+    )
     folder = args.value_model
     if folder is None:
         named = [spec.removeprefix("model:") for spec in args.reward if spec.startswith("model:")]
@@ -66,7 +72,8 @@ def actor_critic(args):
         model["value"] = torch.nn.Linear(width, 1, bias=False, dtype=torch.float64)
         torch.nn.init.zeros_(model.value.weight)
     else:
-        model["value"] = common.scalar_model(folder)
+        layers = len([name for name, _ in model.named_modules() if name.endswith(".lora_A")])
+        model["value"] = common.with_adapters(common.scalar_model(folder), args, first=layers)
     return model, folder != "head"
 
 
@@ -156,6 +163,7 @@ def twin(args):
     model, own = actor_critic(args)
     reference = common.language_model(args.model) if args.beta else None
     optimizer = common.AdamW(model, args.weight_decay)
+    policy_trained = [p for p in model.policy.parameters() if p.requires_grad]
     value_rate = 1.0 if args.value_lr is None else args.value_lr / args.lr
     records = common.records(args.out)
     ranks = rollouts.num_ranks(records)
@@ -232,7 +240,8 @@ def twin(args):
         rollouts.check_samples(args, step, shown)
 
         # ---- update
-        model.policy.requires_grad_(step > args.value_warmup)
+        for p in policy_trained:
+            p.requires_grad_(step > args.value_warmup)
         lr = common.learning_rate(step, args.steps, args.lr, args.warmup)
         meter, gaps, divisors, updates, grad_norm = Means(), [], [], 0, 0.0
         minibatches = []

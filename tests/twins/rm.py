@@ -12,12 +12,15 @@ RUNS = {
     "truncated": "--model {place}/model --data {place}/pairs.jsonl --eval_data "
     "{place}/pairs_held_out.jsonl --steps 3 --rows 5 --seed 3 --lr 4e-3 --warmup 0 --tokens 130 "
     "--weight_decay 0.4 --grad_clip 0.6 --eval_every 2 --max_length 30 --centre 0.07 "
-    "--chat_template {place}/lines.jinja --checkpointing --to_messages --eval_rows 2",
+    "--chat_template {place}/lines.jinja --checkpointing full --to_messages --eval_rows 2",
     "dropped": "--model {place}/rm --data {place}/theirs.jsonl --rename better=chosen "
     "worse=rejected --holdout 3 --epochs 2.7 --rows 3 --warmup 2 --overlong drop --max_length 22 "
-    "--tokens 46 --grad_clip 0 --lr 2e-3 --kernels torch",
+    "--tokens 46 --grad_clip 0 --lr 2e-3 --kernels torch --checkpointing selective",
     "nothing held out": "--model {place}/model --data {place}/pairs.jsonl --holdout 0 --steps 3 "
     "--rows 5 --tokens 60 --lr 1e-3",
+    "lora": "--model {place}/model --data {place}/pairs.jsonl --holdout 3 --steps 3 --rows 5 "
+    "--tokens 60 --lr 8e-3 --warmup 0 --seed 2 --lora 2 --lora_alpha 7 --rslora --lora_targets "
+    "gate_proj k_proj",
 }
 METRICS = {
     *("eval/loss", "eval/accuracy", "eval/margin", "eval/score/q05", "eval/score/q50"),
@@ -46,7 +49,7 @@ def judged(model, pair, centre):
 
 def twin(args):
     tokenizer = common.tokenizer(args.model)
-    model = common.scalar_model(args.model)
+    model = common.with_adapters(common.scalar_model(args.model), args)
     train, held_out = (examples(tokenizer, rows, args) for rows in common.split_rows(args))
     steps = args.steps or math.ceil(args.epochs * len(train) / args.rows)
     optimizer = common.AdamW(model, args.weight_decay)

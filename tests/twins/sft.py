@@ -13,15 +13,18 @@ PLAIN = "--model {place}/model --data {place}/sft.jsonl --eval_data {place}/sft_
 RUNS = {
     "truncated": PLAIN + "--steps 3 --rows 5 --seed 3 --lr 4e-3 --warmup 0 --weight_decay 0.4 "
     "--grad_clip 0.6 --eval_every 2 --max_length 64 --tokens 140 --train_on last "
-    "--chat_template {place}/lines.jinja --checkpointing --to_messages --eval_rows 4",
+    "--chat_template {place}/lines.jinja --checkpointing full --to_messages --eval_rows 4",
     "split": PLAIN + "--steps 6 --bins 3 --tokens 70 --max_length 25 --overlong split --lr 2e-3 "
-    "--warmup 2 --train_on all --loss dft --kernels torch --grad_clip 0.01",
+    "--warmup 2 --train_on all --loss dft --kernels torch --grad_clip 0.01 "
+    "--checkpointing selective",
     "dropped": "--model {place}/model --data {place}/dialogs.jsonl --rename dialog=messages "
     "--holdout 3 --epochs 1.4 --rows 4 --seed 1 --max_length 50 --overlong drop --tokens 120 "
     "--train_on completion",
     "bins": "--model {place}/model --data {place}/dialogs.jsonl --rename dialog=messages "
     "--eval_data {place}/dialogs.jsonl --epochs 1.3 --bins 1 --tokens 80 --max_length 45 "
     "--lr 1e-3 --seed 5 --grad_clip 0",
+    "lora": PLAIN + "--steps 3 --rows 5 --lr 2e-2 --warmup 0 --weight_decay 0.4 --lora 3 "
+    "--lora_alpha 5 --rslora --lora_targets q_proj down_proj --checkpointing",
     "compiled": PLAIN + "--steps 3 --compile --dtype fp32",
     "bf16": PLAIN + "--steps 2 --lr 1e-3 --dtype bf16",
     "fork muon": "--model {place}/model --data {place}/sft.jsonl --holdout 0 "
@@ -140,7 +143,7 @@ class Muon:
 
 def twin(args):
     tokenizer = common.tokenizer(args.model)
-    model = common.language_model(args.model)
+    model = common.with_adapters(common.language_model(args.model), args)
     train_rows, eval_rows = common.split_rows(args)
     train, held_out = (examples(tokenizer, rows, args) for rows in (train_rows, eval_rows))
     lengths = [len(ids) for ids, _ in train]

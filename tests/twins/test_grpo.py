@@ -29,7 +29,7 @@ def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, folder, name):
     rollouts.check_flags_matter(grpo, name, args, place, folder)
 
 
-@pytest.mark.parametrize("name", ["grpo", "resampled", "cut", "fork curriculum"])
+@pytest.mark.parametrize("name", ["grpo", "resampled", "cut", "lora", "fork curriculum"])
 def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
     common.check(grpo, name, place, tmp_path, resume=True)
 
@@ -37,7 +37,16 @@ def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["grpo", "resampled", "stale", "token-mask", "cut", "fork curriculum", "fork top_entropy"],
+    [
+        "grpo",
+        "resampled",
+        "stale",
+        "token-mask",
+        "cut",
+        "lora",
+        "fork curriculum",
+        "fork top_entropy",
+    ],
 )
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, folder, name):
     common.check(grpo, name, place, tmp_path, ranks=2, resume=True)

@@ -29,13 +29,13 @@ def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, folder, name):
     rollouts.check_flags_matter(ppo, name, args, place, folder)
 
 
-@pytest.mark.parametrize("name", ["ppo", "warmed up", "head", "fork adaptive_kl"])
+@pytest.mark.parametrize("name", ["ppo", "warmed up", "head", "lora", "fork adaptive_kl"])
 def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
     common.check(ppo, name, place, tmp_path, resume=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo", "warmed up", "the engine's", "fork adaptive_kl"])
+@pytest.mark.parametrize("name", ["ppo", "warmed up", "the engine's", "lora", "fork adaptive_kl"])
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, folder, name):
     common.check(ppo, name, place, tmp_path, ranks=2, resume=True)
 

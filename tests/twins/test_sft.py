@@ -43,7 +43,7 @@ def test_it_agrees_after_a_resume(place, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["truncated", "split"])
+@pytest.mark.parametrize("name", ["truncated", "split", "lora"])
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, name):
     common.check(sft, name, place, tmp_path, ranks=2, resume=True)
 
