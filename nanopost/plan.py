@@ -342,7 +342,10 @@ def held(args) -> dict[str, float]:
 
 
 def gradient_bytes(args) -> float:
-    """fp32 shards of a rank; with --reduce step, whole ones until the last micro-batch."""
+    """fp32 shards of a rank; with --reduce step, whole ones until the last micro-batch; with
+    --reproducible, int64 sums, and no gradient from one micro-batch to the next."""
+    if args.reproducible:
+        return 8 * numbers(args.units, args.lora, ranks(args)).trained
     if args.reduce == "step" and args.gpus > 1:
         return 4 * numbers(args.units, args.lora).trained
     return 4 * numbers(args.units, args.lora, ranks(args)).trained
@@ -399,6 +402,12 @@ def update(args) -> dict[str, float]:
     mine = buffer / ranks(args)
     ended = sharded * b * block.trained + buffer + mine
     of_root = sharded * (b * root.trained + 4 * root.trained + 4 * root.trained / ranks(args))
+    if args.reproducible:  # two of fp64 while fixed point is computed, and this pass's gradients
+        gradients = 4 * numbers(args.units, args.lora, ranks(args)).trained
+        ended += sharded * 16 * block.trained
+        of_root += sharded * 16 * root.trained + gradients
+        if not sharded:
+            of_root += 16 * max(math.prod(shape) for u in args.units for _, shape in u.shapes)
 
     # In a backward pass FSDP2 holds the root, a block, and the next one as it arrives.
     instants = [
@@ -731,6 +740,7 @@ def parsed(arguments=None) -> Namespace:
     add("--replicas", type=at_least(1), default=1, help="HSDP: copies of the sharded model")
     add("--offload", action="store_true", help="weights, gradients, moments on the host")
     add("--reduce", default="micro_batch", choices=["step", "micro_batch"], help="of gradients")
+    add("--reproducible", action="store_true", help="gradients in fixed point")
     add("--rows", type=at_least(1), default=64, help="rows or pairs of a step")
     add("--reference", default="frozen", choices=["frozen", "precomputed"], help="of DPO and KTO")
     add("--beta", type=at_least(0.0), default=0.0, help="of GRPO and PPO; 0: no reference model")
@@ -780,6 +790,8 @@ def check(args):
         raise InputError(
             f"--gpus {args.gpus} does not divide into {args.replicas} replicas: change --replicas."
         )
+    if args.reproducible and (args.reduce == "step" or args.replicas > 1):
+        raise InputError("--reproducible takes neither --reduce step nor --replicas: drop them.")
     if args.quantize == "nf4" and not args.lora:
         raise InputError("--quantize nf4 is of weights that --lora freezes: add --lora RANK.")
     if args.vllm and args.script not in SAMPLE:

@@ -80,6 +80,7 @@ def measured(world, rows: int, length: int, how: dict | None = None, **sizes) ->
     how: lora, quantize, and what dist.shard takes. sizes: of the model."""
     how = dict(how or {})
     rank, packed = how.pop("lora", 0), how.pop("quantize", "none") == "nf4"
+    dist.reproducible = how.pop("reproducible", False)
     config = small_config(**{**SIZES, **sizes})
     ids = torch.arange(length) % config.vocab_size
     batch = batch_of([Example(ids, torch.ones(length, dtype=torch.bool))] * rows)
@@ -103,18 +104,21 @@ def measured(world, rows: int, length: int, how: dict | None = None, **sizes) ->
         def held():
             tensors = [*model.parameters(), *(p.grad for p in model.parameters())]
             tensors += [x for state in optimizer.state.values() for x in state.values()]
+            if dist.reproducible:
+                tensors += [x.total for x in model.order_free.sums.values()]
             storages = [local(x).untyped_storage() for x in tensors if x is not None]
             return sum({x.data_ptr(): x.nbytes() for x in storages}.values())  # some share one
 
-        def micro_batch():
+        def micro_batch(last=False):
+            dist.before_pass(model, last)
             logp_N, _ = model(batch)
             (-logp_N.sum()).backward()
+            dist.after_pass(model)
 
-        micro_batch()
+        micro_batch(last=True)
         optimizer.step()  # there are moments
         whole = 0
         if how.get("reduce") == "step":
-            dist.before_pass(model, last=False)
             whole = 4 * sum(p.numel() for p in model.parameters())
         for _ in range(3):
             optimizer.zero_grad(set_to_none=True)

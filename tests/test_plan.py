@@ -121,6 +121,13 @@ RUNS = {
         {"rows": 16, "tokens": 1024, "lora": 16, "quantize": "nf4", "dtype": "bf16"},
         {},
     ),
+    "sft, fixed point": (
+        "sft",
+        {"vocab_size": 8192, "num_hidden_layers": 2},
+        (64, 64),
+        {"rows": 2, "tokens": 128, "reproducible": True},
+        {},
+    ),
     "grpo, a frozen reference": ("grpo", {}, (112, 1), {**SAMPLED, "beta": 0.1}, {}),
     "grpo, bf16, weights of the engine": ("grpo", {}, (112, 1), {**SAMPLED, "dtype": "bf16"}, {}),
     "grpo, the engine's cache": (
@@ -203,6 +210,7 @@ SHARDED = {
     "a block's gradients": {"rows": 1, "length": 256, **BLOCKS},
     "whole gradients": {"rows": 1, "length": 256, "how": {"reduce": "step"}},
     "replicas": {"rows": 1, "length": 256, "how": {"replicas": 32}},
+    "fixed point": {"rows": 1, "length": 64, "vocab_size": 8192, "how": {"reproducible": True}},
     "an untied head": {"rows": 1, "length": 256, "vocab_size": 16384},
     "a tied head": {
         "rows": 1,
@@ -428,6 +436,7 @@ def test_flags_have_the_scripts_defaults(script, tmp_path):
 
 BAD = {
     "--gpus 6 --replicas 4": "--gpus 6 does not divide into 4 replicas: change --replicas.",
+    "--reproducible --reduce step": "--reproducible takes neither --reduce step nor --replicas:",
     "--quantize nf4": "--quantize nf4 is of weights that --lora freezes: add --lora RANK.",
     "--script sft --vllm 8": "--script sft samples nothing: drop --vllm.",
     "--vllm 8 --engine colocate": "--vllm and --engine colocate are two engines: give one of them.",
