@@ -1,93 +1,98 @@
-"""What --reproducible costs, in time and memory -> bench/results/reproducible.json.
+"""What --reproducible costs, in time and memory, on a CPU in fp32 with one thread per rank.
 
-    python -m bench.reproducible              # on a CPU, one thread per rank, in fp32
+    python -m bench.reproducible              # -> bench/results/reproducible.json
 
-SFT and GRPO of the model of side_by_side.py, with and without the flag, on one and two ranks. Jobs
-take turns, --rounds times; steps count from the third on. Peak memory is the largest resident
-size of a rank, less that of the same command with --help.
+An optimizer step of SFT on 16 rows of 100 to 500 tokens, of a Qwen3 of 4 layers and width 256, with
+and without the flag, on one and two ranks, in turns. Time is that of the processor, of all ranks
+together, in the cheapest of five steps, since others may use the machine. Memory is a rank's
+largest resident size.
 """
 
+import json
+import os
+import resource
 import statistics
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
+import time
 
-from bench import common, side_by_side
-from bench.common import flags
+from bench import common
 
-side_by_side.THREADS = 1
-
-
-def jobs(folder, steps) -> dict[str, list[str]]:
-    """{name: command line}."""
-    shared = {"holdout": 4, "steps": steps, "warmup": 0, "save_every": 0, "eval_every": 0}
-    shared |= {"device": "cpu", "overwrite": True}
-    scripts = {
-        "sft": flags(rows=48, tokens=1024, max_length=512, **shared),
-        "equal": flags(
-            reward="length:200:100", prompts=16, group=8, max_new_tokens=64, tokens=2048, **shared
-        ),
-    }
-    found = {}
-    for name, given in scripts.items():
-        script = {"sft": "train_sft.py", "equal": "train_grpo.py"}[name]
-        for ranks in (1, 2):
-            launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-            for flag in ([], ["--reproducible"]):
-                own = flags(
-                    model=f"{folder}/{name}", data=f"{folder}/{name}.jsonl", out=f"{folder}/out"
-                )
-                key = f"{script.removesuffix('.py')} on {ranks}{' reproducible' if flag else ''}"
-                found[key] = [*launch, script, *own, *given, *flag]
-    return found
+MODEL = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_act": "silu",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "tie_word_embeddings": True,
+}
 
 
-def measured(command, folder) -> dict:
-    _, peak = side_by_side.run(command)
-    return {**side_by_side.our_steps(f"{folder}/out"), "peak_mb": peak}
+def measure(same_bytes: bool):
+    """One rank's part; rank 0 prints {"seconds", "mb"}."""
+    import numpy as np
+    import torch
+
+    from nanopost import dist, optim
+    from nanopost.batch import Example
+    from nanopost.forward import batches
+    from nanopost.model import CausalLM, Config
+
+    torch.set_num_threads(1)
+    world = dist.init("cpu", "fp32", 0, same_bytes)
+    model = dist.shard(CausalLM(Config.of(MODEL)).init_weights(0), world)
+    optimizer = optim.adamw(model, 0.1)
+    optim.set_learning_rate(optimizer, 1e-3)
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(100, 500, 16)
+    examples = [Example(draw.integers(0, 4096, n), np.ones(n, bool)) for n in lengths]
+    seconds = []
+    for _ in range(6):
+        began = time.process_time()
+        for batch in batches(model, examples[world.rank :: world.size], 1024, "cpu"):
+            logp_N, _ = model(batch)
+            (-logp_N.sum() / lengths.sum()).backward()
+        dist.clip_grad_norm(model, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.process_time() - began)
+    total = dist.all_sum(min(seconds[1:]))
+    (peak,) = dist.all_max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    if world.rank == 0:
+        print(json.dumps({"seconds": total, "mb": peak}), flush=True)
+    dist.finish()
 
 
 def main():
     parser = common.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--part", choices=["plain", "reproducible"], help="of one rank")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("sft", "equal"):
-            make = [sys.executable, "-c", side_by_side.MAKE, folder, name]
-            subprocess.run(make, cwd=common.ROOT, check=True)
-        commands, runs = jobs(folder, args.steps), {}
-        names = list(commands)
-        for k in range(args.rounds):
-            for name in names[k % len(names) :] + names[: k % len(names)]:
-                found = measured(commands[name], folder)
-                found["seconds"] = found["seconds"][side_by_side.WARM :]
-                runs.setdefault(name, []).append(found)
-                print(
-                    f"round {k + 1}  {name:32s} {statistics.median(found['seconds']):.3f} s",
-                    flush=True,
-                )
-        result = {"origin": common.origin("torch"), "settings": vars(args), "jobs": {}}
-        for name, command in commands.items():
-            script = command[5]
-            _, imports = side_by_side.run([script, "--help"])
-            seconds = [statistics.median(x["seconds"]) for x in runs[name]]
-            peaks = [x["peak_mb"] - imports for x in runs[name]]
-            result["jobs"][name] = {
-                "step_seconds": statistics.median(seconds),
-                "peak_mb": statistics.median(peaks),
-                "rounds": runs[name],
-            }
-    for name in [name for name in names if not name.endswith("reproducible")]:
-        plain, other = result["jobs"][name], result["jobs"][f"{name} reproducible"]
-        time = other["step_seconds"] / plain["step_seconds"]
-        memory = other["peak_mb"] - plain["peak_mb"]
-        print(
-            f"{name}: {time:.2f} times the step, {memory:+.0f} MB a rank on {plain['peak_mb']:.0f}"
-        )
-    common.save(Path(common.RESULTS) / "reproducible.json", result)
+    if args.part:
+        measure(args.part == "reproducible")
+        return
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
+    environment = os.environ | common.OFFLINE | {"OMP_NUM_THREADS": "1"}
+    found = {}
+    for _ in range(args.rounds):
+        for ranks in (1, 2):
+            for part in ("plain", "reproducible"):
+                command = [*launch, ranks, "-m", "bench.reproducible", "--part", part]
+                done = common.run(command, env=environment, capture_output=True, text=True)
+                line = json.loads(done.stdout.splitlines()[-1])
+                found.setdefault(f"{part} on {ranks}", []).append(line)
+    for ranks in (1, 2):
+        plain, other = found[f"plain on {ranks}"], found[f"reproducible on {ranks}"]
+        ratios = [b["seconds"] / a["seconds"] for a, b in zip(plain, other)]
+        more = [b["mb"] - a["mb"] for a, b in zip(plain, other)]
+        low, high = min(ratios), max(ratios)
+        print(f"{ranks}: {low:.2f} to {high:.2f} times the step, {statistics.median(more):+.0f} MB")
+    common.save(common.RESULTS / "reproducible.json", {**common.origin("torch"), "found": found})
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

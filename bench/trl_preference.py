@@ -12,13 +12,13 @@ import json
 from transformers import Qwen3ForSequenceClassification
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from bench.trl_sft import Recorder, load, parser, rows_of, settings
+from bench.trl_sft import Recorder, adapters, load, parser, rows_of, settings
 
 
 def dpo_trainer(args, recorder):
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, args.quantize)
     reference = None
-    if not args.precompute:
+    if not args.precompute and not args.lora:  # with adapters it is the model without them
         reference, _ = load(args.model)
     config = DPOConfig(
         **settings(args),
@@ -34,6 +34,7 @@ def dpo_trainer(args, recorder):
         train_dataset=rows_of(args.data),
         processing_class=tokenizer,
         callbacks=[recorder],
+        peft_config=adapters(args),
     )
 
 

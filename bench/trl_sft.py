@@ -63,7 +63,20 @@ def parser(doc) -> argparse.ArgumentParser:
     add("--max_length", type=int, default=512)
     add("--dtype", default="fp32", choices=["fp32", "bf16"], help="bf16: autocast, fp32 weights")
     add("--device", default="cpu", choices=["cpu", "cuda"])
+    add("--lora", type=int, default=0, help="rank of peft's adapters; 0: none")
+    add("--quantize", default="none", choices=["none", "nf4"], help="by bitsandbytes")
     return parser
+
+
+def adapters(args):
+    """peft's configuration, with our defaults; None without --lora."""
+    if not args.lora:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=args.lora, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
 
 
 def settings(args) -> dict:
@@ -96,12 +109,20 @@ def settings(args) -> dict:
     }
 
 
-def load(folder):
+def load(folder, quantize="none"):
     """The model in fp32 as transformers builds it, and its tokenizer."""
+    more = {}
+    if quantize == "nf4":
+        more["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
     transformers.utils.logging.set_verbosity_error()
     disable_progress_bars()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **more)
     return model, AutoTokenizer.from_pretrained(folder)
 
 
@@ -115,7 +136,7 @@ def main():
     p.add_argument("--packing", action="store_true")
     p.add_argument("--train_on", default="assistant", choices=["assistant", "all"])
     args = p.parse_args()
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, args.quantize)
     recorder = Recorder()
     config = SFTConfig(
         **settings(args),
@@ -131,6 +152,7 @@ def main():
         train_dataset=rows_of(args.data),
         processing_class=tokenizer,
         callbacks=[recorder],
+        peft_config=adapters(args),
     )
     trainer.train()
     print(json.dumps(recorder.result(["loss", "grad_norm", "entropy", "learning_rate"])))

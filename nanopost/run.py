@@ -445,7 +445,7 @@ class Run:
             note = f" in {written}, rounded from fp32 (--save_dtype fp32 keeps it)"
         elif read != written:
             note = f" in {written}, though it was read in {read} (--save_dtype auto keeps that)"
-        whole = ", its adapters merged" if adapted else ""
+        whole = ", its adapters merged," if adapted else ""
         self.say(f"the model{whole} is in {folder}{note.replace('torch.', '')}")
 
     def _export_adapter(self, weights, folder, files):

@@ -11,6 +11,7 @@ import torch
 import torch.multiprocessing as mp
 from inprocess import run_here
 from safetensors.torch import load_file, save_file
+from scripts import metrics
 from small import random_ids, small_config, small_model
 from torch.distributed.tensor import DTensor
 
@@ -585,6 +586,14 @@ def test_adapters_of_a_merged_adapter_are_not_written_by_themselves(place, tmp_p
     assert "dpo/adapter is not written: the base of its adapters" in capsys.readouterr().out
     assert not (tmp_path / "dpo" / "adapter").exists()
     assert (tmp_path / "dpo" / hf.SINGLE).exists()
+
+
+@pytest.mark.parametrize("more", [[], ["--quantize", "nf4"]])
+def test_a_model_learns_with_adapters_alone(place, tmp_path, more):
+    """A random model, whose embedding stays as it is, learns the rows by heart."""
+    train("sft", place, tmp_path / "out", "--steps", 60, "--eval_every", 0, *more, rank=8)
+    losses = [line["loss"] for line in metrics(tmp_path / "out")[1:]]
+    assert losses[-1] < losses[0] / 4
 
 
 class Stopped(BaseException):

@@ -142,19 +142,21 @@ def test_a_model_has_the_same_weights_on_any_number_of_ranks(tmp_path, reproduci
 
 
 def test_adamw_does_not_see_where_a_shard_begins(reproducible):
-    for size in (1, 7, 9, 33, 1001):
+    """A fused one does in about one of twenty of these."""
+    for size in (7, 15, 33, 1001):
         draw = torch.Generator().manual_seed(size)
-        w, *gradients = torch.randn(4, size, generator=draw)
-        found = []
-        for cut in {0, 1, size // 2, size - 1}:
-            parts = torch.nn.ParameterList([w[:cut].clone(), w[cut:].clone()])
-            optimizer = optim.adamw(parts, 0.1)
-            optim.set_learning_rate(optimizer, 0.01)
-            for g in gradients:
-                parts[0].grad, parts[1].grad = g[:cut].clone(), g[cut:].clone()
-                optimizer.step()
-            found.append(torch.cat([p.detach() for p in parts]))
-        assert all(torch.equal(x, found[0]) for x in found)
+        for _ in range(6):
+            w, *gradients = torch.randn(5, size, generator=draw)
+            found = []
+            for cut in (0, 1, size // 3, size // 2, size - 1):
+                parts = torch.nn.ParameterList([w[:cut].clone(), w[cut:].clone()])
+                optimizer = optim.adamw(parts, 0.1)
+                optim.set_learning_rate(optimizer, 0.01)
+                for g in gradients:
+                    parts[0].grad, parts[1].grad = 0.01 * g[:cut], 0.01 * g[cut:]
+                    optimizer.step()
+                found.append(torch.cat([p.detach() for p in parts]))
+            assert all(torch.equal(x, found[0]) for x in found)
 
 
 def test_a_gradient_beyond_the_fixed_point_is_one_sentence(alone, reproducible):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 import vllm_servers
@@ -12,6 +13,7 @@ from scripts import ENVIRONMENT, ROOT, metrics, run
 from test_recording import remains
 
 from nanopost import InputError, cli, hf
+from nanopost.batch import Example, batch_of
 from nanopost.dist import World
 from nanopost.tokenizer import Tokenizer
 from runs import toy
@@ -73,6 +75,64 @@ def test_a_script_samples_on_servers(place, urls, tmp_path, script, ranks):
         assert len(rollouts) > 0 and {row["rank"] for row in rollouts} == set(range(ranks))
     # What the run has learnt is on the servers, and in the folder that it wrote.
     assert (tmp_path / "out/model.safetensors").stat().st_size > 0
+
+
+def test_servers_get_merged_weights_of_a_run_with_adapters(place, urls, tmp_path):
+    """The audit after each sync compares every tensor."""
+    own = *OWN["train_grpo.py"], "--lora", 4, "--lr", 2e-2
+    done = run("train_grpo.py", *flags(place, tmp_path / "out"), *own, "--vllm", *urls)
+    assert "warning" not in done.stdout + done.stderr
+    for line in metrics(tmp_path / "out")[1:]:
+        assert line[GAP] < 1e-4
+
+
+SCORE = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+
+folder, adapter, ids = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+more = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1} if adapter else {}
+llm = LLM(folder, dtype="float32", max_model_len=128, enforce_eager=True, **more)
+params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+request = LoRARequest("adapter", 1, adapter) if adapter else None
+(out,) = llm.generate([{"prompt_token_ids": ids}], [params], lora_request=request)
+found = [out.prompt_logprobs[t][ids[t]].logprob for t in range(1, len(ids))]
+print("SCORES", json.dumps(found))
+"""
+
+
+@vllm_servers.needed
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_vllm_loads_the_adapter_that_a_run_has_written_and_its_merged_model(
+    place, tmp_path, with_adapter
+):
+    own = *OWN["train_grpo.py"], "--lora", 4, "--lr", 2e-2
+    run("train_grpo.py", *flags(place, tmp_path / "out"), *own)
+    ids = list(range(10, 50))
+    folder, adapter = tmp_path / "out", ""
+    if with_adapter:
+        folder, adapter = place / "model", tmp_path / "out/adapter"
+    done = subprocess.run(
+        [vllm_servers.PYTHON, "-c", SCORE, str(folder), str(adapter), json.dumps(ids)],
+        env=ENVIRONMENT | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (line,) = [text for text in done.stdout.splitlines() if text.startswith("SCORES")]
+    e = Example(np.array(ids), np.arange(len(ids)) > 0)
+
+    def score(path):
+        with torch.no_grad():
+            logp_N, _ = hf.load_model(path)(batch_of([e]))
+        return logp_N[:-1].tolist()
+
+    found = json.loads(line.removeprefix("SCORES"))
+    assert found == pytest.approx(score(tmp_path / "out"), abs=1e-4)
+    assert found != pytest.approx(score(place / "model"), abs=1e-2)
 
 
 @pytest.mark.parametrize("script, staleness", [("train_grpo.py", 0), *((s, 2) for s in OWN)])
