@@ -230,6 +230,8 @@ def shard(args, world):
         raise InputError(
             "--reproducible adds up gradients by micro-batch: leave out --reduce step."
         )
+    if args.reproducible and (world.dtype != torch.float32 or world.device.type != "cpu"):
+        say("warning: --reproducible is tested with --device cpu --dtype fp32 alone")
     if args.reproducible and args.replicas > 1:
         raise InputError("--reproducible adds up shards, not replicas: leave out --replicas.")
     if world.size % args.replicas:

@@ -216,6 +216,7 @@ def shard(
     model.reduce_last = reduce == "step" and world.size > 1
     sharded = [*blocks, model]
     model.runs_on = world.device
+    model.held_on = torch.device("cpu") if offload else world.device
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
     is_whole = world.dtype == torch.float32 or frozen == {world.dtype}
     if world.size > 1 or offload or not is_whole:

@@ -116,8 +116,7 @@ class Engine:
 
         If the model is the trainer's own there is nothing to copy or to merge, and ValueError for
         tensors that are not its own: they would be copied into the trainer. A running call to
-        generate waits
-        between two tokens, and goes on with the new weights.
+        generate waits between two tokens, and goes on with the new weights.
         """
         own = dict(self.model.named_parameters())
         if self.shared and isinstance(named_tensors, dist.FullWeights):

@@ -146,7 +146,8 @@ def _config_and_dtype(folder) -> Config:
 def _empty(make, device, dtype, shard):
     with torch.device("meta"):
         model = make().to(dtype)
-    return shard(model).to_empty(device=device)
+    model = shard(model)
+    return model.to_empty(device=getattr(model, "held_on", device))
 
 
 @torch.no_grad()
@@ -171,13 +172,16 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     packed_layers = {
         f"{name}.weight": layer for name, layer in model.named_modules() if nf4.is_packed(layer)
     }
+    shapes = {name: list(p.shape) for name, p in wanted.items()}
+    for name, layer in packed_layers.items():
+        shapes[name] = [layer.out_features, layer.in_features]
     stored = _weight_files(base)
     quantised = {name.removesuffix(QUANTISED) for name in stored if name.endswith(QUANTISED)}
     # Beside X.weight, bitsandbytes stores X.weight.absmax and the like.
     beside = {name for name in stored if name.rpartition(".weight.")[0] + ".weight" in quantised}
     file_of = {name: path for name, path in stored.items() if name not in beside}
     if adapter:
-        _check_adapter(folder, adapter, wanted)
+        _check_adapter(folder, adapter, shapes)
     if model.config.scalar and SCORE not in file_of:
         _new_head(wanted.pop(SCORE))
         file_of.pop(HEAD, None)
@@ -207,7 +211,10 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     for layer in lora.layers(model).values():
         _copy(layer.lora_A, layer.first_A())
         layer.lora_B.zero_()
-    _check_finite(folder, wanted)
+    found = {name: _local(p) for name, p in wanted.items()}
+    for name, layer in packed_layers.items():  # where a block is not finite, its scale is not
+        found[name] = _local(layer.weight_nested).view(torch.float32)
+    _check_finite(folder, found)
     if model.config.tied and HEAD in file_of:
         if not torch.equal(_whole(file_of, HEAD), _whole(file_of, EMBEDDING)):
             raise InputError(
@@ -237,11 +244,11 @@ def read_json(path: Path):
         raise InputError(f"{path}: not valid JSON ({error}); copy it again.") from error
 
 
-def _check_finite(folder, parameters):
+def _check_finite(folder, tensors):
     """InputError for weights that are NaN or infinite: a model like that scores and learns nothing.
     Of each rank's shards."""
-    finite = [_local(p).isfinite().all() for p in parameters.values()]
-    bad = [name for name, ok in zip(parameters, torch.stack(finite).tolist()) if not ok]
+    finite = [x.isfinite().all() for x in tensors.values()]
+    bad = [name for name, ok in zip(tensors, torch.stack(finite).tolist()) if not ok]
     if bad:
         raise InputError(
             f"{folder}: not all weights are finite ({_some(bad)}): the run that wrote it had "
@@ -286,17 +293,17 @@ def _check_names(folder, wanted, file_of, tied):
     )
 
 
-def _check_adapter(folder, adapter, wanted):
+def _check_adapter(folder, adapter, shapes):
     """InputError for an adapter of another model, or of layers that have none here."""
     for name, (a, b, _) in adapter.factors.items():
         shape = [len(b), a.shape[1]]
-        if name not in wanted or list(wanted[name].shape) != shape:
-            here = list(wanted[name].shape) if name in wanted else "not there"
+        if shapes.get(name) != shape:
+            here = shapes.get(name, "not there")
             raise InputError(
                 f"{folder}: the adapter changes {name} {shape}, which in the base model "
                 f"{adapter.base} is {here}: is base_model_name_or_path right?"
             )
-    for name in adapter.heads.keys() - wanted.keys():
+    for name in adapter.heads.keys() - shapes.keys():
         raise InputError(
             f"{folder}: the adapter has a {name}, as a reward model has, but its task_type is not "
             "SEQ_CLS."

@@ -114,14 +114,29 @@ def _replace(model, name, layer):
     setattr(model.get_submodule(parent), own, layer)
 
 
-def quantize(model: nn.Module):
-    """Hold the matrices of the blocks in NF4: QLoRA. After `apply`, before the model is sharded."""
+def quantize(model: nn.Module) -> nn.Module:
+    """Hold the matrices of the blocks in NF4 (QLoRA) -> the model. After `apply`, before it is
+    sharded."""
     for part in _parts(model):
         for name, layer in _linear_layers(part).items():
             if not isinstance(layer, LoRALinear):
                 layer = nf4.FrozenLinear(layer)
                 _replace(part, name, layer)
             nf4.pack(layer, name, part.config.dtype)
+    return model
+
+
+def is_quantized(model) -> bool:
+    """Whether a model, or the one that a Reference is of, holds weights in NF4."""
+    if isinstance(model, Reference):
+        model = model.model
+    return any(map(nf4.is_packed, model.modules()))
+
+
+def meaning(model) -> dict:
+    """What the numbers of a model's adapters mean; {} without adapters."""
+    scales = sorted({layer.scale for layer in layers(model).values()})
+    return {"scales": scales, "nf4": is_quantized(model)} if scales else {}
 
 
 def hold_in_stored_dtype(model: nn.Module):
@@ -161,7 +176,7 @@ def summary(model: nn.Module) -> str:
     trained = [p for name, p in model.named_parameters() if is_trained(name)]
     frozen = [p for name, p in model.named_parameters() if not is_trained(name)]
     packed = ""
-    if any(map(nf4.is_packed, model.modules())):
+    if is_quantized(model):
         packed = ", of which the blocks' matrices in NF4"
     (rank,) = {layer.rank for layer in adapted.values()}
     return (
@@ -313,6 +328,8 @@ def read(folder) -> Adapter:
             f"{path}: {odd[0]} ({len(odd)} such tensors) is not of a plain LoRA adapter: merge it "
             "into its base with peft (merge_and_unload), and give the merged model."
         )
+    if not isinstance(config.get("lora_alpha"), (int, float)):
+        raise InputError(f"{folder / CONFIG}: lora_alpha is missing; copy the folder again.")
     alpha, rslora = config["lora_alpha"], config.get("use_rslora", False)
     factors = {
         f"{name}.weight": (a, b_of[name], scale(alpha, len(a), rslora)) for name, a in a_of.items()

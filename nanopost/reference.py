@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nanopost import dist, forward, hf
+from nanopost import dist, forward, hf, lora
 from nanopost.pairs import Pair
 
 
@@ -29,6 +29,8 @@ def add_cached_reference(pairs: list[Pair], reference, reference_folder, tokens:
     """The same for all pairs of a run, which every rank holds: split over ranks, computed once,
     and kept in the folder `cache`, under a name made of everything that the numbers depend on."""
     kind = "bf16" if "bfloat16" in str(world.dtype) else "fp32"
+    if lora.is_quantized(reference):
+        kind += "-nf4"
     name = f"reference-{hf.content_hash(reference_folder)}-{kind}-{content_hash(pairs)}.npy"
     path = Path(cache, name)
     if dist.all_sum(path.is_file()) == world.size:

@@ -152,7 +152,9 @@ class OrderFree:
 
     def finish(self) -> float:
         """The end of an optimizer step -> no number on this rank has added more to a gradient."""
-        largest = max([float(x.largest) for x in self.sums.values()], default=0.0)
+        largest = [float(x.largest) for x in self.sums.values()]
         for x in self.sums.values():
             x.clear()
-        return largest
+        if any(map(math.isnan, largest)):  # which max would pass over
+            return math.nan
+        return max(largest, default=0.0)

@@ -104,7 +104,12 @@ class Run:
             self.resumed = True
         saved_hashes = state.pop("hashes", hashes)
         saved_arguments = state.pop("args", self.arguments)
-        saved_bases = state.pop("bases", bases)
+        saved_bases, meaning = state.pop("bases", bases), lora.meaning(model)
+        if state.pop("adapters", meaning) != meaning:
+            raise InputError(
+                "--resume: its adapters had another --lora_alpha, --rslora or --quantize: give "
+                "those of the run, or --overwrite it."
+            )
         if self.writes and sorted(saved_bases.values()) != sorted(bases.values()):
             raise InputError(
                 f"--resume: the checkpoints hold adapters alone; {' and '.join(bases)} no longer "
@@ -268,7 +273,8 @@ class Run:
     def _check_free(self):
         """InputError if the folder holds files that this run reads, or that no script wrote."""
         out = self.out.resolve()
-        for path in _paths_read(self.arguments, self.out, starts_of(self.out)):
+        paths = _paths_read(self.arguments, self.out, starts_of(self.out))
+        for path in [*paths, *(lora.base_folder(path) for path in paths)]:  # of an adapter
             read = Path(path).resolve()
             in_model = read.parent == out and any(read.match(name) for name in MODEL)
             written = any(read.is_relative_to(out / name) for name in WRITTEN)
@@ -337,7 +343,7 @@ class Run:
     def _save(self, step, state, drawn=None):
         model, optimizer, others = self.trained
         record = {**state, "args": self.arguments, "hashes": self.hashes}
-        record["bases"] = self.bases
+        record |= {"bases": self.bases, "adapters": lora.meaning(model)}
         checkpoint.save(self.out, step, model, optimizer, record, self.keep, drawn, **others)
 
     # ------------------------------------------------------------------------------- in the loop
@@ -457,7 +463,10 @@ class Run:
             return
         config = lora.peft_config(weights.root)
         hf.save_adapter(folder, weights.trained(), config, files, write=self.writes)
-        self.say(f"the adapters alone are in {folder}, for peft, with {weights.root.folder}")
+        note = ""
+        if lora.is_quantized(weights.root):
+            note = " in NF4 (dense, it gives other numbers than these weights)"
+        self.say(f"the adapters alone are in {folder}, for peft, with {weights.root.folder}{note}")
 
     def finish(self):
         """Print the held-out metrics before and after, and leave the process group."""

@@ -328,7 +328,7 @@ class Servers:
         sound, errors = [], {}
         if self.world.rank == 0:
             sound = self._each(self.servers, errors, lambda s: self._begin(s, s.url in lost))
-        for bucket in _buckets(named_tensors, self.world.dtype):
+        for bucket in _buckets(named_tensors, self.world):
             if self.world.rank == 0:
                 sound = self.transport.send(self, sound, errors, bucket)
         if self.world.rank == 0:
@@ -401,10 +401,10 @@ class Servers:
         self.transport.close()
 
 
-def _buckets(named_tensors, dtype) -> Iterator[list[tuple[str, torch.Tensor]]]:
+def _buckets(named_tensors, world) -> Iterator[list[tuple[str, torch.Tensor]]]:
     bucket, size = [], 0
     for name, tensor in named_tensors:
-        tensor = tensor.to(dtype)
+        tensor = tensor.to(world.device, world.dtype)
         if bucket and size + tensor.nbytes > BUCKET:
             yield bucket
             bucket, size = [], 0

@@ -260,7 +260,8 @@ def main():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
     where = ["--host", ours.host, "--port", str(ours.port)]
     sys.argv = ["api_server", *arguments([*given, *where], cuda)]
-    host = "127.0.0.1" if ours.host == "0.0.0.0" else ours.host
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(ours.host, ours.host)
+    host = f"[{host}]" if ":" in host else host
     threading.Thread(target=watch, args=(host, ours.port, ours.max_pause), daemon=True).start()
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")
 

@@ -2442,6 +2442,42 @@ MUTATIONS = [
         "cause",
         "test_audit.py::test_causes_become_one_clause",
     ),
+    # ---- what a review found
+    mutation(
+        "reproducible-nan-passed-over",
+        "nanopost/reproducible.py",
+        "if any(map(math.isnan, largest)):  # which max would pass over",
+        "if False:",
+        "test_reproducible.py::test_a_gradient_that_is_not_a_number_is_seen_wherever_it_is",
+    ),
+    mutation(
+        "nf4-cache-of-a-dense-reference",
+        "nanopost/reference.py",
+        'kind += "-nf4"',
+        "pass",
+        "test_reference.py::test_another_model_precision_or_row_gets_numbers_of_its_own",
+    ),
+    mutation(
+        "nf4-base-that-is-not-finite",
+        "nanopost/hf.py",
+        "found[name] = _local(layer.weight_nested).view(torch.float32)",
+        "pass",
+        "test_nf4.py::test_a_base_that_is_not_finite_is_refused_in_4_bits_too",
+    ),
+    mutation(
+        "adapters-resumed-at-another-scale",
+        "nanopost/run.py",
+        'if state.pop("adapters", meaning) != meaning:',
+        'if state.pop("adapters", meaning) is None:',
+        "test_nf4.py::test_adapters_go_on_beside_the_base_and_at_the_scale_that_they_began_with",
+    ),
+    mutation(
+        "base-of-an-adapter-overwritten",
+        "nanopost/run.py",
+        "for path in [*paths, *(lora.base_folder(path) for path in paths)]:",
+        "for path in paths:",
+        "test_nf4.py::test_an_adapter_trains_on_in_4_bits",
+    ),
     # ---- faults of vLLM servers
     mutation(
         "vllm-ends-the-requests-of-other-calls",

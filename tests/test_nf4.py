@@ -354,6 +354,54 @@ def test_a_script_trains_in_4_bits_and_writes_the_merged_model(tmp_path, capsys,
         torch.testing.assert_close(weights[name], x.float(), rtol=0, atol=1e-6)
 
 
+def test_an_adapter_trains_on_in_4_bits(tmp_path, capsys):
+    """Merged into its base, which is then packed."""
+    toy.write_model(tmp_path / "toy")
+    rows = [{"text": "1+2=3"}, {"text": "4+4=8"}, {"text": "a b c"}]
+    toy.write_rows(tmp_path / "rows.jsonl", rows)
+    flags = ["--data", tmp_path / "rows.jsonl", "--steps", 2, "--rows", 2, "--holdout", 1]
+    flags += ["--lr", 1e-2, "--warmup", 0, "--lora", 4]
+    run_here("train_sft.py", *flags, "--model", tmp_path / "toy", "--out", tmp_path / "dense")
+    adapter = tmp_path / "dense" / "adapter"
+    more = ["--quantize", "nf4", "--out", tmp_path / "packed"]
+    run_here("train_sft.py", *flags, "--model", adapter, *more)
+    one, other = (
+        dict(dist.full_weights(in_4_bits(folder, noise=0.0)))
+        for folder in (adapter, tmp_path / "dense")  # that adapter, merged
+    )
+    assert all(torch.equal(x, other[name]) for name, x in one.items())
+    # An adapter of a base in NF4 belongs to that, which the run says.
+    capsys.readouterr()
+    more = ["--quantize", "nf4", "--out", tmp_path / "again"]
+    run_here("train_sft.py", *flags, "--model", tmp_path / "toy", *more)
+    assert "toy in NF4 (dense, it gives other numbers" in capsys.readouterr().out
+    # Not into the base of the adapter that it reads.
+    more = ["--out", tmp_path / "toy", "--overwrite"]
+    with pytest.raises(InputError, match="this run reads .*toy, which would be overwritten"):
+        run_here("train_sft.py", *flags, "--model", adapter, *more)
+    assert (tmp_path / "toy" / "config.json").exists()
+
+
+def test_a_base_that_is_not_finite_is_refused_in_4_bits_too(tmp_path):
+    model = small_model(**SIZES)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    hf.save_model(tmp_path, model.state_dict().items(), model.config)
+    with pytest.raises(InputError, match="not all weights are finite .*layers.1.mlp.up_proj"):
+        in_4_bits(tmp_path)
+
+
+def test_adapters_go_on_beside_the_base_and_at_the_scale_that_they_began_with(tmp_path):
+    toy.write_model(tmp_path / "toy")
+    toy.write_rows(tmp_path / "rows.jsonl", [{"text": "1+2=3"}, {"text": "4+4=8"}])
+    flags = ["--model", tmp_path / "toy", "--data", tmp_path / "rows.jsonl", "--rows", 1]
+    flags += ["--holdout", 1, "--lora", 4, "--out", tmp_path / "out", "--save_every", 1]
+    run_here("train_sft.py", *flags, "--steps", 2)
+    for more in (["--quantize", "nf4"], ["--lora_alpha", 8], ["--rslora"]):
+        with pytest.raises(InputError, match="its adapters had another --lora_alpha, --rslora or"):
+            run_here("train_sft.py", *flags, "--steps", 3, *more, "--resume")
+    run_here("train_sft.py", *flags, "--steps", 3, "--resume")
+
+
 def test_weights_in_4_bits_need_adapters(tmp_path):
     toy.write_model(tmp_path / "toy")
     toy.write_rows(tmp_path / "rows.jsonl", [{"text": "a b c"}] * 4)

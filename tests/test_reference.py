@@ -7,7 +7,7 @@ import pytest
 import torch
 from small import random_ids, small_model
 
-from nanopost import dist, forward, hf, pairs, reference
+from nanopost import dist, forward, hf, lora, pairs, reference
 from nanopost.batch import Example, batch_of
 from runs import toy
 
@@ -96,6 +96,10 @@ def test_another_model_precision_or_row_gets_numbers_of_its_own(alone, folder, t
     toy.write_model(folder, seed=1)
     assert count(made()) == 8
     assert count(made()) == 8
+    # A reference in NF4, of the same folder.
+    packed = hf.load_model(folder, shard=lambda model: lora.quantize(lora.apply(model, 2)))
+    model = lora.Reference(packed)
+    assert count(made()) == 9
 
 
 def test_ids_cut_at_another_place_have_another_hash():

@@ -176,6 +176,18 @@ def test_a_gradient_beyond_the_fixed_point_is_one_sentence(alone, reproducible):
     assert norm(0.0) == 1.0  # nothing is left of these
 
 
+def test_a_gradient_that_is_not_a_number_is_seen_wherever_it_is(alone, reproducible):
+    """In the value model of an ActorCritic, say, whose policy comes first."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2, bias=False) for _ in range(3)))
+    model.order_free = OrderFree(model, [])
+    for i in range(3):
+        model.order_free.before_pass()
+        for k, layer in enumerate(model):
+            layer.weight.grad = torch.full((2, 2), math.nan if i == k else 1e-6)
+        model.order_free.after_pass()
+        assert math.isnan(dist.clip_grad_norm(model, 1.0))
+
+
 # ------------------------------------------------------------------------------ samples and rewards
 def test_the_engine_samples_by_chunks(reproducible):
     """Of the prompts of several ranks together it samples what each rank samples, to the bit."""
