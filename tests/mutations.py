@@ -2686,6 +2686,63 @@ MUTATIONS = [
         "                nf4.pack(layer, name, part.config.dtype)\n",
         "test_nf4.py::test_layers_without_adapters_are_packed_too",
     ),
+    # ---- the plan
+    mutation(
+        "plan-shards-rounded-down",
+        "nanopost/plan.py",
+        "return -(-shape[0] // ranks) * math.prod(shape[1:])",
+        "return shape[0] // ranks * math.prod(shape[1:])",
+        "test_plan.py::test_shards_of_70b_are_those_of_fsdp2_to_the_byte",
+    ),
+    mutation(
+        "plan-one-moment",
+        "nanopost/plan.py",
+        '"moments": 8 * mine.trained',
+        '"moments": 4 * mine.trained',
+        "test_plan.py::test_shards_of_70b_are_those_of_fsdp2_to_the_byte",
+    ),
+    mutation(
+        "plan-without-qk-norms",
+        "nanopost/plan.py",
+        "attention + mlp + lora)",
+        "attention + mlp + lora - qk_norms)",
+        "test_plan.py::test_a_script_peaks_where_the_plan_says",
+    ),
+    mutation(
+        "plan-no-values-in-the-cache",
+        "nanopost/plan.py",
+        "return 2 * c.layers * c.kv_heads",
+        "return c.layers * c.kv_heads",
+        "test_plan.py::test_a_script_peaks_where_the_plan_says",
+    ),
+    mutation(
+        "plan-root-not-gathered",
+        "nanopost/plan.py",
+        "gathered_bytes(args, block), gathered_bytes(args, root)",
+        "gathered_bytes(args, block), 0",
+        "test_plan.py::test_a_rank_of_64_peaks_where_the_plan_says",
+    ),
+    mutation(
+        "plan-two-passes",
+        "nanopost/plan.py",
+        "passes = 2 if args.lora else 3",
+        "passes = 2",
+        "test_plan.py::test_operations_are_those_that_torch_counts",
+    ),
+    mutation(
+        "plan-weights-gathered-once",
+        "nanopost/plan.py",
+        "gathers = count * 2 * weights",
+        "gathers = count * weights",
+        "test_plan.py::test_bytes_that_ranks_exchange_are_those_of_fsdp2",
+    ),
+    mutation(
+        "plan-fits-what-does-not",
+        "nanopost/plan.py",
+        "if peak(other) <= args.machine.memory and",
+        "if peak(other) <= 2 * args.machine.memory and",
+        "test_plan.py::test_what_makes_it_fit_fits_and_the_cheapest_comes_first",
+    ),
 ]
 
 

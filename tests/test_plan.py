@@ -1,0 +1,478 @@
+"""The plan beside measurements: the profiler's memory events of real steps of real scripts, shards
+of a 70B model on the meta device, and the peaks of one H200. CPUs have torch's allocator too."""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import plan_worker
+import pytest
+import torch
+from inprocess import run_here
+from scripts import ROOT, SCRIPTS, parser_of
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.plan import SHAPES
+from nanopost import InputError, dist, hf, lora, plan
+from nanopost.batch import Example, batch_of
+from nanopost.model import ActorCritic, CausalLM, Config
+from runs import toy
+
+REWARD = """
+import zlib
+
+def uneven(completions, **columns):
+    return [float(zlib.crc32(repr(c).encode()) % 997) for c in completions]
+"""
+LLAMA_70B = SHAPES["70B"]
+QWEN_1_5B = {
+    **SHAPES["7B"],
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+
+def write_config(folder, hf_config) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config))
+    return folder
+
+
+def planned(model, script, *flags) -> Namespace:
+    return plan.parsed(["--model", str(model), "--script", script, *map(str, flags)])
+
+
+PLAIN = {**plan_worker.SIZES, "vocab_size": 4096}
+
+
+def total(parts) -> float:
+    return sum(parts.values())
+
+
+# -------------------------------------------------------------------------- scripts, in one process
+def write_inputs(folder, prompt: int, answer: int, **sizes):
+    """A model, and rows of so many tokens: a byte is a token."""
+    more = {"hidden_act": "silu", "rope_theta": 1e4, "eos_token_id": 1, "pad_token_id": 0}
+    config = Config.of({**plan_worker.SIZES, **more, "initializer_range": 0.02, **sizes})
+    weights = CausalLM(config).init_weights(0).state_dict().items()
+    hf.save_model(folder / "model", weights, config, toy.tokenizer_files())
+    user = [{"role": "user", "content": "a" * (prompt - 2)}]
+    b, c = ([{"role": "assistant", "content": letter * (answer - 1)}] for letter in "bc")
+    rows = {
+        "chats": {"messages": user + b},
+        "pairs": {"prompt": user, "chosen": b, "rejected": c},
+        "prompts": {"prompt": user},
+    }
+    for name, row in rows.items():
+        (folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    (folder / "reward.py").write_text(REWARD)
+
+
+DATA = {"sft": "chats", "rm": "pairs", "dpo": "pairs", "grpo": "prompts", "ppo": "prompts"}
+PAIRS = {"rows": 8, "tokens": 1024}
+SAMPLED = {"prompts": 4, "group": 4, "minibatches": 1, "tokens": 1024, "max_new_tokens": 16}
+# name: script, sizes of the model, tokens of prompt and of answer, flags, flags of the plan alone
+RUNS = {
+    "sft, tied, qk-norm": (
+        "sft",
+        {
+            "vocab_size": 8192,
+            "tie_word_embeddings": True,
+            "model_type": "qwen3",
+            "architectures": ["Qwen3ForCausalLM"],
+        },
+        (64, 64),
+        {"rows": 16, "tokens": 1024},
+        {},
+    ),
+    "sft, a large untied head, no grouped queries": (
+        "sft",
+        {"vocab_size": 16384, "num_key_value_heads": 8, "num_hidden_layers": 2},
+        (64, 64),
+        {"rows": 8, "tokens": 512},
+        {},
+    ),
+    "sft, recomputed": (
+        "sft",
+        {"num_hidden_layers": 8},
+        (64, 64),
+        {"rows": 16, "tokens": 1024, "checkpointing": "full"},
+        {},
+    ),
+    "sft, bf16": ("sft", {}, (64, 64), {"rows": 16, "tokens": 1024, "dtype": "bf16"}, {}),
+    "rm": ("rm", {}, (64, 64), PAIRS, {}),
+    "dpo, a frozen reference": ("dpo", {}, (64, 64), PAIRS, {"trained": 0.5}),
+    "dpo, adapters, one model": ("dpo", {}, (64, 64), {**PAIRS, "lora": 16}, {"trained": 0.5}),
+    "sft, adapters beside NF4, bf16": (
+        "sft",
+        {},
+        (64, 64),
+        {"rows": 16, "tokens": 1024, "lora": 16, "quantize": "nf4", "dtype": "bf16"},
+        {},
+    ),
+    "sft, fixed point": (
+        "sft",
+        {"vocab_size": 8192, "num_hidden_layers": 2},
+        (64, 64),
+        {"rows": 2, "tokens": 128, "reproducible": True},
+        {},
+    ),
+    "grpo, a frozen reference": ("grpo", {}, (112, 1), {**SAMPLED, "beta": 0.1}, {}),
+    "grpo, bf16, weights of the engine": ("grpo", {}, (112, 1), {**SAMPLED, "dtype": "bf16"}, {}),
+    "grpo, the engine's cache": (
+        "grpo",
+        {"vocab_size": 512, "num_key_value_heads": 8},
+        (252, 1),
+        {**SAMPLED, "group": 6, "tokens": 256, "max_new_tokens": 4},
+        {},
+    ),
+    "ppo, a value model": ("ppo", {}, (112, 1), {**SAMPLED, "ppo_epochs": 1}, {}),
+    "ppo, a value head": (
+        "ppo",
+        {},
+        (112, 1),
+        {**SAMPLED, "ppo_epochs": 1, "value_model": "head"},
+        {},
+    ),
+}
+
+
+def words(flags) -> list[str]:
+    found = []
+    for name, value in flags.items():
+        found += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_script_peaks_where_the_plan_says(name, tmp_path):
+    script, sizes, (prompt, answer), flags, of_plan = RUNS[name]
+    write_inputs(tmp_path, prompt, answer, **sizes)
+    run = {"model": tmp_path / "model", "data": tmp_path / f"{DATA[script]}.jsonl"}
+    run |= {"out": tmp_path / "out", "device": "cpu", "steps": 2, "holdout": 1}
+    run |= {"save_every": 0, "eval_every": 0, **flags}
+    if script == "sft":
+        run["train_on"] = "all"
+    if DATA[script] == "prompts":
+        run["reward"] = f"{tmp_path}/reward.py:uneven"
+
+    def train():
+        with contextlib.redirect_stdout(io.StringIO()):
+            run_here(f"train_{script}.py", *words(run))
+
+    measured = plan_worker.peak(plan_worker.profiled(train))
+    length = prompt if DATA[script] == "prompts" else prompt + answer
+    args = planned(
+        tmp_path / "model", script, "--gpu", "cpu", "--length", length, *words({**flags, **of_plan})
+    )
+    print(f"{name}: measured {measured / 1e6:.2f} MB, planned {plan.peak(args) / 1e6:.2f}")
+    assert plan.peak(args) == pytest.approx(measured, rel=0.05)
+    if "cache" in name:
+        assert total(plan.memory(args)["rollout"]) == plan.peak(args)
+
+
+# ------------------------------------------------------------------------------------------- FSDP2
+@pytest.fixture
+def fake():
+    """A process group of this process that stands for many: collectives do nothing."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=64, store=FakeStore())
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def of_setting(folder, ranks, dtype, rows, length, how=None, **sizes):
+    """The plan's sum for what plan_worker.measured measures."""
+    write_config(folder, plan_worker.small_config(**{**plan_worker.SIZES, **sizes}).hf)
+    flags = {"gpu": "cpu", "gpus": ranks, "tokens": rows * length, "length": length}
+    flags |= {"rows": 2 * rows * ranks, "dtype": {"float32": "fp32", "bfloat16": "bf16"}[dtype]}
+    return plan.peak(planned(folder, "sft", *words({**flags, **(how or {})})))
+
+
+BLOCKS = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 1024}
+FULL = {"checkpointing": "full"}
+BF16 = {"torch_dtype": "bfloat16"}
+SHARDED = {
+    "activations": {"rows": 2, "length": 256},
+    "recomputed activations": {"rows": 4, "length": 256, "how": FULL},
+    "kept products": {"rows": 4, "length": 256, "how": {"checkpointing": "selective"}},
+    "weights of blocks": {"rows": 1, "length": 64, "how": FULL, **BLOCKS},
+    "a block's gradients": {"rows": 1, "length": 256, **BLOCKS},
+    "whole gradients": {"rows": 1, "length": 256, "how": {"reduce": "step"}},
+    "replicas": {"rows": 1, "length": 256, "how": {"replicas": 32}},
+    "fixed point": {"rows": 1, "length": 64, "vocab_size": 8192, "how": {"reproducible": True}},
+    "an untied head": {"rows": 1, "length": 256, "vocab_size": 16384},
+    "a tied head": {
+        "rows": 1,
+        "length": 64,
+        "vocab_size": 16384,
+        "tie_word_embeddings": True,
+        "num_hidden_layers": 2,
+    },
+    "adapters": {"rows": 2, "length": 256, "how": {"lora": 16}, **BF16},
+    "NF4": {"rows": 1, "length": 64, "how": {"lora": 4, "quantize": "nf4"}, **BLOCKS, **BF16},
+}
+OF_64 = [(name, "bfloat16") for name in SHARDED]
+OF_64 += [(name, "float32") for name in ("activations", "a tied head")]
+
+
+@pytest.mark.parametrize("name, dtype", OF_64)
+def test_a_rank_of_64_peaks_where_the_plan_says(name, dtype, fake, tmp_path):
+    world = dist.World(0, 64, torch.device("cpu"), getattr(torch, dtype))
+    measured = plan_worker.measured(world, **SHARDED[name])
+    expected = of_setting(tmp_path / "model", 64, dtype, **SHARDED[name])
+    print(f"{name}, {dtype}: measured {measured / 1e6:.2f} MB, planned {expected / 1e6:.2f}")
+    assert expected == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.slow
+def test_two_ranks_over_gloo_peak_where_the_plan_says(tmp_path):
+    settings = [("float32", SHARDED["activations"]), ("bfloat16", SHARDED["an untied head"])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    worker = [plan_worker.__file__, str(tmp_path / "found"), json.dumps(settings)]
+    done = subprocess.run(
+        [sys.executable, *torchrun, *worker], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for (dtype, setting), measured in zip(settings, json.loads((tmp_path / "found").read_text())):
+        expected = of_setting(tmp_path / "model", 2, dtype, **setting)
+        print(f"{dtype}: measured {measured / 1e6:.2f} MB, planned {expected / 1e6:.2f}")
+        assert expected == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize("ranks", [8, 48, 64])
+def test_shards_of_70b_are_those_of_fsdp2_to_the_byte(ranks, tmp_path):
+    """48 does not divide what it shards. Nothing is allocated: 70B are 282 GB."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        config = Config.of(LLAMA_70B)
+        with torch.device("meta"):
+            model = CausalLM(config)
+        model = dist.shard(model, dist.World(0, ranks, torch.device("cpu"), torch.bfloat16))
+        shards = [p.to_local() for p in model.parameters()]
+        assert {p.device.type for p in shards} == {"meta"}
+        size = sum(4 * p.numel() for p in shards)
+    finally:
+        torch.distributed.destroy_process_group()
+    folder = write_config(tmp_path / "model", LLAMA_70B)
+    found = plan.memory(planned(folder, "sft", "--gpus", ranks))["update"]
+    assert found["weights"] == size and found["gradients"] == size and found["moments"] == 2 * size
+
+
+def test_numbers_of_parameters_are_those_of_the_models(tmp_path):
+    folder = write_config(tmp_path / "model", LLAMA_70B)
+    with torch.device("meta"):
+        config = Config.of(LLAMA_70B)
+        policy, both = CausalLM(config), ActorCritic(config, config.with_scalar_head(None))
+
+    def size(model):
+        return sum(p.numel() for p in model.parameters())
+
+    assert plan.numbers(planned(folder, "grpo").units).trained == size(policy) == 70_553_706_496
+    assert plan.numbers(planned(folder, "ppo").units).trained == size(both)
+    assert plan.policy_size(planned(folder, "ppo")) == size(policy)
+    linear = [p for name, p in policy.named_parameters() if ".layers." in name and p.ndim == 2]
+    found = plan.numbers(planned(folder, "sft", "--lora", 16).units, rank=16)
+    assert found.linear == sum(p.numel() for p in linear)
+    assert found.frozen == size(policy) - found.linear
+    lora.apply(policy, 16)
+    trained = [p.numel() for p in policy.parameters() if p.requires_grad]
+    assert found.trained == sum(trained) == 207_093_760
+
+
+# ------------------------------------------------------------------------------------------- a GPU
+def test_two_runs_on_an_h200_peak_where_the_plan_says(tmp_path):
+    """bench/train_step.py's, whose torch, 2.11, kept keys and values for every query head."""
+    jobs = json.loads((ROOT / "bench/results/train_step.json").read_text())["jobs"]
+    folder = write_config(tmp_path / "model", QWEN_1_5B)
+    sft = planned(folder, "sft", "--gpu", "h200", "--rows", 64, "--length", 1024)
+    shapes = ["--prompts", 32, "--group", 8, "--length", 190, "--max_new_tokens", 512]
+    grpo = planned(folder, "grpo", "--gpu", "h200", *shapes)
+    for args, name in ((sft, "sft"), (grpo, "grpo")):
+        assert 8000 < plan.tokens_of_micro_batch(args) <= 8192
+        repeated = 2 * 2 * (12 - 2) * 128 * 28 * plan.tokens_of_micro_batch(args)
+        expected = plan.peak(args) - plan.RESERVED + repeated
+        measured = jobs[name]["peak_mb"] * 2**20
+        print(f"{name}: measured {measured / 1e9:.2f} GB, planned {expected / 1e9:.2f}")
+        assert expected == pytest.approx(measured, rel=0.02)
+
+
+# -------------------------------------------------------------------------------------------- time
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
+    """Attention apart, which torch does not count on a CPU."""
+    sizes = {**plan_worker.SIZES, "vocab_size": 16384, "num_hidden_layers": 2}
+    config = plan_worker.small_config(**sizes)
+    model = CausalLM(config).init_weights(0)
+    model.model.checkpointing = checkpointing
+    ids = torch.arange(128)
+    batch = batch_of([Example(ids, torch.ones(128, dtype=torch.bool))] * 4)
+    with FlopCounterMode(display=False) as counter:
+        (-model(batch)[0].sum()).backward()
+    counted = counter.get_total_flops()
+    folder = write_config(tmp_path / "model", config.hf)
+    flags = ["--gpu", "cpu", "--rows", 4, "--length", 128, "--tokens", 512]
+    flags += ["--trained", 127 / 128]
+    args = planned(folder, "sft", *flags, "--checkpointing", checkpointing)
+    _, attention, _ = plan.forward_flops(config, 128)
+    attention *= 512 * (3 if checkpointing == "none" else 4)
+    assert plan.update_flops(args) - attention == pytest.approx(counted, rel=1e-9)
+
+
+def test_bytes_that_ranks_exchange_are_those_of_fsdp2(fake, tmp_path, monkeypatch):
+    sent = {"gather": 0, "reduce": 0}
+
+    def count(name, kind):
+        original = getattr(torch.distributed, name)
+
+        def counted(*given, **named):
+            tensors = [x for x in [*given, *named.values()] if isinstance(x, torch.Tensor)]
+            sent[kind] += max(x.nbytes for x in tensors)
+            return original(*given, **named)
+
+        monkeypatch.setattr(torch.distributed, name, counted)
+
+    names = {"all_gather_single": "gather", "reduce_scatter_single": "reduce"}
+    if not hasattr(torch.distributed, "all_gather_single"):  # torch 2.11
+        names = {"all_gather_into_tensor": "gather", "reduce_scatter_tensor": "reduce"}
+    for name, kind in names.items():
+        count(name, kind)
+    sizes = {"rows": 2, "length": 64, "vocab_size": 4096}
+    world = dist.World(0, 64, torch.device("cpu"), torch.bfloat16)
+    plan_worker.measured(world, **sizes)  # seven micro-batches
+    folder = write_config(tmp_path / "model", plan_worker.small_config(**PLAIN).hf)
+    flags = ["--gpus", 64, "--rows", 128, "--length", 64, "--tokens", 128, "--network", 1]
+    args = planned(folder, "sft", *flags)
+    assert plan.micro_batches(args) == 1
+    each = (sent["gather"] + sent["reduce"]) / 7
+    seconds = each * 63 / 64 / (1e9 * plan.COLLECTIVES)
+    assert plan.collective_seconds(args) == pytest.approx(seconds, rel=1e-3)
+
+
+def test_more_of_what_costs_time_takes_longer(tmp_path):
+    folder = write_config(tmp_path / "model", LLAMA_70B)
+    base = ["--gpus", 64, "--tokens", 8192, "--checkpointing", "full", "--vllm", 16]
+
+    def seconds(*more):
+        return plan.seconds(planned(folder, "grpo", *base, *more))
+
+    before = seconds()
+    assert before.keys() >= {"update", "rollout", "sync", "optimizer"}
+    assert seconds("--max_new_tokens", 1024)["rollout"] > 1.9 * before["rollout"]
+    assert seconds("--vllm", 32)["rollout"] < before["rollout"]
+    assert seconds("--lora", 16)["update"] < 0.8 * before["update"]
+    assert seconds("--checkpointing", "none")["update"] < 0.85 * before["update"]
+    assert seconds("--beta", 0.1)["update"] > 1.2 * before["update"]
+    assert seconds("--network", 5)["waiting for collectives"] > before["waiting for collectives"]
+    assert seconds("--offload")["optimizer"] > before["optimizer"]
+
+
+# -------------------------------------------------------------------------------------------- flags
+def test_what_makes_it_fit_fits_and_the_cheapest_comes_first(tmp_path):
+    folder = write_config(tmp_path / "model", LLAMA_70B)
+    args = planned(folder, "grpo", "--gpus", 64, "--tokens", 8192)
+    assert plan.peak(args) > args.machine.memory
+    ways = plan.fitting(args)
+    assert ways
+    for change, other in ways:
+        flags = plan.words(change).split()
+        again = planned(folder, "grpo", "--gpus", 64, "--tokens", 8192, *flags)
+        assert plan.peak(again) == plan.peak(other) <= args.machine.memory
+        for flag in change:  # none of them is idle
+            fewer = {name: value for name, value in change.items() if name != flag}
+            without = Namespace(**{**vars(args), **fewer})
+            assert plan.peak(without) > args.machine.memory or plan.cost(without) > plan.cost(other)
+    whole = [plan.cost(other) for change, other in ways if "lora" not in change]
+    assert whole == sorted(whole) and ["lora" in change for change, _ in ways][: len(whole)] == [
+        False
+    ] * len(whole)
+
+
+def test_each_way_to_less_memory_takes_less(tmp_path):
+    folder = write_config(tmp_path / "model", SHAPES["7B"])
+
+    def peak(*flags, script="grpo"):
+        return plan.peak(planned(folder, script, "--gpus", 8, "--tokens", 8192, *flags))
+
+    before = peak()
+    order = [before, peak("--checkpointing", "selective"), peak("--checkpointing", "full")]
+    assert order == sorted(order, reverse=True) and len({*order}) == 3
+    assert peak("--tokens", 4096) < before and peak("--lora", 16) < before
+    assert peak("--lora", 16, "--quantize", "nf4") < peak("--lora", 16)
+    assert peak("--vllm", 8) < before and peak("--offload") < before
+    assert peak("--replicas", 2) > before and peak("--reduce", "step") > before
+    assert peak("--beta", 0.1) > before
+    assert peak("--beta", 0.1, "--lora", 16) == peak("--lora", 16)  # the same model
+    assert peak(script="dpo") > peak("--reference", "precomputed", script="dpo")
+
+
+UNLIKE = {"vllm"}  # servers have names
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_have_the_scripts_defaults(script, tmp_path):
+    folder = write_config(tmp_path / "model", SHAPES["0.5B"])
+    name = script.removeprefix("train_").removesuffix(".py")
+    args, theirs = vars(planned(folder, name)), parser_of(script)
+    shared = {action.dest: action.default for action in theirs._actions if action.dest in args}
+    if name in ("dpo", "kto", "online_dpo"):
+        del shared["beta"]  # of another meaning
+    for flag, default in shared.items():
+        if flag not in UNLIKE and flag != "model":
+            assert args[flag] == default, flag
+    assert {"tokens", "kernels", "dtype"} <= shared.keys()
+
+
+BAD = {
+    "--gpus 6 --replicas 4": "--gpus 6 does not divide into 4 replicas: change --replicas.",
+    "--reproducible --reduce step": "--reproducible takes neither --reduce step nor --replicas:",
+    "--quantize nf4": "--quantize nf4 is of weights that --lora freezes: add --lora RANK.",
+    "--script sft --vllm 8": "--script sft samples nothing: drop --vllm.",
+    "--vllm 8 --engine colocate": "--vllm and --engine colocate are two engines: give one of them.",
+    "--engine colocate --max_staleness 1": "--engine colocate sleeps while the model trains: drop",
+    "--tokens 512": "--tokens 512 is less than a sequence of 1024 tokens: raise it, or lower",
+    "--script dpo --tokens 512": "--tokens 512 is less than a pair of 1024 tokens: raise it, or",
+    "--length 40000": "sequences of 40512 tokens exceed the model's 32768 positions: lower",
+    "--engine_tokens 100": "sequences of 1024 tokens exceed --engine_tokens 100: raise it.",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_a_plan_that_no_script_could_run_is_refused_in_a_sentence(flags, tmp_path):
+    folder = write_config(tmp_path / "model", SHAPES["0.5B"])
+    given = flags.split()
+    script = given.pop(1) if given[0] == "--script" else "grpo"
+    given = given[1:] if flags.startswith("--script") else given
+    if "--tokens" not in given:
+        given += ["--tokens", "65536"]
+    with pytest.raises(InputError) as error:
+        planned(folder, script, *given)
+    assert str(error.value).startswith(BAD[flags])
+
+
+def test_the_command_prints_a_table_and_what_would_fit(tmp_path, monkeypatch, capsys):
+    folder = write_config(tmp_path / "model", SHAPES["7B"])
+
+    def run(*flags):
+        words = ["--model", folder, *flags]
+        monkeypatch.setattr(sys, "argv", ["nanopost.plan", *map(str, words)])
+        runpy.run_path(plan.__file__, run_name="__main__")
+        return capsys.readouterr().out
+
+    printed = run("--script", "ppo", "--gpus", 8, "--beta", 0.05)
+    for word in ("weights", "reference", "KV cache", "update", "rollout", "does not fit into 80"):
+        assert word in printed
+    assert "--checkpointing full" in printed.split("what would make it fit")[1]
+    with pytest.raises(SystemExit, match="^error: --quantize nf4 .* add --lora RANK.$"):
+        run("--script", "sft", "--quantize", "nf4")
