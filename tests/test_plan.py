@@ -20,7 +20,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plan import SHAPES
-from nanopost import InputError, dist, hf, lora, plan
+from nanopost import InputError, dist, footprint, hf, lora, plan
 from nanopost.batch import Example, batch_of
 from nanopost.model import ActorCritic, CausalLM, Config
 from runs import toy
@@ -302,7 +302,7 @@ def test_two_runs_on_an_h200_peak_where_the_plan_says(tmp_path):
     for args, name in ((sft, "sft"), (grpo, "grpo")):
         assert 8000 < plan.tokens_of_micro_batch(args) <= 8192
         repeated = 2 * 2 * (12 - 2) * 128 * 28 * plan.tokens_of_micro_batch(args)
-        expected = plan.peak(args) - plan.RESERVED + repeated
+        expected = plan.peak(args) - footprint.RESERVED + repeated
         measured = jobs[name]["peak_mb"] * 2**20
         print(f"{name}: measured {measured / 1e9:.2f} GB, planned {expected / 1e9:.2f}")
         assert expected == pytest.approx(measured, rel=0.02)
