@@ -176,7 +176,8 @@ def parser(
         type=at_least(0),
         default=0,
         metavar="RANK",
-        help="train adapters of this rank beside frozen weights; 0: train all weights",
+        help="train adapters of this rank beside frozen weights, with about ten times the --lr; "
+        "0: train all weights",
     )
     add("--lora_alpha", type=above(0.0), default=32.0, help="adapters are scaled by alpha / rank")
     add(
@@ -247,6 +248,13 @@ def shard(args, world):
         ]:
             if given:
                 raise InputError(f"--{name} is about adapters: give their rank too, --lora RANK.")
+
+    if args.lora and lora.is_adapter_folder(args.model):
+        say(
+            f"{args.model} is an adapter: merged into its base, it is the base of new ones, and no "
+            "adapter alone will be written: for one, give the merged folder of the run that wrote "
+            "it"
+        )
 
     def prepare(model):
         if args.lora:

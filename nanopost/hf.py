@@ -181,6 +181,11 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     beside = {name for name in stored if name.rpartition(".weight.")[0] + ".weight" in quantised}
     file_of = {name: path for name, path in stored.items() if name not in beside}
     if adapter:
+        if adapter.base_hash not in ("", content_hash(base)):
+            raise InputError(
+                f"{folder}: its base model, {base}, has other weights than it was trained beside: "
+                "restore that folder, or give the merged model of the run that wrote the adapter."
+            )
         _check_adapter(folder, adapter, shapes)
     if model.config.scalar and SCORE not in file_of:
         _new_head(wanted.pop(SCORE))
@@ -199,6 +204,9 @@ def load_weights(model: CausalLM | ScalarModel, folder):
                 if name in quantised:
                     packed, shape, dtype = _quantised(stored, name)
                     source = nf4.dequantize(packed, shape[1], dtype)
+                elif adapter and adapter.nf4 and ".layers." in name and p.ndim == 2:
+                    dense = source[:]  # the adapter belongs to what NF4 makes of it
+                    source = nf4.dequantize(nf4.quantize(dense), dense.shape[1], dense.dtype)
                 if layer is None:
                     _fill(p, source, name, path, factors.get(name))
                 else:

@@ -26,6 +26,7 @@ from nanopost import InputError, nf4
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+ABOUT = "nanopost.json"  # what a run here says beside peft's two files
 PREFIX = "base_model.model."  # of peft's tensor names
 HEADS = ("score.weight", "value.weight", "value.score.weight")  # they train in full
 
@@ -134,9 +135,18 @@ def is_quantized(model) -> bool:
 
 
 def meaning(model) -> dict:
-    """What the numbers of a model's adapters mean; {} without adapters."""
-    scales = sorted({layer.scale for layer in layers(model).values()})
-    return {"scales": scales, "nf4": is_quantized(model)} if scales else {}
+    """The flags that give numbers in a model's adapters their meaning; {} without adapters."""
+    adapted = layers(model)
+    if not adapted:
+        return {}
+    layer = next(iter(adapted.values()))
+    return {
+        "lora": layer.rank,
+        "lora_alpha": layer.alpha,
+        "rslora": layer.rslora,
+        "lora_targets": sorted({name.rpartition(".")[2] for name in adapted}),
+        "quantize": "nf4" if is_quantized(model) else "none",
+    }
 
 
 def hold_in_stored_dtype(model: nn.Module):
@@ -228,7 +238,7 @@ def peft_config(model: nn.Module) -> dict:
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
-        "base_model_name_or_path": model.folder,
+        "base_model_name_or_path": str(Path(model.folder).resolve()),
         "r": layer.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "use_rslora": layer.rslora,
@@ -250,6 +260,8 @@ class Adapter:
     scalar: bool  # a reward model's
     factors: dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # name of a weight -> A, B, scale
     heads: dict[str, torch.Tensor]  # score.weight
+    base_hash: str = ""  # hf.content_hash of the base that it was trained beside, if a run says so
+    nf4: bool = False  # that base was in NF4
 
 
 def is_adapter_folder(folder) -> bool:
@@ -331,10 +343,20 @@ def read(folder) -> Adapter:
     if not isinstance(config.get("lora_alpha"), (int, float)):
         raise InputError(f"{folder / CONFIG}: lora_alpha is missing; copy the folder again.")
     alpha, rslora = config["lora_alpha"], config.get("use_rslora", False)
+    odd = [name for name, a in a_of.items() if len(a) != config.get("r")]
+    if odd and not config.get("rank_pattern"):
+        raise InputError(
+            f"{folder}: {CONFIG} says rank {config.get('r')}, but {odd[0]} has "
+            f"{len(a_of[odd[0]])}: copy the folder again."
+        )
     factors = {
         f"{name}.weight": (a, b_of[name], scale(alpha, len(a), rslora)) for name, a in a_of.items()
     }
-    return Adapter(base_folder(folder), config.get("task_type") == "SEQ_CLS", factors, heads)
+    about = {}
+    if (folder / ABOUT).is_file():
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    scalar, nf4_base = config.get("task_type") == "SEQ_CLS", about.get("base_nf4", False)
+    return Adapter(base_folder(folder), scalar, factors, heads, about.get("base", ""), nf4_base)
 
 
 def file_hash(folder) -> str:

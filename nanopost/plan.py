@@ -6,13 +6,14 @@
 DIR needs no more than a config.json: nothing is allocated. Flags have the names, values and
 defaults of the scripts. It prints the memory of a GPU by part, at each moment of a step that may be
 the largest; the time of a step by part; and, if it does not fit, which flags make it fit, all of
-them tried, those first that cost the fewest GPU-seconds per token.
+them tried: first those that train all weights, then those with --lora, each by what a token costs.
 
 The formulas of memory are in footprint.py. Times are estimates: rates by data sheets, times the
 shares that UTILISATION and its neighbours state.
 """
 
 import math
+import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -434,6 +435,12 @@ def table(args) -> list[str]:
     return lines
 
 
+def on_host(args) -> str:
+    """What --offload needs beside the GPU's memory."""
+    size = host_bytes(args)
+    return f", {size / 1e9:,.0f} GB of a node's own memory" if size else ""
+
+
 def words(change: dict) -> str:
     """As on a command line."""
     found = []
@@ -458,11 +465,12 @@ def main(arguments=None):
     for change, other in ways[:6]:
         say(
             f"  {words(change):48s} {peak(other) / 1e9:6.1f} GB, "
-            f"{1e6 * cost(other) / 3600:6.2f} GPU-hours per million tokens"
+            f"{1e6 * cost(other) / 3600:6.2f} GPU-hours per million tokens{on_host(other)}"
         )
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
     try:
         main()
     except InputError as error:

@@ -99,17 +99,20 @@ class Run:
         found = self._to_resume() if resume else None
         hashes = _hashes(self.arguments) if self.writes else {}
         bases = _bases(model) if self.writes else {}
+        meaning = lora.meaning(model)
         if found:
+            saved = hf.read_json(found / "state.json").get("adapters", meaning)
+            if changed := changed_arguments(saved, meaning):
+                raise InputError(
+                    f"--resume: adapters go on as they began, but {'; '.join(changed)}: give the "
+                    "flags of the run, or --overwrite it."
+                )
             state = state | checkpoint.load(found, model, optimizer, **others)
             self.resumed = True
         saved_hashes = state.pop("hashes", hashes)
         saved_arguments = state.pop("args", self.arguments)
-        saved_bases, meaning = state.pop("bases", bases), lora.meaning(model)
-        if state.pop("adapters", meaning) != meaning:
-            raise InputError(
-                "--resume: its adapters had another --lora_alpha, --rslora or --quantize: give "
-                "those of the run, or --overwrite it."
-            )
+        state.pop("adapters", None)
+        saved_bases = state.pop("bases", bases)
         if self.writes and sorted(saved_bases.values()) != sorted(bases.values()):
             raise InputError(
                 f"--resume: the checkpoints hold adapters alone; {' and '.join(bases)} no longer "
@@ -461,11 +464,14 @@ class Run:
                 "is no folder"
             )
             return
-        config = lora.peft_config(weights.root)
+        config, nf4 = lora.peft_config(weights.root), lora.is_quantized(weights.root)
+        about = json.loads(files[lora.ABOUT]) if files.get(lora.ABOUT) else {}
+        about |= {"base": self.bases.get(weights.root.folder, ""), "base_nf4": nf4}
+        files = {**files, lora.ABOUT: json.dumps(about, indent=1) + "\n"}
         hf.save_adapter(folder, weights.trained(), config, files, write=self.writes)
         note = ""
-        if lora.is_quantized(weights.root):
-            note = " in NF4 (dense, it gives other numbers than these weights)"
+        if nf4:
+            note = " in NF4 (for peft: load_in_4bit, nf4, bnb_4bit_use_double_quant)"
         self.say(f"the adapters alone are in {folder}, for peft, with {weights.root.folder}{note}")
 
     def finish(self):

@@ -29,6 +29,8 @@ if __name__ == "__main__":  # at the end of the path, our kernels/ hides no pack
     ROOT = Path(__file__).resolve().parents[1]
     sys.path = [path for path in sys.path if Path(path).resolve() != ROOT] + [str(ROOT)]
     if importlib.util.find_spec("vllm") is None:
+        if {"-h", "--help"} & set(sys.argv):
+            print(__doc__)
         sys.exit("error: this environment has no vLLM: pip install -r requirements-vllm.txt")
 
 import torch  # noqa: E402

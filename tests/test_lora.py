@@ -634,7 +634,7 @@ def test_a_changed_base_or_other_adapters_are_not_resumed(place, tmp_path, monke
         stopped_after(2, patched)
         with pytest.raises(Stopped):
             train("sft", place, tmp_path / "out", "--save_every", 2, model=tmp_path / "toy")
-    for rank, words in ((3, "does not fit this model"), (0, "belongs to another model")):
+    for rank, words in ((3, "lora: 4 -> 3"), (0, "lora: 4 -> None")):
         with pytest.raises(InputError, match=words):
             train("sft", place, tmp_path / "out", "--resume", model=tmp_path / "toy", rank=rank)
     model = hf.load_model(tmp_path / "toy")
@@ -644,6 +644,23 @@ def test_a_changed_base_or_other_adapters_are_not_resumed(place, tmp_path, monke
         train("sft", place, tmp_path / "out", "--resume", model=tmp_path / "toy")
     # A base may move.
     train("sft", place, tmp_path / "out", "--resume", model=place / "toy")
+
+
+def test_an_adapter_knows_its_base_and_its_rank(place, tmp_path):
+    shutil.copytree(place / "toy", tmp_path / "toy")
+    train("sft", place, tmp_path / "out", model=tmp_path / "toy")
+    folder = tmp_path / "out" / "adapter"
+    hf.load_model(folder)
+    config = json.loads((folder / lora.CONFIG).read_text())
+    (folder / lora.CONFIG).write_text(json.dumps(config | {"r": 2}))
+    with pytest.raises(InputError, match="says rank 2, but .* has 4: copy the folder again"):
+        hf.load_model(folder)
+    (folder / lora.CONFIG).write_text(json.dumps(config))
+    model = hf.load_model(tmp_path / "toy")
+    model.model.norm.weight.data += 1e-3
+    hf.save_model(tmp_path / "toy", model.state_dict().items(), model.config)
+    with pytest.raises(InputError, match="toy, has other weights than it was trained beside"):
+        hf.load_model(folder)
 
 
 def test_a_run_without_adapters_leaves_none_of_the_run_that_it_replaces(place, tmp_path):

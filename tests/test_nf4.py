@@ -374,7 +374,11 @@ def test_an_adapter_trains_on_in_4_bits(tmp_path, capsys):
     capsys.readouterr()
     more = ["--quantize", "nf4", "--out", tmp_path / "again"]
     run_here("train_sft.py", *flags, "--model", tmp_path / "toy", *more)
-    assert "toy in NF4 (dense, it gives other numbers" in capsys.readouterr().out
+    assert "toy in NF4 (for peft: load_in_4bit" in capsys.readouterr().out
+    # Read as a model, it is the policy that was trained.
+    read = hf.load_model(tmp_path / "again" / "adapter").state_dict()
+    for name, x in hf.load_model(tmp_path / "again").state_dict().items():
+        torch.testing.assert_close(read[name], x, rtol=0, atol=1e-6)
     # Not into the base of the adapter that it reads.
     more = ["--out", tmp_path / "toy", "--overwrite"]
     with pytest.raises(InputError, match="this run reads .*toy, which would be overwritten"):
@@ -396,8 +400,14 @@ def test_adapters_go_on_beside_the_base_and_at_the_scale_that_they_began_with(tm
     flags = ["--model", tmp_path / "toy", "--data", tmp_path / "rows.jsonl", "--rows", 1]
     flags += ["--holdout", 1, "--lora", 4, "--out", tmp_path / "out", "--save_every", 1]
     run_here("train_sft.py", *flags, "--steps", 2)
-    for more in (["--quantize", "nf4"], ["--lora_alpha", 8], ["--rslora"]):
-        with pytest.raises(InputError, match="its adapters had another --lora_alpha, --rslora or"):
+    for more, said in (
+        (["--quantize", "nf4"], "quantize: none -> nf4"),
+        (["--lora_alpha", 8], "lora_alpha: 32.0 -> 8.0"),
+        (["--rslora"], "rslora: False -> True"),
+        (["--lora", 2], "lora: 4 -> 2"),
+        (["--lora_targets", "q_proj"], "lora_targets: .*'v_proj'. -> .'q_proj'."),
+    ):
+        with pytest.raises(InputError, match=f"adapters go on as they began, but {said}: give"):
             run_here("train_sft.py", *flags, "--steps", 3, *more, "--resume")
     run_here("train_sft.py", *flags, "--steps", 3, "--resume")
 

@@ -106,7 +106,9 @@ def test_every_script_takes_two_steps_as_on_a_gpu(place, tmp_path, script, versi
     assert "packed_attention" in taken
     assert script == "train_rm.py" or "logprob" in taken
     exact, ours = metrics(tmp_path / "fp32"), metrics(tmp_path / "bf16")
-    assert [line.keys() for line in ours] == [line.keys() for line in exact]
+    # A mean of nothing is no metric: of answers that ended, or of a minibatch of equal rewards.
+    for line, other in zip(ours, exact, strict=True):
+        assert line.keys() ^ other.keys() <= {f"{GAP}/mean", "completions/mean_terminated_length"}
     for line in ours[1:]:
         if f"{GAP}/mean" in line:
             assert 1e-5 < line[f"{GAP}/mean"] < 2e-2
