@@ -8,8 +8,8 @@ kernels     log-probs, entropies and gradients of the Triton kernel and of its t
             float64; the same call twice gives the same bits.
 attention   packed and cached attention on the GPU in bf16 against the CPU in fp64.
 scripts     three steps of every script on a small model: on the GPU in fp32, in bf16, and in bf16
-            with each of --compile, --checkpointing and --kernels torch, against the CPU in fp32.
-            Where a script samples, also the gap between engine and trainer.
+            with each of --compile, --checkpointing, --offload and --kernels torch, against the CPU
+            in fp32. Where a script samples, also the gap between engine and trainer.
 resume      a run killed with -9 and resumed, beside two runs that were left alone: GPUs add in
             another order each time, so the two that were left alone say what is equal.
 
@@ -189,6 +189,9 @@ def script_jobs(folder: Path) -> dict[str, list]:
             *("train_grpo.py", *shared, *flags(data=prompts, max_new_tokens=24, prompts=8)),
             *flags(reward=f"model:{folder / 'model_rm'}", group=4),
         ],
+        "sft lora": ["train_sft.py", *shared, *flags(data=chats, rows=16, lora=8)],
+        "dpo nf4": ["train_dpo.py", *shared, *dpo, *flags(lora=8, quantize="nf4")],
+        "grpo nf4": [*("train_grpo.py", *rl), *flags(group=4, beta=0.04, lora=8, quantize="nf4")],
         "eval": [*evaluate, *flags(reward=REWARD, samples=2, top_k=50, top_p=0.9)],
         "eval kl": [*evaluate, *flags(kl=model)],
     }
@@ -203,6 +206,11 @@ def variants(name: str, tiny: bool) -> dict[str, list]:
     found["bf16"] = flags(device="cuda", dtype="bf16")
     if name in ("sft", "dpo", "grpo"):
         found["bf16 --checkpointing"] = [*found["bf16"], "--checkpointing", "full"]
+        found["bf16 --checkpointing selective"] = [
+            *found["bf16"],
+            *flags(checkpointing="selective"),
+        ]
+        found["bf16 --offload"] = [*found["bf16"], "--offload"]
         found["bf16 --kernels torch"] = [*found["bf16"], *flags(kernels="torch")]
         found["bf16 --compile"] = [*found["bf16"], "--compile"]
     return found
@@ -219,7 +227,7 @@ def check_scripts(checks: Checks, folder: Path, tiny: bool):
         checks.crashed("the judge", done.stderr)
     jobs = []
     for name, command in script_jobs(folder).items():
-        if tiny and name not in ("sft", "grpo", "grpo judged", "eval kl"):
+        if tiny and name not in ("sft", "grpo", "grpo nf4", "grpo judged", "eval kl"):
             continue
         for variant, more in variants(name, tiny).items():
             jobs.append((name, variant, [*command, *more]))

@@ -151,6 +151,8 @@ def _one_sentence(kind, error, trace):
     _tell_torchrun(f"{kind.__name__}: {error}")
     if several:
         _exit(1)  # a rank that waited for the others to clean up would keep them all waiting
+    if dist.is_initialized():  # a thread of gloo's that outlives it would abort the process
+        dist.destroy_process_group()
 
 
 def _tell_torchrun(sentence):

@@ -23,6 +23,7 @@ def run_here(script, *arguments):
         for number, handler in handlers.items():
             signal.signal(number, handler)
         dist.last_words = None
+        dist.reproducible = False
         torch.set_flush_denormal(False)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

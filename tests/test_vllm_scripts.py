@@ -57,8 +57,9 @@ def flags(place, out):
     return "--model", place / "model", "--out", out, *data, *reward, *SHARED
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("script", OWN)
+@pytest.mark.parametrize(
+    "script, ranks", [*((s, r) for s in OWN for r in (1, 2)), ("train_grpo.py", 4)]
+)
 def test_a_script_samples_on_servers(place, urls, tmp_path, script, ranks):
     arguments = (*flags(place, tmp_path / "out"), *OWN[script], "--record", "--vllm", *urls)
     done = run(script, *arguments, ranks=ranks)
