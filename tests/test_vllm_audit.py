@@ -9,7 +9,7 @@ import vllm_servers
 from small import small_config
 from test_audit import changed
 
-from nanopost import InputError, StepError, audit, hf, server, vllm
+from nanopost import InputError, StepError, audit, hf, probe, server, vllm
 from nanopost.audit import Audit
 from nanopost.dist import World
 from nanopost.hf import EMBEDDING
@@ -183,7 +183,7 @@ def test_a_stale_tied_head_is_named(synced, tmp_path):
 @pytest.fixture
 def foreign(monkeypatch):
     """A server of somebody else's: it gives no prints."""
-    monkeypatch.setattr(audit, "prints_of", lambda server, config: (None, {}))
+    monkeypatch.setattr(probe, "prints_of", lambda server, config: (None, {}))
 
 
 def run(capsys, *arguments):
