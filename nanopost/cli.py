@@ -251,9 +251,8 @@ def shard(args, world):
 
     if args.lora and lora.is_adapter_folder(args.model):
         say(
-            f"{args.model} is an adapter: merged into its base, it is the base of new ones, and no "
-            "adapter alone will be written: for one, give the merged folder of the run that wrote "
-            "it"
+            f"{args.model} is an adapter: new ones train on its merged model, which is no folder, "
+            "so --out gets no adapter/: to have one, give the --out of the run that wrote this one"
         )
 
     def prepare(model):
