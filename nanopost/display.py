@@ -200,7 +200,7 @@ def page(title: str, facts: Facts, blocks: list[tuple[str, str]]) -> str:
         f"<title>{escaped(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n"
         f"<h1>{escaped(title)}</h1>\n<dl>\n" + "\n".join(found) + "\n</dl>\n"
         '<p class="note">Trained tokens have a coloured background, special tokens coloured '
-        "letters; each token names its id.</p>\n" + "\n".join(body) + "\n</body></html>\n"
+        "letters; point at one for its id.</p>\n" + "\n".join(body) + "\n</body></html>\n"
     )
 
 

@@ -17,6 +17,7 @@ tokens.
 """
 
 import hashlib
+import math
 import os
 import signal
 import sys
@@ -112,7 +113,7 @@ def facts_of(
         ("tokenizer", about(tokenizer)),
         ("special", special_counts(examples, tokenizer)),
         ("per row", per_row(data, tokenizer)),
-        ("tokens", [token_counts(examples)]),
+        ("in all", [token_counts(examples)]),
         ("length", lengths_of(data)),
     ]
     found = []
@@ -226,18 +227,16 @@ def lengths_of(data: Encoded) -> list[str]:
 
 
 def histogram(lengths: np.ndarray, width: int = 40) -> list[str]:
-    """A bar for each power of two between the shortest and the longest."""
-    power = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    """A line for each power of two between the shortest and the longest: how many, and a bar."""
+    counts = Counter(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int).tolist())
+    most = max(counts.values())
     lines = []
-    counts = Counter(power.tolist())
-    for p in range(min(counts), max(counts) + 1):
-        bar = "#" * round(width * counts[p] / max(counts.values()))
-        if counts[p] and not bar:
-            bar = "."
-        low = 2 ** (p - 1) + 1 if p else 1
-        lines.append((f"{low:,} to {2**p:,}", f"{bar:{width}} {counts[p]:,}"))
-    widest = max(len(label) for label, _ in lines)
-    return [f"  {label:>{widest}} {bar}" for label, bar in lines]
+    for power in range(min(counts), max(counts) + 1):
+        low, high, count = 2**power // 2 + 1, 2**power, counts[power]
+        bar = "#" * math.ceil(width * count / most)
+        lines.append((f"{low:,} to {high:,}", f"{count:,}", bar))
+    left, right = (max(len(line[i]) for line in lines) for i in (0, 1))
+    return [f"  {label:>{left}}  {n:>{right}}  {bar}".rstrip() for label, n, bar in lines]
 
 
 def packed(lengths: list[int], tokens: int) -> str:

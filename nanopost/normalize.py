@@ -181,13 +181,12 @@ def _from_oasst(row, kind, counts) -> list[dict]:
     """
     columns = {name: value for name, value in row.items() if name != "prompt"}
     counts["rows read as trees of Open Assistant"] += 1
-    rows, todo = [], [(row["prompt"], [])]
+    rows, todo = [], [(reply, []) for reply in _replies({"replies": [row["prompt"]]})]
     while todo:
         message, before = todo.pop()
-        replies = message.get("replies") or []
-        if message.get("deleted"):
-            counts["deleted messages in them are left out, with their replies"] += 1
-            continue
+        replies = _replies(message)
+        if deleted := len(message.get("replies") or []) - len(replies):
+            counts["deleted messages in them are left out, with their replies"] += deleted
         path = [*before, _oasst_message(message)]
         answers = [reply for reply in replies if reply.get("role") == "assistant"]
         is_question = path[-1]["role"] == "user"
@@ -209,6 +208,14 @@ def _from_oasst(row, kind, counts) -> list[dict]:
     return rows
 
 
+def _replies(message):
+    """The replies to a message that are not deleted."""
+    replies = message.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+        raise InputError(f"replies of the tree are {replies!r:.60}: make them a list of messages.")
+    return [reply for reply in replies if not reply.get("deleted")]
+
+
 def _oasst_message(message):
     role, text = OASST.get(message.get("role")), message.get("text")
     if role is None or not isinstance(text, str):
@@ -220,7 +227,7 @@ def _oasst_message(message):
 
 
 def _is_answered(message):
-    return any(reply.get("role") == "assistant" for reply in message.get("replies") or [])
+    return any(reply.get("role") == "assistant" for reply in _replies(message))
 
 
 def _ranked_pairs(prompt, answers, counts):
