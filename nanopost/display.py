@@ -120,15 +120,16 @@ def _painted(line):
 
 
 def cut_to(text: str, width: int) -> str:
-    """The text in exactly this many columns."""
-    kept, used = "", 0
-    for character in text:
-        if used + _width(character) > width:
-            kept, used = kept[:-1] + "~", used
-            break
-        kept += character
-        used += _width(character)
-    return kept + " " * max(0, width - sum(map(_width, kept)))
+    """The text in exactly this many columns; ~ stands for what is cut off."""
+    if sum(map(_width, text)) > width:
+        kept, room = "", width - 1
+        for character in text:
+            room -= _width(character)
+            if room < 0:
+                break
+            kept += character
+        text = kept + "~"
+    return text + " " * (width - sum(map(_width, text)))
 
 
 def table(tokens: list[Token | None], tokenizer: Tokenizer) -> list[str]:

@@ -23,6 +23,7 @@ import signal
 import sys
 import textwrap
 from collections import Counter
+from os.path import basename
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,7 +109,7 @@ def facts_of(
     """What there is to know about the rows, by name; the last is what is doubtful."""
     examples = data.examples
     facts = [
-        ("rows", [f"{len(data.rows):,} of {rows.named(args.data)}, read as {kind}"]),
+        ("rows", [f"{len(data.rows):,} of {', '.join(map(basename, args.data))}, read as {kind}"]),
         ("files", [f"{hash_of(path)}  {path}" for path in args.data + (args.eval_data or [])]),
         ("tokenizer", about(tokenizer)),
         ("special", special_counts(examples, tokenizer)),
@@ -275,7 +276,7 @@ def prompt_of(examples: tuple[Example, ...]) -> bytes:
 
 def where(row: dict) -> str:
     """The place of a row, without its folder."""
-    return Path(place(row)).name
+    return basename(place(row))
 
 
 def repeated(data: Encoded) -> list[str]:
@@ -488,7 +489,8 @@ def say_facts(facts: Facts):
             name = ""
         for line in lines:
             room = COLUMNS - width
-            wrapped = textwrap.wrap(shown(line), room, subsequent_indent="  ") or [""]
+            indent = {"subsequent_indent": "  ", "break_on_hyphens": False}
+            wrapped = textwrap.wrap(shown(line), room, **indent) or [""]
             for text in [line] if line.startswith("  ") else wrapped:
                 say(f"{name:{width}}{text}".rstrip())
                 name = ""

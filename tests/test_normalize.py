@@ -368,8 +368,8 @@ def test_a_tree_is_conversations_pairs_or_prompts():
     assert all(sft(row)["tree"] == 1 for row in rows)
     assert sentences == [
         "1 rows read as trees of Open Assistant",
-        "1 questions in them are left out: nobody answered",
         "1 deleted messages in them are left out, with their replies",
+        "1 questions in them are left out: nobody answered",
         "3 conversations in them, each up to a last answer",
     ]
     rows, sentences = found("pairs")
