@@ -461,6 +461,8 @@ def checked(args, kind: str):
     """InputError for flags that do not go together, or with the data."""
     if not args.model and not args.diff:
         raise InputError("give --model, the folder of a tokenizer, or --diff two of them.")
+    if args.diff and (args.eval_data or args.holdout):
+        raise InputError("--diff compares the rows of --data: leave out --eval_data and --holdout.")
     if args.train_on != "assistant" and kind != "sft":
         raise InputError(f"--train_on is about sft, and these rows are {kind}: leave it out.")
     if args.overlong == "split" and kind != "sft":
@@ -514,6 +516,8 @@ def main(arguments=None):
     checked(args, kind)
     if kind == "labelled":
         given, held_out = rows.take_pairs_apart(given), rows.take_pairs_apart(held_out)
+    if not given:
+        raise InputError(f"none of the rows of {rows.named(args.data)} is left to show.")
     title = f"{rows.named(args.data)}, read as {kind}"
     blocks = []
     if args.diff:

@@ -170,10 +170,10 @@ def test_nulls_of_calls_stay_where_they_would_look_like_those_of_arrow(tmp_path,
     that is read again the nulls would go."""
     calls = [{"at": None, "n": 1}, {"at": "x", "n": None}]
     texts = [call("look", json.dumps(arguments)) for arguments in calls]
-    rows = [{"messages": [user("q"), answer("", tool_calls=[c])]} for c in texts]
+    rows = [{"prompt": [user("q")], "completion": [answer("", tool_calls=[c])]} for c in texts]
     converted([write(tmp_path / "in.json", rows)], tmp_path / "out.jsonl", "sft")
     again = read_rows(tmp_path / "out.jsonl", (), FORMS["sft"])
-    found = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in again]
+    found = [row["completion"][0]["tool_calls"][0]["function"]["arguments"] for row in again]
     assert found == calls
 
 

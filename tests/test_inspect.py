@@ -207,6 +207,30 @@ def test_two_templates_are_compared_token_by_token(inspected, folder, tmp_path):
     assert "0 of 1 rows of sft differ" in text and "the same ids, and the same of them" in text
 
 
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}BEFORE{% endgeneration %}AFTER"
+    "{% else %}{{ m.content + '<|im_end|>' }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def test_the_same_ids_trained_otherwise_differ(inspected, folder, tmp_path):
+    """One template marks text after the answer as trained, which the other one writes unmarked."""
+    end = "{{ ' Yours.<|im_end|>' }}"
+    files = {"a.jinja": (end, ""), "b.jinja": ("", end)}
+    for name, (before, after) in files.items():
+        text = MARKED.replace("BEFORE", before).replace("AFTER", after)
+        (tmp_path / name).write_text(text)
+    text = inspected(CHATS, "--diff", *(tmp_path / name for name in files), "--row", 2)
+    assert text.count("answers are found by its {% generation %} blocks") == 2
+    a, b = (Tokenizer.load(folder, tmp_path / name).example(CHATS[1]) for name in files)
+    assert a.ids.tolist() == b.ids.tolist()
+    at = int((a.mask != b.mask).argmax())
+    assert f"token {at} is the first that differs" in text
+    assert f": {a.ids[at]} ' ', trained and {a.ids[at]} ' '\n" in text
+
+
 def test_two_tokenizers_and_what_one_of_them_refuses(tmp_path, capsys):
     folders = []
     for name, template in (("one", CHATML), ("two", "{{ raise_exception('no') }}")):
@@ -296,11 +320,15 @@ def test_a_mistake_is_one_sentence(inspected, flags, sentence):
 
 
 def test_flags_of_one_kind_are_refused_for_another(inspected, tmp_path):
-    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}]
+    pairs = [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 2
     with pytest.raises(InputError, match="--train_on is about sft, and these rows are pairs"):
         inspected(pairs, "--train_on", "last")
     with pytest.raises(InputError, match="--overlong split is for sft"):
         inspected(pairs, "--overlong", "split")
+    with pytest.raises(InputError, match="--diff compares the rows of --data: leave out"):
+        inspected(pairs, "--diff", tmp_path, tmp_path, "--holdout", 1)
+    with pytest.raises(InputError, match="none of the rows of .*rows.jsonl is left to show"):
+        inspected([{**pairs[0], "rejected": "a"}], "--kind", "labelled")
     with pytest.raises(InputError, match="give --model, the folder of a tokenizer"):
         main(["--data", str(write(tmp_path / "p.jsonl", pairs))])
 

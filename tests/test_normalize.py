@@ -382,6 +382,13 @@ def test_a_tree_is_conversations_pairs_or_prompts():
     assert [len(row["prompt"]) for row in rows] == [1, 3, 3]
 
 
+def test_equal_ranks_give_no_pair():
+    answers = [reply("assistant", text, rank=rank) for text, rank in (("a", 1), ("b", 0), ("c", 1))]
+    rows, _ = normalize([{"prompt": reply("prompter", "q", *answers)}], {}, kind="pairs")
+    sides = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
+    assert sides == [("b", "a"), ("b", "c")]
+
+
 def test_trees_are_read_as_what_the_form_is_for(tmp_path, capsys):
     path = write(tmp_path / "trees.jsonl", [TREE])
     counts = {form: len(read_rows(path, (), form)) for form in (None, sft, pair, unpaired, prompt)}
