@@ -202,7 +202,7 @@ def per_row(data: Encoded, tokenizer: Tokenizer) -> list[str]:
 
 
 def spread(counts: list[int]) -> str:
-    """[1, 1, 2] -> "1 in 2 rows, 2 in 1 row"."""
+    """[1, 1, 2] -> "1 in 2, 2 in 1"."""
     found = sorted(Counter(counts).items())
     if len(found) == 1:
         return f"{found[0][0]} in each"
