@@ -333,7 +333,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     metrics = {
         **meter.means(),
         **dist.means(rewards.sums(reward_names, reward_FPG)),
-        **length_metrics(rollouts),
+        **length_metrics(groups),
         **staleness_metrics(rollouts, step - 1),
         **gap.metrics(),
         "loss": dist.all_sum(torch.stack(loss_parts)) / args.minibatches,

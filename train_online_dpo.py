@@ -242,7 +242,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     meter.add(len(groups), ties=len(groups) - len(step_pairs))
     metrics = {
         **meter.means(),
-        **length_metrics(rollouts),
+        **length_metrics(groups),
         **staleness_metrics(rollouts, step - 1),
         "grad_norm": grad_norm,
         "lr": lr,
