@@ -23,7 +23,6 @@ from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preferenc
 from nanopost.cli import above, at_least, finite
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
-from nanopost.run import Run
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
@@ -123,7 +122,7 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy", "grad_norm"]
 show += ["lr"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))

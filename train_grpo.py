@@ -53,7 +53,7 @@ from nanopost.cli import above, at_least
 from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, batches, check_finite
 from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
-from nanopost.run import Clock, Run
+from nanopost.run import Clock
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens of a micro-batch, P prompts, G samples per prompt, F reward functions.
@@ -141,7 +141,7 @@ columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "loss", "grad_norm"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -333,7 +333,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     metrics = {
         **meter.means(),
         **dist.means(rewards.sums(reward_names, reward_FPG)),
-        **length_metrics(rollouts),
+        **length_metrics(groups),
         **staleness_metrics(rollouts, step - 1),
         **gap.metrics(),
         "loss": dist.all_sum(torch.stack(loss_parts)) / args.minibatches,

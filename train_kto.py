@@ -29,7 +29,6 @@ from nanopost.batch import Example
 from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
-from nanopost.run import Run
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
@@ -120,7 +119,7 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/chosen", "entropy", "grad_norm"]
 show += ["lr"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))

@@ -33,7 +33,7 @@ from nanopost.cli import above, at_least, finite
 from nanopost.engine import prompt_seed
 from nanopost.forward import batches, check_finite
 from nanopost.rollout import length_metrics, sample_records, staleness_metrics
-from nanopost.run import Clock, Run
+from nanopost.run import Clock
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens, S sequences (2p is the best one of pair p, 2p + 1 the worst), P prompts
@@ -106,7 +106,7 @@ sampling = cli.sampling(args, kept=False)
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["reward", "loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy"]
 show += ["grad_norm", "lr"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -242,7 +242,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     meter.add(len(groups), ties=len(groups) - len(step_pairs))
     metrics = {
         **meter.means(),
-        **length_metrics(rollouts),
+        **length_metrics(groups),
         **staleness_metrics(rollouts, step - 1),
         "grad_norm": grad_norm,
         "lr": lr,

@@ -44,7 +44,7 @@ from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, add_values, batches, check_finite
 from nanopost.reproducible import row_sums
 from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
-from nanopost.run import Clock, Run
+from nanopost.run import Clock
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens of a micro-batch, P prompts, G samples per prompt, B = P G, T sampled
@@ -152,7 +152,7 @@ optimizer = optim.adamw(model, args.weight_decay, value=value_rate)
 policy_trained = [p for p in model.policy.parameters() if p.requires_grad]
 show = ["objective/scores", "objective/kl", "policy/entropy_avg", "loss/policy_avg"]
 show += ["loss/value_avg", "val/explained_variance", "grad_norm", "completions/mean_length"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "score_sums": (0, 0.0, 0.0)}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -320,7 +320,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     metrics = {
         **meter.means(),
         **dist.means(rewards.sums(reward_names, reward_FPG)),
-        **length_metrics(rollouts),
+        **length_metrics(groups),
         **staleness_metrics(rollouts, step - 1),
         **gap.metrics(),
         "val/explained_variance": advantages.explained_variance(

@@ -19,7 +19,6 @@ from nanopost import cli, dist, hf, losses, optim, packing, rows
 from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite
 from nanopost.report import report
-from nanopost.run import Run
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
@@ -82,7 +81,7 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / per_step)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "grad_norm", "lr", "tokens_per_second"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))

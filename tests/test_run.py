@@ -131,8 +131,9 @@ def test_a_new_run_keeps_nothing_of_the_one_it_replaces(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == logged and checkpoint.latest(tmp_path)
     begun(tmp_path, overwrite=True)
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert found.keys() == {"run.json", "metrics.jsonl", "samples.jsonl", ".lock"}
-    assert found["metrics.jsonl"] == found["samples.jsonl"] == ""
+    logs = {"metrics.jsonl", "samples.jsonl", "alarms.jsonl"}
+    assert found.keys() == {"run.json", ".lock", *logs}
+    assert {found[name] for name in logs} == {""}
 
 
 def test_a_folder_that_cannot_be_made_says_so(tmp_path):
@@ -369,7 +370,7 @@ def test_a_step_is_a_line_in_the_file_and_one_for_the_reader(tmp_path, capsys):
         {"step": 0, "eval/loss": 2.5},
         {"step": 1, "loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0},
     ]
-    first, second = capsys.readouterr().out.splitlines()
+    *_, first, second = capsys.readouterr().out.splitlines()
     assert first == "step 0/4  eval/loss 2.500"
     assert second == "step 1/4  loss 1,234  eval/loss 0.00123  left 0m00s"
 
@@ -411,8 +412,10 @@ def test_the_last_line_is_what_became_of_held_out_metrics(tmp_path, monkeypatch,
     run.log(3, {"loss": 8.0, "eval/loss": 1.25})
     capsys.readouterr()
     finish(run, monkeypatch)
-    said = capsys.readouterr().out
-    assert said == "held out, before and after: eval/loss 2.000 -> 1.250\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"curves: python -m nanopost.plot {tmp_path}",
+        "held out, before and after: eval/loss 2.000 -> 1.250",
+    ]
 
 
 @pytest.mark.parametrize("evaluated", [[], [0]])
@@ -424,7 +427,7 @@ def test_without_two_evaluations_there_is_no_change_to_tell(
         run.log(step, {"eval/loss": 2.0} if step in evaluated else {"loss": 1.0})
     capsys.readouterr()
     finish(run, monkeypatch)
-    assert capsys.readouterr().out == ""
+    assert "held out" not in capsys.readouterr().out
 
 
 def test_the_model_is_written_where_it_belongs(tmp_path, capsys):
