@@ -23,6 +23,7 @@ from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preferenc
 from nanopost.cli import above, at_least, finite
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
+from nanopost.tape import Tape
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
@@ -158,6 +159,7 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:
     run.log(0, evaluate())
@@ -187,6 +189,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         loss = loss_of(pairs_P, nll_tokens).sum()  # a dummy gives no gradient
         # A mean over the pairs of the step.
         (loss / args.rows).backward()
+        tape.add(batch, logp=logp_N, entropy=entropy_N, loss=loss)
         if not batch.dummy:  # its empty pair would be a tie
             metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
             meter.add(batch.num_examples // 2, loss=loss, **metrics)
@@ -196,6 +199,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     check_finite(grad_norm, step, model, examples, tokenizer.decode)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
+    tape.update(examples, grad_norm, lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -215,7 +219,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     run.log(step, metrics)
     run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
-        run.record(step, examples, {"divisor": args.rows, "nll_tokens": nll_tokens})
+        about = {"divisor": args.rows, "nll_tokens": nll_tokens}
+        run.record(step, examples, about, tape, row=indices)
 
     # ---- save
     if run.due_save(step, args.save_every, args.save_minutes):

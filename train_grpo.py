@@ -54,6 +54,7 @@ from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, batches, check_finite
 from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
 from nanopost.run import Clock
+from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens of a micro-batch, P prompts, G samples per prompt, F reward functions.
@@ -236,6 +237,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
+tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not run.resumed:
@@ -300,6 +302,7 @@ for step in range(state["step"] + 1, args.steps + 1):
                 loss = loss + args.beta * (weight_N * kl_N).sum()
                 metrics["kl"] = kl_N.sum()
             (loss / divisor).backward()
+            tape.add(batch, logp=logp_N, entropy=entropy_N, loss=loss)
             loss_parts.append(loss.detach().double() / divisor)
             metrics |= correction_metrics
             meter.add(batch.num_targets, entropy=entropy_N.sum(), **metrics)
@@ -311,6 +314,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         update = (step - 1) * args.minibatches + k + 1
         lr = optim.learning_rate(update, args.steps * args.minibatches, args.lr, args.warmup)
         optim.set_learning_rate(optimizer, lr)
+        tape.update(minibatch, grad_norm, lr)
         # Without a trained token AdamW would still decay the weights and follow its momentum.
         if dist.all_sum(sum(e.num_targets for e in minibatch)):
             optimizer.step()
@@ -356,6 +360,8 @@ for step in range(state["step"] + 1, args.steps + 1):
             step,
             examples,
             {"divisors": divisors},
+            tape,
+            serial=serials,
             rewards=reward_FPG.flatten(1).T.tolist(),
             finish=[r.finish for r in rollouts],
         )

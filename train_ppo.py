@@ -45,6 +45,7 @@ from nanopost.forward import add_logprobs, add_values, batches, check_finite
 from nanopost.reproducible import row_sums
 from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
 from nanopost.run import Clock
+from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens of a micro-batch, P prompts, G samples per prompt, B = P G, T sampled
@@ -194,6 +195,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
+tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 engine.sync_weights(dist.full_weights(model, "policy."), state["step"])
 if not run.resumed:
@@ -278,6 +280,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             )
             loss = policy_loss + args.value_coef * value_loss
             (loss / max(1, targets)).backward()
+            tape.add(batch, logp=logp_N, entropy=entropy_N, loss=loss)
             metrics = {
                 "loss/policy_avg": policy_loss,
                 "loss/value_avg": value_loss,
@@ -292,6 +295,7 @@ for step in range(state["step"] + 1, args.steps + 1):
                 gap.add(logp_N, batch["engine_logp"], batch.mask_N, same_N)
         grad_norm = dist.clip_grad_norm(model, args.grad_clip)
         check_finite(grad_norm, step, model, minibatch, tokenizer.decode)
+        tape.update(minibatch, grad_norm, lr)
         # Without a trained token AdamW would still decay the weights and follow its momentum.
         if targets:
             optimizer.step()
@@ -344,6 +348,8 @@ for step in range(state["step"] + 1, args.steps + 1):
             step,
             examples,
             {"divisors": divisors},
+            tape,
+            serial=serials,
             rewards=reward_FPG.flatten(1).T.tolist(),
             finish=[r.finish for r in rollouts],
         )

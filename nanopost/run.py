@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from nanopost import InputError, checkpoint, dist, hf, lora
 from nanopost.alarms import Alarms
 from nanopost.batch import Example
 from nanopost.boards import Boards
+from nanopost.tape import Tape
 from nanopost.terminal import printable
 from nanopost.tokenizer import FILES
 
@@ -458,22 +458,28 @@ class Run:
                 for record in records:
                     file.write(json.dumps({"step": step, **record}, ensure_ascii=False) + "\n")
 
-    def record(self, step: int, examples: list[Example], about: dict, **columns: Iterable):
+    def record(self, step: int, examples: list[Example], about: dict, tape: Tape, **columns):
         """Write what a step was made of to records/, one file a step. A collective.
 
-        The first line holds `about`, such as divisors. Then follows a line per example, rank by
-        rank: ids, mask (1: trained), kept (a list for each id, of the ids that a cut kept; only if
-        there was a cut), the example's own columns (aligned with its ids, or one number), and
-        `columns`, one value per example. Floats are written with all their digits.
+        The first line holds `about`, such as divisors, and updates, an entry per optimizer step of
+        the tape. Then follows a line per example, rank by rank: ids, mask (1: trained), kept (a
+        list for each id, of the ids that a cut kept; only if there was a cut), the example's own
+        columns and the tape's (aligned with its ids, or one number; see Tape.take), and `columns`,
+        one value per example. Floats are written with all their digits.
         """
+        updates, passed = tape.take(examples)
         lines = []
         for i, e in enumerate(examples):
             line = {"rank": self.rank, "ids": e.ids.tolist(), "mask": e.mask.astype(int).tolist()}
             if e.kept is not None:
                 line["kept"] = [ids.tolist() for ids in e.kept]
             line |= {name: np.asarray(value).tolist() for name, value in e.columns.items()}
-            lines.append(line | {name: values[i] for name, values in columns.items()})
-        lines = [{"step": step, **about}, *dist.gather(lines)]
+            for name, value in passed[i].items():
+                line[name] = value.tolist() if isinstance(value, np.ndarray) else value
+            for name, values in columns.items():
+                line[name] = values[i * len(values) // len(examples)]
+            lines.append(line)
+        lines = [{"step": step, **about, "updates": updates}, *dist.gather(lines)]
         if self.writes:
             path = self.out / "records" / f"{step:06d}.jsonl"
             path.parent.mkdir(exist_ok=True)

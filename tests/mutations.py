@@ -826,7 +826,7 @@ MUTATIONS = [
     mutation(
         "micro-batches-by-who-holds-what",
         "nanopost/forward.py",
-        "mine.append((_key(unit), rank, i,",
+        "mine.append((digest_of(unit), rank, i,",
         "mine.append((b'', rank, i,",
         "test_forward.py::test_micro_batches_do_not_depend_on_who_holds_what",
     ),

@@ -20,6 +20,7 @@ from nanopost import InputError, checkpoint, dist, hf, optim
 from nanopost.batch import Example, batch_of
 from nanopost.dist import World
 from nanopost.run import Run, changed_arguments, named_files, starts_of
+from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, tokenizer_files
 from runs import toy
 
@@ -494,9 +495,9 @@ def test_a_record_holds_all_numbers_of_a_step_and_is_gone_with_its_run(tmp_path)
     columns = {"old_logp": np.float32([0, -0.1, -1 / 3]), "weight": 2.0}
     kept = [np.int32(ids) for ids in ([], [6], [9, 7])]
     examples = [Example([5, 6, 7], [False, True, True], columns, kept), Example([8], [True])]
-    run.record(12, examples, {"divisors": [3.0, 4.0]}, finish=["stop", "length"])
+    run.record(12, examples, {"divisors": [3.0, 4.0]}, Tape(False), finish=["stop", "length"])
     about, first, second = lines(tmp_path / "run/records/000012.jsonl")
-    assert about == {"step": 12, "divisors": [3.0, 4.0]}
+    assert about == {"step": 12, "divisors": [3.0, 4.0], "updates": []}
     assert np.float32(first.pop("old_logp")).tolist() == columns["old_logp"].tolist()
     assert first.pop("kept") == [[], [6], [9, 7]]
     expected = {"rank": 0, "ids": [5, 6, 7], "mask": [0, 1, 1], "weight": 2.0, "finish": "stop"}

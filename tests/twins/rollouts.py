@@ -402,6 +402,17 @@ def check_recorded(s, line, sample, **columns):
         assert line[name] == pytest.approx([float(x) for x in values], abs=RECORDED), name
 
 
+def check_passed(recorded, samples):
+    """AssertionError unless the trainer's log-probs and entropies in a step's record are those of
+    the first pass of each sample that was trained (passed: two lists), and no other has any."""
+    for line, sample in zip(recorded, samples, strict=True):
+        passed = getattr(sample, "passed", None)
+        assert ("logp" in line) == (passed is not None)
+        for name, values in zip(("logp", "entropy"), passed or ()):
+            values = spread(sample, [values[t] for t in positions(sample)])
+            assert line[name] == pytest.approx(values, abs=1e-9), name
+
+
 def check_drawn(line, sample):
     """AssertionError unless a line of records/ holds what the twin has drawn and rewarded."""
     assert line["ids"] == sample.prompt + sample.new
