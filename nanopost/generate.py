@@ -11,6 +11,7 @@ import contextlib
 import io
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from nanopost import InputError, cli, dist, hf
@@ -77,7 +78,7 @@ class Chat:
                 "positions: /clear starts over."
             )
         most = min(self.sampling.max_tokens, room)
-        return Sampling(**{**vars(self.sampling), "max_tokens": most})
+        return replace(self.sampling, max_tokens=most)
 
 
 def chat(args, engine, tokenizer, positions):
