@@ -14,6 +14,7 @@ does not fit is left out, counted, and said here and in the page.
 Shapes: T tokens of one sequence.
 """
 
+import argparse
 import base64
 import hashlib
 import json
@@ -39,7 +40,8 @@ TEMPLATE = Path(__file__).with_name("page.html")
 LINE = 2**26  # bytes: longer lines are not read
 POINTS = 20_000  # lines of metrics.jsonl that become curves
 METRICS = 500  # curves
-WORDS = 20_000  # characters of one text of run.json
+WORDS = 20_000  # characters of one text of run.json, of an alarm, ...
+ITEMS = 1000  # of one list there
 PAIRED = ("train_dpo.py", "train_kto.py", "train_rm.py")
 
 
@@ -51,7 +53,7 @@ class Limits:
     steps: tuple[float, float] = (-math.inf, math.inf)
     rollouts: int = 64
     tokens: int = 1024
-    size: float = 20e6
+    size: float = 32e6
 
 
 @dataclass
@@ -81,7 +83,7 @@ class Row:
 def objects(path: Path, left_out: Counter) -> Iterator[dict]:
     """The objects of a JSONL file. Damaged lines, such as one that a kill cut short, and lines of
     more than LINE bytes are counted and left out."""
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         while line := file.readline(LINE):
             if len(line) == LINE and not line.endswith(b"\n"):
                 while (rest := file.readline(LINE)) and not rest.endswith(b"\n"):
@@ -93,6 +95,13 @@ def objects(path: Path, left_out: Counter) -> Iterator[dict]:
                 left_out[f"damaged lines of {path.name}"] += 1
             else:
                 yield found
+
+
+def _opened(path):
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}).") from error
 
 
 def _parsed(line) -> dict | None:
@@ -109,32 +118,40 @@ def metrics_of(folder: Path, left_out: Counter) -> tuple[np.ndarray, dict, dict]
     path = folder / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{folder} has no metrics.jsonl: give the --out of a run.")
-    lines = [line for line in objects(path, left_out) if is_number(line.get("step"))]
+    lines = [line for line in objects(path, left_out) if math.isfinite(float_of(line.get("step")))]
     if not lines:
         raise InputError(f"{path} has no whole line yet: wait for the run's first step.")
     lines.sort(key=lambda line: line["step"])
-    every = math.ceil(len(lines) / POINTS)
-    held_out = [any(name.startswith("eval/") for name in line) for line in lines]
-    kept = [i for i in range(len(lines)) if i % every == 0 or held_out[i] or i == len(lines) - 1]
-    if len(kept) < len(lines):
-        left_out[f"of {len(lines):,} lines of metrics.jsonl"] += len(lines) - len(kept)
-    lines = [lines[i] for i in kept]
+    if len(lines) > POINTS:
+        lines = _thinned(lines, left_out)
     names = list(dict.fromkeys(name for line in lines for name in line if name != "step"))
     if len(names) > METRICS:
         left_out[f"of {len(names):,} metrics"] += len(names) - METRICS
     columns, broken = {}, {}
     for name in names[:METRICS]:
-        values = [line.get(name) for line in lines]
-        column = np.array([float_of(value) for value in values])
-        if texts := sum(value is not None and not is_number(value) for value in values):
-            left_out["values of metrics.jsonl that are no numbers"] += texts
-        logged = np.array([is_number(value) for value in values])
-        steps = [line["step"] for line in np.array(lines)[logged & ~np.isfinite(column)]]
-        if logged.any():
+        column = np.array([float_of(line.get(name)) for line in lines])
+        given = [line for line in lines if line.get(name) is not None]
+        numbers = [line for line in given if is_number(line[name])]
+        if len(numbers) < len(given):
+            left_out["values of metrics.jsonl that are no numbers"] += len(given) - len(numbers)
+        if numbers:
             columns[name] = np.where(np.isfinite(column), column, np.nan)
+        steps = [line["step"] for line in numbers if not math.isfinite(float_of(line[name]))]
         if steps:
             broken[name] = steps
     return np.array([float_of(line["step"]) for line in lines]), columns, broken
+
+
+def _thinned(lines, left_out) -> list[dict]:
+    """About POINTS lines, evenly spread, with the last one and all held-out numbers."""
+    every = math.ceil(len(lines) / POINTS)
+    kept = []
+    for i, line in enumerate(lines):
+        held_out = any(name.startswith("eval/") for name in line)
+        if i % every == 0 or held_out or i == len(lines) - 1:
+            kept.append(line)
+    left_out[f"of {len(lines):,} lines of metrics.jsonl"] += len(lines) - len(kept)
+    return kept
 
 
 def is_number(value) -> bool:
@@ -152,18 +169,22 @@ def float_of(value) -> float:
 def alarms_of(folder: Path, left_out: Counter) -> list[dict]:
     path = folder / "alarms.jsonl"
     found = objects(path, left_out) if path.is_file() else []
-    return [shortened(alarm) for alarm in found if is_number(alarm.get("step"))]
+    return [shortened(alarm) for alarm in found if math.isfinite(float_of(alarm.get("step")))]
 
 
-def shortened(value):
-    """JSON whose texts have at most WORDS characters, with the number of those left out."""
+def shortened(value, depth: int = 10):
+    """JSON for the page: texts of at most WORDS characters, lists of at most ITEMS, each saying how
+    many more there were; null for infinite numbers and NaN."""
+    if isinstance(value, (dict, list)) and not depth:
+        return "..."
     if isinstance(value, dict):
-        return {shortened(name): shortened(part) for name, part in value.items()}
+        return {shortened(name): shortened(part, depth - 1) for name, part in value.items()}
     if isinstance(value, list):
-        return [shortened(part) for part in value]
+        rest = [f"... and {len(value) - ITEMS:,} more"] if len(value) > ITEMS else []
+        return [shortened(part, depth - 1) for part in value[:ITEMS]] + rest
     if isinstance(value, str) and len(value) > WORDS:
         return f"{value[:WORDS]} ... and {len(value) - WORDS:,} more characters"
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return None if is_number(value) and not math.isfinite(float_of(value)) else value
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -179,28 +200,50 @@ def row_of(line: dict, arguments: dict) -> Row | None:
     for name, value in line.items():
         if name in ("ids", "mask", "rank"):
             continue
-        if name == "kept":  # the number of ids that a cut kept
-            value = [len(each) if isinstance(each, list) else None for each in value]
-        per_token = isinstance(value, list) and len(value) == len(ids) and name != "rewards"
-        if per_token and all(each is None or is_number(each) for each in value):
-            columns[name] = np.array([float_of(each) for each in value], np.float32)
-        else:
+        if name == "kept":
+            value = _sizes(value)
+        column = None if name == "rewards" else _column(value, len(ids))
+        if column is None:
             about[name] = shortened(value)
+        else:
+            columns[name] = column
     about |= _total(line.get("rewards"), arguments)
     written = mask | (columns.get("version", np.full(len(ids), -1)) >= 0)
     prompt = int(written.argmax()) if written.any() else len(ids)
     return Row(about, ids, mask, columns, prompt, rank=line.get("rank"))
 
 
+def _column(value, length) -> np.ndarray | None:
+    """None for what is not one number (or null) per token."""
+    if not isinstance(value, list) or len(value) != length:
+        return None
+    try:
+        with np.errstate(over="ignore"):
+            column = np.array(value, np.float32)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return column if column.ndim == 1 else None
+
+
+def _sizes(kept):
+    """The number of ids that a cut kept for each token."""
+    if not isinstance(kept, list):
+        return kept
+    return [len(ids) if isinstance(ids, list) else None for ids in kept]
+
+
 def _total(rewards, arguments) -> dict:
     """The weighted sum of those that apply, as in rewards.total, and each by its name."""
     if not isinstance(rewards, list) or not all(r is None or is_number(r) for r in rewards):
         return {}
-    weights = arguments.get("reward_weights") or [1.0] * len(rewards)
+    weights = arguments.get("reward_weights")
+    if not isinstance(weights, list) or not all(map(is_number, weights)):
+        weights = [1.0] * len(rewards)
     given = [(w, r) for w, r in zip(weights, rewards) if is_number(r) and math.isfinite(r)]
     found = {"reward": sum(w * r for w, r in given) if given else None}
-    if len(rewards) > 1:
-        found |= dict(zip(arguments.get("reward") or [], rewards))
+    names = arguments.get("reward")
+    if len(rewards) > 1 and isinstance(names, list):
+        found |= dict(zip(map(str, names), rewards))
     return {name: shortened(value) for name, value in found.items()}
 
 
@@ -254,7 +297,7 @@ def paired(rows: list[Row]) -> list[list[Row]]:
 # ------------------------------------------------------------------------------------------ packing
 def pack(head: dict, arrays: list[np.ndarray]) -> str:
     """base64 of zlib of: the length of JSON, JSON padded to 8 bytes, and arrays, little-endian."""
-    text = json.dumps(head, separators=(",", ":")).encode()
+    text = json.dumps(head, separators=(",", ":"), allow_nan=False).encode()
     text += b" " * (-(len(text) + 4) % 8)
     data = [np.uint32(len(text)).tobytes(), text, *(array.tobytes() for array in arrays)]
     return base64.b64encode(zlib.compress(b"".join(data), 6)).decode()
@@ -300,56 +343,59 @@ class Steps:
 
     def __init__(self, folder: Path, start: dict, limits: Limits, left_out: Counter):
         self.start, self.limits, self.left_out = start, limits, left_out
-        first, last = limits.steps
-        self.records = {}
+        self.records, self.samples = {}, {}  # step -> file, rows
+        self.ids = set()  # of all tokens packed
+        outside = set()
         for path in folder.glob("records/*.jsonl"):
-            if path.stem.isdigit() and first <= int(path.stem) <= last:
-                self.records[int(path.stem)] = path
-        self.samples = {}
+            if path.stem.isdecimal():
+                if self._asked(int(path.stem)):
+                    self.records[int(path.stem)] = path
+                else:
+                    outside.add(int(path.stem))
         path = folder / "samples.jsonl"
         for line in objects(path, left_out) if path.is_file() else []:
             step, row = line.get("step"), sample_of(line)
-            if row is None or not isinstance(step, int):
+            if row is None or type(step) is not int:
                 left_out["damaged lines of samples.jsonl"] += 1
-            elif first <= step <= last and step not in self.records:
-                self.samples.setdefault(step, []).append(self._cut(row))
+            elif not self._asked(step):
+                outside.add(step)
+            elif step not in self.records:
+                self.samples.setdefault(step, []).append(cut(row, limits.tokens))
         self.all = sorted({*self.records, *self.samples})
-        self.ids = set()  # of all tokens packed
-        self.shown = self.total = self.shortened = 0
+        self.outside = len(outside)
 
-    def packed(self, step: int) -> str | None:
-        """None if nothing of the step can be read."""
-        arguments, about, rows = self.start["args"], {}, []
-        if step not in self.records:
-            rows = self.samples[step]
+    def _asked(self, step):
+        first, last = self.limits.steps
+        return first <= step <= last
+
+    def packed(self, step: int) -> tuple[str, Counter]:
+        """-> (data, numbers of rollouts: shown, total, cut); "" if nothing of it can be read."""
+        arguments, about = self.start["args"], {}
+        rows = self.samples.get(step, [])
+        for line in objects(self.records[step], self.left_out) if step in self.records else []:
+            if "ids" not in line:
+                about = shortened(line)
+            elif row := row_of(line, arguments):
+                rows.append(row)
+            else:
+                self.left_out["damaged rows of records"] += 1
+        size = arguments.get("group")
+        if script_of(self.start) in PAIRED and step in self.records:
+            groups = paired(rows)
         else:
-            for line in objects(self.records[step], self.left_out):
-                if "ids" not in line:
-                    about = shortened(line)
-                elif row := row_of(line, arguments):
-                    rows.append(row)
-                else:
-                    self.left_out["damaged rows of records"] += 1
-        is_pair = script_of(self.start) in PAIRED and step in self.records
-        group = arguments.get("group")
-        groups = paired(rows) if is_pair else grouped(rows, group if is_number(group) else 1)
+            groups = grouped(rows, size if is_number(size) else 1)
         kept = []
-        for each in groups:
-            if kept and 0 < self.limits.rollouts < sum(map(len, kept)) + len(each):
+        for group in groups:
+            if kept and 0 < self.limits.rollouts < sum(map(len, kept)) + len(group):
                 break
-            kept.append([self._cut(row) for row in each] if step in self.records else each)
-        if not kept:
-            return None
-        self.total += len(rows)
-        self.shown += sum(map(len, kept))
-        for row in (row for each in kept for row in each):
+            kept.append(group)
+        shown = [row for group in kept for row in group]
+        for row in shown:
+            if not row.texts:
+                cut(row, self.limits.tokens)
             self.ids.update(row.ids.tolist())
-        return packed_groups(kept, about)
-
-    def _cut(self, row):
-        row = cut(row, self.limits.tokens)
-        self.shortened += any(row.cut)
-        return row
+        count = Counter(shown=len(shown), total=len(rows), cut=sum(any(row.cut) for row in shown))
+        return packed_groups(kept, about) if kept else "", count
 
 
 def script_of(start: dict) -> str:
@@ -360,11 +406,10 @@ def script_of(start: dict) -> str:
 def tokenizer_of(folder: Path, start: dict) -> Tokenizer | None:
     """That of the trained model, or else of the model that the run began with."""
     for place in (folder, start["args"].get("model")):
-        if isinstance(place, (str, Path)) and Path(place, "tokenizer.json").is_file():
-            try:
-                return Tokenizer.load(place, start["args"].get("chat_template"))
-            except InputError:
-                continue
+        try:
+            return Tokenizer.load(str(place))
+        except InputError:
+            continue
     return None
 
 
@@ -400,7 +445,7 @@ def scripts_of(folder: Path, index: int, limits: Limits) -> tuple[dict, list[str
     """One run -> (what the page says about it, the data elements of its metrics and rollouts,
     sentences about what was left out). limits.size: bytes of this run."""
     starts = starts_of(folder)
-    if not starts:
+    if not starts or not isinstance(starts[-1]["args"], dict):
         raise InputError(
             f"{folder} holds no run: it has no run.json that can be read; give the --out of a run."
         )
@@ -416,17 +461,17 @@ def scripts_of(folder: Path, index: int, limits: Limits) -> tuple[dict, list[str
     metrics = pack({"metrics": list(columns)}, [steps, *columns.values()])
     elements = [element(f"metrics-{index}", metrics)]
     rollouts = Steps(folder, start, limits, left_out)
-    used, shown, reached = len(metrics), [], False
+    used, shown, count, reached = len(metrics), [], Counter(), False
     for step in spread(rollouts.all):
-        data = rollouts.packed(step)
-        if data is None:
-            continue
+        data, found = rollouts.packed(step)
         reached = used + len(data) > limits.size and bool(shown)
         if reached:
             break
-        used += len(data)
-        shown.append(step)
-        elements.append(element(f"step-{index}-{step}", data))
+        if data:
+            used += len(data)
+            shown.append(step)
+            count += found
+            elements.append(element(f"step-{index}-{step}", data))
     tokenizer = tokenizer_of(folder, start) if rollouts.ids else None
     sentences = [f"{count:,} {what} left out" for what, count in left_out.items()]
     if rollouts.ids and not tokenizer:
@@ -439,14 +484,16 @@ def scripts_of(folder: Path, index: int, limits: Limits) -> tuple[dict, list[str
             f"{len(shown):,} of {len(rollouts.all):,} steps have their rollouts in this page of "
             f"{limits.size / 1e6:g} MB (--steps A:B chooses them, --max_mb allows more)"
         )
-    if rollouts.shown < rollouts.total:
+    if rollouts.outside:
+        sentences.append(f"{rollouts.outside:,} steps outside --steps have rollouts, too")
+    if count["shown"] < count["total"]:
         sentences.append(
-            f"{rollouts.shown:,} of {rollouts.total:,} rollouts of these steps are in it "
+            f"{count['shown']:,} of {count['total']:,} rollouts of these steps are in it "
             f"(--rollouts {limits.rollouts}; 0: all)"
         )
-    if rollouts.shortened:
+    if count["cut"]:
         sentences.append(
-            f"{rollouts.shortened:,} rollouts are cut to {limits.tokens:,} tokens of their prompt "
+            f"{count['cut']:,} rollouts are cut to {limits.tokens:,} tokens of their prompt "
             "and of their answer (--max_tokens)"
         )
     run |= {"steps": sorted(shown), "left_out": sentences}
@@ -482,7 +529,14 @@ def page(folders: list[Path], limits: Limits) -> tuple[str, list[str]]:
 def span(text: str) -> tuple[float, float]:
     """An argparse type: A:B, A:, :B or A -> the first and the last step."""
     first, colon, last = text.partition(":")
-    return int(first) if first else -math.inf, int(last or (math.inf if colon else first))
+    try:
+        low = int(first) if first or not colon else -math.inf
+        high = int(last) if last else math.inf if colon else low
+    except ValueError:
+        high, low = 0, 1
+    if high < low:
+        raise argparse.ArgumentTypeError(f"{text}: give steps as A:B, A:, :B or A")
+    return low, high
 
 
 def parsed(arguments=None):
@@ -499,8 +553,16 @@ def parsed(arguments=None):
     )
     add("--rollouts", type=at_least(0), default=64, help="rollouts of a step, whole groups; 0: all")
     add("--max_tokens", type=at_least(1), default=1024, help="of a prompt, and of an answer")
-    add("--max_mb", type=above(0.0), default=20.0, help="size of the page, about")
+    add("--max_mb", type=above(0.0), default=32.0, help="size of the page, about")
     return parser.parse_args(arguments)
+
+
+def _begins_with(path, start) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(start)) == start
+    except OSError:  # a folder
+        return False
 
 
 def main(arguments=None):
@@ -508,7 +570,7 @@ def main(arguments=None):
     folders = [Path(folder) for folder in dict.fromkeys(args.runs)]
     out = Path(args.out) if args.out else folders[0] / "page.html"
     first = TEMPLATE.read_text(encoding="utf-8").partition("\n")[0]
-    if out.exists() and not (out.is_file() and out.read_bytes().startswith(first.encode())):
+    if out.exists() and not _begins_with(out, first.encode()):
         raise InputError(f"--out {out} exists and is no page of a run: choose another.")
     limits = Limits(args.steps, args.rollouts, args.max_tokens, args.max_mb * 1e6)
     html, sentences = page(folders, limits)
