@@ -83,16 +83,17 @@ class Row:
 def objects(path: Path, left_out: Counter) -> Iterator[dict]:
     """The objects of a JSONL file. Damaged lines, such as one that a kill cut short, and lines of
     more than LINE bytes are counted and left out."""
+    name = "records/" if path.parent.name == "records" else path.name
     with _opened(path) as file:
         while line := file.readline(LINE):
             if len(line) == LINE and not line.endswith(b"\n"):
                 while (rest := file.readline(LINE)) and not rest.endswith(b"\n"):
                     pass
-                left_out[f"lines of {path.name} over {LINE >> 20} MiB"] += 1
+                left_out[f"lines of {name} over {LINE >> 20} MiB"] += 1
                 continue
             found = _parsed(line)
             if found is None:
-                left_out[f"damaged lines of {path.name}"] += 1
+                left_out[f"damaged lines of {name}"] += 1
             else:
                 yield found
 
@@ -126,7 +127,7 @@ def metrics_of(folder: Path, left_out: Counter) -> tuple[np.ndarray, dict, dict]
         lines = _thinned(lines, left_out)
     names = list(dict.fromkeys(name for line in lines for name in line if name != "step"))
     if len(names) > METRICS:
-        left_out[f"of {len(names):,} metrics"] += len(names) - METRICS
+        left_out[f"metrics ({len(names):,} in all)"] += len(names) - METRICS
     columns, broken = {}, {}
     for name in names[:METRICS]:
         column = np.array([float_of(line.get(name)) for line in lines])
@@ -150,7 +151,7 @@ def _thinned(lines, left_out) -> list[dict]:
         held_out = any(name.startswith("eval/") for name in line)
         if i % every == 0 or held_out or i == len(lines) - 1:
             kept.append(line)
-    left_out[f"of {len(lines):,} lines of metrics.jsonl"] += len(lines) - len(kept)
+    left_out[f"lines of metrics.jsonl ({len(lines):,} in all)"] += len(lines) - len(kept)
     return kept
 
 
@@ -371,6 +372,7 @@ class Steps:
     def packed(self, step: int) -> tuple[str, Counter]:
         """-> (data, numbers of rollouts: shown, total, cut); "" if nothing of it can be read."""
         arguments, about = self.start["args"], {}
+        damage = self.left_out.total()
         rows = self.samples.get(step, [])
         for line in objects(self.records[step], self.left_out) if step in self.records else []:
             if "ids" not in line:
@@ -378,10 +380,12 @@ class Steps:
             elif row := row_of(line, arguments):
                 rows.append(row)
             else:
-                self.left_out["damaged rows of records"] += 1
+                self.left_out["damaged rows of records/"] += 1
         size = arguments.get("group")
+        damage = self.left_out.total() - damage
         if script_of(self.start) in PAIRED and step in self.records:
-            groups = paired(rows)
+            # Without one of them, whose partner is whose is not known.
+            groups = [[row] for row in rows] if damage else paired(rows)
         else:
             groups = grouped(rows, size if is_number(size) else 1)
         kept = []
@@ -473,7 +477,7 @@ def scripts_of(folder: Path, index: int, limits: Limits) -> tuple[dict, list[str
             count += found
             elements.append(element(f"step-{index}-{step}", data))
     tokenizer = tokenizer_of(folder, start) if rollouts.ids else None
-    sentences = [f"{count:,} {what} left out" for what, count in left_out.items()]
+    sentences = [f"{what}, left out: {count:,}" for what, count in left_out.items()]
     if rollouts.ids and not tokenizer:
         sentences.append(
             f"neither {folder} nor {start['args'].get('model')} has a tokenizer that can be read: "

@@ -66,7 +66,7 @@ def begin(alone, tmp_path, monkeypatch):
 
 
 def rollouts(step, prompts=2, group=2, length=5):
-    """Groups of one prompt each, with random numbers, some of which a trainer adds."""
+    """Groups of one prompt each."""
     draw = np.random.default_rng(step)
     found = []
     for _ in range(prompts):
@@ -80,6 +80,7 @@ def rollouts(step, prompts=2, group=2, length=5):
 
 def examples_of(rolled, seed=0):
     draw = np.random.default_rng(seed)
+    """With the columns that a trainer adds, of random numbers."""
     found = [rollout.example() for rollout in rolled]
     for e in found:
         e.columns["old_logp"] = e.columns["engine_logp"]
@@ -207,6 +208,21 @@ def test_pairs_are_side_by_side_after_what_both_begin_with(begin, script):
     ]
     assert [row["prompt"] for row in head["rows"]] == [2, 2, 2, 2]
     assert [row["about"]["score"] for row in head["rows"]] == [4.0, 3.0, 2.0, 1.0]
+    # Without one of them the others are no pairs.
+    path = run.out / "records/000001.jsonl"
+    first, one, *others = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([first, one[:20] + "\n", *others]))
+    assert read_step(page([run.out], Limits())[0], 0, 1)[0]["groups"] == [1, 1, 1]
+
+
+def test_a_token_without_a_number_has_none(begin):
+    run = begin("null")
+    run.log(1, {"reward": 1.0})
+    (rollout, skipped) = examples_of(rollouts(1, 1, 2, 2), 1)
+    skipped.columns["logp"] = np.array([None] * 6)
+    run.record(1, [rollout, skipped], {})
+    _, _, columns, _ = read_step(page([run.out], Limits())[0], 0, 1)
+    assert np.isnan(columns["logp"]).tolist() == [False] * 6 + [True] * 6
 
 
 def test_turns_of_the_environment_are_part_of_the_answer(begin):
@@ -352,7 +368,7 @@ def test_long_metrics_are_thinned_and_keep_the_held_out_numbers(begin, monkeypat
     kept = {i for i in range(100) if i % 10 == 0 or i % 7 == 0} | {99}
     steps = np.frombuffer(read(html, "metrics-0")[1], "<f8")[: len(kept)].tolist()
     assert steps == sorted(kept)
-    assert f"{100 - len(kept)} of 100 lines of metrics.jsonl left out" in sentences[0]
+    assert f"lines of metrics.jsonl (100 in all), left out: {100 - len(kept)}" in sentences[0]
 
 
 # ------------------------------------------------------------------------------------------- damage
@@ -367,11 +383,11 @@ def test_damaged_lines_are_counted(begin, monkeypatch):
     (folder / "records/000003.jsonl").write_bytes(b"\xff\xfe" + b"[" * 1500 + b"\n\n")
     html, sentences = page([folder], Limits())
     assert sorted(s.partition(": ")[2] for s in sentences) == [
-        "1 lines of 000002.jsonl over 0 MiB left out",
-        "1 values of metrics.jsonl that are no numbers left out",
-        "2 damaged lines of 000003.jsonl left out",
-        "2 damaged lines of metrics.jsonl left out",
-        "3 damaged rows of records left out",
+        "damaged lines of metrics.jsonl, left out: 2",
+        "damaged lines of records/, left out: 2",
+        "damaged rows of records/, left out: 3",
+        "lines of records/ over 0 MiB, left out: 1",
+        "values of metrics.jsonl that are no numbers, left out: 1",
     ]
     assert about(html)["steps"] == [1, 2, 4] and about(html)["broken"] == {"reward": [5]}
     assert read_step(html, 0, 2)[0]["groups"] == [2, 2]
@@ -418,7 +434,7 @@ def test_the_command_writes_beside_the_run_and_again_over_its_own_page(begin, ca
 def hostile(begin):
     """A run whose every text is hostile."""
     run = begin("evil", reward=[EVIL], chat_template=EVIL)
-    run.log(1, {"reward": 1.0, EVIL: 2.0})
+    run.log(1, {"reward": 1.0, EVIL: 2.0, "constructor": 1.0, "__proto__": 1.0})
     run.record(1, examples_of(rollouts(1)), {EVIL: EVIL}, finish=[EVIL] * 4, **{EVIL: [1.0] * 4})
     run.log(2, {"reward": 1.0, EVIL: 3.0})
     row = {"prompt": EVIL, "completion": EVIL, "finish": EVIL, EVIL: 1.0}
@@ -583,9 +599,9 @@ def test_pointer_and_keys(begin, chrome, tmp_path):
     numbers = {name: value.replace("−", "-") for name, value in numbers.items()}
     assert numbers["id"] == str(e.ids[6]) and numbers["position"] == "6"
     ratio = np.exp(e.columns["logp"][6] - e.columns["old_logp"][6])
-    gap = e.columns["logp"][6] - e.columns["engine_logp"][6]
+    drift = e.columns["logp"][6] - e.columns["engine_logp"][6]
     expected = {"logp": e.columns["logp"][6], "entropy": e.columns["entropy"][6]}
-    for name, value in {**expected, "ratio": ratio, "gap": gap}.items():
+    for name, value in {**expected, "ratio": ratio, "logp − engine_logp": drift}.items():
         assert float(numbers[name]) == pytest.approx(float(value), abs=6e-4), name
     # Only trained tokens are coloured; above 1, the ratio is blue, and below it orange.
     chrome.run("(state.colour = 'ratio', showColours(), repaint())")
