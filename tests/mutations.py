@@ -2782,8 +2782,8 @@ MUTATIONS = [
     mutation(
         "page-texts-in-the-markup",
         "nanopost/page.html",
-        "element.append(...children.map(child => child instanceof Node ? child : visible(child)));\n  return element;\n}\n\nfunction draw",
-        'element.innerHTML = children.join("");\n  return element;\n}\n\nfunction draw',
+        "Object.assign(document.createElement(tag), properties);",
+        'Object.assign(document.createElement(tag), { innerHTML: "" }, properties);',
         "test_page.py::test_nothing_of_a_run_is_in_the_markup_and_the_policy_allows_the_page_alone",
     ),
     mutation(

@@ -13,6 +13,7 @@ import shutil
 import signal
 import struct
 import sys
+import tomllib
 import zlib
 from pathlib import Path
 
@@ -21,6 +22,7 @@ import pytest
 import torch
 from browser import CHROMIUM, browser
 from chats import make, raw_bytes
+from scripts import ROOT
 from small import small_model
 from tokenizers import Tokenizer as Raw
 from tokenizers import decoders, models, pre_tokenizers
@@ -134,6 +136,12 @@ def read_step(html, run, step):
 
 def about(html, run=0):
     return read(html, "page")[0]["runs"][run]
+
+
+def test_the_template_is_shipped_with_the_package():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert settings["tool"]["setuptools"]["package-data"]["nanopost"] == [pages.TEMPLATE.name]
+    assert pages.TEMPLATE.is_file()
 
 
 # ------------------------------------------------------------------------------------ what it holds
@@ -549,7 +557,8 @@ def test_a_thousand_steps_and_ten_thousand_rollouts_take_less_than_two_seconds(
 @needs_chromium
 def test_planted_markup_is_text(begin, chrome, tmp_path):
     path = written([hostile(begin)], tmp_path / "page.html")
-    chrome.open(path)
+    chrome.open(path, *SIZES["phone"])
+    assert chrome.run("document.documentElement.scrollWidth") == SIZES["phone"][0]
     for step in (1, 2):
         chrome.run(f"select({step})")
         chrome.run("document.querySelectorAll('details').forEach(each => each.open = true)")
@@ -591,6 +600,14 @@ def test_pointer_and_keys(begin, chrome, tmp_path):
     chrome.click(*centre(chrome, "svg"))  # the middle of steps 0 to 4, and of a margin
     assert chrome.run(shown) == "step 2"
     chrome.key("End")
+    # In an answer, arrows go from token to token.
+    chrome.run("document.querySelector('.card .tokens').focus()")
+    for _ in range(3):
+        chrome.key("ArrowRight")
+    assert chrome.run("pointed === document.querySelectorAll('.card .t')[2]")
+    assert chrome.run(shown) == "step 4"
+    chrome.key("Escape")
+    assert chrome.run("document.getElementById('inspector').hidden")
     # A hovered token shows its numbers.
     chrome.mouse("mouseMoved", *centre(chrome, ".card .t", 2))
     text = chrome.run("document.getElementById('inspector').innerText")
