@@ -23,7 +23,7 @@ from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preferenc
 from nanopost.cli import above, at_least, finite
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
-from nanopost.run import Run
+from nanopost.tape import Tape
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
@@ -123,7 +123,7 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy", "grad_norm"]
 show += ["lr"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -159,6 +159,7 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:
     run.log(0, evaluate())
@@ -188,6 +189,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         loss = loss_of(pairs_P, nll_tokens).sum()  # a dummy gives no gradient
         # A mean over the pairs of the step.
         (loss / args.rows).backward()
+        tape.add(batch, logp=logp_N, entropy=entropy_N, loss=loss)
         if not batch.dummy:  # its empty pair would be a tie
             metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
             meter.add(batch.num_examples // 2, loss=loss, **metrics)
@@ -197,6 +199,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     check_finite(grad_norm, step, model, examples, tokenizer.decode)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
+    tape.update(examples, grad_norm, lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -216,7 +219,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     run.log(step, metrics)
     run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
-        run.record(step, examples, {"divisor": args.rows, "nll_tokens": nll_tokens})
+        about = {"divisor": args.rows, "nll_tokens": nll_tokens}
+        run.record(step, examples, about, tape, row=indices)
 
     # ---- save
     if run.due_save(step, args.save_every, args.save_minutes):

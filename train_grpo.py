@@ -53,7 +53,8 @@ from nanopost.cli import above, at_least
 from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, batches, check_finite
 from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
-from nanopost.run import Clock, Run
+from nanopost.run import Clock
+from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens of a micro-batch, P prompts, G samples per prompt, F reward functions.
@@ -141,7 +142,7 @@ columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "loss", "grad_norm"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -236,6 +237,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
+tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 engine.sync_weights(dist.full_weights(model), state["step"])
 if not run.resumed:
@@ -300,6 +302,7 @@ for step in range(state["step"] + 1, args.steps + 1):
                 loss = loss + args.beta * (weight_N * kl_N).sum()
                 metrics["kl"] = kl_N.sum()
             (loss / divisor).backward()
+            tape.add(batch, logp=logp_N, entropy=entropy_N, loss=loss)
             loss_parts.append(loss.detach().double() / divisor)
             metrics |= correction_metrics
             meter.add(batch.num_targets, entropy=entropy_N.sum(), **metrics)
@@ -311,6 +314,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         update = (step - 1) * args.minibatches + k + 1
         lr = optim.learning_rate(update, args.steps * args.minibatches, args.lr, args.warmup)
         optim.set_learning_rate(optimizer, lr)
+        tape.update(minibatch, grad_norm, lr)
         # Without a trained token AdamW would still decay the weights and follow its momentum.
         if dist.all_sum(sum(e.num_targets for e in minibatch)):
             optimizer.step()
@@ -333,7 +337,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     metrics = {
         **meter.means(),
         **dist.means(rewards.sums(reward_names, reward_FPG)),
-        **length_metrics(rollouts),
+        **length_metrics(groups),
         **staleness_metrics(rollouts, step - 1),
         **gap.metrics(),
         "loss": dist.all_sum(torch.stack(loss_parts)) / args.minibatches,
@@ -356,6 +360,8 @@ for step in range(state["step"] + 1, args.steps + 1):
             step,
             examples,
             {"divisors": divisors},
+            tape,
+            serial=serials,
             rewards=reward_FPG.flatten(1).T.tolist(),
             finish=[r.finish for r in rollouts],
         )

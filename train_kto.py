@@ -29,7 +29,7 @@ from nanopost.batch import Example
 from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite, gather_pairs
 from nanopost.report import marked_text
-from nanopost.run import Run
+from nanopost.tape import Tape
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
@@ -120,7 +120,7 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/chosen", "entropy", "grad_norm"]
 show += ["lr"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -183,6 +183,7 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:
     run.log(0, evaluate())
@@ -219,11 +220,13 @@ for step in range(state["step"] + 1, args.steps + 1):
         loss = (batch["slope"] * logp_S + batch["nll_slope"] * nll_S).sum()
         # A mean over the examples of the step.
         (loss / args.rows).backward()
+        tape.add(batch, logp=logp_N, entropy=entropy_N)
         meter.add(batch.num_targets, entropy=entropy_N.sum())
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
     check_finite(grad_norm, step, model, examples, tokenizer.decode)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
+    tape.update(examples, grad_norm, lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -245,7 +248,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
         every = [e for pair in step_pairs for e in pair]
-        run.record(step, every, {"divisor": args.rows}, slope=slope_S[mine_S].tolist())
+        slopes = {"slope": slope_S[mine_S].tolist(), "nll_slope": nll_slope_S[mine_S].tolist()}
+        run.record(step, every, {"divisor": args.rows}, tape, row=indices, **slopes)
 
     # ---- save
     if run.due_save(step, args.save_every, args.save_minutes):

@@ -33,7 +33,8 @@ from nanopost.cli import above, at_least, finite
 from nanopost.engine import prompt_seed
 from nanopost.forward import batches, check_finite
 from nanopost.rollout import length_metrics, sample_records, staleness_metrics
-from nanopost.run import Clock, Run
+from nanopost.run import Clock
+from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens, S sequences (2p is the best one of pair p, 2p + 1 the worst), P prompts
@@ -106,7 +107,7 @@ sampling = cli.sampling(args, kept=False)
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["reward", "loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy"]
 show += ["grad_norm", "lr"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -165,6 +166,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 engine.sync_weights(dist.full_weights(model), state["step"])
+tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:
     run.log(0, evaluate())
@@ -213,6 +215,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         loss = loss_P.sum()  # a dummy gives no gradient
         # A mean over the pairs of the step.
         (loss / max(1, num_pairs)).backward()
+        tape.add(batch, logp=logp_N, entropy=entropy_N, loss=loss)
         if not batch.dummy:  # its empty pair would be a tie
             metrics = preference.pair_metrics(pairs_P, args.beta, loss_functions)
             meter.add(batch.num_examples // 2, loss=loss, **metrics)
@@ -222,6 +225,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     check_finite(grad_norm, step, model, examples, tokenizer.decode)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
+    tape.update(examples, grad_norm, lr)
     # Without a pair AdamW would still decay the weights and follow its momentum.
     if num_pairs:
         optimizer.step()
@@ -242,7 +246,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     meter.add(len(groups), ties=len(groups) - len(step_pairs))
     metrics = {
         **meter.means(),
-        **length_metrics(rollouts),
+        **length_metrics(groups),
         **staleness_metrics(rollouts, step - 1),
         "grad_norm": grad_norm,
         "lr": lr,
@@ -259,10 +263,13 @@ for step in range(state["step"] + 1, args.steps + 1):
         step, sample_records(tokenizer.decode, rollouts[: args.group], reward=reward_PG.flatten())
     )
     if args.record:
+        paired = {e.ids.tobytes(): e for e in examples}
         run.record(
             step,
-            [r.example() for r in rollouts],
+            [paired.get(e.ids.tobytes(), e) for e in (r.example() for r in rollouts)],
             {"divisor": num_pairs, "nll_tokens": nll_tokens},
+            tape,
+            serial=serials,
             reward=reward_PG.flatten().tolist(),
             finish=[r.finish for r in rollouts],
         )

@@ -44,7 +44,8 @@ from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, add_values, batches, check_finite
 from nanopost.reproducible import row_sums
 from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
-from nanopost.run import Clock, Run
+from nanopost.run import Clock
+from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
 # Shapes: N packed tokens of a micro-batch, P prompts, G samples per prompt, B = P G, T sampled
@@ -152,7 +153,7 @@ optimizer = optim.adamw(model, args.weight_decay, value=value_rate)
 policy_trained = [p for p in model.policy.parameters() if p.requires_grad]
 show = ["objective/scores", "objective/kl", "policy/entropy_avg", "loss/policy_avg"]
 show += ["loss/value_avg", "val/explained_variance", "grad_norm", "completions/mean_length"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "score_sums": (0, 0.0, 0.0)}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -194,6 +195,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
+tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 engine.sync_weights(dist.full_weights(model, "policy."), state["step"])
 if not run.resumed:
@@ -278,6 +280,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             )
             loss = policy_loss + args.value_coef * value_loss
             (loss / max(1, targets)).backward()
+            tape.add(batch, logp=logp_N, entropy=entropy_N, loss=loss)
             metrics = {
                 "loss/policy_avg": policy_loss,
                 "loss/value_avg": value_loss,
@@ -292,6 +295,7 @@ for step in range(state["step"] + 1, args.steps + 1):
                 gap.add(logp_N, batch["engine_logp"], batch.mask_N, same_N)
         grad_norm = dist.clip_grad_norm(model, args.grad_clip)
         check_finite(grad_norm, step, model, minibatch, tokenizer.decode)
+        tape.update(minibatch, grad_norm, lr)
         # Without a trained token AdamW would still decay the weights and follow its momentum.
         if targets:
             optimizer.step()
@@ -320,7 +324,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     metrics = {
         **meter.means(),
         **dist.means(rewards.sums(reward_names, reward_FPG)),
-        **length_metrics(rollouts),
+        **length_metrics(groups),
         **staleness_metrics(rollouts, step - 1),
         **gap.metrics(),
         "val/explained_variance": advantages.explained_variance(
@@ -344,6 +348,8 @@ for step in range(state["step"] + 1, args.steps + 1):
             step,
             examples,
             {"divisors": divisors},
+            tape,
+            serial=serials,
             rewards=reward_FPG.flatten(1).T.tolist(),
             finish=[r.finish for r in rollouts],
         )

@@ -21,7 +21,7 @@ from nanopost import cli, dist, hf, optim, packing, pairs, preference, rows
 from nanopost.cli import at_least
 from nanopost.forward import batches, check_finite
 from nanopost.report import marked_text
-from nanopost.run import Run
+from nanopost.tape import Tape
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
@@ -69,7 +69,7 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "accuracy", "margin", "grad_norm", "lr", "tokens_per_second"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -119,6 +119,7 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:
     run.log(0, evaluate())
@@ -132,6 +133,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     for batch in batches(model, step_pairs, args.tokens, world.device):
         score_S, loss_P = forward(batch)
         (loss_P.sum() / args.rows).backward()
+        tape.add(batch, loss=loss_P.sum())
         meter.add(batch.num_examples // 2, loss=loss_P.sum())
         examples += batch.examples
         scores.append(score_S.detach().view(-1, 2).T[:, : batch.num_examples // 2])
@@ -139,6 +141,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     check_finite(grad_norm, step, model, examples, tokenizer.decode)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
+    tape.update(examples, grad_norm, lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -170,7 +173,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
         score_S = score_2P.T.flatten().tolist()
-        run.record(step, examples, {"divisor": args.rows}, score=score_S)
+        run.record(step, examples, {"divisor": args.rows}, tape, score=score_S)
 
     # ---- save
     if run.due_save(step, args.save_every, args.save_minutes):

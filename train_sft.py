@@ -19,7 +19,7 @@ from nanopost import cli, dist, hf, losses, optim, packing, rows
 from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite
 from nanopost.report import report
-from nanopost.run import Run
+from nanopost.tape import Tape
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
@@ -82,7 +82,7 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / per_step)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "grad_norm", "lr", "tokens_per_second"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -114,6 +114,7 @@ def evaluate():
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 loss_of = {"nll": losses.sft_nll, "dft": losses.sft_dft}[args.loss]
+tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:
     run.log(0, evaluate())
@@ -129,11 +130,13 @@ for step in range(state["step"] + 1, args.steps + 1):
         logp_N, entropy_N = model(batch)
         loss = loss_of(logp_N, batch.mask_N)
         (loss / targets).backward()
+        tape.add(batch, logp=logp_N, entropy=entropy_N, loss=loss)
         meter.add(batch.num_targets, loss=loss, entropy=entropy_N.sum())
     grad_norm = dist.clip_grad_norm(model, args.grad_clip)
     check_finite(grad_norm, step, model, examples, tokenizer.decode)
     lr = optim.learning_rate(step, args.steps, args.lr, args.warmup)
     optim.set_learning_rate(optimizer, lr)
+    tape.update(examples, grad_norm, lr)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -152,7 +155,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     run.log(step, metrics)
     run.say(standstill.hint(grad_norm == 0, optim.NO_GRADIENT))
     if args.record:
-        run.record(step, examples, {"divisor": targets})
+        run.record(step, examples, {"divisor": targets}, tape, row=indices)
 
     # ---- save
     if run.due_save(step, args.save_every, args.save_minutes):

@@ -18,10 +18,11 @@ import torch
 from nanopost import InputError, dist, hf, lora, packing
 from nanopost.ahead import Ahead
 from nanopost.audit import Audit
+from nanopost.boards import Boards
 from nanopost.colocate import Colocated
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.recording import Recording, Replay
-from nanopost.run import changed_arguments, starts_of
+from nanopost.run import Run, changed_arguments, starts_of
 from nanopost.terminal import say
 from nanopost.vllm import Servers
 
@@ -220,9 +221,27 @@ def parser(
         help="of the trained model's folder; auto: that of --model",
     )
     add("--record", action="store_true", help="write what each step was made of to --out/records")
+    add(
+        "--alarms",
+        default="warn",
+        choices=["warn", "stop", "off"],
+        help="what a sick run does (nanopost/alarms.py): say it, or also save and stop",
+    )
+    add("--tensorboard", action="store_true", help="write the metrics to --out/tensorboard too")
+    add(
+        "--wandb",
+        metavar="PROJECT",
+        help="send the metrics to Weights & Biases too; WANDB_MODE=offline: write --out/wandb",
+    )
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     return parser
+
+
+def run(args, world, show: list[str]) -> Run:
+    """The run in --out. show: metrics for the printed line, the most important first."""
+    boards = Boards(args.out, args.tensorboard, args.wandb)
+    return Run(args.out, world, args.steps, vars(args), show, args.keep, args.alarms, boards)
 
 
 def shard(args, world):

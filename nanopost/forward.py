@@ -45,7 +45,7 @@ def _dealt(
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     mine = []
     for i, unit in enumerate(units):
-        mine.append((_key(unit), rank, i, sum(map(len, unit))))
+        mine.append((digest_of(unit), rank, i, sum(map(len, unit))))
     held = sorted(gather(mine))
     if once:
         held = [x for before, x in zip([(None,), *held], held) if x[0] != before[0]]
@@ -60,7 +60,7 @@ def _dealt(
     return [[(held[i][0], unit_of[i]) for i in part] for part in dealt[rank]]
 
 
-def _key(unit: tuple[Example, ...]) -> bytes:
+def digest_of(unit: tuple[Example, ...]) -> bytes:
     """A digest of all that the examples hold."""
     digest = hashlib.blake2b(digest_size=16)
     for e in unit:
@@ -105,7 +105,7 @@ def per_token(forward: Callable, examples: list[Example], tokens: int, device) -
     A collective: see batches. Examples of the same ids, mask and kept ids get the same numbers.
     """
     units = [(Example(e.ids, e.mask, kept=e.kept),) for e in examples]
-    keys = [_key(unit) for unit in units]
+    keys = [digest_of(unit) for unit in units]
     found = {}
     for part in _dealt(units, tokens, once=True):
         batch = batch_of([e for _, (e,) in part], device)
@@ -140,7 +140,7 @@ def gather_pairs(
             "label": e.columns.get("label", 1.0),
             "targets": e.num_targets,
         }
-        mine.append((_key(pairs[i // 2]), rank, i, numbers))
+        mine.append((digest_of(pairs[i // 2]), rank, i, numbers))
     # In an order that does not depend on the ranks: so do sums over them.
     every = sorted(gather(mine), key=lambda row: row[:3])
     sequences = {}

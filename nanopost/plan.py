@@ -1,6 +1,6 @@
 """python -m nanopost.plan: what a run needs per GPU, and how long its steps take, before you rent.
 
-    --model DIR --script grpo --gpus 64 --tokens 32768 --checkpointing full --vllm 16
+    --model DIR --script grpo --gpus 64 --tokens 32768 --checkpointing full --server_gpus 16
     --model DIR --script sft --gpus 8 --gpu a100 --lora 16 --quantize nf4
 
 DIR needs no more than a config.json: nothing is allocated. Flags have the names, values and
@@ -86,6 +86,30 @@ HOST = 20e9  # bytes/s, assumed: a rank's share of the host's memory bandwidth
 # A decoding step of the native engine waits for its launches: 66 ms for 28 layers on an H200.
 LAUNCHES = 66e-3 / 28
 
+# Flags that only some scripts have, or that matter to memory and time in these alone.
+ONLY = {
+    "rows": ("sft", "rm", "dpo", "kto"),
+    "reference": ("dpo", "kto"),
+    "beta": ("grpo", "ppo"),
+    "old_logp": ("grpo", "ppo"),
+    "minibatches": ("grpo", "ppo"),
+    "ppo_epochs": ("ppo",),
+    "value_model": ("ppo",),
+    **dict.fromkeys(
+        (
+            "prompts",
+            "group",
+            "max_new_tokens",
+            "max_staleness",
+            "engine",
+            "engine_rows",
+            "engine_tokens",
+            "server_gpus",
+            "vllm_memory",
+        ),
+        SAMPLE,
+    ),
+}
 # Defaults that differ between scripts.
 DEFAULTS = {
     "online_dpo": {"prompts": 64, "group": 4, "minibatches": 1},
@@ -196,13 +220,15 @@ def rollout_seconds(args) -> float:
     c, b = args.config, compute_bytes(args)
     weights = b * policy_size(args)
     matrices, attention, _ = forward_flops(c, args.length)
-    gpus = args.vllm or args.gpus
+    gpus = args.server_gpus or args.gpus
     prefill = args.prompts * args.length * (matrices + attention)
     prefill /= gpus * args.machine.matmul * UTILISATION
     rate = args.machine.bandwidth * BANDWIDTH
     tokens = args.length + args.max_new_tokens / 2
-    if args.vllm or args.engine == "colocate":
-        group = servers_gpus(args) if args.vllm else 1  # GPUs that hold one copy of the weights
+    if args.server_gpus or args.engine == "colocate":
+        group = (
+            servers_gpus(args) if args.server_gpus else 1
+        )  # GPUs that hold one copy of the weights
         rows = -(-args.prompts * args.group * group // gpus)
         size = weights + rows * tokens * cache_bytes_per_token(args)
         return prefill + args.max_new_tokens * size / (group * rate)
@@ -223,7 +249,7 @@ def sync_seconds(args) -> float:
     """Every weight gathered in fp32, then sent to the servers in the dtype that computes."""
     size = policy_size(args)
     total = seconds_between(args, 4 * size, ranks(args))
-    if args.vllm:
+    if args.server_gpus:
         total += compute_bytes(args) * size / (args.machine.network * COLLECTIVES)
     return total
 
@@ -246,7 +272,7 @@ def seconds(args) -> dict[str, float]:
 
 def cost(args) -> float:
     """GPU-seconds per token, those of servers included."""
-    return sum(seconds(args).values()) * (args.gpus + args.vllm) / tokens_of_step(args)
+    return sum(seconds(args).values()) * (args.gpus + args.server_gpus) / tokens_of_step(args)
 
 
 # ----------------------------------------------------------------------------------- what would fit
@@ -265,7 +291,7 @@ def changes(args) -> Iterator[list[dict]]:
             halves = [args.engine_tokens // 2**i for i in range(1, 20)]
             yield [{"engine_tokens": tokens} for tokens in halves if tokens >= longest(args)]
         group = servers_gpus(args)
-        servers = {"vllm": group * -(-max(1, args.gpus // 4) // group)}
+        servers = {"server_gpus": group * -(-max(1, args.gpus // 4) // group)}
         yield [servers if args.engine == "native" else {**servers, "engine": "native"}]
     yield [{"gpus": args.gpus * 2**i} for i in range(1, 11) if args.gpus * 2**i <= 1024]
     if not args.offload and cuda(args):
@@ -346,9 +372,17 @@ def parsed(arguments=None) -> Namespace:
     add("--engine", default="native", choices=["native", "colocate"])
     add("--engine_rows", type=at_least(1), default=512)
     add("--engine_tokens", type=at_least(1), default=2**18)
-    add("--vllm", type=at_least(0), default=0, metavar="GPUS", help="GPUs of vLLM servers, beside")
+    add(
+        "--server_gpus",
+        type=at_least(0),
+        default=0,
+        help="GPUs of vLLM servers, beside --gpus; the script takes their addresses, --vllm URL",
+    )
     add("--vllm_memory", type=above(0.0, 1.0), default=0.3)
     args = parser.parse_args(arguments)
+    for name, scripts in ONLY.items():
+        if args.script not in scripts and getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--script {args.script} has no --{name}: leave it out.")
     for name, value in DEFAULTS.get(args.script, {"minibatches": 1}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -385,10 +419,8 @@ def check(args):
         raise InputError("--reproducible takes neither --reduce step nor --replicas: drop them.")
     if args.quantize == "nf4" and not args.lora:
         raise InputError("--quantize nf4 is of weights that --lora freezes: add --lora RANK.")
-    if args.vllm and args.script not in SAMPLE:
-        raise InputError(f"--script {args.script} samples nothing: drop --vllm.")
-    if args.vllm and args.engine == "colocate":
-        raise InputError("--vllm and --engine colocate are two engines: give one of them.")
+    if args.server_gpus and args.engine == "colocate":
+        raise InputError("--server_gpus and --engine colocate are two engines: give one of them.")
     if args.engine == "colocate" and args.max_staleness:
         raise InputError("--engine colocate sleeps while the model trains: drop --max_staleness.")
     if args.tokens < least_tokens(args):
@@ -430,7 +462,7 @@ def table(args) -> list[str]:
     lines += [f"  {part:24s}{value:10.2f}" for part, value in found.items()]
     lines.append(
         f"  {'sum':24s}{total:10.2f}: {tokens / total:,.0f} tokens per second, "
-        f"{tokens / total / (args.gpus + args.vllm):,.0f} per GPU"
+        f"{tokens / total / (args.gpus + args.server_gpus):,.0f} per GPU"
     )
     return lines
 

@@ -700,8 +700,8 @@ MUTATIONS = [
     mutation(
         "a-signal-of-one-rank-is-its-own",
         "nanopost/run.py",
-        "map(int, dist.all_max(late, self.signal))",
-        "map(int, (late, self.signal))",
+        "map(int, dist.all_max(late, self.signal or self.alarmed))",
+        "map(int, (late, self.signal or self.alarmed))",
         "test_run.py::test_a_signal_that_reaches_one_rank_stops_all_of_them",
     ),
     mutation(
@@ -826,7 +826,7 @@ MUTATIONS = [
     mutation(
         "micro-batches-by-who-holds-what",
         "nanopost/forward.py",
-        "mine.append((_key(unit), rank, i,",
+        "mine.append((digest_of(unit), rank, i,",
         "mine.append((b'', rank, i,",
         "test_forward.py::test_micro_batches_do_not_depend_on_who_holds_what",
     ),
@@ -2324,9 +2324,9 @@ MUTATIONS = [
     # ---- flags that say how, not what
     mutation(
         "keep-ignored",
-        "train_grpo.py",
-        "vars(args), show, args.keep)",
-        "vars(args), show)",
+        "nanopost/cli.py",
+        "vars(args), show, args.keep, ",
+        "vars(args), show, 2, ",
         "test_loops.py::test_flags_that_say_how_reach_what_they_are_for[train_grpo.py]",
     ),
     mutation(
@@ -2639,8 +2639,8 @@ MUTATIONS = [
     mutation(
         "adapters-of-the-run-before-stay",
         "nanopost/run.py",
-        'for folder in ("records", "value", "adapter"):',
-        'for folder in ("records", "value"):',
+        '"value", "adapter", "tensorboard", "wandb"):',
+        '"value", "tensorboard", "wandb"):',
         "test_lora.py::test_a_run_without_adapters_leaves_none_of_the_run_that_it_replaces",
     ),
     mutation(

@@ -362,7 +362,7 @@ def test_bytes_that_ranks_exchange_are_those_of_fsdp2(fake, tmp_path, monkeypatc
 
 def test_more_of_what_costs_time_takes_longer(tmp_path):
     folder = write_config(tmp_path / "model", LLAMA_70B)
-    base = ["--gpus", 64, "--tokens", 8192, "--checkpointing", "full", "--vllm", 16]
+    base = ["--gpus", 64, "--tokens", 8192, "--checkpointing", "full", "--server_gpus", 16]
 
     def seconds(*more):
         return plan.seconds(planned(folder, "grpo", *base, *more))
@@ -370,7 +370,7 @@ def test_more_of_what_costs_time_takes_longer(tmp_path):
     before = seconds()
     assert before.keys() >= {"update", "rollout", "sync", "optimizer"}
     assert seconds("--max_new_tokens", 1024)["rollout"] > 1.9 * before["rollout"]
-    assert seconds("--vllm", 32)["rollout"] < before["rollout"]
+    assert seconds("--server_gpus", 32)["rollout"] < before["rollout"]
     assert seconds("--lora", 16)["update"] < 0.8 * before["update"]
     assert seconds("--checkpointing", "none")["update"] < 0.85 * before["update"]
     assert seconds("--beta", 0.1)["update"] > 1.2 * before["update"]
@@ -410,14 +410,11 @@ def test_each_way_to_less_memory_takes_less(tmp_path):
     assert order == sorted(order, reverse=True) and len({*order}) == 3
     assert peak("--tokens", 4096) < before and peak("--lora", 16) < before
     assert peak("--lora", 16, "--quantize", "nf4") < peak("--lora", 16)
-    assert peak("--vllm", 8) < before and peak("--offload") < before
+    assert peak("--server_gpus", 8) < before and peak("--offload") < before
     assert peak("--replicas", 2) > before and peak("--reduce", "step") > before
     assert peak("--beta", 0.1) > before
     assert peak("--beta", 0.1, "--lora", 16) == peak("--lora", 16)  # the same model
     assert peak(script="dpo") > peak("--reference", "precomputed", script="dpo")
-
-
-UNLIKE = {"vllm"}  # servers have names
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -429,17 +426,22 @@ def test_flags_have_the_scripts_defaults(script, tmp_path):
     if name in ("dpo", "kto", "online_dpo"):
         del shared["beta"]  # of another meaning
     for flag, default in shared.items():
-        if flag not in UNLIKE and flag != "model":
+        if flag != "model":
             assert args[flag] == default, flag
     assert {"tokens", "kernels", "dtype"} <= shared.keys()
+    for flag, scripts in plan.ONLY.items():
+        if flag not in ("server_gpus", "beta"):
+            assert (flag in shared) == (name in scripts), flag
 
 
 BAD = {
     "--gpus 6 --replicas 4": "--gpus 6 does not divide into 4 replicas: change --replicas.",
     "--reproducible --reduce step": "--reproducible takes neither --reduce step nor --replicas:",
     "--quantize nf4": "--quantize nf4 is of weights that --lora freezes: add --lora RANK.",
-    "--script sft --vllm 8": "--script sft samples nothing: drop --vllm.",
-    "--vllm 8 --engine colocate": "--vllm and --engine colocate are two engines: give one of them.",
+    "--script sft --server_gpus 8": "--script sft has no --server_gpus: leave it out.",
+    "--script dpo --group 8": "--script dpo has no --group: leave it out.",
+    "--script grpo --rows 8": "--script grpo has no --rows: leave it out.",
+    "--server_gpus 8 --engine colocate": "--server_gpus and --engine colocate are two",
     "--engine colocate --max_staleness 1": "--engine colocate sleeps while the model trains: drop",
     "--tokens 512": "--tokens 512 is less than a sequence of 1024 tokens: raise it, or lower",
     "--script dpo --tokens 512": "--tokens 512 is less than a pair of 1024 tokens: raise it, or",

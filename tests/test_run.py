@@ -20,6 +20,7 @@ from nanopost import InputError, checkpoint, dist, hf, optim
 from nanopost.batch import Example, batch_of
 from nanopost.dist import World
 from nanopost.run import Run, changed_arguments, named_files, starts_of
+from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, tokenizer_files
 from runs import toy
 
@@ -131,8 +132,9 @@ def test_a_new_run_keeps_nothing_of_the_one_it_replaces(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == logged and checkpoint.latest(tmp_path)
     begun(tmp_path, overwrite=True)
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert found.keys() == {"run.json", "metrics.jsonl", "samples.jsonl", ".lock"}
-    assert found["metrics.jsonl"] == found["samples.jsonl"] == ""
+    logs = {"metrics.jsonl", "samples.jsonl", "alarms.jsonl"}
+    assert found.keys() == {"run.json", ".lock", *logs}
+    assert {found[name] for name in logs} == {""}
 
 
 def test_a_folder_that_cannot_be_made_says_so(tmp_path):
@@ -369,7 +371,7 @@ def test_a_step_is_a_line_in_the_file_and_one_for_the_reader(tmp_path, capsys):
         {"step": 0, "eval/loss": 2.5},
         {"step": 1, "loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0},
     ]
-    first, second = capsys.readouterr().out.splitlines()
+    *_, first, second = capsys.readouterr().out.splitlines()
     assert first == "step 0/4  eval/loss 2.500"
     assert second == "step 1/4  loss 1,234  eval/loss 0.00123  left 0m00s"
 
@@ -411,8 +413,10 @@ def test_the_last_line_is_what_became_of_held_out_metrics(tmp_path, monkeypatch,
     run.log(3, {"loss": 8.0, "eval/loss": 1.25})
     capsys.readouterr()
     finish(run, monkeypatch)
-    said = capsys.readouterr().out
-    assert said == "held out, before and after: eval/loss 2.000 -> 1.250\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"curves: python -m nanopost.plot {tmp_path}",
+        "held out, before and after: eval/loss 2.000 -> 1.250",
+    ]
 
 
 @pytest.mark.parametrize("evaluated", [[], [0]])
@@ -424,7 +428,7 @@ def test_without_two_evaluations_there_is_no_change_to_tell(
         run.log(step, {"eval/loss": 2.0} if step in evaluated else {"loss": 1.0})
     capsys.readouterr()
     finish(run, monkeypatch)
-    assert capsys.readouterr().out == ""
+    assert "held out" not in capsys.readouterr().out
 
 
 def test_the_model_is_written_where_it_belongs(tmp_path, capsys):
@@ -491,9 +495,9 @@ def test_a_record_holds_all_numbers_of_a_step_and_is_gone_with_its_run(tmp_path)
     columns = {"old_logp": np.float32([0, -0.1, -1 / 3]), "weight": 2.0}
     kept = [np.int32(ids) for ids in ([], [6], [9, 7])]
     examples = [Example([5, 6, 7], [False, True, True], columns, kept), Example([8], [True])]
-    run.record(12, examples, {"divisors": [3.0, 4.0]}, finish=["stop", "length"])
+    run.record(12, examples, {"divisors": [3.0, 4.0]}, Tape(False), finish=["stop", "length"])
     about, first, second = lines(tmp_path / "run/records/000012.jsonl")
-    assert about == {"step": 12, "divisors": [3.0, 4.0]}
+    assert about == {"step": 12, "divisors": [3.0, 4.0], "updates": []}
     assert np.float32(first.pop("old_logp")).tolist() == columns["old_logp"].tolist()
     assert first.pop("kept") == [[], [6], [9, 7]]
     expected = {"rank": 0, "ids": [5, 6, 7], "mask": [0, 1, 1], "weight": 2.0, "finish": "stop"}

@@ -207,6 +207,7 @@ def loss_of(args, model, sample, meter, gap):
     """The summed loss of one sample. gap: of engine and trainer, or None after the first update."""
     given = sample.ids, args.temperature, sample.kept_ids
     logp_T, entropy_T = common.logp_and_entropy(model, *given)
+    sample.passed = logp_T.tolist(), entropy_T.tolist()
     at = positions(sample)
     weight = 1 / len(at) if args.agg == "sequence" and at else 1.0
     correction = corrections(args, sample, meter)
@@ -326,6 +327,7 @@ def twin(args):
             if trained:
                 optimizer.step(lr)
         assert about["divisors"] == divisors
+        rollouts.check_passed(recorded, samples)
 
         # ---- log
         num_tokens += sum(sample.length for sample in samples)

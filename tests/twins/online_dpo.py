@@ -40,7 +40,8 @@ METRICS = {
     *dpo.PAIR_METRICS,
     *("eval/accuracy", "eval/greedy", "eval/kl", "reward", "ties", "pairs", "entropy"),
     *("completions/mean_length", "completions/min_length", "completions/max_length"),
-    *("completions/clipped_ratio", "completions/unrewarded", "staleness/mean", "staleness/max"),
+    *("completions/clipped_ratio", "completions/duplicate_ratio", "completions/unrewarded"),
+    *("staleness/mean", "staleness/max"),
     *("grad_norm", "lr", "epoch", "num_tokens"),
 }
 JUDGE = '''
@@ -132,7 +133,7 @@ def evaluated(model, reference, s):
     return found
 
 
-def check_recorded(recorded, about, groups, first):
+def check_recorded(recorded, about, groups, first, prompt_too):
     """AssertionError unless a step's record tells of these groups, in the order of one process
     -> their samples, rank by rank. first: the serial of the first group."""
     found_about, found = recorded
@@ -142,7 +143,8 @@ def check_recorded(recorded, about, groups, first):
     ordered = [sample for i in owned for sample in groups[i]]
     for line, sample in zip(found, ordered, strict=True):
         assert line["ids"] == sample.prompt + sample.new
-        assert line["mask"] == [0] * len(sample.prompt) + [1] * len(sample.new)
+        prompt = int(prompt_too and bool(line["minibatch"]))  # of a pair
+        assert line["mask"] == [prompt] * len(sample.prompt) + [1] * len(sample.new)
         assert line["finish"] == sample.finish
         assert line["version"] == [-1] * len(sample.prompt) + sample.versions
         assert "kept" not in line  # the loss is over the whole distribution
@@ -189,7 +191,9 @@ def twin(args):
         ]
         nll_tokens = sum(chosen.targets for chosen, _ in sides) / max(1, len(pairs))
         about = {"divisor": len(pairs), "nll_tokens": nll_tokens}
-        ordered = check_recorded(records[step], about, groups, first=consumed)
+        ordered = check_recorded(
+            records[step], about, groups, first=consumed, prompt_too=prompt_too
+        )
         each = []
         for pair in sides:
             loss = dpo.total_loss(*pair, nll_tokens, loss_args)
@@ -216,6 +220,7 @@ def twin(args):
             "completions/min_length": min(lengths),
             "completions/max_length": max(lengths),
             "completions/clipped_ratio": sum(x.finish == "length" for x in samples) / len(samples),
+            "completions/duplicate_ratio": rollouts.duplicates(s, samples) / len(samples),
             "grad_norm": grad_norm,
             "lr": lr,
             "epoch": step * args.prompts / len(s.rows),

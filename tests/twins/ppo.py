@@ -123,6 +123,8 @@ def loss_of(args, model, sample, meter, gaps):
     """The summed loss of a sample. gaps: of engine and trainer, or None after the first update."""
     given = sample.ids, args.temperature, sample.kept_ids
     logp_T, entropy_T = common.logp_and_entropy(model.policy, *given)
+    if not hasattr(sample, "passed"):
+        sample.passed = logp_T.tolist(), entropy_T.tolist()
     value_T = values(model, sample.ids)
     loss = 0.0
     for i, t in enumerate(positions(sample)):
@@ -266,6 +268,8 @@ def twin(args):
                 optimizer.step(lr, {"value": value_rate})
             updates += 1
         assert about["divisors"] == divisors
+        if args.fork != "kl_stop":  # it may stop before an example's first update
+            rollouts.check_passed(recorded, samples)
 
         # ---- log
         num_tokens += sum(sample.length for sample in samples)

@@ -37,6 +37,7 @@ METRICS = {
     "completions/min_length",
     "completions/max_length",
     "completions/clipped_ratio",
+    "completions/duplicate_ratio",
     *("completions/unrewarded", "num_tokens", "staleness/mean", "staleness/max"),
 }
 
@@ -308,6 +309,15 @@ def is_due(args, step) -> bool:
     return step == args.steps or (args.eval_every > 0 and step % args.eval_every == 0)
 
 
+def duplicates(s, samples) -> int:
+    """How many of the samples, group after group, have an earlier twin in their group."""
+    count = 0
+    for i, sample in enumerate(samples):
+        first = i - i % s.args.group
+        count += any(sample.new == other.new for other in samples[first:i])
+    return count
+
+
 def rollout_metrics(s, samples) -> dict:
     """rewards/* and completions/* of a step."""
     means = Means()
@@ -324,6 +334,7 @@ def rollout_metrics(s, samples) -> dict:
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(cut_off) / len(samples),
+        "completions/duplicate_ratio": duplicates(s, samples) / len(samples),
         "completions/unrewarded": unrewarded / len(samples),
     }
 
@@ -389,6 +400,17 @@ def check_recorded(s, line, sample, **columns):
         columns["engine_logp"] = [x if t in at else 0.0 for t, x in enumerate(whole)]
     for name, values in columns.items():
         assert line[name] == pytest.approx([float(x) for x in values], abs=RECORDED), name
+
+
+def check_passed(recorded, samples):
+    """AssertionError unless the trainer's log-probs and entropies in a step's record are those of
+    the first pass of each sample that was trained (passed: two lists), and no other has any."""
+    for line, sample in zip(recorded, samples, strict=True):
+        passed = getattr(sample, "passed", None)
+        assert ("logp" in line) == (passed is not None)
+        for name, values in zip(("logp", "entropy"), passed or ()):
+            values = spread(sample, [values[t] for t in positions(sample)])
+            assert line[name] == pytest.approx(values, abs=1e-9), name
 
 
 def check_drawn(line, sample):

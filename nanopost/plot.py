@@ -1,0 +1,1 @@
+"""python -m nanopost.plot: the curves of runs."""
