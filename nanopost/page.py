@@ -42,6 +42,7 @@ POINTS = 20_000  # lines of metrics.jsonl that become curves
 METRICS = 500  # curves
 WORDS = 20_000  # characters of one text of run.json, of an alarm, ...
 ITEMS = 1000  # of one list there
+OF_ROWS = ("rewards", "minibatch", "micro_batch")  # lists that may be as long as a row's ids
 PAIRED = ("train_dpo.py", "train_kto.py", "train_rm.py")
 
 
@@ -76,7 +77,8 @@ class Row:
     @property
     def key(self):
         """Rows of one prompt have the same."""
-        return self.rank, self.texts[0] if self.texts else self.ids[: self.prompt].tobytes()
+        prompt = self.texts[0] if self.texts else self.ids[: self.prompt].tobytes()
+        return self.rank, self.about.get("serial"), prompt
 
 
 # -------------------------------------------------------------------------------------------- files
@@ -203,7 +205,7 @@ def row_of(line: dict, arguments: dict) -> Row | None:
             continue
         if name == "kept":
             value = _sizes(value)
-        column = None if name == "rewards" else _column(value, len(ids))
+        column = None if name in OF_ROWS else _column(value, len(ids))
         if column is None:
             about[name] = shortened(value)
         else:

@@ -34,6 +34,7 @@ from nanopost.dist import World
 from nanopost.page import Limits, main, page, span, spread, texts_of
 from nanopost.rollout import Rollout, sample_records
 from nanopost.run import Run
+from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer
 
 EVIL = (
@@ -105,7 +106,9 @@ def grpo(begin, name="grpo", steps=4, tokenizer=True, **flags):
         written[step] = examples_of(rolled, step)
         rewards = [[float(i)] for i in range(len(rolled))]
         finish = ["length", *["stop"] * (len(rolled) - 1)]
-        run.record(step, written[step], {"divisors": [3.0]}, rewards=rewards, finish=finish)
+        run.record(
+            step, written[step], {"divisors": [3.0]}, Tape(False), rewards=rewards, finish=finish
+        )
     if tokenizer:
         raw_bytes(("<|user|>", "<|end|>")).save(str(run.out / "tokenizer.json"))
         (run.out / "tokenizer_config.json").write_text("{}")
@@ -188,7 +191,7 @@ def test_rewards_are_named_and_weighed(begin):
     run = begin("weighed", reward=["exact", "format"], reward_weights=[1.0, 0.5])
     run.log(1, {"reward": 1.0})
     rewards = [[1.0, 1.0], [1.0, float("nan")], [float("nan")] * 2, [0.0, 1.0]]
-    run.record(1, examples_of(rollouts(1)), {}, rewards=rewards)
+    run.record(1, examples_of(rollouts(1)), {}, Tape(False), rewards=rewards)
     rows = read_step(page([run.out], Limits())[0], 0, 1)[0]["rows"]
     assert [row["about"]["reward"] for row in rows] == [1.5, 1.0, None, 0.5]
     assert [row["about"]["format"] for row in rows] == [1.0, None, None, 1.0]
@@ -198,7 +201,7 @@ def test_neighbours_of_one_prompt_are_a_group_of_at_most_group(begin):
     run = begin("groups", group=2)
     run.log(1, {"reward": 1.0})
     one, other = rollouts(1, 1, 3), rollouts(2, 1, 1)
-    run.record(1, [r.example() for r in [*one, *other, one[0]]], {})
+    run.record(1, [r.example() for r in [*one, *other, one[0]]], {}, Tape(False))
     assert read_step(page([run.out], Limits())[0], 0, 1)[0]["groups"] == [2, 1, 1, 1]
 
 
@@ -208,7 +211,7 @@ def test_pairs_are_side_by_side_after_what_both_begin_with(begin, script):
     run.log(1, {"loss": 1.0})
     chosen = Example([5, 6, 7, 8, 9], [0, 0, 0, 1, 1], {"weight": np.ones(5)})
     rejected = Example([5, 6, 7, 8], [0, 0, 1, 1], {"weight": np.ones(4)})
-    run.record(1, [chosen, rejected, rejected, chosen], {}, score=[4.0, 3.0, 2.0, 1.0])
+    run.record(1, [chosen, rejected, rejected, chosen], {}, Tape(False), score=[4.0, 3.0, 2.0, 1.0])
     head, ids, _, _ = read_step(page([run.out], Limits())[0], 0, 1)
     assert head["groups"] == [2, 2] and ids.tolist() == [5, 6, 7, 8, 9, 5, 6, 7, 8] + [
         *[5, 6, 7, 8],
@@ -228,9 +231,19 @@ def test_a_token_without_a_number_has_none(begin):
     run.log(1, {"reward": 1.0})
     (rollout, skipped) = examples_of(rollouts(1, 1, 2, 2), 1)
     skipped.columns["logp"] = np.array([None] * 6)
-    run.record(1, [rollout, skipped], {})
+    run.record(1, [rollout, skipped], {}, Tape(False))
     _, _, columns, _ = read_step(page([run.out], Limits())[0], 0, 1)
     assert np.isnan(columns["logp"]).tolist() == [False] * 6 + [True] * 6
+
+
+def test_a_list_of_a_row_is_no_column_even_if_it_is_as_long(begin):
+    run = begin("lists")
+    run.log(1, {"loss": 1.0})
+    lists = {"rewards": [[1.0, 2.0]], "minibatch": [[0, 3]], "micro_batch": [[0, 1]]}
+    run.record(1, [Example([5, 6], [0, 1], {"weight": np.ones(2)})], {}, Tape(False), **lists)
+    head, *_ = read_step(page([run.out], Limits())[0], 0, 1)
+    assert head["columns"].keys() == {"weight"}
+    assert head["rows"][0]["about"]["minibatch"] == [0, 3]
 
 
 def test_turns_of_the_environment_are_part_of_the_answer(begin):
@@ -238,7 +251,7 @@ def test_turns_of_the_environment_are_part_of_the_answer(begin):
     run.log(1, {"reward": 1.0})
     (rollout, second) = rollouts(1, 1, 2, 3)
     rollout.extend([70, 71], second)
-    run.record(1, [rollout.example()], {})
+    run.record(1, [rollout.example()], {}, Tape(False))
     head, _, _, mask = read_step(page([run.out], Limits())[0], 0, 1)
     assert mask.tolist() == [0] * 4 + [1] * 3 + [0] * 2 + [1] * 3 and head["rows"][0]["prompt"] == 4
 
@@ -443,7 +456,14 @@ def hostile(begin):
     """A run whose every text is hostile."""
     run = begin("evil", reward=[EVIL], chat_template=EVIL)
     run.log(1, {"reward": 1.0, EVIL: 2.0, "constructor": 1.0, "__proto__": 1.0})
-    run.record(1, examples_of(rollouts(1)), {EVIL: EVIL}, finish=[EVIL] * 4, **{EVIL: [1.0] * 4})
+    run.record(
+        1,
+        examples_of(rollouts(1)),
+        {EVIL: EVIL},
+        Tape(False),
+        finish=[EVIL] * 4,
+        **{EVIL: [1.0] * 4},
+    )
     run.log(2, {"reward": 1.0, EVIL: 3.0})
     row = {"prompt": EVIL, "completion": EVIL, "finish": EVIL, EVIL: 1.0}
     run.samples(2, [row, row])
@@ -530,7 +550,9 @@ def test_a_thousand_steps_and_ten_thousand_rollouts_take_less_than_two_seconds(
             names = ["reward", "kl", "entropy", *(f"other/{i}" for i in range(27))]
             file.write(json.dumps({"step": step, **dict(zip(names, row))}) + "\n")
     for step in range(1, 5):
-        run.record(step, examples_of(rollouts(step, 5, 2, 60), step), {}, rewards=[[1.0]] * 10)
+        run.record(
+            step, examples_of(rollouts(step, 5, 2, 40), step), {}, Tape(False), rewards=[[1.0]] * 10
+        )
     for step in range(5, 1001):
         shutil.copy(
             run.out / f"records/{step % 4 + 1:06d}.jsonl", run.out / f"records/{step:06d}.jsonl"
