@@ -2757,6 +2757,63 @@ MUTATIONS = [
         "if peak(other) <= 2 * args.machine.memory and",
         "test_plan.py::test_what_makes_it_fit_fits_and_the_cheapest_comes_first",
     ),
+    # ---- the page of a run
+    mutation(
+        "page-mask-of-another-row",
+        "nanopost/page.py",
+        "row.ids, row.mask, row.prompt = row.ids[part], row.mask[part],",
+        "row.ids, row.mask, row.prompt = row.ids[part], row.mask[: len(row.ids[part])],",
+        "test_page.py::test_what_is_left_out_is_counted_and_said",
+    ),
+    mutation(
+        "page-pairs-across-damage",
+        "nanopost/page.py",
+        "[[row] for row in rows] if damage else paired(rows)",
+        "paired(rows)",
+        "test_page.py::test_pairs_are_side_by_side_after_what_both_begin_with",
+    ),
+    mutation(
+        "page-any-script-runs",
+        "nanopost/page.html",
+        "script-src 'SCRIPT_HASH'",
+        "script-src 'unsafe-inline'",
+        "test_page.py::test_nothing_of_a_run_is_in_the_markup_and_the_policy_allows_the_page_alone",
+    ),
+    mutation(
+        "page-texts-in-the-markup",
+        "nanopost/page.html",
+        "Object.assign(document.createElement(tag), properties);",
+        'Object.assign(document.createElement(tag), { innerHTML: "" }, properties);',
+        "test_page.py::test_nothing_of_a_run_is_in_the_markup_and_the_policy_allows_the_page_alone",
+    ),
+    mutation(
+        "page-damage-uncounted",
+        "nanopost/page.py",
+        'left_out[f"damaged lines of {name}"] += 1',
+        "pass",
+        "test_page.py::test_damaged_lines_are_counted",
+    ),
+    mutation(
+        "page-drops-a-leading-space",
+        "nanopost/page.py",
+        "tokenizer.decode([*before, i]).removeprefix(start)",
+        "tokenizer.decode([i])",
+        "test_page.py::test_the_texts_of_tokens_are_together_the_text",
+    ),
+    mutation(
+        "page-counts-what-does-not-fit",
+        "nanopost/page.py",
+        "len(data) > limits.size and bool(shown)",
+        "len(data) > limits.size * 9 and bool(shown)",
+        "test_page.py::test_the_page_keeps_to_its_size_and_says_how_many_steps_fit",
+    ),
+    mutation(
+        "page-replaces-any-file",
+        "nanopost/page.py",
+        "out.exists() and not _begins_with(out, first.encode())",
+        "False",
+        "test_page.py::test_each_mistake_gets_a_sentence",
+    ),
 ]
 
 
