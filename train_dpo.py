@@ -22,6 +22,7 @@ import torch
 from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preference, reference, rows
 from nanopost.cli import above, at_least, finite
 from nanopost.forward import batches, check_finite, gather_pairs
+from nanopost.plan import end_dry_run
 from nanopost.report import marked_text
 from nanopost.tape import Tape
 from nanopost.terminal import progress
@@ -45,7 +46,7 @@ add("--alpha", type=finite, default=0.5, help="alpha of --divergence alpha")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 f_score = {
@@ -159,6 +160,9 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    lengths = [len(e) for pair in train_pairs for e in pair]
+    end_dry_run("dpo", vars(args), world, lengths)
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:

@@ -37,21 +37,11 @@ from functools import partial
 
 import torch
 
-from nanopost import (
-    InputError,
-    advantages,
-    cli,
-    dist,
-    hf,
-    losses,
-    optim,
-    packing,
-    rewards,
-    rows,
-)
+from nanopost import InputError, advantages, cli, dist, hf, losses, optim, packing, rewards, rows
 from nanopost.cli import above, at_least
 from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, batches, check_finite
+from nanopost.plan import end_dry_run
 from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
 from nanopost.run import Clock
 from nanopost.tape import Tape
@@ -110,7 +100,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 if args.beta and args.kl == "k1":
     raise InputError(
         "--kl k1 has no expected gradient in a loss: use --kl k3 or k2, or forks/kl_reward.diff, "
@@ -236,6 +226,9 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    lengths = [len(row["prompt_ids"]) for row in train_rows]
+    end_dry_run("grpo", vars(args), world, lengths)
 gap = LogpGap(args.max_logp_gap, world.dtype)
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)

@@ -28,6 +28,7 @@ from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preferenc
 from nanopost.batch import Example
 from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite, gather_pairs
+from nanopost.plan import end_dry_run
 from nanopost.report import marked_text
 from nanopost.tape import Tape
 from nanopost.terminal import progress
@@ -61,7 +62,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 reference_folder = args.reference_model or args.model
@@ -183,6 +184,9 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    lengths = [len(e) for pair in train_pairs for e in pair]
+    end_dry_run("kto", vars(args), world, lengths)
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:

@@ -32,6 +32,7 @@ from nanopost import (
 from nanopost.cli import above, at_least, finite
 from nanopost.engine import prompt_seed
 from nanopost.forward import batches, check_finite
+from nanopost.plan import end_dry_run
 from nanopost.rollout import length_metrics, sample_records, staleness_metrics
 from nanopost.run import Clock
 from nanopost.tape import Tape
@@ -58,7 +59,7 @@ add("--reference_model", help="folder of the reference; default: --model")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
@@ -165,6 +166,8 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    end_dry_run("online_dpo", vars(args), world, [len(row["prompt_ids"]) for row in train_rows])
 engine.sync_weights(dist.full_weights(model), state["step"])
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)

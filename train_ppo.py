@@ -26,22 +26,12 @@ dropout (there is none). In forks/: adaptive KL, early stopping on KL, KL in the
 
 import torch
 
-from nanopost import (
-    InputError,
-    advantages,
-    cli,
-    dist,
-    hf,
-    losses,
-    optim,
-    packing,
-    rewards,
-    rows,
-)
+from nanopost import InputError, advantages, cli, dist, hf, losses, optim, packing, rewards, rows
 from nanopost.batch import add_column, padded
 from nanopost.cli import above, at_least
 from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, add_values, batches, check_finite
+from nanopost.plan import end_dry_run
 from nanopost.reproducible import row_sums
 from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
 from nanopost.run import Clock
@@ -108,7 +98,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 value_rate = 1.0
 if args.value_lr is not None:
@@ -194,6 +184,9 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    lengths = [len(row["prompt_ids"]) for row in train_rows]
+    end_dry_run("ppo", vars(args), world, lengths)
 gap = LogpGap(args.max_logp_gap, world.dtype)
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)

@@ -18,6 +18,7 @@ import torch
 from nanopost import cli, dist, hf, losses, optim, packing, rows
 from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite
+from nanopost.plan import end_dry_run
 from nanopost.report import report
 from nanopost.tape import Tape
 from nanopost.terminal import progress
@@ -55,7 +56,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 
@@ -113,6 +114,8 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    end_dry_run("sft", vars(args), world, lengths)
 loss_of = {"nll": losses.sft_nll, "dft": losses.sft_dft}[args.loss]
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)

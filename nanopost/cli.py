@@ -135,6 +135,12 @@ def parser(
     add("--chat_template", help="a Jinja file that replaces the model's own template")
     add("--seed", type=at_least(0), default=0)
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add(
+        "--dry_run",
+        action="store_true",
+        help="check flags, data and model, say what memory and time a step takes, and stop before "
+        "the first; --model needs no weights",
+    )
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on CUDA")
     add("--compile", action="store_true", help="torch.compile each block")
     add(
@@ -325,6 +331,8 @@ def engine(args, folder, model, world, tokenizer):
         )
     if args.vllm and args.engine != "native":
         raise InputError("--vllm and --engine colocate are two engines: give one of them.")
+    if args.dry_run:
+        return Engine.of(policy, tokenizer, shared=True)
     if args.vllm:
         audit = Audit(model, tokenizer, world, args.audit_every)
         return Servers(args.vllm, tokenizer, world, model.config, args.vllm_timeout, audit)
@@ -356,7 +364,7 @@ def ahead(args, engine, world, rows: list[dict], sampling, step: int) -> Ahead:
         args.steps,
         args.prompts,
         staleness=0 if args.replay else args.max_staleness,
-        recording=Recording(args.out, world, step) if args.record else None,
+        recording=Recording(args.out, world, step) if args.record and not args.dry_run else None,
     )
 
 

@@ -13,6 +13,7 @@ shares that UTILISATION and its neighbours state.
 """
 
 import math
+import shlex
 import signal
 import sys
 from argparse import Namespace
@@ -20,8 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
 
+import torch
+
 from nanopost import InputError, hf
 from nanopost.cli import Parser, above, at_least
+from nanopost.dist import finish
 from nanopost.footprint import (
     NODE,
     PAIRS,
@@ -326,11 +330,7 @@ def fitting(args) -> list[tuple[dict, Namespace]]:
 
 
 # ------------------------------------------------------------------------------------------ command
-def parsed(arguments=None) -> Namespace:
-    """The flags, and beside them what is derived from files: config,
-    value_config, units (of what trains), policy (units of the language model) and machine.
-
-    InputError for what no script could run."""
+def flags() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="folder with a config.json")
@@ -379,6 +379,15 @@ def parsed(arguments=None) -> Namespace:
         help="GPUs of vLLM servers, beside --gpus; the script takes their addresses, --vllm URL",
     )
     add("--vllm_memory", type=above(0.0, 1.0), default=0.3)
+    return parser
+
+
+def parsed(arguments=None) -> Namespace:
+    """The flags, and beside them what is derived from files: config,
+    value_config, units (of what trains), policy (units of the language model) and machine.
+
+    InputError for what no script could run."""
+    parser = flags()
     args = parser.parse_args(arguments)
     for name, scripts in ONLY.items():
         if args.script not in scripts and getattr(args, name) != parser.get_default(name):
@@ -445,13 +454,15 @@ def table(args) -> list[str]:
     """Lines: memory by part and moment, and time by part."""
     moments = memory(args)
     parts = [part for part in dict.fromkeys(p for found in moments.values() for p in found)]
-    lines = [f"{'GB per GPU':26s}" + "".join(f"{moment:>10s}" for moment in moments)]
+    unit, name = (1e9, "GB") if peak(args) >= 1e9 else (1e6, "MB")
+    where = "CPU" if args.gpu == "cpu" else "GPU"
+    lines = [f"{f'{name} per {where}':26s}" + "".join(f"{moment:>10s}" for moment in moments)]
     for part in parts:
         sizes = [found.get(part, 0) for found in moments.values()]
         if any(sizes):
-            lines.append(f"  {part:24s}" + "".join(f"{size / 1e9:10.2f}" for size in sizes))
+            lines.append(f"  {part:24s}" + "".join(f"{size / unit:10.2f}" for size in sizes))
     sums = [sum(found.values()) for found in moments.values()]
-    lines.append(f"  {'sum':24s}" + "".join(f"{size / 1e9:10.2f}" for size in sums))
+    lines.append(f"  {'sum':24s}" + "".join(f"{size / unit:10.2f}" for size in sums))
     fits = "fits" if max(sums) <= args.machine.memory else "does not fit"
     lines.append(f"{fits} into {args.machine.memory / 1e9:.0f} GB ({args.gpu})")
     if host := host_bytes(args):
@@ -462,7 +473,7 @@ def table(args) -> list[str]:
     lines += [f"  {part:24s}{value:10.2f}" for part, value in found.items()]
     lines.append(
         f"  {'sum':24s}{total:10.2f}: {tokens / total:,.0f} tokens per second, "
-        f"{tokens / total / (args.gpus + args.server_gpus):,.0f} per GPU"
+        f"{tokens / total / (args.gpus + args.server_gpus):,.0f} per {where}"
     )
     return lines
 
@@ -481,13 +492,41 @@ def words(change: dict) -> str:
     return " ".join(found)
 
 
+def end_dry_run(script: str, given: dict, world, lengths: list[int]):
+    """What a step of a script takes of the hardware at hand, and how to ask for other hardware;
+    then the script ends. given: its flags. lengths: of its rows, of each answer of its pairs, or of
+    its prompts. A collective."""
+    length = round(sum(lengths) / len(lengths))
+    words = ["--model", given["model"], "--script", script, "--gpus", world.size]
+    words += ["--length", max(1, length)]
+    defaults = vars(flags().parse_args(list(map(str, words))))
+    for name in sorted(given.keys() & defaults.keys() - {"model"}):
+        value = given[name]
+        if script not in ONLY.get(name, SCRIPTS) or value in (None, defaults[name]):
+            continue
+        words += [f"--{name}"] if value is True else [f"--{name}", value]
+    here = ["--gpu", "cpu"]
+    if torch.cuda.is_available() and given["device"] != "cpu":
+        name = torch.cuda.get_device_name().lower()
+        known = next((gpu for gpu in GPUS if gpu.removeprefix("rtx") in name), "h100")
+        here = ["--gpu", known, "--memory", torch.cuda.mem_get_info()[1] / 1e9]
+    if world.rank == 0:
+        say(f"rows of {min(lengths):,} to {max(lengths):,} tokens, {length:,} on average")
+        main([str(word) for word in words + here])
+        say("on other hardware (--gpu h100, --gpus 8):")
+        say(f"  python -m nanopost.plan {shlex.join(map(str, words))}")
+        say("dry run: nothing was trained and nothing written")
+    finish()
+    sys.exit(0)
+
+
 def main(arguments=None):
     args = parsed(arguments)
     size = numbers(args.units).trained
     count = micro_batches(args) // optimizer_steps(args)
     say(
-        f"{args.script} of {size / 1e9:.2f}B parameters on {args.gpus} {args.gpu}: for each "
-        f"optimizer step, a GPU has {count} x {tokens_of_micro_batch(args):,} tokens"
+        f"{args.script} of {size:,} parameters on {args.gpus} {args.gpu}: for each optimizer step, "
+        f"each has {count} x {tokens_of_micro_batch(args):,} tokens"
     )
     say("\n".join(table(args)))
     if peak(args) <= args.machine.memory:

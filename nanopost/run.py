@@ -7,14 +7,12 @@ asks for the rank.
 
 import copy
 import fcntl
-import hashlib
 import json
 import os
 import platform
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -23,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, checkpoint, dist, hf, lora
+from nanopost import InputError, checkpoint, dist, hf, lora, manifest
 from nanopost.alarms import Alarms
 from nanopost.batch import Example
 from nanopost.boards import Boards
@@ -111,16 +109,20 @@ class Run:
         state: {"step": 0, ...}, what a fresh run begins with. about: more for run.json. others:
         further models whose weights change over the run. An existing run is replaced only with
         overwrite, if it was killed before its first checkpoint, or if it trained nothing. Files
-        that no script wrote, or that this run reads, are never replaced.
+        that no script wrote, or that this run reads, are never replaced. A dry run, on the meta
+        device, begins nothing.
         """
         if resume and overwrite:
             raise InputError("--resume continues and --overwrite starts over: choose one of them.")
+        if self.world.device.type == "meta":  # a dry run: nothing is written
+            self._check_free()
+            return state
         if self.writes:
             self._check_free()
             self._lock()
         self._check_seen()
         found = self._to_resume() if resume else None
-        hashes = _hashes(self.arguments) if self.writes else {}
+        hashes = manifest.file_hashes(self.arguments) if self.writes else {}
         bases = _bases(model) if self.writes else {}
         meaning = lora.meaning(model)
         if found:
@@ -148,6 +150,8 @@ class Run:
             replace = overwrite or killed_early or self._trained_nothing()
             resumed_at = state["step"] if found else None
             self._open(resumed_at, replace, {"hashes": hashes, **about})
+            self.hashing = threading.Thread(target=self._hash_models, daemon=True)
+            self.hashing.start()
             logged = read_log(self.out / "metrics.jsonl")
             for line in logged:
                 self.alarms.add(line)  # said already
@@ -297,19 +301,7 @@ class Run:
                 f"WARNING: resumed with {torch.get_num_threads()} threads per rank, not {threads}: "
                 f"rounding differs (OMP_NUM_THREADS={threads} for the same bytes)"
             )
-        start = {
-            "command": " ".join(sys.argv),
-            "resumed_at": resumed_at,
-            "git": _git_commit(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "ranks": torch.distributed.get_world_size(),
-            "threads": torch.get_num_threads(),  # of each rank: the last digits depend on it
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            "args": self.arguments,
-            **about,
-        }
+        start = {"resumed_at": resumed_at, **manifest.manifest(self.arguments), **about}
         # Renamed once complete: a folder without run.json is not ours.
         _replace(self.out / "run.json", json.dumps([*earlier, start], indent=1, default=str) + "\n")
         for path in logs:
@@ -319,6 +311,15 @@ class Run:
             _replace(path, "".join(kept))
             if kept and path == logs[0]:
                 self.began -= _number_of(kept[-1], "time/elapsed", 0.0)
+
+    def _hash_models(self):
+        """Add hashes of the models that flags name to run.json. In a thread, since many GB take a
+        minute."""
+        hashes = manifest.model_hashes(self.arguments, self.out)
+        starts = starts_of(self.out)
+        if starts and hashes:
+            starts[-1]["hashes"] |= hashes
+            _replace(self.out / "run.json", json.dumps(starts, indent=1, default=str) + "\n")
 
     def _check_free(self):
         """InputError if the folder holds files that this run reads, or that no script wrote."""
@@ -548,6 +549,7 @@ class Run:
         """Print the held-out metrics before and after, and leave the process group."""
         dist.last_words = None
         if self.writes:
+            self.hashing.join()
             self.say(self.boards.close())
             alarms = len(read_log(self.out / "alarms.jsonl"))
             if alarms:
@@ -624,39 +626,13 @@ def _paths_read(arguments, out: Path, starts: list[dict]) -> list[str]:
     (--loss ipo --out ipo).
     """
     known = starts[-1]["args"] if starts else {}
-    old = _texts(value for name, value in arguments.items() if value == known.get(name))
-    new = _texts(value for name, value in arguments.items() if value != known.get(name))
+    old = manifest.texts(value for name, value in arguments.items() if value == known.get(name))
+    new = manifest.texts(value for name, value in arguments.items() if value != known.get(name))
     if not any(Path(text) == out for text in old):
         itself = next((text for text in new if Path(text) == out), None)
         if itself is not None:
             new.remove(itself)  # the flag that names the folder; a second one is something read
     return [text for text in new if os.path.exists(text)]
-
-
-def named_files(arguments: dict) -> list[str]:
-    """The files and folders that flags name, whatever the flag."""
-    return [text for text in _texts(arguments.values()) if os.path.exists(text)]
-
-
-def _texts(values) -> list[str]:
-    """Strings and paths among the values of flags, those in lists too, without "model:" and, after
-    a file, ":function"."""
-    flat = []
-    for value in values:
-        flat += value if isinstance(value, (list, tuple)) else [value]
-    named = [str(value) for value in flat if isinstance(value, (str, Path))]
-    named = [text.removeprefix("model:") for text in named if text]
-    return [text.partition(".py:")[0] + ".py" if ".py:" in text else text for text in named]
-
-
-def _hashes(arguments) -> dict[str, str]:
-    """{file that a flag names: SHA-256 of its content}."""
-    hashes = {}
-    for text in named_files(arguments):
-        if os.path.isfile(text):
-            with open(text, "rb") as file:
-                hashes[text] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
 
 
 def _memory_in_use(device) -> int:
@@ -715,16 +691,3 @@ def _duration(seconds):
     if hours:
         return f"{hours}h{rest // 60:02d}m"
     return f"{rest // 60}m{rest % 60:02d}s"
-
-
-def _git_commit():
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:  # no git here
-        return None
-    return done.stdout.strip() or None

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -478,3 +480,68 @@ def test_the_command_prints_a_table_and_what_would_fit(tmp_path, monkeypatch, ca
     assert "--checkpointing full" in printed.split("what would make it fit")[1]
     with pytest.raises(SystemExit, match="^error: --quantize nf4 .* add --lora RANK.$"):
         run("--script", "sft", "--quantize", "nf4")
+
+
+# ------------------------------------------------------------------------------------------ dry run
+DRY = {
+    "train_sft.py": "--data {chats}",
+    "train_rm.py": "--data {pairs}",
+    "train_dpo.py": "--data {pairs} --reference precomputed --offload",
+    "train_kto.py": "--data {pairs} --lora 4 --quantize nf4",
+    "train_online_dpo.py": "--data {prompts} --reward exact --max_new_tokens 8 --engine colocate",
+    "train_grpo.py": "--data {prompts} --reward exact --max_new_tokens 8 --vllm http://nowhere:1 "
+    "--beta 0.1 --record",
+    "train_ppo.py": "--data {prompts} --reward model:{scorer} --max_new_tokens 8",
+}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Rows, and the toy's model and a reward model without weights."""
+    place = tmp_path_factory.mktemp("bare")
+    toy.write_model(place / "model")
+    (place / "model" / "model.safetensors").unlink()
+    shutil.copytree(place / "model", place / "scorer")
+    config = json.loads((place / "model" / "config.json").read_text())
+    config |= {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 1}
+    (place / "scorer" / "config.json").write_text(json.dumps(config))
+    prompts = toy.prompt_rows(held_out=False)[:300]
+    said = [{"role": "assistant", "content": row["answer"]} for row in prompts]
+    wrong = [{"role": "assistant", "content": row["answer"] + "7"} for row in prompts]
+    chats = [{"messages": [*row["prompt"], answer]} for row, answer in zip(prompts, said)]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": [right], "rejected": [other]}
+        for row, right, other in zip(prompts, said, wrong)
+    ]
+    for name, rows in (("prompts", prompts), ("chats", chats), ("pairs", pairs)):
+        toy.write_rows(place / f"{name}.jsonl", rows)
+    return place
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_checks_everything_and_writes_nothing(script, bare, tmp_path, capsys):
+    paths = {name: bare / f"{name}.jsonl" for name in ("prompts", "chats", "pairs")}
+    flags = DRY[script].format(scorer=bare / "scorer", **paths).split()
+    flags += ["--model", bare / "model", "--device", "cpu", "--tokens", 640, "--cache", tmp_path]
+    if "--reference" not in DRY[script]:
+        flags = flags[:-2]
+    with pytest.raises(SystemExit) as ended:
+        run_here(script, *flags, "--dry_run", "--out", tmp_path / "out")
+    assert ended.value.code == 0 and not [*tmp_path.iterdir()]
+    printed = capsys.readouterr().out
+    assert printed.endswith("dry run: nothing was trained and nothing written\n")
+    command = printed.split("python -m nanopost.plan ")[1].splitlines()[0]
+    args = plan.parsed([*shlex.split(command), "--gpu", "cpu"])
+    assert args.tokens == 640 and "train_" + args.script + ".py" == script
+    assert "\n".join(plan.table(args)) in printed
+    with pytest.raises(InputError, match="neither model.safetensors nor"):
+        run_here(script, *flags, "--out", tmp_path / "out")
+
+
+def test_a_dry_run_names_the_first_mistake(bare, tmp_path):
+    flags = ["--model", bare / "model", "--out", tmp_path, "--dry_run", "--device", "cpu"]
+    with pytest.raises(InputError, match="chats.jsonl:1: the columns are messages; it needs"):
+        run_here("train_dpo.py", *flags, "--data", bare / "chats.jsonl")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds files that no run of these scripts wrote"):
+        run_here("train_sft.py", *flags, "--data", bare / "chats.jsonl")

@@ -19,7 +19,7 @@ from small import small_model
 from nanopost import InputError, checkpoint, dist, hf, optim
 from nanopost.batch import Example, batch_of
 from nanopost.dist import World
-from nanopost.run import Run, changed_arguments, named_files, starts_of
+from nanopost.run import Run, changed_arguments, starts_of
 from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, tokenizer_files
 from runs import toy
@@ -517,14 +517,6 @@ def test_a_file_of_the_model_that_a_run_writes_is_not_read_by_it(tmp_path, name)
     with pytest.raises(InputError, match=f"this run reads .*{name}, which would be overwritten"):
         begun(tmp_path, overwrite=True, a_flag_of_a_fork=str(tmp_path / name))
     assert (tmp_path / name).read_text() == "old"
-
-
-def test_files_are_named_by_flags_in_any_form(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("reward.py").write_text("")
-    Path("folder").mkdir()
-    flags = {"reward": ["exact", "reward.py:f", "model:folder"], "data": Path("none"), "n": 3}
-    assert named_files(flags) == ["reward.py", "folder"]
 
 
 def test_a_run_needs_no_git(tmp_path, monkeypatch):

@@ -223,6 +223,7 @@ PLUMBING = {
     "device": "test_loops.py",
     "dtype": "twins/sft.py",
     "compile": "twins/sft.py",
+    "dry_run": "test_plan.py",
     "save_every": "test_scripts.py",
     "save_minutes": "test_layout.py",
     "keep": "test_run.py",
