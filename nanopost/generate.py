@@ -17,9 +17,9 @@ from pathlib import Path
 from nanopost import InputError, cli, dist, hf
 from nanopost.cli import Parser, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.manifest import named_files
 from nanopost.rollout import completion_text
 from nanopost.rows import prompt, read_rows
-from nanopost.run import named_files
 from nanopost.terminal import printable, progress, say
 from nanopost.tokenizer import Pieces, Tokenizer, check_stage
 
