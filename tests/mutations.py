@@ -702,7 +702,7 @@ MUTATIONS = [
         "nanopost/run.py",
         "map(int, dist.all_max(late, self.signal or self.alarmed))",
         "map(int, (late, self.signal or self.alarmed))",
-        "test_run.py::test_a_signal_that_reaches_one_rank_stops_all_of_them",
+        "test_run.py::test_a_signal_or_alarm_of_one_rank_stops_all_of_them",
     ),
     mutation(
         "a-damaged-checkpoint-is-loaded",
