@@ -28,7 +28,7 @@ class Panel(NamedTuple):
     solid: tuple[str, ...]
     dashed: tuple[str, ...] = ()
     markers: tuple[str, ...] = ()  # held out
-    hollow: tuple[str, ...] = ()  # held out, greedy
+    hollow: tuple[str, ...] = ()  # held out, greedy answers
     log: bool = False
 
 
@@ -41,7 +41,7 @@ PANELS = [
     Panel(("reward_std",)),
     Panel(("frac_reward_zero_std", "ties"), ("completions/duplicate_ratio",)),
     Panel(("loss",), (), ("eval/loss",)),
-    Panel(("kl", "objective/kl", "policy/approxkl_avg"), (), ("eval/kl",)),
+    Panel(("kl", "objective/kl", "policy/approxkl_avg"), (), ("eval/kl",), log=True),
     Panel(("policy/entropy_avg", "entropy"), (), ("eval/entropy",)),
     Panel(("completions/mean_length",)),
     Panel(("completions/clipped_ratio",), ("completions/unrewarded",)),
@@ -199,7 +199,7 @@ def figure_of(runs: list[Curves], chosen: list[Panel], smooth: int | None = None
         "axes.axisbelow": True,
     }
     with plt.rc_context(style):
-        width = max(7.0, 4.2 * columns)
+        width = max(7.0, 4.4 * columns)
         figure = plt.figure(figsize=(width, 2.6 * rows + strip + 0.7), layout="constrained")
         figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)
         grid = figure.add_gridspec(
@@ -226,54 +226,75 @@ def figure_of(runs: list[Curves], chosen: list[Panel], smooth: int | None = None
         return figure
 
 
+def _first(names, run) -> str | None:
+    return next((name for name in names if name in run.columns), None)
+
+
 def _draw_panel(axis, panel, runs, colours, smooth):
-    titles, styles = [], {}
+    titles, others = {}, {}  # names of metrics, and, for the legend, style of what else there is
     for run in runs:
         colour = colours[run.label]
-        for candidates, line in ((panel.solid, "-"), (panel.dashed, "--")):
-            name = next((name for name in candidates if name in run.columns), None)
-            if not name or line == "--" and not any(run.columns[name].values()):
-                continue
-            if line == "-":
-                titles.append(name)
-            styles[name] = {"linestyle": line}
-            points = run.columns[name]
-            steps, values = list(points), list(points.values())
-            n = 1 if name == "lr" else smooth or max(1, len(steps) // 40)
-            if n > 1:
-                axis.plot(steps, values, line, color=colour, linewidth=0.8, alpha=0.25)
-            few = {"marker": "."} if len(steps) < 3 else {}
-            axis.plot(steps, running_mean(values, n), line, color=colour, linewidth=1.6, **few)
-        for candidates, face in ((panel.markers, colour), (panel.hollow, "white")):
-            name = next((name for name in candidates if name in run.columns), None)
-            if name:
-                marks = {"marker": "o", "markersize": 5, "markerfacecolor": face, "linestyle": ":"}
+        if solid := _first(panel.solid, run):
+            titles[solid] = None
+            _draw_curve(axis, run.columns[solid], "-", colour, 1 if solid == "lr" else smooth)
+        dashed = _first(panel.dashed, run)
+        if dashed and any(run.columns[dashed].values()):
+            others[dashed.split("/")[-1]] = {"linestyle": "--"}
+            _draw_curve(axis, run.columns[dashed], "--", colour, smooth)
+        for names, what, face in (
+            (panel.markers, "held out", colour),
+            (panel.hollow, "greedy", "white"),
+        ):
+            if name := _first(names, run):
+                marks = {"marker": "o", "markersize": 5, "linestyle": ":", "linewidth": 0.8}
                 steps, values = list(run.columns[name]), list(run.columns[name].values())
-                axis.plot(steps, values, color=colour, linewidth=0.8, **marks, clip_on=False)
-                styles[name] = {**marks, "markerfacecolor": GREY if face == colour else face}
+                axis.plot(steps, values, color=colour, mfc=face, **marks, clip_on=False)
+                others[what] = {**marks, "mfc": "white" if face == "white" else GREY}
         for alarm in run.alarms:
             axis.axvline(alarm["step"], 0.93, 1.0, color=colour, linewidth=2)
-    values = [x for run in runs for name in panel.solid for x in run.columns.get(name, {}).values()]
-    values = [x for x in values if x == x]
-    if panel.log and min(values, default=0) > 0 and max(values) > 100 * min(values):
-        axis.set_yscale("log")
-    else:
-        axis.yaxis.set_major_formatter(lambda x, _: f"{x:.10g}")
-    title = " · ".join(dict.fromkeys(titles))
-    size = min(10.0, 400 / len(title))  # a long one would run into the next panel
+    _scale(axis, panel, runs)
+    title = " · ".join(titles)
+    size = min(10.0, (200 if others else 400) / len(title))  # or it would run into what is beside
     axis.set_title(title, loc="left", fontsize=size, fontweight="bold")
-    others = [name for name in styles if name not in titles]
     if others:
         from matplotlib.lines import Line2D
 
         axis.legend(
-            [Line2D([], [], color=GREY, **styles[name]) for name in others],
-            others,
-            loc="best",
+            [Line2D([], [], color=GREY, **style) for style in others.values()],
+            list(others),
+            loc="lower right",
+            bbox_to_anchor=(1.02, 0.98),
+            ncols=len(others),
             fontsize=8,
-            framealpha=0.8,
-            edgecolor="none",
+            frameon=False,
+            handlelength=1.6,
+            handletextpad=0.4,
+            columnspacing=0.9,
         )
+
+
+def _draw_curve(axis, points, style, colour, smooth):
+    steps, values = list(points), list(points.values())
+    n = smooth or max(1, len(steps) // 40)
+    if n > 1:
+        axis.plot(steps, values, style, color=colour, linewidth=0.8, alpha=0.25)
+    few = {"marker": "."} if len(steps) < 3 else {}
+    axis.plot(steps, running_mean(values, n), style, color=colour, linewidth=1.6, **few)
+
+
+def _scale(axis, panel, runs):
+    """Logarithmic, if it may be, where the largest value would flatten all others."""
+    names = (*panel.solid, *panel.markers)
+    columns = [run.columns.get(name, {}) for run in runs for name in names]
+    values = [x for column in columns for x in column.values() if x == x]
+    sizes = sorted(abs(x) for x in values if x)
+    if panel.log and sizes and sizes[-1] > 100 * sizes[len(sizes) // 2]:
+        if min(values) > 0:
+            axis.set_yscale("log")
+        else:
+            axis.set_yscale("symlog", linthresh=sizes[len(sizes) // 2])
+    else:
+        axis.yaxis.set_major_formatter(lambda x, _: f"{x:.10g}")
 
 
 def _draw_alarms(axis, names, runs, colours):

@@ -52,6 +52,18 @@ def dpo(step):
     }
 
 
+def ppo(step):
+    names = {"objective/scores": 0.5, "policy/entropy_avg": 0.1, "policy/clipfrac_avg": 0.1}
+    return {"step": step, **names, "policy/approxkl_avg": 10.0 ** (step % 5), "eval/accuracy": 0.5}
+
+
+def online(step):
+    line = grpo(step) | dpo(step) | {"ties": 0.1, "eval/kl": (step % 9) / 9, "kl": 10.0**-step}
+    line |= {"clip_ratio/region_mean": 0.1, "completions/duplicate_ratio": 0.4}
+    del line["frac_reward_zero_std"]
+    return line
+
+
 def write(folder, lines, sounded=None):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -96,7 +108,7 @@ def test_curves_are_the_numbers_of_the_log(one):
         ([20, 40, 60], [0.6] * 3),
     ]
     names = [text.get_text() for text in axes["reward"].get_legend().get_texts()]
-    assert names == ["eval/accuracy", "eval/greedy"]
+    assert names == ["held out", "greedy"]
 
 
 def test_each_algorithm_has_the_panels_that_matter_to_it(one, other):
@@ -169,7 +181,7 @@ def test_nothing_lies_on_anything_else(tmp_path, count):
     ]
     folders = []
     for i in range(count):
-        kind = dpo if i == 1 else grpo
+        kind = (grpo, dpo, ppo, online)[i % 4]
         lines = [kind(step) for step in range(1, STEPS + 1)]
         folders.append(write(tmp_path / f"a-rather-long-name-of-a-run-{i}", lines, sounded))
     figure = drawn(*folders)
@@ -179,6 +191,10 @@ def test_nothing_lies_on_anything_else(tmp_path, count):
     for title, axis in axes_of(figure).items():
         boxes[f"title {title}"] = axis._left_title.get_window_extent(renderer)
         boxes[f"axis {title}"] = axis.get_window_extent(renderer)
+        if axis.get_legend():
+            boxes[f"legend {title}"] = (
+                axis.get_legend().legend_handles[0].get_window_extent(renderer)
+            )
         if title == "alarms":
             for label in axis.get_yticklabels():
                 boxes[label.get_text()] = label.get_window_extent(renderer)
