@@ -124,6 +124,14 @@ def test_a_healthy_run_has_no_alarm(kind, seed):
     assert alarms.of(series(kind, seed, steps=200)) == []
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_answers_that_get_longer_as_they_get_better_are_healthy(seed):
+    lines = series("grpo", seed)
+    for line in lines:
+        line["completions/mean_length"] *= 1.01 ** min(60, line["step"])
+    assert alarms.of(lines) == []
+
+
 def still(value):
     """A reward that stands where it is, with its noise."""
     return lambda s, x: value + 0.05 * (x - 0.6)
