@@ -131,7 +131,7 @@ reward_functions, reward_weights = rewards.load(
 columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "loss", "grad_norm"]
+show = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "grad_norm", "loss"]
 run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))

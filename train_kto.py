@@ -119,7 +119,7 @@ per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/chosen", "entropy", "grad_norm"]
+show = ["loss", "rewards/accuracies", "rewards/chosen", "rewards/ties", "grad_norm", "entropy"]
 show += ["lr"]
 run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}

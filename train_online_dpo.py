@@ -106,7 +106,7 @@ stateful = reward_functions + ([judge] if judge else [])
 sampling = cli.sampling(args, kept=False)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["reward", "loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy"]
+show = ["reward", "loss", "rewards/accuracies", "rewards/margins", "rewards/ties", "entropy"]
 show += ["grad_norm", "lr"]
 run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}

@@ -141,8 +141,8 @@ columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay, value=value_rate)
 policy_trained = [p for p in model.policy.parameters() if p.requires_grad]
-show = ["objective/scores", "objective/kl", "policy/entropy_avg", "loss/policy_avg"]
-show += ["loss/value_avg", "val/explained_variance", "grad_norm", "completions/mean_length"]
+show = ["objective/scores", "objective/kl", "policy/entropy_avg", "val/explained_variance"]
+show += ["grad_norm", "completions/mean_length", "loss/value_avg", "loss/policy_avg"]
 run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "score_sums": (0, 0.0, 0.0)}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))

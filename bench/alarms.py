@@ -27,9 +27,9 @@ def constant(completions, **columns):
     return [0.5 for _ in completions]
 
 
-def long(completions, answer, **columns):
-    """What is right counts little more than what is long."""
-    return [0.001 * len(text_of(c)) for c in completions]
+def long(completions, **columns):
+    """Length hardly counts, but an advantage is divided by the spread."""
+    return [1 + 5e-5 * len(text_of(c)) for c in completions]
 
 
 def dead(completions, step, answer, **columns):
@@ -71,9 +71,9 @@ ILL = {
     ),
     "a love of length": Case(
         "train_grpo.py",
-        "--steps 60 --reward {rewards}:long --max_new_tokens 64",
-        ("length_creeping", "truncated_rising"),
-        60,
+        "--steps 50 --reward {rewards}:long --max_new_tokens 64",
+        ("length_creeping",),
+        40,
     ),
     "grpo at thirty times the rate": Case(
         "train_grpo.py",

@@ -17,6 +17,7 @@ BACK = 50  # steps, to see what creeps by a percent each
 REST = 20  # steps without an illness, after which it counts as a new one
 SURE = 2.0  # standard errors by which two windows differ: one in twenty by chance
 STILL = 0.05  # a reward that rises by this share of itself still stands
+HUGE = 1e100  # a number beyond it counts as that, so that its square is finite
 GAIN = 0.25  # of the spread of rewards in a group: the run has learnt something
 
 
@@ -39,7 +40,7 @@ class Metrics:
             else:
                 steps, values = self.columns.setdefault(name, (array("q"), array("d")))
                 steps.append(self.step)
-                values.append(value)
+                values.append(max(-HUGE, min(HUGE, value)))
 
     def count(self, name: str) -> int:
         return len(self.columns.get(name, ((), ()))[0])
@@ -391,7 +392,7 @@ HELD_OUT = [
     ("rewards/accuracies", "eval/rewards/accuracies", 1),
     ("loss", "eval/loss", -1),
 ]
-FALL, FALL_SHARE = 0.05, 0.02  # of an accuracy, 1 standard error of 100 rows; of a loss
+FALL, FALL_SHARE = 0.08, 0.05  # of an accuracy, two standard errors of 100 rows; of a loss
 
 
 def held_out_falling(m):

@@ -88,8 +88,7 @@ class TensorBoard:
     def log(self, step, metrics):
         for metric, value in metrics.items():
             if metric != "step":
-                # double: a count of tokens has more digits than a float32
-                self.writer.add_scalar(name_of(metric), value, step, double_precision=True)
+                self.writer.add_scalar(name_of(metric), value, step)
         self.writer.flush()
 
     def alarm(self, step, name, message):
