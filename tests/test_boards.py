@@ -218,13 +218,16 @@ def test_wandb_that_does_not_start_is_one_sentence(tmp_path):
 
 
 DIES = """
-import os, signal, subprocess, sys
+import os, signal, sys
+from pathlib import Path
 from nanopost.boards import Boards
 boards = Boards(sys.argv[1], project="toy")
 boards.start({}, None, [])
-found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb"], capture_output=True, check=True)
-os.kill(int(found.stdout), signal.SIGKILL)
-os.waitpid(int(found.stdout), 0)
+children = [int(pid) for path in Path("/proc/self/task").glob("*/children")
+            for pid in path.read_text().split()]
+(core,) = [pid for pid in children if "wandb" in Path(f"/proc/{pid}/comm").read_text()]
+os.kill(core, signal.SIGKILL)
+os.waitpid(core, 0)
 for step in range(5):
     print(step, boards.log(step, {"loss": 1.0}))
 print(boards.alarm(5, "name", "text"), boards.close(), "trained")
