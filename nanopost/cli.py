@@ -421,7 +421,7 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
 
 def add_engine_flags(parser: Parser):
     """What samples: see `engine`."""
-    parser.set_defaults(replay=None, max_staleness=0)  # flags of a run alone
+    parser.set_defaults(replay=None, max_staleness=0, dry_run=False)  # flags of a run alone
     add = parser.add_argument
     add(
         "--engine",
