@@ -100,8 +100,8 @@ def apply(
     widest = max(min(linear[name].weight.shape) for name in chosen)
     if rank > widest:
         raise InputError(
-            f"--lora {rank}: no layer is more than {widest} wide, so an adapter would hold more than "
-            "the layer itself: lower the rank, or train all weights (--lora 0)."
+            f"--lora {rank}: no layer is more than {widest} wide, so adapters would hold more than "
+            "the layers themselves: lower the rank, or train all weights (--lora 0)."
         )
     for number, name in enumerate(chosen):
         _replace(model, name, LoRALinear(linear[name], rank, alpha, rslora, (seed, number)))
