@@ -439,7 +439,7 @@ def test_an_alarm_is_said_and_written_once(tmp_path, capsys):
     assert alarms_of(tmp_path) == [("unrewarded", 15, 6)]
     (said,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("ALARM")]
     assert said.startswith(
-        "ALARM unrewarded, step 15: since step 6, completions/unrewarded is 0.5,"
+        "ALARM unrewarded, step 15: over the last 10 steps, completions/unrewarded is 0.5,"
     )
     (line,) = lines(tmp_path / "alarms.jsonl")
     assert said == f"ALARM unrewarded, step 15: {line['message']}" and len(line) == 4
