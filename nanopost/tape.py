@@ -27,7 +27,7 @@ class Tape:
     def add(self, batch: Batch, **numbers: torch.Tensor):
         """A micro-batch has been through the model: x_N, 0 where masked, or sums over it. They stay
         on their device until `update`."""
-        if self.on:
+        if self.on and not batch.dummy:
             self.passes.append((batch, {name: x.detach() for name, x in numbers.items()}))
 
     def update(self, examples: list[Example], grad_norm: float, lr: float):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from ranks import on_ranks
 from small import random_ids, small_model
 
@@ -81,3 +82,15 @@ def test_a_tape_that_is_off_reads_nothing():
     tape.add(Untouched(), logp=Untouched())
     tape.update([Untouched()], Untouched(), Untouched())
     assert tape.take([1, 2]) == ([], [{}, {}])
+
+
+def test_a_dummy_is_in_no_sum(alone):
+    tape, given = Tape(True), [example(6, 1)]
+    step(small_model(), tape, [given])
+    (before,), _ = tape.take(given)
+    step(small_model(), tape, [[]])
+    dummy = batch_of([])
+    tape.add(dummy, logp=dummy.token_N.float(), loss=torch.tensor(0.69))  # of an empty pair
+    step(small_model(), tape, [given])
+    (_, after), _ = tape.take(given)
+    assert after == before
