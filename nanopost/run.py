@@ -150,7 +150,7 @@ class Run:
             replace = overwrite or killed_early or self._trained_nothing()
             resumed_at = state["step"] if found else None
             self._open(resumed_at, replace, {"hashes": hashes, **about})
-            self.hashing = threading.Thread(target=self._hash_models, daemon=True)
+            self.hashing = threading.Thread(target=self._hash_models, args=(bases,), daemon=True)
             self.hashing.start()
             logged = read_log(self.out / "metrics.jsonl")
             for line in logged:
@@ -312,10 +312,10 @@ class Run:
             if kept and path == logs[0]:
                 self.began -= _number_of(kept[-1], "time/elapsed", 0.0)
 
-    def _hash_models(self):
+    def _hash_models(self, bases):
         """Add hashes of the models that flags name to run.json. In a thread, since many GB take a
         minute."""
-        hashes = manifest.model_hashes(self.arguments, self.out)
+        hashes = manifest.model_hashes(self.arguments, self.out, bases)
         starts = starts_of(self.out)
         if starts and hashes:
             starts[-1]["hashes"] |= hashes
