@@ -1,0 +1,1226 @@
+"""The links of a step, each computed again from those before it as they are recorded: for replay.py.
+
+Shapes: T tokens of one sequence.
+"""
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from nanopost import plain
+from nanopost.engine import prompt_seed
+from nanopost.retrace import Recorded, Step, leaking, logps, passed, value_rate, values
+
+FP32, BF16 = 2.0**-24, 2.0**-9  # half the distance of two numbers around 1
+MARGIN = 8  # an allowance over the difference of two replays, of which one is disturbed
+FORKED = (
+    *("entropy_coef", "turn", "delta", "top_entropy", "off_policy_mask"),
+    *("kl_target", "kl_stop", "ld_alpha", "follow_every"),
+)  # flags of forks that change a formula
+
+Causes = Iterable[tuple[str, Callable[[], list[float]]]]
+
+
+class Line(NamedTuple):
+    """A row of the table."""
+
+    what: str
+    recorded: float = 0.0  # where the two differ most
+    recomputed: float = 0.0
+    difference: float = 0.0
+    tolerance: float = 0.0
+    where: str = ""
+    cause: str = ""
+    note: str = ""  # why it was not checked
+
+    @property
+    def holds(self) -> bool:
+        return self.difference <= self.tolerance
+
+
+def gap(a, b) -> float:
+    return math.inf if math.isnan(a) or math.isnan(b) else abs(a - b)
+
+
+def compared(what, recorded, recomputed, tolerance, causes: Causes = (), where=None) -> Line:
+    """Two lists of numbers, at the place where they differ most. tolerance: one number, or a list.
+    where: index -> text."""
+    if not recorded:
+        return Line(what, note="there is nothing to compare")
+    allowed = tolerance if isinstance(tolerance, list) else [tolerance] * len(recorded)
+    gaps = [gap(a, b) for a, b in zip(recorded, recomputed, strict=True)]
+    worst = max(range(len(gaps)), key=lambda i: gaps[i] - allowed[i])
+    over = sum(x > most for x, most in zip(gaps, allowed))
+    cause = ""
+    for sentence, other in causes if over else ():
+        found = other()
+        if found and all(gap(a, b) <= 2 * c for a, b, c in zip(recorded, found, allowed)):
+            cause = sentence
+            break
+    place = f"{over} of {len(gaps)} numbers differ"
+    if where and over:
+        place += f", most at {where(worst)}"
+    numbers = recorded[worst], recomputed[worst], gaps[worst], allowed[worst]
+    return Line(what, *map(float, numbers), place, cause)
+
+
+def counted(what, wrong: list[str], of: int, causes: Causes = ()) -> Line:
+    """A line of things that have to be equal. wrong: where they are not."""
+    cause = ""
+    for sentence, fits in causes if wrong else ():
+        if fits():
+            cause = sentence
+            break
+    where = f"{len(wrong)} of {of} differ, the first: {wrong[0]}" if wrong else ""
+    return Line(what, of, of - len(wrong), len(wrong), 0.0, where, cause)
+
+
+def at_token(examples) -> Callable[[int], str]:
+    """index of a trained token, over all examples -> its place in words."""
+
+    def where(i):
+        for e in examples:
+            if i < len(e.at):
+                return f"token {e.at[i]} of example {e.index}"
+            i -= len(e.at)
+        return "?"
+
+    return where
+
+
+# -------------------------------------------------------------------------------------- tolerances
+class Rounding(NamedTuple):
+    """How far a run's numbers may be from float64's. A product of matrices in fp32 is off by
+    sqrt(width) roundings, each of the 2 x layers additions to the residual stream in the run's
+    dtype by one, and errors add up like random ones: relative = 4 sqrt(2 layers) (eps of the dtype
+    + sqrt(width) eps of fp32). A log-prob is off by that share of the logits."""
+
+    relative: float  # of hidden states, and so of a gradient
+    logp: float  # absolute, of a log-prob
+    dtype: str
+
+
+def rounding(run: Recorded, step: Step) -> Rounding:
+    f = step.flags
+    dtype = f.dtype
+    if dtype == "auto":
+        cuda = run.starts[-1]["cuda"] and f.device != "cpu"
+        dtype = "bf16" if cuda else "fp32"
+    model, _ = run.model(0)
+    config = getattr(model, "policy", model).config
+    eps = {"fp32": FP32, "bf16": BF16}[dtype]
+    relative = 4 * math.sqrt(2 * config.layers) * (eps + math.sqrt(config.width) * FP32)
+    return Rounding(relative, relative * _largest_logit(run, step), dtype)
+
+
+@torch.no_grad()
+def _largest_logit(run, step) -> float:
+    """Among those of the longest example, by the newest weights at hand; at least 1."""
+    newest = max((s for s in (0, *run.saved) if s < step.number), default=0)
+    model, _ = run.model(newest)
+    policy = getattr(model, "policy", model)
+    if not hasattr(policy, "head_weight"):
+        return 1.0
+    from nanopost.retrace import hidden
+
+    e = max(step.examples, key=lambda e: len(e.ids))
+    logits_TV = hidden(policy.model, e.ids) @ policy.head_weight.T
+    return max(1.0, float(logits_TV.abs().max()) / getattr(step.flags, "temperature", 1.0))
+
+
+# ------------------------------------------------------------------------------------ the whole step
+def of_step(run: Recorded, step: Step) -> list[Line]:
+    """All lines of a step."""
+    kind = run.kind
+    allowed = rounding(run, step)
+    lines = of_rows(run, step)
+    if kind in ("grpo", "ppo", "online_dpo"):
+        lines += of_sampling(run, step, allowed)
+    if kind == "ppo":
+        lines += of_values(run, step, allowed)
+    if kind == "grpo":
+        lines += of_group_advantages(step)
+    if kind == "ppo":
+        lines += of_gae(run, step)
+    if kind == "dpo":
+        lines += of_pair_references(run, step, allowed)
+    if kind == "rm":
+        note = "of a reward model replay covers the rows and the learning rate alone"
+        return [*lines, Line("loss and gradient", note=note), of_rate(run, step)]
+    parts = optimizer_steps(run, step)
+    lines += of_passes(step)
+    lines += of_divisors(step, parts)
+    lines += of_losses(run, step, parts)
+    lines += of_updates(run, step, parts, allowed)
+    fork = [name for name in FORKED if name in vars(step.flags)]
+    if fork:
+        lines.append(Line("the fork", note=f"replay has no formula for --{' --'.join(fork)}"))
+    return lines
+
+
+# -------------------------------------------------------------------------------------------- rows
+def of_rows(run, step) -> list[Line]:
+    """Are the ids and masks those of the data?"""
+    if run.changed:
+        return [Line("rows and mask", note=run.changed)]
+    if run.kind in ("kto", "rm"):
+        return [Line("rows and mask", note=f"replay renders no rows of train_{run.kind}.py")]
+    if run.kind in ("sft", "dpo"):
+        return _stored_rows(run, step)
+    return _sampled_rows(run, step)
+
+
+def _stored_rows(run, step):
+    given, ids, pairs = run.rows, [], []
+    for i, e in enumerate(step.examples):
+        row = given[e.row] if e.row < len(given) else ([], [])
+        expected_ids, mask = row if run.kind == "sft" else row[i % 2]
+        if e.ids != expected_ids:
+            ids.append(f"example {e.index}, row {e.row} of --data")
+        else:
+            pairs.append((e, [int(x) for x in mask]))
+    return [counted("rows", ids, len(step.examples)), _masks(pairs)]
+
+
+def _masks(pairs) -> Line:
+    """pairs: (example, the mask that it should have)."""
+    wrong = []
+    for e, mask in pairs:
+        wrong += [
+            f"token {t} of example {e.index}" for t in range(len(mask)) if e.mask[t] != mask[t]
+        ]
+
+    def by(change):
+        return lambda: all(e.mask == change(e, mask) for e, mask in pairs)
+
+    causes = [
+        ("it is shifted by one token to the right", by(lambda e, m: [0, *m[: len(m) - 1]])),
+        ("it is shifted by one token to the left", by(lambda e, m: [*m[1 : len(m)], 0])),
+        ("every token is trained, the prompt too", by(lambda e, m: [1] * len(m))),
+        (
+            "it trains what it should not, and the other way round",
+            by(lambda e, m: [1 - x for x in m]),
+        ),
+        ("the last token of an answer, which ends it, is not trained", by(_without_last)),
+    ]
+    return counted("mask", wrong, sum(len(mask) for _, mask in pairs), causes)
+
+
+def _without_last(e, mask):
+    return [int(x and t + 1 < len(mask) and mask[t + 1]) for t, x in enumerate(mask)]
+
+
+def _sampled_rows(run, step):
+    """Prompts by the data, completions and masks by what the engine answered."""
+    f, prompts, ids, pairs = step.flags, [], [], []
+    for serial, group in groups_of(step).items():
+        row = run.rows[run.row_of(serial)]
+        answer = run.rollouts.get((step.number, prompt_seed(f.seed, serial)))
+        for j, e in enumerate(group):
+            if e.ids[: len(row["prompt_ids"])] != row["prompt_ids"]:
+                prompts.append(f"example {e.index} of prompt {serial}")
+            if answer is None:
+                continue
+            if e.ids != answer["prompt"] + answer["ids"][j]:
+                ids.append(f"example {e.index} of prompt {serial}")
+                continue
+            mask = [0] * len(answer["prompt"]) + [int(x) for x in answer["sampled"][j]["values"]]
+            if run.kind == "ppo" and _unrewarded(e):
+                mask = [0] * len(mask)
+            if run.kind == "online_dpo" and "orpo" in f.loss and e.minibatch:
+                mask = [1] * len(mask)
+            pairs.append((e, mask))
+    lines = [counted("prompts", prompts, len(step.examples))]
+    if not pairs:
+        return [*lines, Line("mask", note="records/ has no rollouts of this step")]
+    return [*lines, counted("completions", ids, len(step.examples)), _masks(pairs)]
+
+
+def _unrewarded(e):
+    return not plain.there(e.rewards)
+
+
+def groups_of(step) -> dict[int, list]:
+    """{serial: the samples of its prompt}, in the order of the record."""
+    found = {}
+    for e in step.examples:
+        found.setdefault(e.serial, []).append(e)
+    return found
+
+
+# ---------------------------------------------------------------------------------------- log-probs
+def column(examples, name) -> list[float]:
+    """Of all trained tokens."""
+    return [getattr(e, name)[t] for e in examples for t in e.at]
+
+
+def under(model, examples, temperature, kept=True) -> list[float]:
+    return [x for e in examples for x in logps(model, e, temperature, kept)]
+
+
+def of_sampling(run, step, allowed) -> list[Line]:
+    """engine_logp, old_logp, policy_logp and ref_logp."""
+    f, n = step.flags, step.number
+    examples = [e for e in step.examples if e.at]
+    lines = [_by_engine(run, step, examples, allowed)]
+    if run.kind == "online_dpo":
+        return lines
+    if f.old_logp == "engine":
+        given = column(examples, "engine_logp")
+        same = "it is the trainer's", lambda: under(run.model(n - 1)[0], examples, f.temperature)
+        causes = [same] if run.has_weights(n - 1) else []
+        lines.append(compared("old log-probs", column(examples, "old_logp"), given, 0.0, causes))
+    for name, what in [("old_logp", "old log-probs"), ("policy_logp", "policy's log-probs")]:
+        is_trainers = name == "policy_logp" or f.old_logp == "trainer"
+        if is_trainers and hasattr(step.examples[0], name):
+            lines.append(_by_trainer(run, step, examples, allowed, name, what))
+    if f.beta:
+        lines.append(_by_reference(run, step, examples, allowed))
+    return lines
+
+
+def other_weights(run, step, examples, kept=True) -> Causes:
+    """Whose log-probs they may be instead."""
+    f, n = step.flags, step.number
+    t = getattr(f, "temperature", 1.0)
+    for other in (n - 2, n - 3, n - 1, n):
+        if other >= 0 and run.has_weights(other):
+            said = f"they are those of the weights after step {other}: stale"
+            if other == n - 1:
+                said = "they are those of the policy itself"
+            if other == n:
+                said = "they are those of the weights after this step"
+            yield said, lambda s=other: under(run.model(s)[0], examples, t, kept)
+    newest = max(s for s in (0, *run.saved) if s < n)
+    model, _ = run.model(newest)
+    if t != 1.0:
+        yield "the temperature was forgotten", lambda: under(model, examples, 1.0, kept)
+    if any(e.kept for e in examples):
+        yield (
+            "they are not renormalised over what the cut kept",
+            lambda: under(model, examples, t, False),
+        )
+
+
+def _by_engine(run, step, examples, allowed):
+    f = step.flags
+    versions = sorted({v for e in examples for t in e.at for v in [e.version[t]]})
+    missing = [v for v in versions if not run.has_weights(v)]
+    if missing:
+        return Line("sampled log-probs", note=f"no checkpoint of step {missing[0]}")
+    found = {v: [logps(run.model(v)[0], e, f.temperature) for e in examples] for v in versions}
+    expected = []
+    for i, e in enumerate(examples):
+        expected += [found[e.version[t]][i][j] for j, t in enumerate(e.at)]
+    most = allowed.logp
+    if getattr(f, "vllm", None) or getattr(f, "engine", "native") != "native":
+        most = max(most, BF16 / FP32 * most)
+    given = column(examples, "engine_logp")
+    causes = other_weights(run, step, examples)
+    return compared("sampled log-probs", given, expected, most, causes, at_token(examples))
+
+
+def _by_trainer(run, step, examples, allowed, name, what):
+    n, f = step.number, step.flags
+    if not run.has_weights(n - 1):
+        return Line(what, note=f"no checkpoint of step {n - 1}")
+    expected = under(run.model(n - 1)[0], examples, f.temperature)
+    engine = column(examples, "engine_logp")
+    causes = [("they are the engine's", lambda: engine), *other_weights(run, step, examples)]
+    given = column(examples, name)
+    return compared(what, given, expected, allowed.logp, causes, at_token(examples))
+
+
+def _by_reference(run, step, examples, allowed):
+    f, n = step.flags, step.number
+    expected = under(run.reference, examples, f.temperature)
+    causes = []
+    if run.has_weights(n - 1):
+        policy = lambda: under(run.model(n - 1)[0], examples, f.temperature)  # noqa: E731
+        causes.append(("the reference is the policy itself, so every KL is 0", policy))
+    if f.temperature != 1.0:
+        forgotten = lambda: under(run.reference, examples, 1.0)  # noqa: E731
+        causes.append(("the temperature was forgotten", forgotten))
+    given = column(examples, "ref_logp")
+    what = "reference's log-probs"
+    return compared(what, given, expected, allowed.logp, causes, at_token(examples))
+
+
+def of_pair_references(run, step, allowed) -> list[Line]:
+    """ref_logp of pairs: summed over the answer."""
+    if not set(step.flags.loss) - plain.WITHOUT_REFERENCE:
+        return []
+
+    def summed(model):
+        found = []
+        for e in step.examples:
+            found.append(sum(e.weight[t] * x for t, x in zip(e.at, logps(model, e, 1.0))))
+        return found
+
+    causes = []
+    if run.has_weights(step.number - 1):
+        policy = lambda: summed(run.model(step.number - 1)[0])  # noqa: E731
+        causes.append(("the reference is the policy itself, so every margin is 0", policy))
+    swapped = [e.ref_logp for e in step.examples]
+    swapped = [swapped[i ^ 1] for i in range(len(swapped))]
+    expected = summed(run.reference)
+    causes.append(
+        (
+            "those of chosen and rejected are swapped",
+            lambda: [expected[i ^ 1] for i in range(len(expected))],
+        )
+    )
+    most = [allowed.logp * math.sqrt(max(1, len(e.at))) for e in step.examples]
+    given = [e.ref_logp for e in step.examples]
+    where = lambda i: f"example {step.examples[i].index}"  # noqa: E731
+    return [compared("reference's log-probs", given, expected, most, causes, where)]
+
+
+def of_values(run, step, allowed) -> list[Line]:
+    """PPO's values before the step."""
+    n, examples = step.number, [e for e in step.examples if e.at]
+    if not run.has_weights(n - 1):
+        return [Line("values", note=f"no checkpoint of step {n - 1}")]
+
+    @torch.no_grad()
+    def of(model, shift=0):
+        found = []
+        for e in examples:
+            value_T = values(model, e)
+            found += [float(value_T[max(0, t - shift)]) for t in e.at]
+        return found
+
+    model, _ = run.model(n - 1)
+    expected, given = of(model), column(examples, "value")
+    causes = [
+        ("each is the value of the state before the one it should be of", lambda: of(model, 1)),
+    ]
+    if n > 1 and run.has_weights(n - 2):
+        stale = lambda: of(run.model(n - 2)[0])  # noqa: E731
+        causes.append((f"they are those of the weights after step {n - 2}: stale", stale))
+    most = (
+        allowed.relative
+        * max(1.0, *map(abs, expected))
+        * math.sqrt(len(model.policy.model.norm.weight))
+    )
+    return [compared("values", given, expected, most, causes, at_token(examples))]
+
+
+# --------------------------------------------------------------------------------------- advantages
+def weights_of(f) -> list[float]:
+    return f.reward_weights or [1.0] * len(f.reward)
+
+
+def of_group_advantages(step) -> list[Line]:
+    """GRPO's, from the recorded rewards."""
+    f, groups = step.flags, list(groups_of(step).values())
+    if f.adv not in ("group", "mean", "loo", "batch"):
+        return [Line("advantages", note=f"replay has no formula for --adv {f.adv}")]
+    totals = [[plain.total(e.rewards, weights_of(f)) for e in group] for group in groups]
+    order = [e for group in groups for e in group if e.at]
+
+    def spread(each):
+        flat = {}
+        for group, found in zip(groups, each):
+            flat |= {e.index: x for e, x in zip(group, found)}
+        return [flat[e.index] for e in order for _ in e.at]
+
+    def by(kind, given=totals, factor=1.0):
+        return lambda: spread([[factor * x for x in g] for g in plain.advantages(kind, given)])
+
+    last = len(totals) - 1
+    causes = [("its sign is turned", by(f.adv, factor=-1.0))]
+    said = {
+        "mean": "it is not divided by the standard deviation",
+        "group": "it is divided by the standard deviation of the group",
+        "batch": "it is divided by the standard deviation of the whole batch",
+        "loo": "its baseline is the mean of the other samples alone",
+    }
+    causes += [(text, by(kind)) for kind, text in said.items() if kind != f.adv]
+    if last:
+        after, before = totals[1:] + totals[:1], [totals[last], *totals[:last]]
+        causes.append(("it is that of another group's rewards (the next one's)", by(f.adv, after)))
+        causes.append(
+            ("it is that of another group's rewards (the one's before)", by(f.adv, before))
+        )
+    moved = [[*g[1 : len(g)], g[0]] for g in totals]
+    back = [[g[len(g) - 1], *g[: len(g) - 1]] for g in totals]
+    for other in (moved, back):
+        causes.append(("it is that of another sample of the same group", by(f.adv, other)))
+    plainly = [[x or 0.0 for x in g] for g in totals]
+    causes.append(("it is the reward itself, without a baseline", lambda: spread(plainly)))
+    expected, given = by(f.adv)(), column(order, "adv")
+    most = 4 * FP32 * max(1.0, *map(abs, expected)) if expected else 0.0
+    return [compared("advantages", given, expected, most, causes, at_token(order))]
+
+
+def of_gae(run, step) -> list[Line]:
+    """PPO's, from recorded rewards, values and log-probs."""
+    f, examples = step.flags, step.examples
+    scale = 1.0
+    if f.score_scale:
+        before = _score_sums(run, step.number - 1)
+        if before is None:
+            note = f"--score_scale needs the checkpoint of step {step.number - 1}"
+            return [Line("advantages", note=note)]
+        scale = _scale(f, before, examples)
+    order = [e for e in examples if e.at]
+
+    def made(gamma=f.gamma, lam=f.lam, beta=f.beta, rolled=0, first=False, penalty=f.eos_penalty,
+             bootstrapped=True, whitened=True, sign=1.0):  # fmt: skip
+        totals = [plain.total(e.rewards, weights_of(f)) for e in examples]
+        totals = totals[rolled:] + totals[:rolled]
+        rewards, value = {}, {}
+        for e, total in zip(examples, totals):
+            if not e.at or total is None:
+                continue
+            each = [0.0] * len(e.at)
+            if beta:
+                each = [
+                    -beta * plain.kl_estimate(f.kl, e.policy_logp[t], e.ref_logp[t]) for t in e.at
+                ]
+            each[0 if first else len(each) - 1] += (
+                total - penalty * (e.finish == "length")
+            ) / scale
+            rewards[e.index], value[e.index] = each, [e.value[t] for t in e.at]
+        if f.whiten_rewards:
+            mean, width = plain.mean_and_std(rewards.values())
+            for i, each in rewards.items():
+                rewards[i] = [(r - mean) / (width + 1e-8) + mean for r in each]
+        adv = {}
+        for i, each in rewards.items():
+            if bootstrapped:
+                adv[i] = plain.gae(each, value[i], gamma, lam)
+            else:  # as if no state were followed by another
+                adv[i] = [r - v for r, v in zip(each, value[i])]
+        ret = {i: [a + v for a, v in zip(adv[i], value[i])] for i in adv}
+        mean, width = plain.mean_and_std(adv.values())
+        if whitened:
+            adv = {i: [sign * (a - mean) / (width + 1e-8) for a in x] for i, x in adv.items()}
+        flat = [
+            [x for e in order for x in found.get(e.index, [0.0] * len(e.at))]
+            for found in (adv, ret)
+        ]
+        return flat[0] + flat[1]
+
+    causes = [
+        ("lambda of GAE is ignored (as if --lam 1)", lambda: made(lam=1.0)),
+        ("lambda of GAE is ignored (as if --lam 0)", lambda: made(lam=0.0)),
+        (
+            "the value of the next state is left out (not bootstrapped)",
+            lambda: made(bootstrapped=False),
+        ),
+        ("the discount is ignored (as if --gamma 1)", lambda: made(gamma=1.0)),
+        ("its sign is turned", lambda: made(sign=-1.0)),
+        ("it is not whitened", lambda: made(whitened=False)),
+        ("it is that of another group's rewards (the next one's)", lambda: made(rolled=f.group)),
+        ("it is that of another group's rewards (the one's before)", lambda: made(rolled=-f.group)),
+        ("the score is at the first token and not at the last", lambda: made(first=True)),
+        ("the penalty for answers that do not end is left out", lambda: made(penalty=0.0)),
+    ]
+    if f.beta:
+        causes.append(("the KL is left out of the reward", lambda: made(beta=0.0)))
+        causes.append(("the KL in the reward has the wrong sign", lambda: made(beta=-f.beta)))
+    expected, given = made(), column(order, "adv") + column(order, "ret")
+    most = 4 * FP32 * max(1.0, *map(abs, expected)) if expected else 0.0
+    where = at_token(order + order)
+    return [compared("advantages, returns", given, expected, most, causes, where)]
+
+
+def _score_sums(run, step):
+    if step == 0:
+        return 0, 0.0, 0.0
+    if step not in run.saved:
+        return None
+    state = json.loads((run.saved[step] / "state.json").read_text(encoding="utf-8"))
+    return state["score_sums"]
+
+
+def _scale(f, before, examples) -> float:
+    scores = []
+    for e in examples:
+        total = plain.total(e.rewards, weights_of(f))
+        if total is not None:
+            scores.append(total - f.eos_penalty * (e.finish == "length"))
+    count, total, squares = before
+    count, total = count + len(scores), total + sum(scores)
+    squares += sum(x * x for x in scores)
+    if not count:
+        return 1.0
+    mean = total / count
+    width = max(0.0, squares / count - mean * mean) ** 0.5
+    return width if width > 1e-6 * (1 + abs(mean)) else 1.0
+
+
+# ------------------------------------------------------------------------------- optimizer steps
+class Part(NamedTuple):
+    """An optimizer step: what it trains, in units whose losses add up; what its divisor counts; the
+    divisor."""
+
+    units: list[tuple]
+    counts: dict[str, float]
+    divisor: float
+    recorded_divisor: float
+
+
+def optimizer_steps(run, step) -> list[Part]:
+    f, about = step.flags, step.about
+    if run.kind in ("grpo", "ppo"):
+        return _minibatches(run, step)
+    examples = [e for e in step.examples if e.minibatch]
+    units = [(e,) for e in examples]
+    tokens = sum(len(e.at) for e in examples)
+    counts = {"trained tokens": tokens, "all tokens": sum(len(e.ids) for e in examples)}
+    if run.kind in ("dpo", "kto"):
+        counts |= {"rows": len(step.examples) / 2, "sequences": len(step.examples)}
+    if run.kind == "dpo":
+        units = list(zip(step.examples[0::2], step.examples[1::2]))
+    if run.kind == "online_dpo":
+        units = _ranked(step)
+        counts |= {"pairs": len(units), "prompts": len(groups_of(step))}
+    divisor = {
+        "sft": tokens,
+        "dpo": f.rows if run.kind == "dpo" else 0,
+        "kto": f.rows if run.kind == "kto" else 0,
+        "online_dpo": len(units),
+    }[run.kind]
+    return [Part(units, counts, max(1, divisor), about["divisor"])]
+
+
+def _ranked(step):
+    """(best, worst) of each group that gave a pair."""
+    units = []
+    for group in groups_of(step).values():
+        rewarded = [e for e in group if e.reward == e.reward]
+        if not rewarded:
+            continue
+        best = max(rewarded, key=lambda e: e.reward)
+        worst = min(rewarded, key=lambda e: e.reward)
+        if best.reward > worst.reward and best.ids != worst.ids:
+            units.append((best, worst))
+    return units
+
+
+def _minibatches(run, step):
+    f, groups = step.flags, groups_of(step)
+    serials = sorted(groups)
+    if run.kind == "grpo":
+        cuts = np.array_split(serials, f.minibatches)
+    else:
+        cuts = []
+        for epoch in range(f.ppo_epochs):
+            seed = f.seed, step.number, epoch
+            cuts += np.array_split(np.random.default_rng(seed).permutation(serials), f.minibatches)
+    parts = []
+    for cut, recorded in zip(cuts, step.about["divisors"]):
+        examples = [e for serial in cut.tolist() for e in groups[serial]]
+        lengths = [len(e.at) for e in examples]
+        counts = {
+            "trained tokens": sum(lengths),
+            "sequences": len(examples),
+            "prompts": len(cut),
+            "sequences x --max_new_tokens": len(examples) * f.max_new_tokens,
+            "all tokens, with those of the prompts": sum(len(e.ids) for e in examples),
+            "trained tokens of the whole rollout batch": sum(len(e.at) for e in step.examples),
+            "sequences of the whole rollout batch": len(step.examples),
+            "1": 1,
+        }
+        if run.kind == "grpo":
+            divisor = plain.divisor(f.agg, lengths, f.max_new_tokens)
+            if not f.beta:
+                examples = [e for e in examples if any(e.adv)]
+        else:
+            divisor = max(1, sum(lengths))
+            examples = [e for e in examples if e.at]
+        parts.append(Part([(e,) for e in examples], counts, divisor, recorded))
+    return parts
+
+
+def fitting_count(part, wanted) -> str:
+    """What, other than the right thing, there is `wanted` of."""
+    for name, count in part.counts.items():
+        if count != part.divisor and abs(count - wanted) <= 1e-3 * max(1, wanted):
+            return f"{count:g} {name}"
+    return ""
+
+
+def of_divisors(step, parts) -> list[Line]:
+    given = [max(1, part.recorded_divisor) for part in parts]
+    expected = [part.divisor for part in parts]
+    line = compared("divisor", given, expected, 0.0, where=lambda i: f"optimizer step {i}")
+    if not line.holds:
+        name = fitting_count(parts[given.index(line.recorded)], line.recorded)
+        if name:
+            line = line._replace(
+                cause=f"the loss is divided by {name}, and not by {line.recomputed:g}"
+            )
+    return [line]
+
+
+def of_passes(step) -> list[Line]:
+    """Has everything been through the model that is trained? And which tokens gave a log-prob?"""
+    lost, which = [], {}
+    trained = [e for e in step.examples if e.minibatch]
+    for e in trained:
+        for k, at in zip(e.minibatch, e.micro_batch):
+            if at is None:
+                lost.append(f"example {e.index} in optimizer step {k}")
+                which[k] = which.get(k, 0) + 1
+    found = ", ".join(f"{n} examples of optimizer step {k}" for k, n in which.items())
+    said = f"a micro-batch was dropped: {found} never went through the model"
+    lines = [counted("forward passes", lost, len(trained), [(said, lambda: True)])]
+    passed_through = [e for e in trained if e.logp]
+    wrong = []
+    for e in passed_through:
+        have = [t for t in range(len(e.ids)) if e.logp[t]]
+        if have != e.at:
+            wrong.append(f"example {e.index}")
+
+    def shifted(by):
+        moved = lambda e: [t + by for t in e.at if t + by < len(e.ids)]  # noqa: E731
+        have = lambda e: [t for t in range(len(e.ids)) if e.logp[t]]  # noqa: E731
+        return lambda: all(have(e) == moved(e) for e in passed_through)
+
+    causes = [
+        ("the mask is shifted by one token to the right when targets are made", shifted(1)),
+        ("the mask is shifted by one token to the left when targets are made", shifted(-1)),
+    ]
+    return [*lines, counted("trained tokens", wrong, len(passed_through), causes)]
+
+
+# ------------------------------------------------------------------------------------------- losses
+# loss of a unit: (flags, unit, log-probs of each example's trained tokens, values) -> tensor
+def sft_loss(f, unit, logps_of, values_of):
+    loss = 0.0
+    for logp in logps_of[0]:
+        loss = loss - (logp.item() if False else 1.0) * logp * (
+            logp.exp().item() if f.loss == "dft" else 1.0
+        )
+    return loss
+
+
+def grpo_loss(f, unit, logps_of, values_of):
+    (e,), (logp,) = unit, logps_of
+    old = [e.old_logp[t] for t in e.at]
+    engine = [e.engine_logp[t] for t in e.at]
+    weight = 1 / len(e.at) if f.agg == "sequence" else 1.0
+    kl_weight = 1 / len(e.at) if getattr(f, "kl_agg", f.agg) == "sequence" else 1.0
+    ratios = plain.log_ratios(f.ratio, logp, old)
+    loss = 0.0
+    for i, (t, (factor, _)) in enumerate(zip(e.at, plain.corrections(f, old, engine))):
+        policy, _ = plain.policy_loss(f, ratios[i], logp[i], e.adv[t])
+        loss = loss + weight * factor * policy
+        if f.beta:
+            at = t - getattr(f, "shift", 0)
+            ref = e.ref_logp[at] if at < len(e.ids) else 0.0
+            loss = loss + f.beta * kl_weight * plain.kl_estimate(f.kl, logp[i], ref)
+    return loss
+
+
+def ppo_loss(f, unit, logps_of, values_of):
+    (e,), (logp,), (value,) = unit, logps_of, values_of
+    loss = 0.0
+    for i, t in enumerate(e.at):
+        policy, _ = plain.ppo_policy_loss(f.clip, logp[i] - e.old_logp[t], e.adv[t])
+        error, _ = plain.value_loss(value[i], e.value[t], e.ret[t], f.value_clip)
+        loss = loss + policy + f.value_coef * error
+    return loss
+
+
+def pair_loss(f, unit, logps_of, values_of):
+    sides = []
+    for e, logp in zip(unit, logps_of):
+        total = sum(e.weight[t] * x for t, x in zip(e.at, logp))
+        sides.append(Namespace(logp=total, nll=-sum(logp), ref_logp=e.ref_logp, length=e.length))
+    f = Namespace(**{"divergence": "reverse_kl", "alpha": 0.5, **vars(f)})
+    return plain.pair_loss(*sides, f.nll_tokens, f)
+
+
+def kto_loss(f, unit, logps_of, values_of):
+    (e,), (logp,) = unit, logps_of
+    total = sum(e.weight[t] * x for t, x in zip(e.at, logp))
+    return e.slope * total - e.nll_slope * sum(logp)
+
+
+LOSSES = {
+    "sft": sft_loss,
+    "grpo": grpo_loss,
+    "ppo": ppo_loss,
+    "dpo": pair_loss,
+    "online_dpo": pair_loss,
+    "kto": kto_loss,
+}
+
+
+def variants(run, f) -> list[tuple[str, dict]]:
+    """(what may be wrong with a loss, flags with which it would be so)."""
+    found = []
+    if run.kind == "sft":
+        found += [(f"it is that of --loss {x}", {"loss": x}) for x in ("nll", "dft") if x != f.loss]
+    if run.kind == "grpo":
+        if f.beta:
+            right, left = {"shift": 1}, {"shift": -1}
+            found.append(("the KL is on the wrong tokens (shifted by one)", right))
+            found.append(("the KL is on the wrong tokens (shifted by one)", left))
+            other = "token" if f.agg == "sequence" else "sequence"
+            weighed = "the KL does not have the weights of --agg"
+            found.append((weighed, {"kl_agg": other}))
+            found.append(("the KL is left out", {"beta": 0.0}))
+            found.append(("the KL has the wrong sign", {"beta": -f.beta}))
+            for kind in ("k1", "k2", "k3"):
+                found.append((f"the KL is estimated as by --kl {kind}", {"kl": kind}))
+        for agg in ("sequence", "token"):
+            if (agg == "sequence") != (f.agg == "sequence"):
+                found.append((f"it has the weights of --agg {agg}", {"agg": agg, "kl_agg": agg}))
+        for ratio in ("token", "sequence", "sequence_sum"):
+            if ratio != f.ratio:
+                found.append((f"its ratio is that of --ratio {ratio}", {"ratio": ratio}))
+        found.append(("it is not clipped", {"clip": [math.inf, math.inf]}))
+        if f.correct != "none":
+            found.append(("the correction is left out", {"correct": "none"}))
+    if run.kind == "ppo":
+        found.append(("its policy part is not clipped", {"clip": [math.inf, math.inf]}))
+        found.append(("its value part is not clipped", {"value_clip": math.inf}))
+        found.append(("--value_coef is ignored", {"value_coef": 1.0}))
+        found.append(("the value loss is not halved", {"value_coef": 2 * f.value_coef}))
+        found.append(("the value loss is left out", {"value_coef": 0.0}))
+    if run.kind in ("dpo", "online_dpo"):
+        found.append(("beta is ignored", {"beta": 1.0}))
+        found.append(("chosen and rejected are swapped", {"beta": -f.beta}))
+        found.append(("smoothing is ignored", {"smoothing": 0.0}))
+        found.append(("--loss_weights are ignored", {"loss_weights": None}))
+    return found
+
+
+def with_flags(f, changes) -> Namespace:
+    return Namespace(**{**vars(f), **changes})
+
+
+def flags_of_loss(step) -> Namespace:
+    return with_flags(step.flags, {"nll_tokens": step.about.get("nll_tokens")})
+
+
+def of_losses(run, step, parts) -> list[Line]:
+    """From the recorded log-probs: of the optimizer steps in which everything had its first pass."""
+    f = flags_of_loss(step)
+    updates = step.about["updates"]
+    given, expected, most, first = [], [], [], []
+    for k, part in enumerate(parts):
+        whole = all(e.minibatch[:1] == [k] and e.logp for unit in part.units for e in unit)
+        if "loss" in updates[k] and part.units and whole:
+            first.append(k)
+            given.append(updates[k]["loss"])
+            expected.append(_from_record(run, f, part))
+            most.append(8 * FP32 * _scale_of_loss(part))
+    if run.kind == "kto":
+        return [Line("loss", note="it couples all rows of a step; the gradient is by its slopes")]
+    if not first:
+        return [Line("loss", note="no optimizer step has the log-probs of all its tokens")]
+
+    def by(changes):
+        return lambda: [_from_record(run, with_flags(f, changes), parts[k]) for k in first]
+
+    causes = [(said, by(changes)) for said, changes in variants(run, f)]
+    where = lambda i: f"optimizer step {first[i]}"  # noqa: E731
+    lines = [compared("loss, summed", given, expected, most, causes, where)]
+    return lines + _logged_loss(run, step, parts)
+
+
+def _from_record(run, f, part) -> float:
+    found = 0.0
+    for unit in part.units:
+        logps_of = [torch.tensor([e.logp[t] for t in e.at], dtype=torch.float64) for e in unit]
+        values_of = None
+        if run.kind == "ppo":
+            values_of = [
+                torch.tensor([e.new_value[t] for t in e.at], dtype=torch.float64) for e in unit
+            ]
+        found += float(LOSSES[run.kind](f, unit, logps_of, values_of))
+    return found
+
+
+def _scale_of_loss(part) -> float:
+    """Of the numbers that a loss adds up: log-probs and advantages."""
+    found = 1.0
+    for unit in part.units:
+        for e in unit:
+            found += sum(abs(e.logp[t]) for t in e.at)
+            if hasattr(e, "adv"):
+                found += 4 * sum(abs(e.adv[t]) for t in e.at)
+            if hasattr(e, "ret"):
+                found += sum((e.ret[t] - e.value[t]) ** 2 + abs(e.ret[t]) for t in e.at)
+    return found
+
+
+def _logged_loss(run, step, parts):
+    """metrics.jsonl's loss, from the recorded sums and the right divisors."""
+    given, sums = step.metrics.get("loss"), [x.get("loss") for x in step.about["updates"]]
+    if given is None or None in sums:
+        return []
+    expected = sum(x / part.divisor for x, part in zip(sums, parts)) / len(parts)
+    most = 8 * FP32 * sum(_scale_of_loss(part) / part.divisor for part in parts if part.units)
+    line = compared("loss, logged", [given], [expected], most)
+    if not line.holds and given:
+        name = fitting_count(parts[0], sum(sums) / given / len(parts))
+        if name:
+            line = line._replace(cause=f"it is divided by {name}, and not by {parts[0].divisor:g}")
+    return [line]
+
+
+# ------------------------------------------------------------------------------------------ updates
+def rate_of(run, f, number, k, parts) -> float:
+    """The learning rate of optimizer step k of a step; k may be out of range."""
+    if run.kind == "grpo":
+        update = (number - 1) * parts + k + 1
+        return plain.learning_rate(update, f.steps * parts, f.lr, f.warmup)
+    shift = k if run.kind != "ppo" else (k if k < 0 else max(0, k - parts + 1))
+    return plain.learning_rate(number + shift, f.steps, f.lr, f.warmup)
+
+
+def of_rate(run, step) -> Line:
+    f, updates = step.flags, step.about["updates"]
+    parts, n = len(updates), step.number
+    given = [x["lr"] for x in updates]
+
+    def rates(number=n, shift=0, flags=f):
+        if run.kind == "grpo":
+            return [rate_of(run, flags, number, k + shift, parts) for k in range(parts)]
+        return [rate_of(run, flags, number + shift, 0, parts)] * parts
+
+    causes = [
+        ("it is that of the update before", lambda: rates(shift=-1)),
+        ("it is that of the update after", lambda: rates(shift=1)),
+        ("there is no warm-up", lambda: rates(flags=with_flags(f, {"warmup": 0}))),
+        ("it is --lr all the time", lambda: [f.lr] * parts),
+    ]
+    where = lambda i: f"optimizer step {i}"  # noqa: E731
+    return compared("learning rate", given, rates(), 1e-9 * max(f.lr, 1e-30), causes, where)
+
+
+class Replica:
+    """A model and its AdamW, which take a step's optimizer steps once more in float64. disturbed:
+    the gradient gets random errors as large as rounding's may be, to see what they grow to."""
+
+    def __init__(self, run, step, disturbed: float = 0.0):
+        self.run, self.step, self.disturbed = run, step, disturbed
+        self.model, self.adamw = run.fresh(step.number - 1)
+        self.f = flags_of_loss(step)
+        self.logps, self.entropies = {}, {}  # index of an example -> those of its first pass
+        self.draw = torch.Generator().manual_seed(0)
+        if run.kind == "ppo":
+            for p in self.model.policy.parameters():
+                p.requires_grad_(p.requires_grad and step.number > self.f.value_warmup)
+
+    @property
+    def trained(self):
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def loss(self, unit, changes=None, remember=True):
+        f, temperature = self.f, getattr(self.f, "temperature", 1.0)
+        if changes:
+            f = with_flags(f, changes)
+        logps_of, values_of = [], None
+        for e in unit:
+            logp_T, entropy_T = passed(self.model, e, temperature)
+            logps_of.append([logp_T[t] for t in e.at])
+            if remember and e.index not in self.logps:
+                self.logps[e.index] = [float(logp_T[t]) for t in e.at]
+                self.entropies[e.index] = [float(entropy_T[t]) for t in e.at]
+        if self.run.kind == "ppo":
+            values_of = []
+            for e in unit:
+                value_T = values(self.model, e)
+                values_of.append([value_T[t] for t in e.at])
+        return LOSSES[self.run.kind](f, unit, logps_of, values_of)
+
+    def gradients(self, units, divisor, changes=None, remember=True):
+        """-> (the sum of the units' gradients, the sum of their squares, the sum of their norms)."""
+        total = [torch.zeros_like(p) for p in self.trained]
+        squares = [torch.zeros_like(p) for p in self.trained]
+        norms = 0.0
+        for unit in units:
+            loss = self.loss(unit, changes, remember) / divisor
+            if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+                continue
+            found = torch.autograd.grad(loss, self.trained, allow_unused=True)
+            found = [torch.zeros_like(p) if g is None else g for p, g in zip(self.trained, found)]
+            for a, b, g in zip(total, squares, found):
+                a += g
+                b += g * g
+            norms += norm_of(found)
+        return total, squares, norms
+
+    def update(self, part, lr):
+        """One optimizer step -> (norm of the gradient, sum of the units' norms, factor of the
+        clipping)."""
+        total, squares, norms = self.gradients(part.units, part.divisor)
+        for p, g, square in zip(self.trained, total, squares):
+            p.grad = g
+            if self.disturbed:
+                noise = torch.randn(p.shape, generator=self.draw, dtype=torch.float64)
+                p.grad = g + self.disturbed * noise * square.sqrt()
+        norm = plain.clip_gradients(self.model, self.f.grad_clip)
+        factor = 1.0
+        if self.f.grad_clip and self.f.grad_clip < norm + 1e-6:
+            factor = self.f.grad_clip / (norm + 1e-6)
+        if any(e.at for unit in part.units for e in unit):
+            rates = {"value": value_rate(self.f)} if self.run.kind == "ppo" else None
+            self.adamw.step(lr, rates)
+        return norm, norms, factor
+
+
+def norm_of(tensors) -> float:
+    return math.sqrt(sum(float((x * x).sum()) for x in tensors))
+
+
+def of_updates(run, step, parts, allowed) -> list[Line]:
+    n, f, updates = step.number, step.flags, step.about["updates"]
+    rate = of_rate(run, step)
+    if not run.has_weights(n - 1):
+        note = f"no checkpoint of step {n - 1}"
+        return [Line("log-probs", note=note), Line("gradient norm", note=note), rate]
+    replica, other = Replica(run, step), None
+    if len(parts) > 1:
+        other = Replica(run, step, allowed.relative)
+    norms, most, moved = [], [], 0.0
+    failed = None
+    for k, part in enumerate(parts[: len(updates)]):
+        before = None
+        lr = updates[k]["lr"]
+        if k == 0:
+            first = Replica(run, step)
+        norm, sum_of_norms, factor = replica.update(part, lr)
+        wide = allowed.relative * sum_of_norms + 1e-12
+        moved += 0.1 * wide * factor
+        if other:
+            disturbed, *_ = other.update(part, lr)
+            wide += MARGIN * abs(disturbed - norm)
+        norms.append(norm)
+        most.append(wide)
+        del before
+        if failed is None and gap(updates[k]["grad_norm"], norm) > wide:
+            failed = k
+    lines = [_passes_again(run, step, replica, other, allowed)]
+    given = [x["grad_norm"] for x in updates]
+    where = lambda i: f"optimizer step {i}"  # noqa: E731
+    line = compared("gradient norm", given, norms, most, (), where)
+    if failed == 0:
+        line = line._replace(cause=why_gradient(run, first, parts[0], given[0], norms[0], most[0]))
+    elif failed is not None:
+        cause = same_factor(parts[failed], given[failed], norms[failed], most[failed])
+        line = line._replace(cause=cause)
+    lines += [line, _logged_norm(step), rate]
+    return lines + _after(run, step, parts, replica, other, moved, first)
+
+
+def _logged_norm(step) -> Line:
+    given, expected = step.metrics.get("grad_norm"), step.about["updates"][-1]["grad_norm"]
+    if given is None:
+        return Line("gradient norm, logged", note="metrics.jsonl has none")
+    return compared("gradient norm, logged", [given], [expected], 0.0)
+
+
+def _passes_again(run, step, replica, other, allowed) -> Line:
+    """The trainer's log-probs, of each example's first pass."""
+    examples = [e for e in step.examples if e.index in replica.logps and e.logp]
+    given, expected, most = [], [], []
+    drift = {}
+    if other:
+        for e in examples:
+            pairs = zip(replica.logps[e.index], other.logps[e.index])
+            k = e.minibatch[0]
+            drift[k] = max(drift.get(k, 0.0), *(abs(a - b) for a, b in pairs))
+    for e in examples:
+        given += [e.logp[t] for t in e.at]
+        expected += replica.logps[e.index]
+        most += [allowed.logp + MARGIN * drift.get(e.minibatch[0], 0.0)] * len(e.at)
+    first = [e for e in examples if e.minibatch[0] == 0]
+    line = compared("log-probs", given, expected, most, (), at_token(examples))
+    if line.holds or line.note:
+        return line
+    return line._replace(cause=why_log_probs(run, step, first, allowed))
+
+
+def why_log_probs(run, step, examples, allowed) -> str:
+    """Of the first optimizer step, whose weights are known."""
+    model, _ = run.model(step.number - 1)
+    temperature = getattr(step.flags, "temperature", 1.0)
+
+    def like(found):
+        given = column(examples, "logp")
+        return all(gap(a, b) <= 2 * allowed.logp for a, b in zip(given, found))
+
+    if like(under(model, examples, temperature)):
+        return (
+            "they hold in the first optimizer step: the weights after it are not as they should be"
+        )
+    if temperature != 1.0 and like(under(model, examples, 1.0)):
+        return "the trainer forgot the temperature"
+    packs = {}
+    for e in examples:
+        rank, number, place = e.micro_batch[0]
+        packs.setdefault((rank, number), []).append((place, e))
+    leaked = {}
+    for pack in packs.values():
+        in_order = [e for _, e in sorted(pack, key=lambda pair: pair[0])]
+        leaked |= leaking(model, in_order, temperature)
+    if like([x for e in examples for x in leaked[e.index]]):
+        return "attention reaches across the documents of a packed micro-batch (packing leak)"
+    alone = [e for pack in packs.values() for place, e in pack if place == 0]
+    given = column(alone, "logp")
+    expected = under(model, alone, temperature)
+    if all(gap(a, b) <= 2 * allowed.logp for a, b in zip(given, expected)):
+        return (
+            "the first sequence of each micro-batch holds and others do not: documents of a packed "
+            "micro-batch see each other (packing leak)"
+        )
+    for said, other in other_weights(run, step, examples):
+        if like(other()):
+            return said
+    return ""
+
+
+def same_factor(part, given, norm, wide) -> str:
+    """A divisor that explains the norm of a gradient."""
+    for name, count in part.counts.items():
+        if (
+            count
+            and count != part.divisor
+            and gap(given, norm * part.divisor / count) <= 2 * wide * max(1, part.divisor / count)
+        ):
+            return f"the loss is divided by {count:g} {name}, and not by {part.divisor:g}"
+    return ""
+
+
+def why_gradient(run, first: Replica, part, given, norm, wide) -> str:
+    """first: as before the optimizer step. Causes of another norm of its gradient."""
+    if said := same_factor(part, given, norm, wide):
+        return said
+    packs = {}
+    for unit in part.units:
+        at = unit[0].micro_batch[0]
+        packs.setdefault(tuple(at[:2]) if at else None, []).append(unit)
+    each = {}
+    for at, units in packs.items():
+        each[at], *_ = first.gradients(units, part.divisor, remember=False)
+    total = [sum(tensors) for tensors in zip(*each.values())]
+    for at, one in each.items():
+        rest = norm_of([a - b for a, b in zip(total, one)])
+        if len(each) > 1 and gap(given, rest) <= 2 * wide:
+            where = f"number {at[1]} of rank {at[0]}" if at else "the one without a forward pass"
+            return f"a micro-batch was dropped ({where}): the gradient is that of the others"
+    for at, one in each.items():
+        if len(each) > 1 and gap(given, norm_of(one)) <= 2 * wide:
+            return f"the gradient is that of one micro-batch alone (number {at[1]} of rank {at[0]})"
+    for said, changes in variants(run, first.f):
+        found, *_ = first.gradients(part.units, part.divisor, changes, remember=False)
+        if gap(given, norm_of(found)) <= 2 * wide:
+            return f"the loss is another one: {said}"
+    return ""
+
+
+@torch.no_grad()
+def _after(run, step, parts, replica, other, moved, first) -> list[Line]:
+    """What the optimizer did, by the checkpoint after the step: its first moment has the gradient
+    in it."""
+    n, f, updates = step.number, step.flags, step.about["updates"]
+    if n not in run.saved:
+        note = f"no checkpoint of step {n}"
+        return [Line("gradient", note=note), Line("weights", note=note)]
+    model, adamw = run.model(n)
+    before, at_first = run.model(n - 1)
+    names = [name for name, p in model.named_parameters() if name in adamw.first]
+    start = dict(before.named_parameters())
+    end, mine = dict(model.named_parameters()), dict(replica.model.named_parameters())
+    kept = 0.9 ** len(updates)
+
+    def added(optimizer):
+        found = []
+        for name in names:
+            old = at_first.first.get(name, torch.zeros_like(end[name])) * kept
+            found.append(optimizer.first.get(name, torch.zeros_like(old)) - old)
+        return found
+
+    def apart(a, b):
+        return norm_of([x - y for x, y in zip(a, b)])
+
+    given, expected = added(adamw), added(replica.adamw)
+    size = max(norm_of(expected), 1e-30)
+    wide = moved + (MARGIN * apart(expected, added(other.adamw)) if other else 0.0)
+    difference = apart(given, expected)
+    numbers = norm_of(given), norm_of(expected), difference, wide
+    where = f"by {difference / size:.2g} of its size, over all weights"
+    lines = [Line("gradient", *numbers, where, "")]
+    if not lines[0].holds:
+        lines[0] = lines[0]._replace(cause=_why_direction(given, expected, wide, size))
+
+    # ---- weights
+    rates = {"value": value_rate(f)} if run.kind == "ppo" else None
+    change = [end[name] - start[name] for name in names]
+    if len(updates) == 1:
+        moved_by = lambda lr, decay=f.weight_decay: _moved(adamw, names, start, lr, rates, decay)  # noqa: E731
+        after = moved_by(updates[0]["lr"])
+        wide = 4 * FP32 * max(float(x.abs().max()) for x in after) + 1e-4 * updates[0]["lr"]
+    else:
+        after = [mine[name] for name in names]
+        wide = 0.0
+    right = [a - start[name] for a, name in zip(after, names)]
+    if len(updates) == 1:
+        difference = max(float((end[name] - a).abs().max()) for name, a in zip(names, after))
+    else:
+        theirs = dict(other.model.named_parameters())
+        difference = apart(change, right)
+        rounded = math.sqrt(sum(float((4 * FP32 * end[name]).square().sum()) for name in names))
+        wide = MARGIN * apart(after, [theirs[name] for name in names]) + rounded
+    line = Line("weights", norm_of(change), norm_of(right), difference, wide, "over all weights")
+    if not line.holds:
+        factor = sum(float((a * b).sum()) for a, b in zip(change, right))
+        factor /= max(1e-30, sum(float((b * b).sum()) for b in right))
+        line = line._replace(cause=_why_weights(run, step, factor))
+    return [*lines, line]
+
+
+def _moved(adamw, names, start, lr, rates, decay):
+    found = []
+    for name in names:
+        p = start[name].clone()
+        adamw.weight_decay = decay
+        adamw.move(name, p, lr, rates)
+        found.append(p)
+    return found
+
+
+def _why_direction(given, expected, wide, size) -> str:
+    factor = sum(float((a * b).sum()) for a, b in zip(given, expected)) / size**2
+    scaled = norm_of([a - factor * b for a, b in zip(given, expected)])
+    if scaled <= 2 * wide * max(1.0, abs(factor)):
+        return f"it is {factor:.4g} times what it should be, in the same direction"
+    return ""
+
+
+def _why_weights(run, step, factor) -> str:
+    """factor: how much further they moved than they should."""
+    updates = step.about["updates"]
+    rates = [x["lr"] for x in updates]
+    for said, shift in (("before", -1), ("after", 1)):
+        if run.kind == "grpo":
+            other = [
+                rate_of(run, step.flags, step.number, k + shift, len(rates))
+                for k in range(len(rates))
+            ]
+        else:
+            other = [rate_of(run, step.flags, step.number + shift, 0, len(rates))] * len(rates)
+        if (
+            sum(rates)
+            and abs(sum(other) / sum(rates) - factor)
+            <= 0.01 * abs(sum(other) / sum(rates) - 1) + 1e-4
+        ):
+            return (
+                f"they moved by the learning rate of the update {said}, {factor:.4g} times as far"
+            )
+    return f"they moved {factor:.4g} times as far as the moments and the learning rate say"
