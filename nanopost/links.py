@@ -178,8 +178,9 @@ def of_rows(run, step) -> list[Line]:
 def _stored_rows(run, step):
     given, ids, pairs = run.rows, [], []
     for i, e in enumerate(step.examples):
-        row = given[e.row] if e.row < len(given) else ([], [])
-        expected_ids, mask = row if run.kind == "sft" else row[i % 2]
+        expected_ids, mask = [], []
+        if e.row < len(given):
+            expected_ids, mask = run.trained(e.row) if run.kind == "sft" else given[e.row][i % 2]
         if e.ids != expected_ids:
             ids.append(f"example {e.index}, row {e.row} of --data")
         else:
@@ -496,8 +497,9 @@ def of_gae(run, step) -> list[Line]:
         for i, each in rewards.items():
             if bootstrapped:
                 adv[i] = plain.gae(each, value[i], gamma, lam)
-            else:  # as if no state were followed by another
-                adv[i] = [r - v for r, v in zip(each, value[i])]
+            else:  # as if each state were the last one
+                deltas = [r - v for r, v in zip(each, value[i])]
+                adv[i] = plain.returns(deltas, gamma * lam)
         ret = {i: [a + v for a, v in zip(adv[i], value[i])] for i in adv}
         mean, width = plain.mean_and_std(adv.values())
         if whitened:
@@ -677,20 +679,23 @@ def of_passes(step) -> list[Line]:
     passed_through = [e for e in trained if e.logp]
     wrong = []
     for e in passed_through:
-        have = [t for t in range(len(e.ids)) if e.logp[t]]
-        if have != e.at:
+        if not set(have_numbers(e)) <= set(e.at):
             wrong.append(f"example {e.index}")
 
     def shifted(by):
-        moved = lambda e: [t + by for t in e.at if t + by < len(e.ids)]  # noqa: E731
-        have = lambda e: [t for t in range(len(e.ids)) if e.logp[t]]  # noqa: E731
-        return lambda: all(have(e) == moved(e) for e in passed_through)
+        moved = lambda e: {t + by for t in e.at}  # noqa: E731
+        return lambda: all(set(have_numbers(e)) <= moved(e) for e in passed_through)
 
     causes = [
         ("the mask is shifted by one token to the right when targets are made", shifted(1)),
         ("the mask is shifted by one token to the left when targets are made", shifted(-1)),
     ]
     return [*lines, counted("trained tokens", wrong, len(passed_through), causes)]
+
+
+def have_numbers(e) -> list[int]:
+    """The tokens that have a log-prob or an entropy: of a target that is certain one may be 0."""
+    return [t for t in range(len(e.ids)) if e.logp[t] or e.entropy[t]]
 
 
 # ------------------------------------------------------------------------------------------- losses
@@ -929,8 +934,8 @@ class Replica:
             logp_T, entropy_T = passed(self.model, e, temperature)
             logps_of.append([logp_T[t] for t in e.at])
             if remember and e.index not in self.logps:
-                self.logps[e.index] = [float(logp_T[t]) for t in e.at]
-                self.entropies[e.index] = [float(entropy_T[t]) for t in e.at]
+                self.logps[e.index] = [logp_T[t].item() for t in e.at]
+                self.entropies[e.index] = [entropy_T[t].item() for t in e.at]
         if self.run.kind == "ppo":
             values_of = []
             for e in unit:
@@ -963,7 +968,8 @@ class Replica:
             p.grad = g
             if self.disturbed:
                 noise = torch.randn(p.shape, generator=self.draw, dtype=torch.float64)
-                p.grad = g + self.disturbed * noise * square.sqrt()
+                size = square.sqrt() + square.mean().sqrt()  # what cancels has an error too
+                p.grad = g + self.disturbed * noise * size * (square > 0)
         norm = plain.clip_gradients(self.model, self.f.grad_clip)
         factor = 1.0
         if self.f.grad_clip and self.f.grad_clip < norm + 1e-6:
@@ -979,7 +985,7 @@ def norm_of(tensors) -> float:
 
 
 def of_updates(run, step, parts, allowed) -> list[Line]:
-    n, f, updates = step.number, step.flags, step.about["updates"]
+    n, updates = step.number, step.about["updates"]
     rate = of_rate(run, step)
     if not run.has_weights(n - 1):
         note = f"no checkpoint of step {n - 1}"
@@ -990,10 +996,7 @@ def of_updates(run, step, parts, allowed) -> list[Line]:
     norms, most, moved = [], [], 0.0
     failed = None
     for k, part in enumerate(parts[: len(updates)]):
-        before = None
         lr = updates[k]["lr"]
-        if k == 0:
-            first = Replica(run, step)
         norm, sum_of_norms, factor = replica.update(part, lr)
         wide = allowed.relative * sum_of_norms + 1e-12
         moved += 0.1 * wide * factor
@@ -1002,7 +1005,6 @@ def of_updates(run, step, parts, allowed) -> list[Line]:
             wide += MARGIN * abs(disturbed - norm)
         norms.append(norm)
         most.append(wide)
-        del before
         if failed is None and gap(updates[k]["grad_norm"], norm) > wide:
             failed = k
     lines = [_passes_again(run, step, replica, other, allowed)]
@@ -1010,12 +1012,13 @@ def of_updates(run, step, parts, allowed) -> list[Line]:
     where = lambda i: f"optimizer step {i}"  # noqa: E731
     line = compared("gradient norm", given, norms, most, (), where)
     if failed == 0:
+        first = Replica(run, step)
         line = line._replace(cause=why_gradient(run, first, parts[0], given[0], norms[0], most[0]))
     elif failed is not None:
         cause = same_factor(parts[failed], given[failed], norms[failed], most[failed])
         line = line._replace(cause=cause)
     lines += [line, _logged_norm(step), rate]
-    return lines + _after(run, step, parts, replica, other, moved, first)
+    return lines + _after(run, step, replica, other, moved)
 
 
 def _logged_norm(step) -> Line:
@@ -1125,7 +1128,7 @@ def why_gradient(run, first: Replica, part, given, norm, wide) -> str:
 
 
 @torch.no_grad()
-def _after(run, step, parts, replica, other, moved, first) -> list[Line]:
+def _after(run, step, replica, other, moved) -> list[Line]:
     """What the optimizer did, by the checkpoint after the step: its first moment has the gradient
     in it."""
     n, f, updates = step.number, step.flags, step.about["updates"]
@@ -1161,38 +1164,47 @@ def _after(run, step, parts, replica, other, moved, first) -> list[Line]:
 
     # ---- weights
     rates = {"value": value_rate(f)} if run.kind == "ppo" else None
-    change = [end[name] - start[name] for name in names]
-    if len(updates) == 1:
-        moved_by = lambda lr, decay=f.weight_decay: _moved(adamw, names, start, lr, rates, decay)  # noqa: E731
-        after = moved_by(updates[0]["lr"])
-        wide = 4 * FP32 * max(float(x.abs().max()) for x in after) + 1e-4 * updates[0]["lr"]
+    was, now = flat(start, names), flat(end, names)
+    if other is None:  # by the recorded moments
+        right = _moved(adamw, names, start, updates[0]["lr"], rates)
+        each = 4 * FP32 * right.abs().max() + 1e-4 * updates[0]["lr"]
+        clear = torch.ones_like(right, dtype=torch.bool)
     else:
-        after = [mine[name] for name in names]
-        wide = 0.0
-    right = [a - start[name] for a, name in zip(after, names)]
-    if len(updates) == 1:
-        difference = max(float((end[name] - a).abs().max()) for name, a in zip(names, after))
-    else:
-        theirs = dict(other.model.named_parameters())
-        difference = apart(change, right)
-        rounded = math.sqrt(sum(float((4 * FP32 * end[name]).square().sum()) for name in names))
-        wide = MARGIN * apart(after, [theirs[name] for name in names]) + rounded
-    line = Line("weights", norm_of(change), norm_of(right), difference, wide, "over all weights")
+        right, disturbed = flat(mine, names), flat(dict(other.model.named_parameters()), names)
+        each = MARGIN * (right - disturbed).abs() + 4 * FP32 * right.abs()
+        clear = (right - disturbed).abs() <= CLEAR * (right - was).abs()
+    change, expected = (now - was)[clear], (right - was)[clear]
+    if clear.sum() < CLEAR * len(clear):
+        return [
+            *lines,
+            Line("weights", note="rounding decides where AdamW moves nearly all of them"),
+        ]
+    difference = (change - expected).norm()
+    wide = (each * torch.ones_like(right))[clear].norm()
+    where = f"over {int(clear.sum()):,} of {len(clear):,} weights, where rounding does not decide"
+    numbers = [float(x) for x in (change.norm(), expected.norm(), difference, wide)]
+    line = Line("weights", *numbers, where)
+    factor = float(change @ expected / (expected @ expected).clamp(min=1e-30))
     if not line.holds:
-        factor = sum(float((a * b).sum()) for a, b in zip(change, right))
-        factor /= max(1e-30, sum(float((b * b).sum()) for b in right))
         line = line._replace(cause=_why_weights(run, step, factor))
     return [*lines, line]
 
 
-def _moved(adamw, names, start, lr, rates, decay):
-    found = []
-    for name in names:
-        p = start[name].clone()
-        adamw.weight_decay = decay
+CLEAR = (
+    0.01  # how far apart two replays may be, as a share of the move, in a weight that is compared
+)
+
+
+def flat(parameters, names) -> torch.Tensor:
+    return torch.cat([parameters[name].flatten() for name in names])
+
+
+def _moved(adamw, names, start, lr, rates):
+    """The weights after a step by these moments."""
+    found = {name: start[name].clone() for name in names}
+    for name, p in found.items():
         adamw.move(name, p, lr, rates)
-        found.append(p)
-    return found
+    return flat(found, names)
 
 
 def _why_direction(given, expected, wide, size) -> str:

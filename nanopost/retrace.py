@@ -134,17 +134,18 @@ class Recorded:
         flags, found = self.flags(1), []
         for row in given:
             e = self.tokenizer.example(row, flags.train_on)
-            whole = turns_of(self.tokenizer, row, flags.train_on, e.ids.tolist())
             try:
                 pieces, _ = packing.fit_to([e], limit, flags.overlong)
             except InputError:  # nothing is left of it
                 continue
             for piece in pieces:
-                mask = piece.mask.tolist()
-                if whole is not None and len(piece) == len(whole):
-                    mask = whole
-                found.append((piece.ids.tolist(), mask))
+                found.append((row, piece.ids.tolist(), piece.mask.tolist()))
         return found
+
+    def trained(self, number: int) -> tuple[list[int], list[bool]]:
+        """Ids and mask of SFT's row `number`: the mask by turns_of, where that tells."""
+        row, ids, mask = self.rows[number]
+        return ids, turns_of(self.tokenizer, row, self.flags(1).train_on, ids) or mask
 
     def _pairs(self, given, limit):
         flags, found = self.flags(1), []

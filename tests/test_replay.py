@@ -1,0 +1,299 @@
+"""The black box: steps of healthy runs hold, and of runs with a planted fault the fault is named.
+
+A fault is planted in a copy of the tree, in which the run is made; the replay is that of this tree.
+"""
+
+import json
+import re
+import runpy
+import sys
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import pytest
+import torch
+from twins import common
+from twins.double import own
+
+import forks
+from nanopost import InputError, dist, links, replay
+from nanopost.retrace import Recorded
+
+STEPS = "--save_every 1 --keep 9 --eval_every 0 --record --warmup 0 --device cpu "
+SAMPLED = (
+    "--model {place}/model --data {place}/prompts.jsonl --eval_data {place}/prompts_held_out.jsonl "
+    "--eval_rows 1 --prompts 4 --max_new_tokens 6 --temperature 0.8 --tokens 80 --max_logp_gap 99 "
+    "--reward {place}/reward.py:letters "
+)
+RUNS = {
+    "sft": "train_sft.py --model {place}/model --data {place}/sft.jsonl --steps 3 --holdout 1 "
+    "--rows 4 --lr 2e-3 --tokens 140 --max_length 70 --train_on last " + STEPS,
+    "dpo": "train_dpo.py --model {place}/model --data {place}/pairs.jsonl --steps 3 --holdout 1 "
+    "--rows 4 --lr 2e-3 --tokens 140 --weight_decay 0.1 " + STEPS,
+    "grpo": "train_grpo.py --steps 3 --group 3 --lr 2e-3 --beta 0.3 --agg sequence "
+    + SAMPLED
+    + STEPS,
+    "ppo": "train_ppo.py --steps 3 --group 2 --lr 2e-3 --beta 0.3 --lam 0.7 --gamma 0.9 "
+    "--eos_penalty 0.3 --ppo_epochs 1 " + SAMPLED + STEPS,
+}
+# Flags that change a formula, each of them in some run.
+MORE = {
+    "dft, lora": RUNS["sft"] + "--loss dft --lora 2 --lora_targets q_proj down_proj",
+    "pairs": RUNS["dpo"] + "--loss ipo sft orpo --loss_weights 0.1 1 0.5 --divergence js",
+    "trainer": RUNS["grpo"] + "--old_logp trainer --correct token-truncate --adv loo --top_p 0.8 "
+    "--minibatches 1 --agg constant --kl k2",
+    "gspo, stale": RUNS["grpo"] + "--ratio sequence --adv batch --max_staleness 1 --beta 0 "
+    "--clip 3e-4 4e-4",
+    "sapo": RUNS["grpo"] + "--loss sapo --adv mean --agg token --lora 2",
+    "head": RUNS["ppo"] + "--value_model head --ppo_epochs 2 --score_scale --whiten_rewards "
+    "--value_warmup 1 --kl k3",
+}
+
+
+@contextmanager
+def library_of(folder):
+    """Inside, nanopost is that of another folder."""
+    kept = {name: sys.modules.pop(name) for name in list(sys.modules) if own(name)}
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        for name in [name for name in sys.modules if own(name)]:
+            del sys.modules[name]
+        sys.modules.update(kept)
+
+
+def run_in(folder, command, place, out):
+    script, *arguments = command.format(place=place).split()
+    hook, argv = sys.excepthook, sys.argv
+    sys.argv = [script, *arguments, "--out", str(out)]
+    try:
+        with library_of(folder):
+            runpy.run_path(str(folder / script), run_name="__main__")
+    finally:
+        sys.excepthook, sys.argv = hook, argv
+        torch.set_flush_denormal(False)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return common.write_place(tmp_path_factory.mktemp("place"))
+
+
+@pytest.fixture(scope="module")
+def made(place, tmp_path_factory):
+    """name of RUNS -> the folder of a healthy run."""
+    found = {}
+
+    def make(name):
+        if name not in found:
+            found[name] = tmp_path_factory.mktemp("healthy") / "out"
+            run_in(forks.ROOT, {**RUNS, **MORE}[name], place, found[name])
+        return found[name]
+
+    return make
+
+
+def verdicts(out, steps=None):
+    """{step: (lines, the sentence)}."""
+    torch.distributed.init_process_group(
+        "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+    )
+    run, found = Recorded(out), {}
+    for step in steps or run.paths:
+        lines = replay.replayed(run, step)
+        found[step] = lines, replay.verdict(step, lines)
+    torch.distributed.destroy_process_group()
+    return found
+
+
+# ----------------------------------------------------------------------------------- healthy runs
+@pytest.mark.parametrize("name", [*RUNS, *MORE])
+def test_every_step_of_a_healthy_run_holds(made, name):
+    for step, (lines, said) in verdicts(made(name)).items():
+        assert re.match(rf"step {step}: all \d+ lines hold", said), "\n".join(replay.table(lines))
+        left_out = {line.what for line in lines if line.note}
+        assert left_out <= ({"gradient", "weights"} if step == 3 else set()), lines
+
+
+# ------------------------------------------------------------------------------------ planted faults
+class Fault(NamedTuple):
+    run: str  # of RUNS
+    file: str
+    old: str  # once in the file
+    new: str
+    what: str  # the line of the verdict
+    cause: str  # a pattern in it
+    step: int = 2
+    flags: str = ""
+
+
+FAULTS = {
+    "shifted mask": Fault(
+        "sft",
+        "nanopost/tokenizer.py",
+        "inside_T = (start_T < end) & (end_T > start)",
+        "inside_T = np.roll((start_T < end) & (end_T > start), 1)",
+        "mask",
+        "shifted by one token to the right",
+    ),
+    "shifted targets": Fault(
+        "sft",
+        "nanopost/batch.py",
+        "mask_N = _shift(np.concatenate([e.mask for e in examples]), end_S)",
+        "mask_N = np.concatenate([e.mask for e in examples])",
+        "trained tokens",
+        "shifted by one token to the right when targets are made",
+    ),
+    "wrong divisor": Fault(
+        "grpo",
+        "train_grpo.py",
+        "(loss / divisor).backward()",
+        "(loss / targets).backward()",
+        "gradient norm",
+        r"the loss is divided by \d+ trained tokens, and not by 6",
+    ),
+    "other group's reward": Fault(
+        "grpo",
+        "train_grpo.py",
+        "reward_PG = rewards.total(reward_FPG, reward_weights)\n",
+        "reward_PG = rewards.total(reward_FPG, reward_weights).roll(-1, 0)\n",
+        "advantages",
+        "that of another group's rewards .the next one's.",
+    ),
+    "stale log-probs": Fault(
+        "grpo",
+        "nanopost/engine.py",
+        "own[name].copy_(tensor)",
+        "own[name].copy_(tensor if version == 0 else own[name])",
+        "sampled log-probs",
+        "those of the weights after step 0: stale",
+        3,
+        " --max_staleness 1",
+    ),
+    "reference is the policy": Fault(
+        "grpo",
+        "train_grpo.py",
+        'add_logprobs(examples, "ref_logp", reference,',
+        'add_logprobs(examples, "ref_logp", model,',
+        "reference's log-probs",
+        "the reference is the policy itself",
+    ),
+    "sign of the advantage": Fault(
+        "grpo",
+        "train_grpo.py",
+        "adv_PG = advantage(reward_PG)",
+        "adv_PG = -advantage(reward_PG)",
+        "advantages",
+        "its sign is turned",
+    ),
+    "no standard deviation": Fault(
+        "grpo",
+        "nanopost/advantages.py",
+        "return centred(reward_PG) / (std(reward_PG)[:, None] + 1e-4)",
+        "return centred(reward_PG)",
+        "advantages",
+        "not divided by the standard deviation",
+    ),
+    "packing leak": Fault(
+        "grpo",
+        "nanopost/model.py",
+        '"""Packed documents -> hidden_ND."""\n        packing = Packing(cu_seqlens, max_seqlen)',
+        '"""Packed documents -> hidden_ND."""\n'
+        "        packing = Packing(cu_seqlens[[0, -1]], int(cu_seqlens[-1]))",
+        "reference's log-probs",
+        "packing leak",
+    ),
+    "packing leak in SFT": Fault(
+        "sft",
+        "nanopost/model.py",
+        '"""Packed documents -> hidden_ND."""\n        packing = Packing(cu_seqlens, max_seqlen)',
+        '"""Packed documents -> hidden_ND."""\n'
+        "        packing = Packing(cu_seqlens[[0, -1]], int(cu_seqlens[-1]))",
+        "log-probs",
+        "packing leak",
+    ),
+    "KL on wrong tokens": Fault(
+        "grpo",
+        "train_grpo.py",
+        'kl_N = kl_estimate(logp_N, batch["ref_logp"])',
+        'kl_N = kl_estimate(logp_N, batch["ref_logp"].roll(1)) * batch.mask_N',
+        "loss, summed",
+        "the KL is on the wrong tokens",
+    ),
+    "learning rate of the step before": Fault(
+        "grpo",
+        "train_grpo.py",
+        "update = (step - 1) * args.minibatches + k + 1",
+        "update = (step - 1) * args.minibatches + k",
+        "learning rate",
+        "that of the update before",
+    ),
+    "learning rate set too late": Fault(
+        "dpo",
+        "train_dpo.py",
+        "    optim.set_learning_rate(optimizer, lr)\n    tape.update(examples, grad_norm, lr)\n"
+        "    optimizer.step()\n",
+        "    tape.update(examples, grad_norm, lr)\n    optimizer.step()\n"
+        "    optim.set_learning_rate(optimizer, lr)\n",
+        "weights",
+        "by the learning rate of the update before",
+    ),
+    "dropped micro-batch": Fault(
+        "grpo",
+        "train_grpo.py",
+        "for batch in batches(model, minibatch, args.tokens, world.device):",
+        "for batch in list(batches(model, minibatch, args.tokens, world.device))[1:]:",
+        "forward passes",
+        "a micro-batch was dropped: ",
+    ),
+    "micro-batch without its gradient": Fault(
+        "sft",
+        "train_sft.py",
+        "        (loss / targets).backward()\n",
+        "        (loss / targets).backward()\n        optimizer.zero_grad() if meter.sums == {} else 0\n",
+        "gradient norm",
+        "a micro-batch was dropped .number 0 of rank 0.",
+    ),
+    "temperature forgotten": Fault(
+        "grpo",
+        "train_grpo.py",
+        "logp_N, entropy_N = model(batch, args.temperature)",
+        "logp_N, entropy_N = model(batch)",
+        "log-probs",
+        "the trainer forgot the temperature",
+    ),
+    "lambda of GAE ignored": Fault(
+        "ppo",
+        "nanopost/advantages.py",
+        "next_adv_B = delta_B + gamma * lam * next_adv_B",
+        "next_adv_B = delta_B + gamma * next_adv_B",
+        "advantages, returns",
+        "lambda of GAE is ignored .as if --lam 1.",
+    ),
+    "value not bootstrapped": Fault(
+        "ppo",
+        "nanopost/advantages.py",
+        "        next_value_B = value_BT[:, t]\n",
+        "",
+        "advantages, returns",
+        "not bootstrapped",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_planted_fault_is_named(place, tmp_path, name):
+    fault = FAULTS[name]
+    folder = forks.patched(tmp_path)
+    path = folder / fault.file
+    source = path.read_text()
+    assert source.count(fault.old) == 1
+    path.write_text(source.replace(fault.old, fault.new))
+    run_in(folder, RUNS[fault.run] + fault.flags, place, tmp_path / "out")
+    lines, said = verdicts(tmp_path / "out", [fault.step])[fault.step]
+    expected = f"step {fault.step}: {fault.what} does NOT hold: .*{fault.cause}"
+    assert re.match(expected, said), said + "\n" + "\n".join(replay.table(lines))
