@@ -196,8 +196,10 @@ def _masks(pairs) -> Line:
             f"token {t} of example {e.index}" for t in range(len(mask)) if e.mask[t] != mask[t]
         ]
 
+    differ = [(e, mask) for e, mask in pairs if e.mask != mask]
+
     def by(change):
-        return lambda: all(e.mask == change(e, mask) for e, mask in pairs)
+        return lambda: all(e.mask == change(e, mask) for e, mask in differ)
 
     causes = [
         ("it is shifted by one token to the right", by(lambda e, m: [0, *m[: len(m) - 1]])),
@@ -683,7 +685,7 @@ def of_passes(step) -> list[Line]:
             wrong.append(f"example {e.index}")
 
     def shifted(by):
-        moved = lambda e: {t + by for t in e.at}  # noqa: E731
+        moved = lambda e: {0, *(t + by for t in e.at)}  # noqa: E731
         return lambda: all(set(have_numbers(e)) <= moved(e) for e in passed_through)
 
     causes = [
@@ -879,12 +881,16 @@ def _logged_loss(run, step, parts):
 
 # ------------------------------------------------------------------------------------------ updates
 def rate_of(run, f, number, k, parts) -> float:
-    """The learning rate of optimizer step k of a step; k may be out of range."""
+    """The learning rate of optimizer step k of a step, of `parts`; k may be out of range, nan before
+    the first one of all."""
     if run.kind == "grpo":
         update = (number - 1) * parts + k + 1
+        if update < 1:
+            return math.nan
         return plain.learning_rate(update, f.steps * parts, f.lr, f.warmup)
-    shift = k if run.kind != "ppo" else (k if k < 0 else max(0, k - parts + 1))
-    return plain.learning_rate(number + shift, f.steps, f.lr, f.warmup)
+    if number < 1:
+        return math.nan
+    return plain.learning_rate(number, f.steps, f.lr, f.warmup)
 
 
 def of_rate(run, step) -> Line:
@@ -994,31 +1000,31 @@ def of_updates(run, step, parts, allowed) -> list[Line]:
     if len(parts) > 1:
         other = Replica(run, step, allowed.relative)
     norms, most, moved = [], [], 0.0
-    failed = None
-    for k, part in enumerate(parts[: len(updates)]):
-        lr = updates[k]["lr"]
-        norm, sum_of_norms, factor = replica.update(part, lr)
+    for part, update in zip(parts, updates):
+        norm, sum_of_norms, factor = replica.update(part, update["lr"])
         wide = allowed.relative * sum_of_norms + 1e-12
         moved += 0.1 * wide * factor
         if other:
-            disturbed, *_ = other.update(part, lr)
+            disturbed, *_ = other.update(part, update["lr"])
             wide += MARGIN * abs(disturbed - norm)
         norms.append(norm)
         most.append(wide)
-        if failed is None and gap(updates[k]["grad_norm"], norm) > wide:
-            failed = k
-    lines = [_passes_again(run, step, replica, other, allowed)]
     given = [x["grad_norm"] for x in updates]
-    where = lambda i: f"optimizer step {i}"  # noqa: E731
-    line = compared("gradient norm", given, norms, most, (), where)
-    if failed == 0:
-        first = Replica(run, step)
-        line = line._replace(cause=why_gradient(run, first, parts[0], given[0], norms[0], most[0]))
-    elif failed is not None:
-        cause = same_factor(parts[failed], given[failed], norms[failed], most[failed])
-        line = line._replace(cause=cause)
-    lines += [line, _logged_norm(step), rate]
-    return lines + _after(run, step, replica, other, moved)
+    norm = compared("gradient norm", given[:1], norms[:1], most[0])
+    if not norm.holds:
+        cause = why_gradient(run, Replica(run, step), parts[0], given[0], norms[0], most[0])
+        norm = norm._replace(cause=cause)
+    lines = [_first_passes(run, step, replica, allowed), norm]
+    if other:
+        lines.append(_later_passes(step, replica, other, allowed))
+        where = lambda i: f"optimizer step {i + 1}"  # noqa: E731
+        later = compared("gradient norms, later", given[1:], norms[1:], most[1:], (), where)
+        if not later.holds:
+            k = given.index(later.recorded)
+            cause = same_factor(parts[k], given[k], norms[k], most[k])
+            later = later._replace(cause=cause)
+        lines.append(later)
+    return [*lines, _logged_norm(step), rate, *_after(run, step, replica, other, moved)]
 
 
 def _logged_norm(step) -> Line:
@@ -1028,25 +1034,30 @@ def _logged_norm(step) -> Line:
     return compared("gradient norm, logged", [given], [expected], 0.0)
 
 
-def _passes_again(run, step, replica, other, allowed) -> Line:
-    """The trainer's log-probs, of each example's first pass."""
-    examples = [e for e in step.examples if e.index in replica.logps and e.logp]
-    given, expected, most = [], [], []
-    drift = {}
-    if other:
-        for e in examples:
-            pairs = zip(replica.logps[e.index], other.logps[e.index])
-            k = e.minibatch[0]
-            drift[k] = max(drift.get(k, 0.0), *(abs(a - b) for a, b in pairs))
-    for e in examples:
-        given += [e.logp[t] for t in e.at]
-        expected += replica.logps[e.index]
-        most += [allowed.logp + MARGIN * drift.get(e.minibatch[0], 0.0)] * len(e.at)
-    first = [e for e in examples if e.minibatch[0] == 0]
-    line = compared("log-probs", given, expected, most, (), at_token(examples))
-    if line.holds or line.note:
+def _passes(step, replica, which):
+    """(examples, recorded log-probs, recomputed ones) of the first pass of each example, where that
+    was in an optimizer step that `which` takes."""
+    examples = [e for e in step.examples if e.logp and e.index in replica.logps]
+    examples = [e for e in examples if which(e.minibatch[0])]
+    return examples, column(examples, "logp"), [x for e in examples for x in replica.logps[e.index]]
+
+
+def _first_passes(run, step, replica, allowed) -> Line:
+    """The trainer's log-probs in the first optimizer step, whose weights are known."""
+    examples, given, expected = _passes(step, replica, lambda k: k == 0)
+    line = compared("log-probs", given, expected, allowed.logp, (), at_token(examples))
+    if line.note or line.holds:
         return line
-    return line._replace(cause=why_log_probs(run, step, first, allowed))
+    return line._replace(cause=why_log_probs(run, step, examples, allowed))
+
+
+def _later_passes(step, replica, other, allowed) -> Line:
+    """Those of later ones."""
+    examples, given, expected = _passes(step, replica, lambda k: k > 0)
+    *_, disturbed = _passes(step, other, lambda k: k > 0)
+    drift = max([abs(a - b) for a, b in zip(expected, disturbed)], default=0.0)
+    most = allowed.logp + MARGIN * drift
+    return compared("log-probs, later", given, expected, most, (), at_token(examples))
 
 
 def why_log_probs(run, step, examples, allowed) -> str:
@@ -1058,10 +1069,6 @@ def why_log_probs(run, step, examples, allowed) -> str:
         given = column(examples, "logp")
         return all(gap(a, b) <= 2 * allowed.logp for a, b in zip(given, found))
 
-    if like(under(model, examples, temperature)):
-        return (
-            "they hold in the first optimizer step: the weights after it are not as they should be"
-        )
     if temperature != 1.0 and like(under(model, examples, 1.0)):
         return "the trainer forgot the temperature"
     packs = {}
@@ -1102,6 +1109,8 @@ def same_factor(part, given, norm, wide) -> str:
 
 def why_gradient(run, first: Replica, part, given, norm, wide) -> str:
     """first: as before the optimizer step. Causes of another norm of its gradient."""
+    if not given:
+        return "there is no gradient: it was never computed, or was set to 0"
     if said := same_factor(part, given, norm, wide):
         return said
     packs = {}
@@ -1141,6 +1150,9 @@ def _after(run, step, replica, other, moved) -> list[Line]:
     start = dict(before.named_parameters())
     end, mine = dict(model.named_parameters()), dict(replica.model.named_parameters())
     kept = 0.9 ** len(updates)
+    if not names:
+        note = "the optimizer has done nothing yet"
+        return [Line("gradient", note=note), Line("weights", note=note)]
 
     def added(optimizer):
         found = []
@@ -1183,8 +1195,10 @@ def _after(run, step, replica, other, moved) -> list[Line]:
     wide = (each * torch.ones_like(right))[clear].norm()
     where = f"over {int(clear.sum()):,} of {len(clear):,} weights, where rounding does not decide"
     numbers = [float(x) for x in (change.norm(), expected.norm(), difference, wide)]
-    line = Line("weights", *numbers, where)
     factor = float(change @ expected / (expected @ expected).clamp(min=1e-30))
+    line = Line(
+        "weights", *numbers, f"they moved {factor:.4g} times as far as they should, {where}"
+    )
     if not line.holds:
         line = line._replace(cause=_why_weights(run, step, factor))
     return [*lines, line]
@@ -1235,4 +1249,4 @@ def _why_weights(run, step, factor) -> str:
             return (
                 f"they moved by the learning rate of the update {said}, {factor:.4g} times as far"
             )
-    return f"they moved {factor:.4g} times as far as the moments and the learning rate say"
+    return ""

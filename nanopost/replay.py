@@ -48,16 +48,17 @@ def table(lines: list[Line]) -> list[str]:
 
 
 def verdict(step: int, lines: list[Line]) -> str:
-    """One sentence: the first link that does not hold, and the cause that fits."""
+    """One sentence: the first link that does not hold and of which a cause is known, or else the
+    first one."""
     checked = [line for line in lines if not line.note]
     wrong = [line for line in checked if not line.holds]
     missing = [line.what for line in lines if line.note]
     left_out = f" ({', '.join(missing)} not checked)" if missing else ""
     if not wrong:
         return f"step {step}: all {len(checked)} lines hold{left_out}"
-    first = wrong[0]
+    first = next((line for line in wrong if line.cause), wrong[0])
     cause = first.cause or f"{first.where}; no cause that replay knows gives the recorded numbers"
-    after = ", ".join(line.what for line in wrong[1:])
+    after = ", ".join(line.what for line in wrong if line is not first)
     after = f" (then also: {after})" if after else ""
     return f"step {step}: {first.what} does NOT hold: {cause}{after}{left_out}"
 

@@ -6,6 +6,8 @@ A fault is planted in a copy of the tree, in which the run is made; the replay i
 import json
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,7 +18,7 @@ from twins import common
 from twins.double import own
 
 import forks
-from nanopost import InputError, dist, links, replay
+from nanopost import InputError, replay
 from nanopost.retrace import Recorded
 
 STEPS = "--save_every 1 --keep 9 --eval_every 0 --record --warmup 0 --device cpu "
@@ -39,7 +41,8 @@ RUNS = {
 # Flags that change a formula, each of them in some run.
 MORE = {
     "dft, lora": RUNS["sft"] + "--loss dft --lora 2 --lora_targets q_proj down_proj",
-    "pairs": RUNS["dpo"] + "--loss ipo sft orpo --loss_weights 0.1 1 0.5 --divergence js",
+    "pairs": RUNS["dpo"] + "--loss ipo sigmoid --loss_weights 0.1 1 --divergence js",
+    "orpo": RUNS["dpo"] + "--loss orpo sft --loss_weights 0.7 0.2 --lora 2",
     "trainer": RUNS["grpo"] + "--old_logp trainer --correct token-truncate --adv loo --top_p 0.8 "
     "--minibatches 1 --agg constant --kl k2",
     "gspo, stale": RUNS["grpo"] + "--ratio sequence --adv batch --max_staleness 1 --beta 0 "
@@ -102,11 +105,13 @@ def verdicts(out, steps=None):
     torch.distributed.init_process_group(
         "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
     )
-    run, found = Recorded(out), {}
-    for step in steps or run.paths:
-        lines = replay.replayed(run, step)
-        found[step] = lines, replay.verdict(step, lines)
-    torch.distributed.destroy_process_group()
+    try:
+        run, found = Recorded(out), {}
+        for step in steps or run.paths:
+            lines = replay.replayed(run, step)
+            found[step] = lines, replay.verdict(step, lines)
+    finally:
+        torch.distributed.destroy_process_group()
     return found
 
 
@@ -204,7 +209,7 @@ FAULTS = {
         '"""Packed documents -> hidden_ND."""\n        packing = Packing(cu_seqlens, max_seqlen)',
         '"""Packed documents -> hidden_ND."""\n'
         "        packing = Packing(cu_seqlens[[0, -1]], int(cu_seqlens[-1]))",
-        "reference's log-probs",
+        "log-probs",
         "packing leak",
     ),
     "packing leak in SFT": Fault(
@@ -231,6 +236,7 @@ FAULTS = {
         "update = (step - 1) * args.minibatches + k",
         "learning rate",
         "that of the update before",
+        flags=" --warmup 2",
     ),
     "learning rate set too late": Fault(
         "dpo",
@@ -257,6 +263,7 @@ FAULTS = {
         "        (loss / targets).backward()\n        optimizer.zero_grad() if meter.sums == {} else 0\n",
         "gradient norm",
         "a micro-batch was dropped .number 0 of rank 0.",
+        flags=" --tokens 60 --max_length 60",
     ),
     "temperature forgotten": Fault(
         "grpo",
@@ -297,3 +304,69 @@ def test_a_planted_fault_is_named(place, tmp_path, name):
     lines, said = verdicts(tmp_path / "out", [fault.step])[fault.step]
     expected = f"step {fault.step}: {fault.what} does NOT hold: .*{fault.cause}"
     assert re.match(expected, said), said + "\n" + "\n".join(replay.table(lines))
+
+
+# ------------------------------------------------------------------------------------- the command
+def command(out, *more):
+    """-> (exit status, what it says)."""
+    return subprocess.run(
+        [sys.executable, "-m", "nanopost.replay", str(out), *more],
+        cwd=forks.ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_command_says_which_steps_hold_and_exits_by_that(made, tmp_path):
+    out = made("sft")
+    done = command(out)
+    assert done.returncode == 0, done.stderr
+    *steps, last = [line for line in done.stdout.splitlines() if "step" in line]
+    assert [line.split(":")[0] for line in steps] == ["step 1", "step 2", "step 3"]
+    assert last == "3 steps, 0 of them do not hold"
+    shutil.copytree(out, tmp_path / "out")
+    path = tmp_path / "out/records/000002.jsonl"
+    about, first, *rest = map(json.loads, path.read_text().splitlines())
+    first["mask"] = [1] * len(first["mask"])
+    path.write_text("".join(json.dumps(x) + "\n" for x in (about, first, *rest)))
+    done = command(tmp_path / "out", "--steps", "2:3")
+    assert done.returncode == 1 and "the prompt too" in done.stdout, done.stderr
+    assert max(map(len, done.stdout.splitlines()[:10])) <= 100
+    assert done.stdout.splitlines()[-1] == "2 steps, 1 of them do not hold"
+
+
+def test_what_is_missing_is_said_in_a_sentence(made, tmp_path, capsys):
+    out = made("dpo")
+    for given, sentence in [
+        ([str(tmp_path)], "is no run's folder"),
+        ([str(out), "--step", "9"], "step 9 has no record: .* has 1 to 3"),
+        ([str(out), "--steps", "3"], "give FIRST:LAST"),
+    ]:
+        with pytest.raises(InputError, match=sentence):
+            args = replay.parsed(given)
+            replay.asked(args, Recorded(args.run))
+    shutil.copytree(out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out/checkpoints/step-000001")
+    (lines, said), (_, there) = verdicts(tmp_path / "out", [2, 3]).values()
+    assert re.match("step 2: all 9 lines hold .log-probs, gradient norm not checked.", said), said
+    assert {line.note for line in lines if line.note} == {"no checkpoint of step 1"}
+    assert "gradient, weights not checked" in there
+
+
+def test_data_that_has_changed_is_not_compared(made, place, tmp_path):
+    shutil.copytree(made("sft"), tmp_path / "out")
+    starts = json.loads((tmp_path / "out/run.json").read_text())
+    (data,) = starts[-1]["hashes"]
+    starts[-1]["hashes"][data] = "other"
+    (tmp_path / "out/run.json").write_text(json.dumps(starts))
+    ((lines, _),) = verdicts(tmp_path / "out", [1]).values()
+    assert lines[0].note == f"{data} has changed since"
+
+
+def test_healthy_differences_are_far_below_what_is_allowed(made):
+    """A tenth of it, where there are weights."""
+    for name in ("sft", "dpo", "grpo", "ppo"):
+        for lines, _ in verdicts(made(name), [2]).values():
+            for line in lines:
+                if line.tolerance:
+                    assert line.difference <= 0.2 * line.tolerance, (name, line)
