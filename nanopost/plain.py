@@ -51,7 +51,8 @@ def logp_and_entropy(logits_TV, ids, temperature=1.0, kept=None):
         if kept is not None and kept[t]:
             assert ids[t] in kept[t]
             logp_T[t] = logp_T[t] - torch.log(sum(logp_TV[t - 1, i].exp() for i in kept[t]))
-    entropy_T = [entropy_T[0]] + [-(row.exp() * row).sum() for row in logp_TV[:-1]]
+    rows = [logp_TV[t - 1] for t in range(1, len(ids))]
+    entropy_T = [entropy_T[0]] + [-(row.exp() * row).sum() for row in rows]
     return torch.stack(logp_T), torch.stack(entropy_T)
 
 
@@ -96,9 +97,9 @@ def advantages(kind, totals) -> list[list[float]]:
 
 def gae(rewards, values, gamma, lam) -> list[float]:
     """The sum of (gamma lam)^k delta_t+k, for each t."""
-    after = [*values[1:], 0.0]
+    steps = range(len(values))
+    after = [values[t + 1] if t + 1 < len(values) else 0.0 for t in steps]
     deltas = [r + gamma * w - v for r, w, v in zip(rewards, after, values)]
-    steps = range(len(deltas))
     return [sum((gamma * lam) ** (k - t) * deltas[k] for k in steps if k >= t) for t in steps]
 
 

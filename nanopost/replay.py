@@ -5,19 +5,20 @@
     python -m nanopost.replay out/grpo                    # every step with a record
 
 A step is computed again in float64, in plain loops over one sequence at a time, from its record and
-the checkpoint before it, and each line of the table compares one link of the chain
+the checkpoint before it. Each line of the table compares one link of a chain with what the run
+recorded:
 
-    rows -> mask -> log-probs -> advantage -> loss -> gradient -> learning rate -> weights
+    rows -> mask -> log-probs -> advantages -> loss -> gradient -> learning rate -> weights
 
-with what the run recorded. A link is computed from the links before it AS RECORDED, so that a fault
-shows where it is made and not in all that follows. Where a line does not hold, causes are tried: the
-formula with a known mistake in it that gives the recorded numbers is named.
+A link is computed from the links before it AS RECORDED, so that a fault shows where it is made and
+not in all that follows. Where a line does not hold, known mistakes are tried: the one that gives
+the recorded numbers is named. What is allowed is rounding: see links.Rounding.
 
 Weights need the checkpoint before the step (--save_every 1 --keep 1000; the first step has
---model), and the one after it to compare what the optimizer did; without them the lines that need
-none are checked, and the table says what is missing. The decoder itself, sampling, the value of a
-reward and the held-out evaluation are taken as they are. Of KTO, BCO and AOT the gradient is checked
-by the recorded slopes, of reward models the rows and the learning rate alone.
+--model), and the one after it to compare what the optimizer did. Without them the lines that need
+none are checked, and the rest is said to be missing. The decoder itself, sampling, the values of
+rewards, and the held-out evaluation are taken as they are. Of KTO, BCO and AOT the gradient is
+checked by the recorded slopes; of a reward model, the learning rate alone.
 
 Exit status: 0 if all lines of all steps hold, else 1.
 
@@ -27,10 +28,15 @@ Shapes: T tokens of one sequence.
 import sys
 from argparse import Namespace
 
-from nanopost import InputError, cli, dist, links
+from nanopost import InputError, cli, dist, links, updates
 from nanopost.links import Line
 from nanopost.retrace import Recorded
 from nanopost.terminal import say
+
+FORKED = (
+    *("entropy_coef", "turn", "delta", "top_entropy", "off_policy_mask"),
+    *("kl_target", "kl_stop", "ld_alpha", "follow_every"),
+)  # flags of forks that change a formula
 
 
 def table(lines: list[Line]) -> list[str]:
@@ -65,7 +71,30 @@ def verdict(step: int, lines: list[Line]) -> str:
 
 def replayed(run: Recorded, number: int) -> list[Line]:
     """The lines of a step, in the order in which one link follows from another."""
-    return links.of_step(run, run.step(number))
+    kind, step = run.kind, run.step(number)
+    allowed = links.rounding(run, step)
+    lines = links.of_rows(run, step)
+    if kind in ("grpo", "ppo", "online_dpo"):
+        lines += links.of_sampling(run, step, allowed)
+    if kind == "grpo":
+        lines += links.of_group_advantages(step)
+    if kind == "ppo":
+        lines += links.of_values(run, step, allowed)
+        lines += links.of_gae(run, step)
+    if kind in ("dpo", "online_dpo"):
+        lines += links.of_pair_references(run, step, allowed)
+    if kind == "rm":
+        note = "of a reward model replay covers the learning rate alone"
+        return [*lines, Line("loss and gradient", note=note), updates.of_rate(run, step)]
+    parts = updates.optimizer_steps(run, step)
+    lines += updates.of_passes(step)
+    lines += updates.of_divisors(step, parts)
+    lines += updates.of_losses(run, step, parts)
+    lines += updates.of_updates(run, step, parts, allowed)
+    fork = [name for name in FORKED if name in vars(step.flags)]
+    if fork:
+        lines.append(Line("the fork", note=f"replay has no formula for --{' --'.join(fork)}"))
+    return lines
 
 
 def asked(args, run: Recorded) -> list[int]:

@@ -6,6 +6,7 @@ the library this shares the decoder (model.py) and the reading of files, and not
 Shapes: T tokens of one sequence, D width, V vocabulary.
 """
 
+import copy
 import hashlib
 import json
 from argparse import Namespace
@@ -171,15 +172,23 @@ class Recorded:
         return step == 0 or step in self.saved
 
     def model(self, step: int):
-        """-> (the model after `step`, in float64, its AdamW). It is not to be changed."""
+        """-> (the model after `step`, in float64, its AdamW). They are not to be changed."""
         if step not in self.models:
             while len(self.models) >= HELD:
                 self.models.pop(next(iter(self.models)))
-            self.models[step] = self.fresh(step)
+            self.models[step] = self._loaded(step)
         return self.models[step]
 
-    def fresh(self, step: int):
+    def copy(self, step: int):
         """The same, to be changed."""
+        model, adamw = self.model(step)
+        model = copy.deepcopy(model)
+        other = plain.AdamW(model, adamw.weight_decay)
+        other.first, other.second = dict(adamw.first), dict(adamw.second)
+        other.steps = dict(adamw.steps)
+        return model, other
+
+    def _loaded(self, step):
         f = self.flags(step + 1)
         if f.quantize != "none":
             raise InputError("replay does not cover --quantize nf4.")
@@ -188,14 +197,13 @@ class Recorded:
         optimizer = optim.adamw(model, f.weight_decay, **rates)
         if step:
             checkpoint.load(self.saved[step], model, optimizer)
-        state = optimizer.state
-        plainly = plain.AdamW(model.double(), f.weight_decay)
+        adamw = plain.AdamW(model.double(), f.weight_decay)
         for name, p in model.named_parameters():
-            if p in state:
-                plainly.first[name] = state[p]["exp_avg"].double()
-                plainly.second[name] = state[p]["exp_avg_sq"].double()
-                plainly.steps[name] = int(state[p]["step"])
-        return model, plainly
+            if state := optimizer.state.get(p):
+                adamw.first[name] = state["exp_avg"].double()
+                adamw.second[name] = state["exp_avg_sq"].double()
+                adamw.steps[name] = int(state["step"])
+        return model, adamw
 
     @cached_property
     def reference(self):

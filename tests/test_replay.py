@@ -124,7 +124,7 @@ def test_every_step_of_a_healthy_run_holds(made, name):
         assert left_out <= ({"gradient", "weights"} if step == 3 else set()), lines
 
 
-# ------------------------------------------------------------------------------------ planted faults
+# ----------------------------------------------------------------------------------- planted faults
 class Fault(NamedTuple):
     run: str  # of RUNS
     file: str
@@ -260,7 +260,8 @@ FAULTS = {
         "sft",
         "train_sft.py",
         "        (loss / targets).backward()\n",
-        "        (loss / targets).backward()\n        optimizer.zero_grad() if meter.sums == {} else 0\n",
+        "        (loss / targets).backward()\n"
+        "        optimizer.zero_grad() if meter.sums == {} else 0\n",
         "gradient norm",
         "a micro-batch was dropped .number 0 of rank 0.",
         flags=" --tokens 60 --max_length 60",
