@@ -7,6 +7,7 @@ Shapes: T tokens of one sequence.
 
 import json
 import math
+from argparse import Namespace
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -219,6 +220,11 @@ def groups_of(step) -> dict[int, list]:
 
 
 # ---------------------------------------------------------------------------------------- log-probs
+def temperature_of(run, f) -> float:
+    """That of the trainer's log-probs. Online DPO samples with its own."""
+    return f.temperature if run.kind in ("grpo", "ppo") else 1.0
+
+
 def column(examples, name) -> list[float]:
     """Of all trained tokens."""
     return [getattr(e, name)[t] for e in examples for t in e.at]
@@ -273,21 +279,30 @@ def other_weights(run, step, examples, kept=True) -> Causes:
 
 
 def _by_engine(run, step, examples, allowed):
-    f = step.flags
-    versions = sorted({v for e in examples for t in e.at for v in [e.version[t]]})
+    f, what = step.flags, "sampled log-probs"
+    if f.vllm or f.engine != "native":
+        note = "vLLM has its own precision (see sampling/sampling_logp_difference)"
+        return Line(what, note=note)
+    if run.kind == "online_dpo":
+        if f.top_k or f.top_p < 1 or f.min_p:
+            return Line(what, note="train_online_dpo.py does not record what a cut kept")
+        examples = [_as_sampled(e) for e in examples]
+    versions = sorted({e.version[t] for e in examples for t in e.at})
     missing = [v for v in versions if not run.has_weights(v)]
     if missing:
-        return Line("sampled log-probs", note=f"no checkpoint of step {missing[0]}")
+        return Line(what, note=f"no checkpoint of step {missing[0]}")
     found = {v: [logps(run.model(v)[0], e, f.temperature) for e in examples] for v in versions}
     expected = []
     for i, e in enumerate(examples):
         expected += [found[e.version[t]][i][j] for j, t in enumerate(e.at)]
-    most = allowed.logp
-    if getattr(f, "vllm", None) or getattr(f, "engine", "native") != "native":
-        most = max(most, BF16 / FP32 * most)
     given = column(examples, "engine_logp")
     causes = other_weights(run, step, examples)
-    return compared("sampled log-probs", given, expected, most, causes, at_token(examples))
+    return compared(what, given, expected, allowed.logp, causes, at_token(examples))
+
+
+def _as_sampled(e):
+    """ORPO trains the prompt too."""
+    return Namespace(**{**vars(e), "at": [t for t in e.at if e.version[t] >= 0]})
 
 
 def _by_trainer(run, step, examples, allowed, name, what):
@@ -318,12 +333,13 @@ def _by_reference(run, step, examples, allowed):
 
 def of_pair_references(run, step, allowed) -> list[Line]:
     """ref_logp of pairs: summed over the answer."""
-    if not set(step.flags.loss) - plain.WITHOUT_REFERENCE:
+    examples = [e for e in step.examples if e.minibatch]
+    if run.kind != "kto" and not set(step.flags.loss) - plain.WITHOUT_REFERENCE:
         return []
 
     def summed(model):
         found = []
-        for e in step.examples:
+        for e in examples:
             found.append(sum(e.weight[t] * x for t, x in zip(e.at, logps(model, e, 1.0))))
         return found
 
@@ -331,18 +347,13 @@ def of_pair_references(run, step, allowed) -> list[Line]:
     if run.has_weights(step.number - 1):
         policy = partial(summed, run.model(step.number - 1)[0])
         causes.append(("the reference is the policy itself, so every margin is 0", policy))
-    swapped = [e.ref_logp for e in step.examples]
-    swapped = [swapped[i ^ 1] for i in range(len(swapped))]
     expected = summed(run.reference)
-    causes.append(
-        (
-            "those of chosen and rejected are swapped",
-            lambda: [expected[i ^ 1] for i in range(len(expected))],
-        )
-    )
-    most = [allowed.logp * math.sqrt(max(1, len(e.at))) for e in step.examples]
-    given = [e.ref_logp for e in step.examples]
-    return [compared("reference's log-probs", given, expected, most, causes, "example {}".format)]
+    if run.kind == "dpo":  # the two of a pair are neighbours
+        swapped = [expected[i ^ 1] for i in range(len(expected))]
+        causes.append(("those of chosen and rejected are swapped", lambda: swapped))
+    most = [allowed.logp * math.sqrt(max(1, len(e.at))) for e in examples]
+    given = [e.ref_logp for e in examples]
+    return [compared("reference's log-probs", given, expected, most, causes, "number {}".format)]
 
 
 def of_values(run, step, allowed) -> list[Line]:

@@ -81,7 +81,7 @@ def replayed(run: Recorded, number: int) -> list[Line]:
     if kind == "ppo":
         lines += links.of_values(run, step, allowed)
         lines += links.of_gae(run, step)
-    if kind in ("dpo", "online_dpo"):
+    if kind in ("dpo", "online_dpo", "kto"):
         lines += links.of_pair_references(run, step, allowed)
     if kind == "rm":
         note = "of a reward model replay covers the learning rate alone"

@@ -25,6 +25,7 @@ from nanopost.links import (
     gap,
     groups_of,
     other_weights,
+    temperature_of,
     under,
 )
 from nanopost.retrace import leaking, passed, value_rate, values
@@ -163,14 +164,8 @@ def of_passes(step) -> list[Line]:
         return True
 
     causes = [
-        (
-            "the mask is shifted by one token to the right when targets are made",
-            partial(shifted, 1),
-        ),
-        (
-            "the mask is shifted by one token to the left when targets are made",
-            partial(shifted, -1),
-        ),
+        ("targets are made of a mask shifted by one token to the right", partial(shifted, 1)),
+        ("targets are made of a mask shifted by one token to the left", partial(shifted, -1)),
     ]
     return [*lines, counted("trained tokens", wrong, len(passed_through), causes)]
 
@@ -363,8 +358,8 @@ def _logged_loss(run, step, parts):
 
 # ------------------------------------------------------------------------------------------ updates
 def rate_of(run, f, number, k, parts) -> float:
-    """The learning rate of optimizer step k of a step, of `parts`; k may be out of range, nan before
-    the first one of all."""
+    """The learning rate of optimizer step k, of `parts` in a step; k may be out of range: nan
+    before the first one of all."""
     if run.kind == "grpo":
         update = (number - 1) * parts + k + 1
         if update < 1:
@@ -414,7 +409,7 @@ class Replica:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def loss(self, unit, changes=None, remember=True):
-        f, temperature = self.f, getattr(self.f, "temperature", 1.0)
+        f, temperature = self.f, temperature_of(self.run, self.f)
         if changes:
             f = with_flags(f, changes)
         logps_of, values_of = [], None
@@ -544,7 +539,7 @@ def _later_passes(step, replica, other, allowed) -> Line:
 def why_log_probs(run, step, examples, allowed) -> str:
     """Of the first optimizer step, whose weights are known."""
     model, _ = run.model(step.number - 1)
-    temperature = getattr(step.flags, "temperature", 1.0)
+    temperature = temperature_of(run, step.flags)
 
     def like(found):
         given = column(examples, "logp")

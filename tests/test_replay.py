@@ -7,7 +7,6 @@ import json
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -48,9 +47,17 @@ MORE = {
     "gspo, stale": RUNS["grpo"] + "--ratio sequence --adv batch --max_staleness 1 --beta 0 "
     "--clip 3e-4 4e-4",
     "sapo": RUNS["grpo"] + "--loss sapo --adv mean --agg token --lora 2",
+    "kto": RUNS["dpo"].replace("train_dpo", "train_kto").replace("pairs", "labelled")
+    + "--beta 0.3 --holdout 2",
+    "online": "train_online_dpo.py --steps 3 --group 3 --lr 2e-3 --loss sigmoid orpo "
+    + SAMPLED.replace("--max_logp_gap 99 ", "").replace("--tokens 80", "--tokens 120")
+    + STEPS,
+    "rm": RUNS["dpo"].replace("train_dpo", "train_rm"),
     "head": RUNS["ppo"] + "--value_model head --ppo_epochs 2 --score_scale --whiten_rewards "
     "--value_warmup 1 --kl k3",
 }
+
+NOT_COVERED = {"kto": {"rows and mask", "loss"}, "rm": {"rows and mask", "loss and gradient"}}
 
 
 @contextmanager
@@ -120,7 +127,7 @@ def verdicts(out, steps=None):
 def test_every_step_of_a_healthy_run_holds(made, name):
     for step, (lines, said) in verdicts(made(name)).items():
         assert re.match(rf"step {step}: all \d+ lines hold", said), "\n".join(replay.table(lines))
-        left_out = {line.what for line in lines if line.note}
+        left_out = {line.what for line in lines if line.note} - NOT_COVERED.get(name, set())
         assert left_out <= ({"gradient", "weights"} if step == 3 else set()), lines
 
 
@@ -151,7 +158,7 @@ FAULTS = {
         "mask_N = _shift(np.concatenate([e.mask for e in examples]), end_S)",
         "mask_N = np.concatenate([e.mask for e in examples])",
         "trained tokens",
-        "shifted by one token to the right when targets are made",
+        "targets are made of a mask shifted by one token to the right",
     ),
     "wrong divisor": Fault(
         "grpo",
@@ -308,35 +315,38 @@ def test_a_planted_fault_is_named(place, tmp_path, name):
 
 
 # ------------------------------------------------------------------------------------- the command
-def command(out, *more):
+def command(capsys, *given):
     """-> (exit status, what it says)."""
-    return subprocess.run(
-        [sys.executable, "-m", "nanopost.replay", str(out), *more],
-        cwd=forks.ROOT,
-        capture_output=True,
-        text=True,
-    )
+    hook, status = sys.excepthook, 0
+    try:
+        replay.main([str(x) for x in given])
+    except SystemExit as error:
+        status = error.code
+    finally:
+        sys.excepthook = hook
+        torch.set_flush_denormal(False)
+    return status, capsys.readouterr().out.splitlines()
 
 
-def test_the_command_says_which_steps_hold_and_exits_by_that(made, tmp_path):
+def test_the_command_says_which_steps_hold_and_exits_by_that(made, tmp_path, capsys):
     out = made("sft")
-    done = command(out)
-    assert done.returncode == 0, done.stderr
-    *steps, last = [line for line in done.stdout.splitlines() if "step" in line]
+    capsys.readouterr()
+    status, said = command(capsys, out)
+    *steps, last = [line for line in said if "step" in line]
     assert [line.split(":")[0] for line in steps] == ["step 1", "step 2", "step 3"]
-    assert last == "3 steps, 0 of them do not hold"
+    assert status == 0 and last == "3 steps, 0 of them do not hold"
     shutil.copytree(out, tmp_path / "out")
     path = tmp_path / "out/records/000002.jsonl"
     about, first, *rest = map(json.loads, path.read_text().splitlines())
     first["mask"] = [1] * len(first["mask"])
     path.write_text("".join(json.dumps(x) + "\n" for x in (about, first, *rest)))
-    done = command(tmp_path / "out", "--steps", "2:3")
-    assert done.returncode == 1 and "the prompt too" in done.stdout, done.stderr
-    assert max(map(len, done.stdout.splitlines()[:10])) <= 100
-    assert done.stdout.splitlines()[-1] == "2 steps, 1 of them do not hold"
+    status, said = command(capsys, tmp_path / "out", "--steps", "2:3")
+    assert status == 1 and any("the prompt too" in line for line in said)
+    assert max(map(len, said[:10])) <= 100
+    assert said[-1] == "2 steps, 1 of them do not hold"
 
 
-def test_what_is_missing_is_said_in_a_sentence(made, tmp_path, capsys):
+def test_what_is_missing_is_said_in_a_sentence(made, tmp_path):
     out = made("dpo")
     for given, sentence in [
         ([str(tmp_path)], "is no run's folder"),
