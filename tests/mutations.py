@@ -2757,6 +2757,55 @@ MUTATIONS = [
         "if peak(other) <= 2 * args.machine.memory and",
         "test_plan.py::test_what_makes_it_fit_fits_and_the_cheapest_comes_first",
     ),
+    mutation(
+        "a-tape-mixes-optimizer-steps",
+        "nanopost/tape.py",
+        "passes = [found.get((number, digest)) for number in steps]",
+        "passes = [found.get((0, digest)) for number in steps]",
+        "test_tape.py::test_a_line_holds_what_an_example_gives_alone",
+    ),
+    mutation(
+        "a-tape-keeps-to-its-rank",
+        "nanopost/tape.py",
+        "found = dict(gather(list(self.found.items())))",
+        "found = self.found",
+        "test_tape.py::test_ranks_send_home_what_they_ran_for_others",
+    ),
+    mutation(
+        "replay-allows-everything",
+        "nanopost/links.py",
+        "return self.difference <= self.tolerance",
+        "return True",
+        "test_replay.py::test_the_command_says_which_steps_hold_and_exits_by_that",
+    ),
+    mutation(
+        "replay-takes-the-recorded-advantage",
+        "nanopost/links.py",
+        'expected, given = by(f.adv)(), column(order, "adv")',
+        'expected, given = column(order, "adv"), column(order, "adv")',
+        "test_replay.py::test_a_planted_fault_is_named[sign of the advantage]",
+    ),
+    mutation(
+        "replay-with-another-second-moment",
+        "nanopost/plain.py",
+        "0.95 * second + 0.05 * p.grad * p.grad",
+        "0.9 * second + 0.1 * p.grad * p.grad",
+        "test_replay.py::test_every_step_of_a_healthy_run_holds[grpo]",
+    ),
+    mutation(
+        "replay-clips-no-gradient",
+        "nanopost/plain.py",
+        "if max_norm and max_norm < norm + 1e-6:",
+        "if False:",
+        "test_replay.py::test_every_step_of_a_healthy_run_holds[grpo]",
+    ),
+    mutation(
+        "replay-with-a-minibatch-of-another-order",
+        "nanopost/updates.py",
+        "seed = f.seed, step.number, epoch\n",
+        "seed = f.seed, epoch\n",
+        "test_replay.py::test_every_step_of_a_healthy_run_holds[ppo]",
+    ),
 ]
 
 
