@@ -129,13 +129,13 @@ def _largest_logit(run, step) -> float:
 # -------------------------------------------------------------------------------------------- rows
 def of_rows(run, step) -> list[Line]:
     """Are the ids and masks those of the data?"""
+    if run.kind in ("grpo", "ppo", "online_dpo"):
+        return _sampled_rows(run, step)
     if run.changed:
         return [Line("rows and mask", note=run.changed)]
-    if run.kind in ("kto", "rm"):
-        return [Line("rows and mask", note=f"replay renders no rows of train_{run.kind}.py")]
     if run.kind in ("sft", "dpo"):
         return _stored_rows(run, step)
-    return _sampled_rows(run, step)
+    return [Line("rows and mask", note=f"replay renders no rows of train_{run.kind}.py")]
 
 
 def _stored_rows(run, step):
@@ -184,31 +184,29 @@ def _without_last(e, mask):
 def _sampled_rows(run, step):
     """Prompts by the data, completions and masks by what the engine answered."""
     f, prompts, ids, pairs = step.flags, [], [], []
+    answers = run.answers(step.number)
     for serial, group in groups_of(step).items():
-        row = run.rows[run.row_of(serial)]
-        answer = run.rollouts.get((step.number, prompt_seed(f.seed, serial)))
-        for j, e in enumerate(group):
-            if e.ids[: len(row["prompt_ids"])] != row["prompt_ids"]:
-                prompts.append(f"example {e.index} of prompt {serial}")
-            if answer is None:
-                continue
+        answer = answers.get(prompt_seed(f.seed, serial))
+        if not run.changed:
+            prompt = run.rows[run.row_of(serial)]["prompt_ids"]
+            wrong = [e for e in group if e.ids[: len(prompt)] != prompt]
+            prompts += [f"example {e.index} of prompt {serial}" for e in wrong]
+        for j, e in enumerate(group if answer else []):
             if e.ids != answer["prompt"] + answer["ids"][j]:
                 ids.append(f"example {e.index} of prompt {serial}")
                 continue
             mask = [0] * len(answer["prompt"]) + [int(x) for x in answer["sampled"][j]["values"]]
-            if run.kind == "ppo" and _unrewarded(e):
+            if run.kind == "ppo" and not plain.there(e.rewards):
                 mask = [0] * len(mask)
             if run.kind == "online_dpo" and "orpo" in f.loss and e.minibatch:
                 mask = [1] * len(mask)
             pairs.append((e, mask))
     lines = [counted("prompts", prompts, len(step.examples))]
-    if not pairs:
+    if run.changed:
+        lines = [Line("prompts", note=run.changed)]
+    if not pairs and not ids:
         return [*lines, Line("mask", note="records/ has no rollouts of this step")]
     return [*lines, counted("completions", ids, len(step.examples)), _masks(pairs)]
-
-
-def _unrewarded(e):
-    return not plain.there(e.rewards)
 
 
 def groups_of(step) -> dict[int, list]:

@@ -9,6 +9,7 @@ Shapes: T tokens of one sequence, D width, V vocabulary.
 import copy
 import hashlib
 import json
+import re
 from argparse import Namespace
 from functools import cached_property
 from pathlib import Path
@@ -40,10 +41,10 @@ class Recorded:
         self.starts = starts_of(out)
         if not self.starts:
             raise InputError(f"{out} is no run's folder: it has no run.json.")
-        command = Path(self.starts[-1]["command"].split(" ")[0]).stem
-        self.kind = command.removeprefix("train_")
+        command = self.starts[-1]["command"]
+        self.kind = next(iter(re.findall(r"train_(\w+)\.py", command)), "")
         if self.kind not in KINDS:
-            raise InputError(f"{out}: {command}.py is no script that replay knows.")
+            raise InputError(f"{out} is of no script that replay knows: {command[:100]}.")
         paths = (self.out / "records").glob("[0-9]*.jsonl")
         self.paths = {int(path.stem): path for path in sorted(paths)}
         if not self.paths:
@@ -83,13 +84,15 @@ class Recorded:
             metrics=self.metrics.get(number, {}),
         )
 
-    @cached_property
-    def rollouts(self) -> dict[tuple, dict]:
-        """(step, seed) -> the group that the engine answered."""
-        found = {}
+    def answers(self, step: int) -> dict[int, dict]:
+        """Seed -> the group that the engine answered, of those that a step took."""
+        found, begins = {}, f'{{"step": {step}, '
         for path in (self.out / "records").glob("rollouts-*.jsonl"):
-            for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-                found[line["step"], line["seed"]] = line
+            with open(path, encoding="utf-8") as file:
+                for line in file:
+                    if line.startswith(begins):
+                        group = json.loads(line)
+                        found[group["seed"]] = group
         return found
 
     # ----------------------------------------------------------------------------------- the data

@@ -491,7 +491,7 @@ def of_updates(run, step, parts, allowed) -> list[Line]:
     if not norm.holds:
         cause = why_gradient(run, Replica(run, step), parts[0], given[0], norms[0], most[0])
         norm = norm._replace(cause=cause)
-    lines = [_first_passes(run, step, replica, allowed), norm]
+    lines = [*_first_passes(run, step, replica, allowed), norm]
     if other:
         lines.append(_later_passes(step, replica, other, allowed))
         later = compared("gradient norms, later", given[1:], norms[1:], most[1:])
@@ -518,13 +518,16 @@ def _passes(step, replica, which):
     return examples, column(examples, "logp"), [x for e in examples for x in replica.logps[e.index]]
 
 
-def _first_passes(run, step, replica, allowed) -> Line:
-    """The trainer's log-probs in the first optimizer step, whose weights are known."""
+def _first_passes(run, step, replica, allowed) -> list[Line]:
+    """Log-probs and entropies of the first optimizer step, whose weights are known."""
     examples, given, expected = _passes(step, replica, lambda k: k == 0)
     line = compared("log-probs", given, expected, allowed.logp, (), at_token(examples))
-    if line.note or line.holds:
-        return line
-    return line._replace(cause=why_log_probs(run, step, examples, allowed))
+    if not (line.note or line.holds):
+        line = line._replace(cause=why_log_probs(run, step, examples, allowed))
+    entropies = [x for e in examples for x in replica.entropies[e.index]]
+    most = 2 * allowed.logp * max([1.0, *entropies])
+    given = column(examples, "entropy")
+    return [line, compared("entropies", given, entropies, most, (), at_token(examples))]
 
 
 def _later_passes(step, replica, other, allowed) -> Line:
