@@ -22,8 +22,8 @@ import torch
 from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preference, reference, rows
 from nanopost.cli import above, at_least, finite
 from nanopost.forward import batches, check_finite, gather_pairs
+from nanopost.plan import end_dry_run
 from nanopost.report import marked_text
-from nanopost.run import Run
 from nanopost.tape import Tape
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
@@ -46,7 +46,7 @@ add("--alpha", type=finite, default=0.5, help="alpha of --divergence alpha")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 f_score = {
@@ -122,9 +122,9 @@ per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy", "grad_norm"]
+show = ["loss", "rewards/accuracies", "rewards/margins", "rewards/ties", "grad_norm", "entropy"]
 show += ["lr"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -160,6 +160,9 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    lengths = [len(e) for pair in train_pairs for e in pair]
+    end_dry_run("dpo", vars(args), world, lengths)
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:

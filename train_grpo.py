@@ -37,23 +37,13 @@ from functools import partial
 
 import torch
 
-from nanopost import (
-    InputError,
-    advantages,
-    cli,
-    dist,
-    hf,
-    losses,
-    optim,
-    packing,
-    rewards,
-    rows,
-)
+from nanopost import InputError, advantages, cli, dist, hf, losses, optim, packing, rewards, rows
 from nanopost.cli import above, at_least
 from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, batches, check_finite
+from nanopost.plan import end_dry_run
 from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
-from nanopost.run import Clock, Run
+from nanopost.run import Clock
 from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
@@ -110,7 +100,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 if args.beta and args.kl == "k1":
     raise InputError(
         "--kl k1 has no expected gradient in a loss: use --kl k3 or k2, or forks/kl_reward.diff, "
@@ -141,8 +131,8 @@ reward_functions, reward_weights = rewards.load(
 columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "loss", "grad_norm"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+show = ["reward", "reward_std", "frac_reward_zero_std", "kl", "entropy", "grad_norm", "loss"]
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -236,6 +226,9 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    lengths = [len(row["prompt_ids"]) for row in train_rows]
+    end_dry_run("grpo", vars(args), world, lengths)
 gap = LogpGap(args.max_logp_gap, world.dtype)
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
@@ -337,7 +330,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     metrics = {
         **meter.means(),
         **dist.means(rewards.sums(reward_names, reward_FPG)),
-        **length_metrics(rollouts),
+        **length_metrics(groups),
         **staleness_metrics(rollouts, step - 1),
         **gap.metrics(),
         "loss": dist.all_sum(torch.stack(loss_parts)) / args.minibatches,

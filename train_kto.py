@@ -28,8 +28,8 @@ from nanopost import InputError, cli, dist, hf, optim, packing, pairs, preferenc
 from nanopost.batch import Example
 from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite, gather_pairs
+from nanopost.plan import end_dry_run
 from nanopost.report import marked_text
-from nanopost.run import Run
 from nanopost.tape import Tape
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
@@ -62,7 +62,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 reference_folder = args.reference_model or args.model
@@ -119,9 +119,9 @@ per_epoch = len(train_pairs)
 args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["loss", "rewards/accuracies", "rewards/ties", "rewards/chosen", "entropy", "grad_norm"]
+show = ["loss", "rewards/accuracies", "rewards/chosen", "rewards/ties", "grad_norm", "entropy"]
 show += ["lr"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "reward_sum": 0.0, "reward_count": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -184,6 +184,9 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    lengths = [len(e) for pair in train_pairs for e in pair]
+    end_dry_run("kto", vars(args), world, lengths)
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:

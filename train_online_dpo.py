@@ -32,8 +32,9 @@ from nanopost import (
 from nanopost.cli import above, at_least, finite
 from nanopost.engine import prompt_seed
 from nanopost.forward import batches, check_finite
+from nanopost.plan import end_dry_run
 from nanopost.rollout import length_metrics, sample_records, staleness_metrics
-from nanopost.run import Clock, Run
+from nanopost.run import Clock
 from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
@@ -58,7 +59,7 @@ add("--reference_model", help="folder of the reference; default: --model")
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 loss_functions = [preference.LOSSES[name] for name in args.loss]
 loss_weights = args.loss_weights or [1.0] * len(args.loss)
 cli.check_one_each("loss_weights", args.loss_weights, "loss", args.loss)
@@ -105,9 +106,9 @@ stateful = reward_functions + ([judge] if judge else [])
 sampling = cli.sampling(args, kept=False)
 
 optimizer = optim.adamw(model, args.weight_decay)
-show = ["reward", "loss", "rewards/accuracies", "rewards/ties", "rewards/margins", "entropy"]
+show = ["reward", "loss", "rewards/accuracies", "rewards/margins", "rewards/ties", "entropy"]
 show += ["grad_norm", "lr"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -165,6 +166,8 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    end_dry_run("online_dpo", vars(args), world, [len(row["prompt_ids"]) for row in train_rows])
 engine.sync_weights(dist.full_weights(model), state["step"])
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
@@ -246,7 +249,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     meter.add(len(groups), ties=len(groups) - len(step_pairs))
     metrics = {
         **meter.means(),
-        **length_metrics(rollouts),
+        **length_metrics(groups),
         **staleness_metrics(rollouts, step - 1),
         "grad_norm": grad_norm,
         "lr": lr,

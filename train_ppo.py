@@ -26,25 +26,15 @@ dropout (there is none). In forks/: adaptive KL, early stopping on KL, KL in the
 
 import torch
 
-from nanopost import (
-    InputError,
-    advantages,
-    cli,
-    dist,
-    hf,
-    losses,
-    optim,
-    packing,
-    rewards,
-    rows,
-)
+from nanopost import InputError, advantages, cli, dist, hf, losses, optim, packing, rewards, rows
 from nanopost.batch import add_column, padded
 from nanopost.cli import above, at_least
 from nanopost.engine import prompt_seed
 from nanopost.forward import add_logprobs, add_values, batches, check_finite
+from nanopost.plan import end_dry_run
 from nanopost.reproducible import row_sums
 from nanopost.rollout import LogpGap, length_metrics, sample_records, staleness_metrics
-from nanopost.run import Clock, Run
+from nanopost.run import Clock
 from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
 
@@ -108,7 +98,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 value_rate = 1.0
 if args.value_lr is not None:
@@ -151,9 +141,9 @@ columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay, value=value_rate)
 policy_trained = [p for p in model.policy.parameters() if p.requires_grad]
-show = ["objective/scores", "objective/kl", "policy/entropy_avg", "loss/policy_avg"]
-show += ["loss/value_avg", "val/explained_variance", "grad_norm", "completions/mean_length"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+show = ["objective/scores", "objective/kl", "policy/entropy_avg", "val/explained_variance"]
+show += ["grad_norm", "completions/mean_length", "loss/value_avg", "loss/policy_avg"]
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0, "score_sums": (0, 0.0, 0.0)}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -194,6 +184,9 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    lengths = [len(row["prompt_ids"]) for row in train_rows]
+    end_dry_run("ppo", vars(args), world, lengths)
 gap = LogpGap(args.max_logp_gap, world.dtype)
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
@@ -324,7 +317,7 @@ for step in range(state["step"] + 1, args.steps + 1):
     metrics = {
         **meter.means(),
         **dist.means(rewards.sums(reward_names, reward_FPG)),
-        **length_metrics(rollouts),
+        **length_metrics(groups),
         **staleness_metrics(rollouts, step - 1),
         **gap.metrics(),
         "val/explained_variance": advantages.explained_variance(

@@ -20,8 +20,8 @@ import torch
 from nanopost import cli, dist, hf, optim, packing, pairs, preference, rows
 from nanopost.cli import at_least
 from nanopost.forward import batches, check_finite
+from nanopost.plan import end_dry_run
 from nanopost.report import marked_text
-from nanopost.run import Run
 from nanopost.tape import Tape
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
@@ -36,7 +36,7 @@ add("--centre", type=at_least(0.0), default=0.0, help="weight of a pair's square
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 # transformers scores the last non-padding token: if answers end with the padding token, no token
 # may count as padding.
@@ -70,7 +70,7 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / args.rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "accuracy", "margin", "grad_norm", "lr", "tokens_per_second"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -120,6 +120,9 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    lengths = [len(e) for pair in train_pairs for e in pair]
+    end_dry_run("rm", vars(args), world, lengths)
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:

@@ -18,8 +18,8 @@ import torch
 from nanopost import cli, dist, hf, losses, optim, packing, rows
 from nanopost.cli import above, at_least
 from nanopost.forward import batches, check_finite
+from nanopost.plan import end_dry_run
 from nanopost.report import report
-from nanopost.run import Run
 from nanopost.tape import Tape
 from nanopost.terminal import progress
 from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_files
@@ -56,7 +56,7 @@ add(
 args = parser.parse_args()
 
 # -------------------------------------------------------------------------------------------- setup
-world = dist.init(args.device, args.dtype, args.seed, args.reproducible)
+world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
 
@@ -83,7 +83,7 @@ args.steps = args.steps or math.ceil(args.epochs * per_epoch / per_step)
 
 optimizer = optim.adamw(model, args.weight_decay)
 show = ["loss", "grad_norm", "lr", "tokens_per_second"]
-run = Run(args.out, world, args.steps, vars(args), show, args.keep)
+run = cli.run(args, world, show)
 fresh = {"step": 0, "consumed": 0, "num_tokens": 0}
 state = run.start(model, optimizer, fresh, args.resume, args.overwrite, fingerprint(tokenizer))
 run.say(check_stage(args.model, tokenizer))
@@ -114,6 +114,8 @@ def evaluate():
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.
+if args.dry_run:
+    end_dry_run("sft", vars(args), world, lengths)
 loss_of = {"nll": losses.sft_nll, "dft": losses.sft_dft}[args.loss]
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)

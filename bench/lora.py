@@ -9,6 +9,7 @@ beside each for comparison. Rank 16 on all linear layers of the blocks.
 """
 
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -47,6 +48,15 @@ def jobs_of(name: str, model: str, folder: str, steps: int, tokens: int) -> dict
     return jobs
 
 
+def with_template_of(ours, given, folder) -> str:
+    """`given`, a model folder, with the template of ours, in which TRL finds the answers."""
+    shutil.copytree(given, folder, copy_function=os.symlink)
+    template = Path(folder, "chat_template.jinja")
+    template.unlink(missing_ok=True)
+    template.symlink_to(Path(ours, "chat_template.jinja"))
+    return folder
+
+
 def main():
     parser = common.parser(__doc__)
     parser.add_argument("--try", action="store_true", dest="tiny", help="write no results")
@@ -54,7 +64,9 @@ def main():
     parser.add_argument("--model", help="folder; default: a random Qwen3, 4 layers, 256 wide")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=1024, help="of our micro-batches")
+    parser.add_argument(
+        "--tokens", type=int, default=512, help="of our micro-batches; TRL's are of 512"
+    )
     parser.add_argument("--out", default=common.RESULTS / "cpu_lora.json", type=Path)
     args = parser.parse_args()
     if args.tiny:
@@ -67,7 +79,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name in args.work:
             common.run(["-c", MAKE, folder, name], stdout=sys.stderr)
-            model = args.model or f"{folder}/{name}"
+            model = f"{folder}/{name}"
+            if args.model:
+                model = with_template_of(model, args.model, f"{folder}/given-{name}")
             jobs = interleaved(jobs_of(name, model, folder, args.steps, args.tokens), args.rounds)
             print(name)
             print_table(jobs)

@@ -71,7 +71,7 @@ RUNS = [
     ("7B", f"{SFT} --gpu rtx4090 --tokens 8192 --checkpointing full --lora 16 --quantize nf4"),
     ("7B", "--script dpo --length 1024 --gpu h100 --gpus 8 --tokens 8192 --checkpointing full"),
     ("7B", f"{GRPO} --gpu h100 --gpus 8 --tokens 16384 --checkpointing full"),
-    ("7B", f"{GRPO} --gpu h100 --gpus 8 --tokens 16384 --checkpointing full --vllm 8"),
+    ("7B", f"{GRPO} --gpu h100 --gpus 8 --tokens 16384 --checkpointing full --server_gpus 8"),
     ("7B", "--script ppo --length 512 --gpu h100 --gpus 8 --tokens 8192 --beta 0.05"),
     ("70B", f"{SFT} --gpu h100 --gpus 64 --tokens 8192 --checkpointing full"),
     ("70B", f"{SFT} --gpu h100 --gpus 8 --tokens 8192 --checkpointing full --lora 16"),
@@ -79,7 +79,7 @@ RUNS = [
         "70B",
         f"{SFT} --gpu h100 --gpus 2 --tokens 8192 --checkpointing full --lora 16 --quantize nf4",
     ),
-    ("70B", f"{GRPO} --gpu h100 --gpus 64 --tokens 16384 --checkpointing full --vllm 32"),
+    ("70B", f"{GRPO} --gpu h100 --gpus 64 --tokens 16384 --checkpointing full --server_gpus 32"),
     ("70B", f"{GRPO} --gpu h100 --gpus 64 --tokens 16384 --checkpointing full"),
 ]
 
@@ -99,7 +99,9 @@ def row(folder: Path, size: str, flags: str) -> dict:
         "of": args.machine.memory / 1e9,
         "largest": {name: size / 1e9 for name, size in parts},
         "seconds": time,
-        "tokens per second and GPU": plan.tokens_of_step(args) / time / (args.gpus + args.vllm),
+        "tokens per second and GPU": plan.tokens_of_step(args)
+        / time
+        / (args.gpus + args.server_gpus),
         "fits with": [plan.words(change) for change, _ in ways[:2]],
     }
 

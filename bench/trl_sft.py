@@ -12,9 +12,11 @@ import os
 import tempfile
 import time
 
+import bitsandbytes  # noqa: F401  here, so that it counts as an import and not as training
 import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -72,8 +74,6 @@ def adapters(args):
     """peft's configuration, with our defaults; None without --lora."""
     if not args.lora:
         return None
-    from peft import LoraConfig
-
     return LoraConfig(
         r=args.lora, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"
     )

@@ -18,10 +18,11 @@ import torch
 from nanopost import InputError, dist, hf, lora, packing
 from nanopost.ahead import Ahead
 from nanopost.audit import Audit
+from nanopost.boards import Boards
 from nanopost.colocate import Colocated
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.recording import Recording, Replay
-from nanopost.run import changed_arguments, starts_of
+from nanopost.run import Run, changed_arguments, starts_of
 from nanopost.terminal import say
 from nanopost.vllm import Servers
 
@@ -134,6 +135,12 @@ def parser(
     add("--chat_template", help="a Jinja file that replaces the model's own template")
     add("--seed", type=at_least(0), default=0)
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add(
+        "--dry_run",
+        action="store_true",
+        help="check flags, data and model, say what memory and time a step takes, and stop before "
+        "the first; --model needs no weights",
+    )
     add("--dtype", default="auto", choices=["auto", "fp32", "bf16"], help="auto: bf16 on CUDA")
     add("--compile", action="store_true", help="torch.compile each block")
     add(
@@ -220,9 +227,27 @@ def parser(
         help="of the trained model's folder; auto: that of --model",
     )
     add("--record", action="store_true", help="write what each step was made of to --out/records")
+    add(
+        "--alarms",
+        default="warn",
+        choices=["warn", "stop", "off"],
+        help="what a sick run does (nanopost/alarms.py): say it, or also save and stop",
+    )
+    add("--tensorboard", action="store_true", help="write the metrics to --out/tensorboard too")
+    add(
+        "--wandb",
+        metavar="PROJECT",
+        help="send the metrics to Weights & Biases too; WANDB_MODE=offline: write --out/wandb",
+    )
     add("--resume", action="store_true", help="continue from the newest checkpoint in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     return parser
+
+
+def run(args, world, show: list[str]) -> Run:
+    """The run in --out. show: metrics for the printed line, the most important first."""
+    boards = Boards(args.out, args.tensorboard, args.wandb)
+    return Run(args.out, world, args.steps, vars(args), show, args.keep, args.alarms, boards)
 
 
 def shard(args, world):
@@ -306,6 +331,8 @@ def engine(args, folder, model, world, tokenizer):
         )
     if args.vllm and args.engine != "native":
         raise InputError("--vllm and --engine colocate are two engines: give one of them.")
+    if args.dry_run:
+        return Engine.of(policy, tokenizer, shared=True)
     if args.vllm:
         audit = Audit(model, tokenizer, world, args.audit_every)
         return Servers(args.vllm, tokenizer, world, model.config, args.vllm_timeout, audit)
@@ -337,7 +364,7 @@ def ahead(args, engine, world, rows: list[dict], sampling, step: int) -> Ahead:
         args.steps,
         args.prompts,
         staleness=0 if args.replay else args.max_staleness,
-        recording=Recording(args.out, world, step) if args.record else None,
+        recording=Recording(args.out, world, step) if args.record and not args.dry_run else None,
     )
 
 
@@ -394,7 +421,7 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
 
 def add_engine_flags(parser: Parser):
     """What samples: see `engine`."""
-    parser.set_defaults(replay=None, max_staleness=0)  # flags of a run alone
+    parser.set_defaults(replay=None, max_staleness=0, dry_run=False)  # flags of a run alone
     add = parser.add_argument
     add(
         "--engine",

@@ -53,12 +53,14 @@ def init(
     dtype: str = "auto",
     seed: int = 0,
     same_bytes: bool = False,
+    dry: bool = False,
     timeout_minutes: float = 30,
 ) -> World:
     """Join the processes that torchrun started, or run as a single one, and seed torch.
 
     device: auto, cpu or cuda. dtype: fp32, bf16, or auto, which is bf16 on CUDA and fp32 on a CPU.
-    same_bytes: on any number of ranks (see reproducible.py).
+    same_bytes: on any number of ranks (see reproducible.py). dry: the device is meta, where tensors
+    have no data.
     """
     global reproducible
     reproducible = same_bytes
@@ -99,6 +101,8 @@ def init(
     if dtype == "auto":
         dtype = "bf16" if device == "cuda" else "fp32"
     where = torch.device(device, local_rank) if device == "cuda" else torch.device("cpu")
+    if dry:
+        where = torch.device("meta")
     return World(rank, size, where, {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
 
 
@@ -216,8 +220,10 @@ def shard(
         for block in blocks:
             block.compile()
     model.reduce_last = reduce == "step" and world.size > 1
-    sharded = [*blocks, model]
     model.runs_on = world.device
+    if world.device.type == "meta":
+        return model
+    sharded = [*blocks, model]
     model.held_on = torch.device("cpu") if offload else world.device
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
     is_whole = world.dtype == torch.float32 or frozen == {world.dtype}

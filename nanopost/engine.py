@@ -141,10 +141,17 @@ class Engine:
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[list[int]], n: int, sampling: Sampling, seeds: list[int] | None = None
+        self,
+        prompts: list[list[int]],
+        n: int,
+        sampling: Sampling,
+        seeds: list[int] | None = None,
+        tell: Callable[[list[int]], None] | None = None,
     ) -> list[list[Rollout]]:
         """n rollouts of each prompt (token ids). Sample i of prompt p draws from seed seeds[p] + i.
 
+        tell: called with the ids that are new, whenever the host has looked for ends: for one
+        rollout of one prompt.
         InputError for an empty prompt, an empty stop string, more tokens than model positions or
         than the cache may hold, and for a device that runs out of memory.
         """
@@ -173,7 +180,7 @@ class Engine:
             for rows in self._parts(lengths, n, sampling.max_tokens):
                 prompts_B = [prompts[b // n] for b in rows]
                 seeds_B = [seeds[b // n] + b % n for b in rows]
-                rollouts += self._generate(prompts_B, sampling, seeds_B)
+                rollouts += self._generate(prompts_B, sampling, seeds_B, tell)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"out of memory while sampling: lower --engine_tokens ({self.tokens}) or "
@@ -197,7 +204,7 @@ class Engine:
         if lengths:
             yield range(first, len(lengths) * n)
 
-    def _generate(self, prompts_B, sampling, seeds_B) -> list[Rollout]:
+    def _generate(self, prompts_B, sampling, seeds_B, tell=None) -> list[Rollout]:
         rows, most, device = len(prompts_B), sampling.max_tokens, self.device
         uniform_BT = torch.stack([_uniforms(seed, most) for seed in seeds_B]).to(device)
         token_BT = torch.zeros(rows, most, dtype=torch.long, device=device)
@@ -237,6 +244,8 @@ class Engine:
                 end_A = self._ends(host_BT[open_A, :t], seen, sampling.stop)
                 length_B[open_A[end_A > 0]] = end_A[end_A > 0]
                 stopped_B[open_A] = end_A > 0
+                if tell is not None:
+                    tell(host_BT[0, seen : min(t, length_B[0])].tolist())
                 seen = t
                 keep_A = (~stopped_B[living_A]).nonzero()[0]
                 if t == most or not len(keep_A):

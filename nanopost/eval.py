@@ -24,9 +24,9 @@ import numpy as np
 from nanopost import InputError, cli, dist, forward, hf, packing, rewards
 from nanopost.cli import Parser, at_least
 from nanopost.engine import Sampling, prompt_seed
+from nanopost.manifest import named_files
 from nanopost.rollout import completion_text
 from nanopost.rows import pair, prompt, read_rows, sft
-from nanopost.run import named_files
 from nanopost.terminal import progress, say
 from nanopost.tokenizer import Tokenizer, check_stage
 from nanopost.verify import answer_of

@@ -159,7 +159,7 @@ def asks_reference(args) -> bool:
 
 def samples_here(args) -> bool:
     """Whether a GPU that trains samples too."""
-    return args.script in SAMPLE and not args.vllm
+    return args.script in SAMPLE and not args.server_gpus
 
 
 def rows_at_once(args) -> int:

@@ -73,7 +73,7 @@ def load_model(
     folder, device="cpu", dtype: torch.dtype = torch.float32, shard=lambda model: model
 ) -> CausalLM:
     """The language model in a folder. shard: applied while it holds no memory yet (dist.shard)."""
-    config = _config_and_dtype(folder)
+    config = _config_and_dtype(folder, device)
     if config.scalar:
         raise InputError(
             f"{folder} is a reward model and writes no text: pass it as --reward model:{folder} "
@@ -93,7 +93,7 @@ def load_scalar_model(
     pad_id: int | None = None,
 ) -> ScalarModel:
     """A reward model. new_head: also take a language model, and replace its head with a new one."""
-    config = _config_and_dtype(folder)
+    config = _config_and_dtype(folder, device)
     if not config.scalar and not new_head:
         raise InputError(
             f"{folder} is a language model and scores nothing: train a reward model from it "
@@ -113,7 +113,7 @@ def load_actor_critic(
     value_folder: a reward model, or a language model that gets a new head; None: the value function
     is a head on the policy's hidden states, initialised to 0.
     """
-    config = _config_and_dtype(folder)
+    config = _config_and_dtype(folder, device)
     if config.scalar:
         raise InputError(
             f"{folder} is a reward model and writes no text: pass it as --value_model or "
@@ -121,7 +121,7 @@ def load_actor_critic(
         )
     value_config = None
     if value_folder:
-        value_config = _config_and_dtype(value_folder).with_scalar_head(pad_id)
+        value_config = _config_and_dtype(value_folder, device).with_scalar_head(pad_id)
     model = _empty(lambda: ActorCritic(config, value_config), device, torch.float32, shard)
     load_weights(model.policy, folder)
     if value_folder:
@@ -131,9 +131,12 @@ def load_actor_critic(
     return model
 
 
-def _config_and_dtype(folder) -> Config:
-    """read_config, with the dtype that the weights have: what config.json says may be wrong."""
+def _config_and_dtype(folder, device) -> Config:
+    """read_config, with the dtype that the weights have: what config.json says may be wrong. On the
+    meta device there need not be any."""
     config = read_config(folder)
+    if torch.device(device).type == "meta":
+        return config
     file_of = _weight_files(lora.base_folder(folder))
     if EMBEDDING in file_of:
         with _opened(file_of[EMBEDDING]) as file:
@@ -157,10 +160,12 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     Names and shapes must match the model. A tied head's copy and rotary buffers are skipped, and so
     is a language model's head if a scalar model needs a new one, which is normal with variance
     1 / (width + 1), as in 2403.17031. An adapter in the folder is merged; the model's own adapters
-    begin anew.
+    begin anew. On the meta device nothing is read.
     """
     folder = Path(folder)
     model.folder = str(folder)
+    if next(model.parameters()).is_meta:
+        return
     adapter = lora.read(folder) if lora.is_adapter_folder(folder) else None
     base = adapter.base if adapter else folder
     factors = adapter.factors if adapter else {}

@@ -86,7 +86,7 @@ def apply(
     -> the model, of model.py and on the meta device, not sharded yet.
 
     targets: names of layers, such as q_proj; None: all of them, peft's "all-linear". InputError for
-    a name that no layer has.
+    a name that no layer has, or a rank above the width of every layer.
     """
     linear = _linear_layers(model)
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in linear)
@@ -97,6 +97,12 @@ def apply(
                 f"{' '.join(kinds)}."
             )
     chosen = [name for name in linear if name.rpartition(".")[2] in (targets or kinds)]
+    widest = max(min(linear[name].weight.shape) for name in chosen)
+    if rank > widest:
+        raise InputError(
+            f"--lora {rank}: no layer is more than {widest} wide, so adapters would hold more than "
+            "the layers themselves: lower the rank, or train all weights (--lora 0)."
+        )
     for number, name in enumerate(chosen):
         _replace(model, name, LoRALinear(linear[name], rank, alpha, rslora, (seed, number)))
     for name, p in model.named_parameters():

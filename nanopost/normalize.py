@@ -1,18 +1,23 @@
 """Rows as people have them -> rows in TRL's formats, in the form that chat templates expect.
 
 Everything between reading a file and rendering a row is here. JSON text becomes objects, the nulls
-that Arrow fills in go, and four foreign formats are recognised by their columns:
+that Arrow fills in go, and foreign formats are recognised by their columns:
 
     Alpaca         instruction, input, output       -> prompt, completion (text)
     ShareGPT       conversations of from and value  -> messages, or the prompt of a pair
     LLaMA-Factory  chosen and rejected as one message instead of a list
     UltraFeedback  prompt as text beside whole conversations: they hold it, so it goes
+    PandaLM        instruction, input, response1, response2, annotator1, ...  -> a pair (text)
+    LLMBar         input, output_1, output_2, label                           -> a pair (text)
+    OASST          prompt as a tree of ranked replies  -> conversations, pairs or prompts
 
-What was taken for what is said once per file.
+What was taken for what, and what was left out, is said once per file.
 """
 
 import json
+import re
 from collections import Counter
+from itertools import combinations
 
 from nanopost import InputError
 
@@ -26,30 +31,44 @@ SHAREGPT = {
     "function_call": "assistant",
     "observation": "tool",
 }
+JUDGED = (("response1", "response2"), ("output_1", "output_2"))  # PandaLM, LLMBar
+OASST = {"prompter": "user", "assistant": "assistant"}
 
 
 def normalize(
-    rows: list[dict], renamed: dict[str, str], from_arrow: bool = False, to_messages: bool = False
+    rows: list[dict],
+    renamed: dict[str, str],
+    from_arrow: bool = False,
+    to_messages: bool = False,
+    kind: str = "sft",
 ) -> tuple[list[dict], list[str]]:
     """The rows of one file -> (rows in TRL's formats, what to say about them).
 
     renamed: {theirs: ours}, already applied. from_arrow: the file is Parquet, where structs have
     every key that any row has; JSONL exported from Arrow is recognised. to_messages: text of
-    prompts and answers becomes messages. InputError names the row.
+    prompts and answers becomes messages. kind: what trees are for: sft, pairs or prompts.
+    InputError names the row.
     """
     counts = Counter()
     if from_arrow or _looks_filled_in(rows):
         rows = [_without_nulls(row, counts) for row in rows]
-    rows = [_normalized(row, renamed, to_messages, counts) for row in rows]
-    return rows, [f"{n:,} {sentence}" for sentence, n in counts.items()]
+    found = []
+    for row in rows:
+        found += _normalized(row, renamed, to_messages, kind, counts)
+    return found, [f"{n:,} {sentence}" for sentence, n in counts.items()]
 
 
-def _normalized(row, renamed, to_messages, counts):
+def _normalized(row, renamed, to_messages, kind, counts) -> list[dict]:
+    """One row, or the rows of a tree; none if it is left out."""
     row = dict(row)
     if isinstance(row.get("tools"), str) and not row["tools"].strip():
         row["tools"] = None
     try:
+        if isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]:
+            return _from_oasst(row, kind, counts)
         _from_alpaca(row, renamed, counts)
+        if not _from_judged(row, counts):
+            return []
         _from_sharegpt(row, counts)
         _from_ultrafeedback(row, counts)
         if to_messages:
@@ -57,7 +76,7 @@ def _normalized(row, renamed, to_messages, counts):
         _parse_json(row)
     except InputError as error:
         raise InputError(f"{row.get('__line__', 'row')}: {error}") from error
-    return row
+    return [row]
 
 
 # ------------------------------------------------------------------------------------------- Arrow
@@ -127,6 +146,100 @@ def _from_alpaca(row, renamed, counts):
     row.pop("instruction", None)
     if row.pop("input", None):
         counts["of them have an input"] += 1
+
+
+def _from_judged(row, counts) -> bool:
+    """Two answers and what judges say of them: 1 or 2 is better, 0 a tie. False: leave it out."""
+    names = next((names for names in JUDGED if {*names} <= row.keys()), None)
+    judges = [name for name in row if re.fullmatch(r"label|annotator\d+", name)]
+    votes = [row[name] for name in judges]
+    if names is None or not votes or any(vote not in (0, 1, 2) for vote in votes):
+        return True
+    if "prompt" not in row:
+        row["prompt"] = row.pop("input", None)
+    answers = [row.pop(name) for name in names]
+    for name in judges:
+        del row[name]
+    verdict = f"{judges[0]} names" if len(judges) == 1 else f"most of {', '.join(judges)} name"
+    counts[f"rows read as judged: of {' and '.join(names)}, what {verdict} is chosen"] += 1
+    better = next((one for one in (1, 2) if votes.count(one) > len(votes) / 2), None)
+    if better is None:
+        counts["of them are left out: no majority is for one of the answers"] += 1
+        return False
+    if not all(isinstance(answer, str) for answer in answers):
+        counts["of them are left out: an answer is not text"] += 1
+        return False
+    row["chosen"], row["rejected"] = answers if better == 1 else reversed(answers)
+    return True
+
+
+def _from_oasst(row, kind, counts) -> list[dict]:
+    """A tree of messages, each with its replies, best rank first.
+
+    sft: the conversations up to each answer that no other one follows. pairs: two answers to the
+    same message, where both have a rank. prompts: the conversation up to each question.
+    """
+    columns = {name: value for name, value in row.items() if name != "prompt"}
+    counts["rows read as trees of Open Assistant"] += 1
+    rows, todo = [], [(reply, []) for reply in _replies({"replies": [row["prompt"]]})]
+    while todo:
+        message, before = todo.pop()
+        replies = _replies(message)
+        if deleted := len(message.get("replies") or []) - len(replies):
+            counts["deleted messages in them are left out, with their replies"] += deleted
+        path = [*before, _oasst_message(message)]
+        answers = [reply for reply in replies if reply.get("role") == "assistant"]
+        is_question = path[-1]["role"] == "user"
+        if kind == "prompts":
+            rows += [{**columns, "prompt": path}] * is_question
+        elif kind == "pairs":
+            rows += [{**columns, **pair} for pair in _ranked_pairs(path, answers, counts)]
+        elif is_question and not answers:
+            counts["questions in them are left out: nobody answered"] += 1
+        elif not is_question and not any(_is_answered(reply) for reply in replies):
+            rows.append({**columns, "messages": path})
+        todo += [(reply, path) for reply in reversed(replies)]
+    taken = {
+        "sft": "conversations in them, each up to a last answer",
+        "pairs": "pairs in them: of two answers, the one of better rank is chosen",
+        "prompts": "prompts in them, each up to a question",
+    }
+    counts[taken[kind]] += len(rows)
+    return rows
+
+
+def _replies(message):
+    """The replies to a message that are not deleted."""
+    replies = message.get("replies") or []
+    if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
+        raise InputError(f"replies of the tree are {replies!r:.60}: make them a list of messages.")
+    return [reply for reply in replies if not reply.get("deleted")]
+
+
+def _oasst_message(message):
+    role, text = OASST.get(message.get("role")), message.get("text")
+    if role is None or not isinstance(text, str):
+        raise InputError(
+            f"a message of the tree has the role {message.get('role')!r:.60} and the text "
+            f"{text!r:.60}: make them prompter or assistant, and text."
+        )
+    return {"role": role, "content": text}
+
+
+def _is_answered(message):
+    return any(reply.get("role") == "assistant" for reply in _replies(message))
+
+
+def _ranked_pairs(prompt, answers, counts):
+    ranked = [answer for answer in answers if answer.get("rank") is not None]
+    ranked.sort(key=lambda answer: answer["rank"])
+    pairs = [(one, two) for one, two in combinations(ranked, 2) if one["rank"] < two["rank"]]
+    alone = len(answers) - len({id(answer) for pair in pairs for answer in pair})
+    if alone:
+        counts["answers in them are in no pair: no rank, or no other answer beside them"] += alone
+    for better, worse in pairs:
+        chosen, rejected = [_oasst_message(better)], [_oasst_message(worse)]
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def _from_sharegpt(row, counts):

@@ -1,6 +1,6 @@
 """python -m nanopost.plan: what a run needs per GPU, and how long its steps take, before you rent.
 
-    --model DIR --script grpo --gpus 64 --tokens 32768 --checkpointing full --vllm 16
+    --model DIR --script grpo --gpus 64 --tokens 32768 --checkpointing full --server_gpus 16
     --model DIR --script sft --gpus 8 --gpu a100 --lora 16 --quantize nf4
 
 DIR needs no more than a config.json: nothing is allocated. Flags have the names, values and
@@ -13,6 +13,7 @@ shares that UTILISATION and its neighbours state.
 """
 
 import math
+import shlex
 import signal
 import sys
 from argparse import Namespace
@@ -20,8 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
 
+import torch
+
 from nanopost import InputError, hf
 from nanopost.cli import Parser, above, at_least
+from nanopost.dist import finish
 from nanopost.footprint import (
     NODE,
     PAIRS,
@@ -86,6 +90,30 @@ HOST = 20e9  # bytes/s, assumed: a rank's share of the host's memory bandwidth
 # A decoding step of the native engine waits for its launches: 66 ms for 28 layers on an H200.
 LAUNCHES = 66e-3 / 28
 
+# Flags that only some scripts have, or that matter to memory and time in these alone.
+ONLY = {
+    "rows": ("sft", "rm", "dpo", "kto"),
+    "reference": ("dpo", "kto"),
+    "beta": ("grpo", "ppo"),
+    "old_logp": ("grpo", "ppo"),
+    "minibatches": ("grpo", "ppo"),
+    "ppo_epochs": ("ppo",),
+    "value_model": ("ppo",),
+    **dict.fromkeys(
+        (
+            "prompts",
+            "group",
+            "max_new_tokens",
+            "max_staleness",
+            "engine",
+            "engine_rows",
+            "engine_tokens",
+            "server_gpus",
+            "vllm_memory",
+        ),
+        SAMPLE,
+    ),
+}
 # Defaults that differ between scripts.
 DEFAULTS = {
     "online_dpo": {"prompts": 64, "group": 4, "minibatches": 1},
@@ -196,13 +224,15 @@ def rollout_seconds(args) -> float:
     c, b = args.config, compute_bytes(args)
     weights = b * policy_size(args)
     matrices, attention, _ = forward_flops(c, args.length)
-    gpus = args.vllm or args.gpus
+    gpus = args.server_gpus or args.gpus
     prefill = args.prompts * args.length * (matrices + attention)
     prefill /= gpus * args.machine.matmul * UTILISATION
     rate = args.machine.bandwidth * BANDWIDTH
     tokens = args.length + args.max_new_tokens / 2
-    if args.vllm or args.engine == "colocate":
-        group = servers_gpus(args) if args.vllm else 1  # GPUs that hold one copy of the weights
+    if args.server_gpus or args.engine == "colocate":
+        group = (
+            servers_gpus(args) if args.server_gpus else 1
+        )  # GPUs that hold one copy of the weights
         rows = -(-args.prompts * args.group * group // gpus)
         size = weights + rows * tokens * cache_bytes_per_token(args)
         return prefill + args.max_new_tokens * size / (group * rate)
@@ -223,7 +253,7 @@ def sync_seconds(args) -> float:
     """Every weight gathered in fp32, then sent to the servers in the dtype that computes."""
     size = policy_size(args)
     total = seconds_between(args, 4 * size, ranks(args))
-    if args.vllm:
+    if args.server_gpus:
         total += compute_bytes(args) * size / (args.machine.network * COLLECTIVES)
     return total
 
@@ -246,7 +276,7 @@ def seconds(args) -> dict[str, float]:
 
 def cost(args) -> float:
     """GPU-seconds per token, those of servers included."""
-    return sum(seconds(args).values()) * (args.gpus + args.vllm) / tokens_of_step(args)
+    return sum(seconds(args).values()) * (args.gpus + args.server_gpus) / tokens_of_step(args)
 
 
 # ----------------------------------------------------------------------------------- what would fit
@@ -265,7 +295,7 @@ def changes(args) -> Iterator[list[dict]]:
             halves = [args.engine_tokens // 2**i for i in range(1, 20)]
             yield [{"engine_tokens": tokens} for tokens in halves if tokens >= longest(args)]
         group = servers_gpus(args)
-        servers = {"vllm": group * -(-max(1, args.gpus // 4) // group)}
+        servers = {"server_gpus": group * -(-max(1, args.gpus // 4) // group)}
         yield [servers if args.engine == "native" else {**servers, "engine": "native"}]
     yield [{"gpus": args.gpus * 2**i} for i in range(1, 11) if args.gpus * 2**i <= 1024]
     if not args.offload and cuda(args):
@@ -300,11 +330,7 @@ def fitting(args) -> list[tuple[dict, Namespace]]:
 
 
 # ------------------------------------------------------------------------------------------ command
-def parsed(arguments=None) -> Namespace:
-    """The flags, and beside them what is derived from files: config,
-    value_config, units (of what trains), policy (units of the language model) and machine.
-
-    InputError for what no script could run."""
+def flags() -> Parser:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--model", required=True, help="folder with a config.json")
@@ -346,9 +372,26 @@ def parsed(arguments=None) -> Namespace:
     add("--engine", default="native", choices=["native", "colocate"])
     add("--engine_rows", type=at_least(1), default=512)
     add("--engine_tokens", type=at_least(1), default=2**18)
-    add("--vllm", type=at_least(0), default=0, metavar="GPUS", help="GPUs of vLLM servers, beside")
+    add(
+        "--server_gpus",
+        type=at_least(0),
+        default=0,
+        help="GPUs of vLLM servers, beside --gpus; the script takes their addresses, --vllm URL",
+    )
     add("--vllm_memory", type=above(0.0, 1.0), default=0.3)
+    return parser
+
+
+def parsed(arguments=None) -> Namespace:
+    """The flags, and beside them what is derived from files: config,
+    value_config, units (of what trains), policy (units of the language model) and machine.
+
+    InputError for what no script could run."""
+    parser = flags()
     args = parser.parse_args(arguments)
+    for name, scripts in ONLY.items():
+        if args.script not in scripts and getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--script {args.script} has no --{name}: leave it out.")
     for name, value in DEFAULTS.get(args.script, {"minibatches": 1}).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -385,10 +428,8 @@ def check(args):
         raise InputError("--reproducible takes neither --reduce step nor --replicas: drop them.")
     if args.quantize == "nf4" and not args.lora:
         raise InputError("--quantize nf4 is of weights that --lora freezes: add --lora RANK.")
-    if args.vllm and args.script not in SAMPLE:
-        raise InputError(f"--script {args.script} samples nothing: drop --vllm.")
-    if args.vllm and args.engine == "colocate":
-        raise InputError("--vllm and --engine colocate are two engines: give one of them.")
+    if args.server_gpus and args.engine == "colocate":
+        raise InputError("--server_gpus and --engine colocate are two engines: give one of them.")
     if args.engine == "colocate" and args.max_staleness:
         raise InputError("--engine colocate sleeps while the model trains: drop --max_staleness.")
     if args.tokens < least_tokens(args):
@@ -413,13 +454,15 @@ def table(args) -> list[str]:
     """Lines: memory by part and moment, and time by part."""
     moments = memory(args)
     parts = [part for part in dict.fromkeys(p for found in moments.values() for p in found)]
-    lines = [f"{'GB per GPU':26s}" + "".join(f"{moment:>10s}" for moment in moments)]
+    unit, name = (1e9, "GB") if peak(args) >= 1e9 else (1e6, "MB")
+    where = "CPU" if args.gpu == "cpu" else "GPU"
+    lines = [f"{f'{name} per {where}':26s}" + "".join(f"{moment:>10s}" for moment in moments)]
     for part in parts:
         sizes = [found.get(part, 0) for found in moments.values()]
         if any(sizes):
-            lines.append(f"  {part:24s}" + "".join(f"{size / 1e9:10.2f}" for size in sizes))
+            lines.append(f"  {part:24s}" + "".join(f"{size / unit:10.2f}" for size in sizes))
     sums = [sum(found.values()) for found in moments.values()]
-    lines.append(f"  {'sum':24s}" + "".join(f"{size / 1e9:10.2f}" for size in sums))
+    lines.append(f"  {'sum':24s}" + "".join(f"{size / unit:10.2f}" for size in sums))
     fits = "fits" if max(sums) <= args.machine.memory else "does not fit"
     lines.append(f"{fits} into {args.machine.memory / 1e9:.0f} GB ({args.gpu})")
     if host := host_bytes(args):
@@ -430,7 +473,7 @@ def table(args) -> list[str]:
     lines += [f"  {part:24s}{value:10.2f}" for part, value in found.items()]
     lines.append(
         f"  {'sum':24s}{total:10.2f}: {tokens / total:,.0f} tokens per second, "
-        f"{tokens / total / (args.gpus + args.vllm):,.0f} per GPU"
+        f"{tokens / total / (args.gpus + args.server_gpus):,.0f} per {where}"
     )
     return lines
 
@@ -449,13 +492,41 @@ def words(change: dict) -> str:
     return " ".join(found)
 
 
+def end_dry_run(script: str, given: dict, world, lengths: list[int]):
+    """What a step of a script takes of the hardware at hand, and how to ask for other hardware;
+    then the script ends. given: its flags. lengths: of its rows, of each answer of its pairs, or of
+    its prompts. A collective."""
+    length = round(sum(lengths) / len(lengths))
+    words = ["--model", given["model"], "--script", script, "--gpus", world.size]
+    words += ["--length", max(1, length)]
+    defaults = vars(flags().parse_args(list(map(str, words))))
+    for name in sorted(given.keys() & defaults.keys() - {"model"}):
+        value = given[name]
+        if script not in ONLY.get(name, SCRIPTS) or value in (None, defaults[name]):
+            continue
+        words += [f"--{name}"] if value is True else [f"--{name}", value]
+    here = ["--gpu", "cpu"]
+    if torch.cuda.is_available() and given["device"] != "cpu":
+        name = torch.cuda.get_device_name().lower()
+        known = next((gpu for gpu in GPUS if gpu.removeprefix("rtx") in name), "h100")
+        here = ["--gpu", known, "--memory", torch.cuda.mem_get_info()[1] / 1e9]
+    if world.rank == 0:
+        say(f"rows of {min(lengths):,} to {max(lengths):,} tokens, {length:,} on average")
+        main([str(word) for word in words + here])
+        say("on other hardware (--gpu h100, --gpus 8):")
+        say(f"  python -m nanopost.plan {shlex.join(map(str, words))}")
+        say("dry run: nothing was trained and nothing written")
+    finish()
+    sys.exit(0)
+
+
 def main(arguments=None):
     args = parsed(arguments)
     size = numbers(args.units).trained
     count = micro_batches(args) // optimizer_steps(args)
     say(
-        f"{args.script} of {size / 1e9:.2f}B parameters on {args.gpus} {args.gpu}: for each "
-        f"optimizer step, a GPU has {count} x {tokens_of_micro_batch(args):,} tokens"
+        f"{args.script} of {size:,} parameters on {args.gpus} {args.gpu}: for each optimizer step, "
+        f"each has {count} x {tokens_of_micro_batch(args):,} tokens"
     )
     say("\n".join(table(args)))
     if peak(args) <= args.machine.memory:

@@ -27,7 +27,10 @@ def add_no_reference(pairs: list[Pair]):
 
 def add_cached_reference(pairs: list[Pair], reference, reference_folder, tokens: int, world, cache):
     """The same for all pairs of a run, which every rank holds: split over ranks, computed once,
-    and kept in the folder `cache`, under a name made of everything that the numbers depend on."""
+    and kept in the folder `cache`, under a name made of everything that the numbers depend on. In a
+    dry run they get none."""
+    if world.device.type == "meta":
+        return
     kind = "bf16" if "bfloat16" in str(world.dtype) else "fp32"
     if lora.is_quantized(reference):
         kind += "-nf4"

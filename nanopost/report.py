@@ -15,19 +15,12 @@ def report(
     rows: where the examples come from, to name them by file and line. shown: maximum characters of
     the example. InputError for anything certainly wrong.
     """
-    _check_bos(examples, tokenizer, rows)
-    trained = [e for e in examples if e.num_targets]
-    if not trained:
-        raise InputError(
-            f"none of {len(examples):,} rows has a token to train: check --train_on and the "
-            "chat template."
-        )
+    check(examples, tokenizer, rows)
     lines = [_summary(examples, tokenizer, rows)]
-    lines += [f"warning: {sentence}" for sentence in tokenizer.warnings()]
-    lines += [f"warning: {sentence}" for sentence in _warnings(examples, tokenizer, rows)]
+    lines += [f"warning: {sentence}" for sentence in doubts(examples, tokenizer, rows)]
     lines += filter(None, [tokenizer.doubts(rows or [])])
     lines.append("trained tokens are between » and «:")
-    text = marked_text(min(trained, key=len), tokenizer)
+    text = marked_text(min((e for e in examples if e.num_targets), key=len), tokenizer)
     if len(text) > shown:
         text = f"{text[: shown // 2]} ... {text[-shown // 2 :]}"
     return "\n".join([*lines, text])
@@ -43,13 +36,19 @@ def marked_text(example: Example, tokenizer: Tokenizer) -> str:
     return text
 
 
-def _check_bos(examples, tokenizer, rows):
+def check(examples: list[Example], tokenizer: Tokenizer, rows: list[dict] | None = None):
+    """InputError for what is certainly wrong: two BOS, or nothing to train. rows: see report."""
     bos = tokenizer.bos_id
     doubled = [i for i, e in enumerate(examples) if e.ids[:2].tolist() == [bos, bos]]
     if doubled:
         raise InputError(
             f"{_count(doubled, examples, rows)} begin with BOS twice: the tokenizer or the "
             "template adds one; remove it from the text."
+        )
+    if not any(e.num_targets for e in examples):
+        raise InputError(
+            f"none of {len(examples):,} rows has a token to train: check --train_on and the "
+            "chat template."
         )
 
 
@@ -69,7 +68,11 @@ def _summary(examples, tokenizer, rows):
     )
 
 
-def _warnings(examples, tokenizer, rows):
+def doubts(
+    examples: list[Example], tokenizer: Tokenizer, rows: list[dict] | None = None
+) -> list[str]:
+    """What looks wrong with tokenizer, template and examples: one sentence each. rows: see
+    report."""
     bos = tokenizer.bos_id
     prefix = tokenizer.prefix
     untrained = [i for i, e in enumerate(examples) if not e.num_targets]
@@ -85,7 +88,9 @@ def _warnings(examples, tokenizer, rows):
         if min(counts) < 2:
             later = [i for i, e in enumerate(examples) if (e.ids[1:] == bos).any()]
             found["have a BOS after their first token"] = later
-    return [f"{_count(some, examples, rows)} {what}." for what, some in found.items() if some]
+    found = {what: some for what, some in found.items() if some}
+    sentences = [f"{_count(some, examples, rows)} {what}." for what, some in found.items()]
+    return tokenizer.warnings() + sentences
 
 
 def _unended(examples, tokenizer):

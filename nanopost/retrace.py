@@ -100,11 +100,12 @@ class Recorded:
     def changed(self) -> str:
         """What has changed since of the files that the run read, or ""."""
         for path, was in self.starts[-1]["hashes"].items():
-            try:
-                with open(path, "rb") as file:
-                    now = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError:
-                return f"{path} cannot be read"
+            if Path(path).is_dir():  # of a model: the log-probs under it tell
+                continue
+            if not Path(path).is_file():
+                return f"{path} is no longer there"
+            with open(path, "rb") as file:
+                now = hashlib.file_digest(file, "sha256").hexdigest()
             if now != was:
                 return f"{path} has changed since"
         return ""

@@ -95,8 +95,11 @@ def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list
     return records
 
 
-def length_metrics(rollouts: list[Rollout]) -> dict[str, float]:
-    """completions/*: sampled tokens, and the share cut off at the length limit. A collective."""
+def length_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
+    """completions/*: sampled tokens, the share cut off at the length limit, and the share of
+    completions that repeat, token by token, an earlier one of their group. A collective."""
+    rollouts = [r for group in groups for r in group]
+    distinct = sum(len({tuple(r.ids) for r in group}) for group in groups)
     length_B = [r.length for r in rollouts]
     cut_off = sum(r.finish == "length" for r in rollouts)
     longest, shortest = dist.all_max(max(length_B, default=0), -min(length_B, default=2**31))
@@ -104,6 +107,7 @@ def length_metrics(rollouts: list[Rollout]) -> dict[str, float]:
         {
             "completions/mean_length": (sum(length_B), len(rollouts)),
             "completions/clipped_ratio": (cut_off, len(rollouts)),
+            "completions/duplicate_ratio": (len(rollouts) - distinct, len(rollouts)),
         }
     )
     return means | {"completions/min_length": -shortest, "completions/max_length": longest}

@@ -6,11 +6,12 @@ returns it in the shape that the tokenizer reads.
 """
 
 import gzip
+import io
 import json
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 from nanopost import InputError
@@ -70,11 +71,32 @@ def read_rows(
         if ours:
             raw = [_renamed(row, ours) for row in raw]
         marked = _marked_untrained(raw)
-        found, sentences = normalize(raw, ours, is_parquet, to_messages)
+        found, sentences = normalize(raw, ours, is_parquet, to_messages, OF_TREES.get(form, "sft"))
         for sentence in [*marked, *sentences, *_unread(found, form)]:
             say(f"{path}: {sentence}")
+        if not found:
+            raise InputError(f"{path}: none of its {len(raw):,} rows is left: give other rows.")
         rows += found if form is None else [form(row) for row in found]
     return rows
+
+
+def guess(paths, rename=(), to_messages: bool = False) -> str:
+    """What the first row of the first file is, by its columns: a key of FORMS."""
+    first = [paths] if isinstance(paths, (str, Path)) else paths[:1]
+    with redirect_stdout(io.StringIO()):  # what is said about them is said when they are read
+        row = read_rows(first, rename, None, to_messages)[0]
+    if "chosen" in row and "rejected" in row:
+        return "pairs"
+    if "completion" in row and "label" in row:
+        return "labelled"
+    if {"messages", "completion", "text"} & row.keys():
+        return "sft"
+    if "prompt" in row:
+        return "prompts"
+    raise InputError(
+        f"{place(row)}: the columns are {_columns(row)}; it needs messages, or prompt and "
+        "completion, or text, or prompt, chosen and rejected, or prompt: --rename theirs=ours."
+    )
 
 
 def named(paths) -> str:
@@ -273,6 +295,9 @@ def number(row: dict, name: str, default: float) -> float:
     return float(value)
 
 
+FORMS = {"sft": sft, "pairs": pair, "labelled": unpaired, "prompts": prompt}
+# What a tree of answers is read as (normalize.py).
+OF_TREES = {pair: "pairs", unpaired: "pairs", prompt: "prompts"}
 # The columns that a form reads. Rewards read every column of a prompt.
 READ = {
     sft: ("prompt", "completion"),

@@ -1,5 +1,5 @@
-"""A run's folder: run.json, metrics.jsonl, samples.jsonl, checkpoints/, records/, and the trained
-model.
+"""A run's folder: run.json, metrics.jsonl, samples.jsonl, alarms.jsonl, checkpoints/, records/, and
+the trained model.
 
 A Run never calls the loop and reads no flag by name. It writes only on rank 0, so no call site
 asks for the rank.
@@ -7,13 +7,12 @@ asks for the rank.
 
 import copy
 import fcntl
-import hashlib
 import json
 import os
 import platform
+import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -22,8 +21,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, checkpoint, dist, hf, lora
+from nanopost import InputError, checkpoint, dist, hf, lora, manifest
+from nanopost.alarms import Alarms
 from nanopost.batch import Example
+from nanopost.boards import Boards
 from nanopost.tape import Tape
 from nanopost.terminal import printable
 from nanopost.tokenizer import FILES
@@ -33,14 +34,20 @@ WRITTEN = (
     "adapter",
     "checkpoints",
     "records",
+    "tensorboard",
+    "wandb",
     "metrics.jsonl",
     "samples.jsonl",
+    "alarms.jsonl",
     "run.json",
 )
 MODEL = (*FILES, "config.json", "nanopost.json", "chat_template.jinja", "*.safetensors")
 NOT_COMPARED = ("resume", "overwrite")
 AGAIN_AFTER = 2.0  # seconds: an earlier signal is the same one
 SEEN_WITHIN = 10.0  # seconds until what rank 0 writes is seen by all ranks
+WIDTH = 100  # columns of a printed step, at most
+ALARM = 1000  # why a run stops, where it is no signal
+ALARMED = 3  # the exit status then
 
 
 class Clock:
@@ -63,17 +70,31 @@ class Clock:
 
 
 class Run:
-    def __init__(self, out, world, steps: int, arguments: dict, show: list[str], keep: int = 2):
-        """arguments: all flags and values, for run.json. show: metrics for the printed line.
-        keep: checkpoints to keep."""
-        self.out = Path(out)
+    def __init__(
+        self,
+        out,
+        world,
+        steps: int,
+        arguments: dict,
+        show: list[str],
+        keep: int = 2,
+        alarms: str = "warn",
+        boards: Boards | None = None,
+    ):
+        """arguments: all flags and values, for run.json. show: metrics for the printed line, the
+        most important first. keep: checkpoints to keep. alarms: warn, stop or off. boards: where
+        metrics are shown, too."""
+        self.out, self.world = Path(out), world
         self.rank, self.writes = world.rank, world.rank == 0
         self.steps, self.arguments, self.show, self.keep = steps, arguments, show, keep
         self.resumed = False
         self.clock = None  # (time, step) of the first line logged
         self.began = self.saved_at = time.monotonic()
         self.signal = 0  # that this process has got
-        self.stop = 0  # the signal that all ranks have agreed to stop for
+        self.stop = 0  # the signal that all ranks have agreed to stop for, or ALARM
+        self.on_alarm, self.alarms = alarms, Alarms()
+        self.alarmed = 0  # ALARM, if one is to stop the run
+        self.boards = boards or Boards(out)
         self.hashes = {}  # of the files that flags name
         self.bases = {}  # of the folders whose weights adapters leave untouched
         self.state = None  # the loop's own, which it changes
@@ -88,16 +109,20 @@ class Run:
         state: {"step": 0, ...}, what a fresh run begins with. about: more for run.json. others:
         further models whose weights change over the run. An existing run is replaced only with
         overwrite, if it was killed before its first checkpoint, or if it trained nothing. Files
-        that no script wrote, or that this run reads, are never replaced.
+        that no script wrote, or that this run reads, are never replaced. A dry run, on the meta
+        device, begins nothing.
         """
         if resume and overwrite:
             raise InputError("--resume continues and --overwrite starts over: choose one of them.")
+        if self.world.device.type == "meta":  # a dry run: nothing is written
+            self._check_free()
+            return state
         if self.writes:
             self._check_free()
             self._lock()
         self._check_seen()
         found = self._to_resume() if resume else None
-        hashes = _hashes(self.arguments) if self.writes else {}
+        hashes = manifest.file_hashes(self.arguments) if self.writes else {}
         bases = _bases(model) if self.writes else {}
         meaning = lora.meaning(model)
         if found:
@@ -123,7 +148,15 @@ class Run:
             ended = (self.out / "config.json").exists()
             killed_early = resume and not ended and bool(starts_of(self.out))
             replace = overwrite or killed_early or self._trained_nothing()
-            self._open(state["step"] if found else None, replace, {"hashes": hashes, **about})
+            resumed_at = state["step"] if found else None
+            self._open(resumed_at, replace, {"hashes": hashes, **about})
+            self.hashing = threading.Thread(target=self._hash_models, daemon=True)
+            self.hashing.start()
+            logged = read_log(self.out / "metrics.jsonl")
+            for line in logged:
+                self.alarms.add(line)  # said already
+            shown = self.boards.start(self.arguments, resumed_at, logged)
+            self.say(self._header(model, shown))
         if resume and not found:
             self.say(f"--resume: no checkpoint in {self.out}, so the run starts from the beginning")
         if found:
@@ -137,6 +170,24 @@ class Run:
         self.say(lora.summary(model))
         self._watch(model, optimizer, state, others)
         return state
+
+    def _header(self, model, shown) -> str:
+        """What trains, and what is written where."""
+        size = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        folders = {m.folder: 0 for m in model.modules() if getattr(m, "folder", "")}
+        part = "all of them" if trained == size else f"{trained:,} of them"
+        dtype = str(self.world.dtype).removeprefix("torch.")
+        where = f"{self.world.size} rank{'s' * (self.world.size > 1)} on {self.world.device.type}"
+        memory = _memory_in_use(self.world.device) / 2**30
+        lines = [
+            f"{' and '.join(folders) or 'model'}: {size:,} parameters, {part} trained, in {dtype} "
+            f"on {where}; {memory:,.1f} GiB in use",
+            f"writes to {self.out}: metrics, samples and alarms (.jsonl), checkpoints/, the model",
+        ]
+        if shown:
+            lines.append(f"shows it in {shown}")
+        return "\n".join(lines)
 
     def _lock(self):
         """Lock OUT/.lock until this process ends, however it ends. InputError if another has it."""
@@ -228,7 +279,7 @@ class Run:
     def _open(self, resumed_at: int | None, replace: bool, about: dict):
         """Prepare the folder. Lines logged after the checkpoint are removed, since they will be
         logged again."""
-        logs = [self.out / "metrics.jsonl", self.out / "samples.jsonl"]
+        logs = [self.out / f"{name}.jsonl" for name in ("metrics", "samples", "alarms")]
         if resumed_at is None:
             if any(path.exists() for path in logs) and not replace:
                 raise InputError(
@@ -237,7 +288,7 @@ class Run:
                 )
             # What is left of the run that this one replaces would pass for its own.
             checkpoint.delete(self.out)
-            for folder in ("records", "value", "adapter"):
+            for folder in ("records", "value", "adapter", "tensorboard", "wandb"):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             for path in (*logs, self.out / "config.json"):
                 path.unlink(missing_ok=True)
@@ -250,19 +301,7 @@ class Run:
                 f"WARNING: resumed with {torch.get_num_threads()} threads per rank, not {threads}: "
                 f"rounding differs (OMP_NUM_THREADS={threads} for the same bytes)"
             )
-        start = {
-            "command": " ".join(sys.argv),
-            "resumed_at": resumed_at,
-            "git": _git_commit(),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "ranks": torch.distributed.get_world_size(),
-            "threads": torch.get_num_threads(),  # of each rank: the last digits depend on it
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S"),
-            "args": self.arguments,
-            **about,
-        }
+        start = {"resumed_at": resumed_at, **manifest.manifest(self.arguments), **about}
         # Renamed once complete: a folder without run.json is not ours.
         _replace(self.out / "run.json", json.dumps([*earlier, start], indent=1, default=str) + "\n")
         for path in logs:
@@ -272,6 +311,15 @@ class Run:
             _replace(path, "".join(kept))
             if kept and path == logs[0]:
                 self.began -= _number_of(kept[-1], "time/elapsed", 0.0)
+
+    def _hash_models(self):
+        """Add hashes of the models that flags name to run.json. In a thread, since many GB take a
+        minute."""
+        hashes = manifest.model_hashes(self.arguments, self.out)
+        starts = starts_of(self.out)
+        if starts and hashes:
+            starts[-1]["hashes"] |= hashes
+            _replace(self.out / "run.json", json.dumps(starts, indent=1, default=str) + "\n")
 
     def _check_free(self):
         """InputError if the folder holds files that this run reads, or that no script wrote."""
@@ -329,6 +377,7 @@ class Run:
     def _last_words(self) -> str:
         """What --resume continues from after an error. The last whole step is saved, if the weights
         are still as of that step and no other rank is needed."""
+        self.boards.close(failed=True)
         failed = ""
         if self.boundary and self.boundary[0] > 0 and torch.distributed.get_world_size() == 1:
             step, state, drawn = self.boundary
@@ -356,10 +405,11 @@ class Run:
 
     def due_save(self, step: int, every: int, minutes: float) -> bool:
         """Whether to save after `step`: it is due, the last save is `minutes` ago (0: no limit),
-        or a rank has been told to stop. A collective: all ranks get the same answer."""
+        a rank has been told to stop, or an alarm stops the run. A collective: all ranks get the
+        same answer."""
         self._mark(step)
         late = 0 < 60 * minutes < time.monotonic() - self.saved_at
-        late, self.stop = map(int, dist.all_max(late, self.signal))
+        late, self.stop = map(int, dist.all_max(late, self.signal or self.alarmed))
         return self.due(step, every) or bool(late or self.stop)
 
     def say(self, text: str):
@@ -383,11 +433,24 @@ class Run:
             self.clock = now, step
         else:
             per_step = (now - self.clock[0]) / max(1, step - self.clock[1])
-            left = f"  left {_duration(per_step * (self.steps - step))}"
-        evaluated = [name for name in metrics if name.startswith("eval/")]
-        shown = [name for name in dict.fromkeys(self.show + evaluated) if name in metrics]
-        text = "  ".join(f"{name} {_number(metrics[name])}" for name in shown)
-        print(printable(f"step {step}/{self.steps}  {text}{left}"), flush=True)
+            left = f"left {_duration(per_step * (self.steps - step))}"
+        shown = [f"{name} {_number(metrics[name])}" for name in self.show if name in metrics]
+        evaluated = [name for name in metrics if name.startswith("eval/") and name not in self.show]
+        held_out = [f"{name} {_number(metrics[name])}" for name in evaluated]
+        number = f"step {step:{len(str(self.steps))}}/{self.steps}"
+        print(printable(step_text(number, shown, held_out, left)), flush=True)
+        self.say(self.boards.log(step, record))
+        for alarm in self.alarms.add(record) if self.on_alarm != "off" else []:
+            self._sound(alarm)
+
+    def _sound(self, alarm):
+        """Say an alarm, write it to alarms.jsonl, and stop after this step if alarms do."""
+        with open(self.out / "alarms.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(alarm) + "\n")
+        self.say(f"ALARM {alarm['alarm']}, step {alarm['step']}: {alarm['message']}")
+        self.say(self.boards.alarm(alarm["step"], alarm["alarm"], alarm["message"]))
+        if self.on_alarm == "stop":
+            self.alarmed = ALARM
 
     def samples(self, step: int, records: list[dict]):
         """Write decoded text and numbers about it to samples.jsonl, one object per line."""
@@ -436,9 +499,11 @@ class Run:
         self._save(step, state)
         self.saved_at = time.monotonic()
         if self.stop:
-            name = signal.Signals(self.stop).name
+            alarmed = self.stop == ALARM
+            name = "an alarm (--alarms stop)" if alarmed else signal.Signals(self.stop).name
             self.say(f"stopped by {name}: --resume continues after step {step}")
-            dist.finish(128 + self.stop)
+            self.say(self.boards.close(failed=alarmed))
+            dist.finish(ALARMED if alarmed else 128 + self.stop)
 
     # --------------------------------------------------------------------------------------- end
     def export(self, named_tensors, config, files: dict, dtype: str = "fp32", part: str = ""):
@@ -484,8 +549,13 @@ class Run:
         """Print the held-out metrics before and after, and leave the process group."""
         dist.last_words = None
         if self.writes:
-            text = (self.out / "metrics.jsonl").read_text(encoding="utf-8")
-            lines = [json.loads(line) for line in text.splitlines()]
+            self.hashing.join()
+            self.say(self.boards.close())
+            alarms = len(read_log(self.out / "alarms.jsonl"))
+            if alarms:
+                self.say(f"{alarms} alarm{'s' * (alarms > 1)}: {self.out / 'alarms.jsonl'}")
+            self.say(f"curves: python -m nanopost.plot {self.out}")
+            lines = read_log(self.out / "metrics.jsonl")
             evaluated = [x for x in lines if any(name.startswith("eval/") for name in x)]
             if len(evaluated) > 1:
                 first, last = evaluated[0], evaluated[-1]
@@ -500,6 +570,36 @@ def _forget_the_run():
     dist.last_words = None
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def step_text(number: str, shown: list[str], held_out: list[str], left: str) -> str:
+    """A step for a person, no line longer than WIDTH: of `shown`, whose most important texts come
+    first, as many as fit between the number of the step and the time left; then all of `held_out`,
+    on as many lines as they take. A text that is longer than a line loses its middle."""
+    lines, room = [[number]], WIDTH - len(left) - 2
+    for text in shown:
+        if len("  ".join([*lines[0], text])) <= room:
+            lines[0].append(text)
+    for text in held_out:
+        if len(text) > WIDTH - 4:
+            text = f"{text[:40]}...{text[-40:]}"
+        if len("  ".join([*lines[-1], text])) > room:
+            lines.append([])
+            room = WIDTH - 4
+        lines[-1].append(text)
+    lines[0].append(left)
+    return "\n    ".join("  ".join(filter(None, line)) for line in lines)
+
+
+def read_log(path) -> list[dict]:
+    """The lines of a log, without one that a kill cut short."""
+    lines = []
+    for text in Path(path).read_text(encoding="utf-8").split("\n"):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            continue
+    return lines
 
 
 def starts_of(out) -> list[dict]:
@@ -526,8 +626,8 @@ def _paths_read(arguments, out: Path, starts: list[dict]) -> list[str]:
     (--loss ipo --out ipo).
     """
     known = starts[-1]["args"] if starts else {}
-    old = _texts(value for name, value in arguments.items() if value == known.get(name))
-    new = _texts(value for name, value in arguments.items() if value != known.get(name))
+    old = manifest.texts(value for name, value in arguments.items() if value == known.get(name))
+    new = manifest.texts(value for name, value in arguments.items() if value != known.get(name))
     if not any(Path(text) == out for text in old):
         itself = next((text for text in new if Path(text) == out), None)
         if itself is not None:
@@ -535,30 +635,12 @@ def _paths_read(arguments, out: Path, starts: list[dict]) -> list[str]:
     return [text for text in new if os.path.exists(text)]
 
 
-def named_files(arguments: dict) -> list[str]:
-    """The files and folders that flags name, whatever the flag."""
-    return [text for text in _texts(arguments.values()) if os.path.exists(text)]
-
-
-def _texts(values) -> list[str]:
-    """Strings and paths among the values of flags, those in lists too, without "model:" and, after
-    a file, ":function"."""
-    flat = []
-    for value in values:
-        flat += value if isinstance(value, (list, tuple)) else [value]
-    named = [str(value) for value in flat if isinstance(value, (str, Path))]
-    named = [text.removeprefix("model:") for text in named if text]
-    return [text.partition(".py:")[0] + ".py" if ".py:" in text else text for text in named]
-
-
-def _hashes(arguments) -> dict[str, str]:
-    """{file that a flag names: SHA-256 of its content}."""
-    hashes = {}
-    for text in named_files(arguments):
-        if os.path.isfile(text):
-            with open(text, "rb") as file:
-                hashes[text] = hashlib.file_digest(file, "sha256").hexdigest()
-    return hashes
+def _memory_in_use(device) -> int:
+    """Bytes: of the GPU; on a CPU the most that this process has had."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _bases(model) -> dict[str, str]:
@@ -609,16 +691,3 @@ def _duration(seconds):
     if hours:
         return f"{hours}h{rest // 60:02d}m"
     return f"{rest // 60}m{rest % 60:02d}s"
-
-
-def _git_commit():
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-        )
-    except OSError:  # no git here
-        return None
-    return done.stdout.strip() or None

@@ -17,9 +17,14 @@ def printable(text: str) -> str:
     Newlines and tabs stay. So does any character that stdout's encoding has; others are written out
     as well, so that no locale ends a run.
     """
-    text = "".join(map(_written_out, text))
+    text = harmless(text)
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def harmless(text: str) -> str:
+    r"""The text with control characters written out (\x1b); newlines, tabs and all letters stay."""
+    return "".join(map(_written_out, text))
 
 
 def _written_out(character):

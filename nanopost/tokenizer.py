@@ -310,6 +310,38 @@ class Tokenizer:
             )
 
 
+class Pieces:
+    """Token ids, one after another -> the text that each of them completes.
+
+    A character of several tokens is the text of its last one: a part of it would be shown as
+    U+FFFD. The pieces and the rest, joined, are the text of all tokens, as far as that is UTF-8.
+    """
+
+    def __init__(self, decode):
+        """decode: ids to text."""
+        self.decode = decode
+        self.before = []  # decoded with the ones after them: some decoders trim the first token
+        self.ids = []  # whose text is not complete
+        self.given = 0  # characters of it
+
+    def push(self, token_id: int) -> str:
+        self.ids.append(token_id)
+        text = self._text()
+        complete = text.rstrip("\ufffd")
+        piece = complete[self.given :]
+        self.given = max(self.given, len(complete))
+        if text and complete == text:
+            self.before, self.ids, self.given = self.ids, [], 0
+        return piece
+
+    def rest(self) -> str:
+        """What was held back for a character that never came."""
+        return self._text()[self.given :]
+
+    def _text(self):
+        return self.decode(self.before + self.ids)[len(self.decode(self.before)) :]
+
+
 def _prefix(raw):
     """The ids that the tokenizer puts before any text: BOS, if it adds one."""
     plain = raw.encode("a", add_special_tokens=False).ids

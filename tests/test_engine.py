@@ -426,3 +426,18 @@ def test_with_a_cut_it_waits_three_times_in_so_many_tokens():
 
 def test_samplings_are_values():
     assert replace(Sampling(5), temperature=0.5) == Sampling(5, 0.5)
+
+
+@pytest.mark.parametrize("every", [1, 7, 16])
+def test_what_it_tells_is_the_rollout(every):
+    """In as many parts as the host looks; without the tokens after its end."""
+    model = small_model()
+    engine = Engine(model, stop_ids=[3, 7], decode=lambda ids: " ".join(map(str, ids)))
+    for sampling in (Sampling(40), Sampling(20), Sampling(40, stop=("5",))):
+        for seed in range(4):
+            ((wanted,),) = engine.generate(PROMPTS[:1], 1, sampling, [seed])
+            engine.check_every, told = every, []
+            ((rollout,),) = engine.generate(PROMPTS[:1], 1, sampling, [seed], told.append)
+            assert rollout.ids == wanted.ids == sum(told, [])
+            assert len(told) == -(-len(rollout.ids) // every)
+            engine.check_every = 1

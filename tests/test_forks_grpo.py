@@ -544,7 +544,7 @@ def test_a_turn_is_not_trained_and_the_reward_reads_the_second_answer(dialogues)
         assert example.num_targets == r.length
         assert (example.mask[len(r.prompt) :] == r.sampled).all()
     assert any(len(ids) < 20 for ids in firsts)
-    found = length_metrics(rollouts)
+    found = length_metrics([rollouts])
     mean = sum(len(a) + len(b) for a, b in zip(firsts, answers)) / 6
     assert found["completions/mean_length"] == pytest.approx(mean)
 

@@ -65,7 +65,7 @@ def test_every_loop_has_its_phases_in_the_same_order(script):
 # Repeated on purpose, because researchers edit what surrounds it: it is the same everywhere.
 REPEATED = [
     "args = parser.parse_args()\n",
-    "world = dist.init(args.device, args.dtype, args.seed, args.reproducible)\n",
+    "world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dry_run)\n",
     "tokenizer = Tokenizer.load(args.model, args.chat_template)\n",
     "state = run.start(model, optimizer, fresh, args.resume, args.overwrite, "
     "fingerprint(tokenizer))\nrun.say(check_stage(args.model, tokenizer))\n",

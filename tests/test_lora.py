@@ -291,6 +291,8 @@ def test_what_an_adapter_holds_that_is_not_computed_is_refused(base, tmp_path, c
 def test_a_layer_that_no_block_has_is_refused(base):
     with pytest.raises(InputError, match="--lora_targets lm_head: no linear layer .* are q_proj"):
         adapted(base, targets=["q_proj", "lm_head"])
+    with pytest.raises(InputError, match="--lora 100: no layer is more than 32 wide"):
+        adapted(base, rank=100)
 
 
 def test_the_hash_of_an_adapter_is_that_of_its_base_too(base, tmp_path):

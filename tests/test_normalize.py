@@ -299,3 +299,110 @@ def test_the_small_cases_have_their_right_values(shared, real):
     assert tools == ids("02_tools.parquet") == ids("02_tools_exported_by_datasets.jsonl")
     for row in read_rows(folder / "06_prompt_text_conversations.jsonl", (), pair):
         assert len(tokenizer.pair(row)) == 2
+
+
+# ------------------------------------------------------------------------------- judges and trees
+def judged(*votes, one="a", two="b"):
+    names = {f"annotator{i}": vote for i, vote in enumerate(votes, 1)}
+    return {"instruction": "q", "input": "x", "response1": one, "response2": two, **names}
+
+
+def test_what_most_judges_say_is_chosen():
+    better = judged(2, 1, 2)
+    want = {"prompt": "q\n\nx", "chosen": "b", "rejected": "a"}
+    assert pair(only(better)) == want
+    assert pair(only(judged(1, 1, 0))) == {**want, "chosen": "a", "rejected": "b"}
+    chat = pair(only(better, to_messages=True))
+    assert chat == {"prompt": [user("q\n\nx")], "chosen": [answer("b")], "rejected": [answer("a")]}
+    rows = [better, judged(1, 2), judged(1, 0, 0), judged(0, 0, 0), judged(1, 1, two=True)]
+    found, sentences = normalize(rows, {})
+    assert found == [want]
+    assert "3 of them are left out: no majority is for one of the answers" in sentences
+    assert sentences[-1] == "1 of them are left out: an answer is not text"
+    assert said([better])[-1] == (
+        "1 rows read as judged: of response1 and response2, what most of annotator1, annotator2, "
+        "annotator3 name is chosen"
+    )
+
+
+def test_a_benchmark_of_judges_has_its_prompt_in_input():
+    row = {"input": "q", "output_1": "a", "output_2": "b", "label": 2, "subset": "s"}
+    want = {"prompt": "q", "chosen": "b", "rejected": "a", "subset": "s"}
+    assert pair(only(row)) == unpaired(only(row)) == want
+    assert said([row]) == [
+        "1 rows read as judged: of output_1 and output_2, what label names is chosen"
+    ]
+    assert pair(only({**row, "prompt": "mine"}))["prompt"] == "mine"
+    # Without a verdict, or with another one, they are somebody's columns.
+    for other in ({**row, "label": "b"}, {k: v for k, v in row.items() if k != "label"}):
+        assert only(other) == other
+
+
+def reply(role, text, *replies, **more):
+    return {"role": role, "text": text, "replies": list(replies), **more}
+
+
+TREE = {
+    "tree": 1,
+    "prompt": reply(
+        "prompter",
+        "q",
+        reply("assistant", "low", rank=2),
+        reply("assistant", "high", reply("prompter", "?", reply("assistant", "end")), rank=0),
+        reply("assistant", "mid", reply("prompter", "unanswered"), rank=1),
+        reply("assistant", "gone", reply("prompter", "?"), rank=3, deleted=True),
+    ),
+}
+
+
+def test_a_tree_is_conversations_pairs_or_prompts():
+    def found(kind):
+        return normalize([TREE], {}, kind=kind)
+
+    rows, sentences = found("sft")
+    assert [row["messages"] for row in rows] == [
+        [user("q"), answer("low")],
+        [user("q"), answer("high"), user("?"), answer("end")],
+        [user("q"), answer("mid")],
+    ]
+    assert all(sft(row)["tree"] == 1 for row in rows)
+    assert sentences == [
+        "1 rows read as trees of Open Assistant",
+        "1 deleted messages in them are left out, with their replies",
+        "1 questions in them are left out: nobody answered",
+        "3 conversations in them, each up to a last answer",
+    ]
+    rows, sentences = found("pairs")
+    sides = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
+    assert sides == [("high", "mid"), ("high", "low"), ("mid", "low")]
+    assert all(pair(row)["prompt"] == [user("q")] for row in rows)
+    assert "1 answers in them are in no pair: no rank, or no other answer beside them" in sentences
+    rows, sentences = found("prompts")
+    assert [prompt(row)["prompt"][-1]["content"] for row in rows] == ["q", "?", "unanswered"]
+    assert [len(row["prompt"]) for row in rows] == [1, 3, 3]
+
+
+def test_equal_ranks_give_no_pair():
+    answers = [reply("assistant", text, rank=rank) for text, rank in (("a", 1), ("b", 0), ("c", 1))]
+    rows, _ = normalize([{"prompt": reply("prompter", "q", *answers)}], {}, kind="pairs")
+    sides = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
+    assert sides == [("b", "a"), ("b", "c")]
+
+
+def test_trees_are_read_as_what_the_form_is_for(tmp_path, capsys):
+    path = write(tmp_path / "trees.jsonl", [TREE])
+    counts = {form: len(read_rows(path, (), form)) for form in (None, sft, pair, unpaired, prompt)}
+    assert counts == {None: 3, sft: 3, pair: 3, unpaired: 3, prompt: 3}
+    assert all("chosen" in row for row in read_rows(path, (), unpaired))
+    assert all(row["__line__"].endswith("trees.jsonl:1") for row in read_rows(path, (), sft))
+    with pytest.raises(InputError, match=r"f:3: a message of the tree has the role 'judge'"):
+        only({"prompt": reply("judge", "q"), "__line__": "f:3"})
+    with pytest.raises(InputError, match="f:3: replies of the tree are 'none': make them a list"):
+        only({"prompt": {**reply("prompter", "q"), "replies": "none"}, "__line__": "f:3"})
+
+
+def test_a_file_of_which_no_row_is_left_is_refused(tmp_path, capsys):
+    path = write(tmp_path / "ties.jsonl", [judged(0, 1, 2)] * 2)
+    with pytest.raises(InputError, match="ties.jsonl: none of its 2 rows is left"):
+        read_rows(path, (), pair)
+    assert "2 of them are left out: no majority" in capsys.readouterr().out

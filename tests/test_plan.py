@@ -6,6 +6,8 @@ import io
 import json
 import os
 import runpy
+import shlex
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -362,7 +364,7 @@ def test_bytes_that_ranks_exchange_are_those_of_fsdp2(fake, tmp_path, monkeypatc
 
 def test_more_of_what_costs_time_takes_longer(tmp_path):
     folder = write_config(tmp_path / "model", LLAMA_70B)
-    base = ["--gpus", 64, "--tokens", 8192, "--checkpointing", "full", "--vllm", 16]
+    base = ["--gpus", 64, "--tokens", 8192, "--checkpointing", "full", "--server_gpus", 16]
 
     def seconds(*more):
         return plan.seconds(planned(folder, "grpo", *base, *more))
@@ -370,7 +372,7 @@ def test_more_of_what_costs_time_takes_longer(tmp_path):
     before = seconds()
     assert before.keys() >= {"update", "rollout", "sync", "optimizer"}
     assert seconds("--max_new_tokens", 1024)["rollout"] > 1.9 * before["rollout"]
-    assert seconds("--vllm", 32)["rollout"] < before["rollout"]
+    assert seconds("--server_gpus", 32)["rollout"] < before["rollout"]
     assert seconds("--lora", 16)["update"] < 0.8 * before["update"]
     assert seconds("--checkpointing", "none")["update"] < 0.85 * before["update"]
     assert seconds("--beta", 0.1)["update"] > 1.2 * before["update"]
@@ -410,14 +412,11 @@ def test_each_way_to_less_memory_takes_less(tmp_path):
     assert order == sorted(order, reverse=True) and len({*order}) == 3
     assert peak("--tokens", 4096) < before and peak("--lora", 16) < before
     assert peak("--lora", 16, "--quantize", "nf4") < peak("--lora", 16)
-    assert peak("--vllm", 8) < before and peak("--offload") < before
+    assert peak("--server_gpus", 8) < before and peak("--offload") < before
     assert peak("--replicas", 2) > before and peak("--reduce", "step") > before
     assert peak("--beta", 0.1) > before
     assert peak("--beta", 0.1, "--lora", 16) == peak("--lora", 16)  # the same model
     assert peak(script="dpo") > peak("--reference", "precomputed", script="dpo")
-
-
-UNLIKE = {"vllm"}  # servers have names
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -429,17 +428,22 @@ def test_flags_have_the_scripts_defaults(script, tmp_path):
     if name in ("dpo", "kto", "online_dpo"):
         del shared["beta"]  # of another meaning
     for flag, default in shared.items():
-        if flag not in UNLIKE and flag != "model":
+        if flag != "model":
             assert args[flag] == default, flag
     assert {"tokens", "kernels", "dtype"} <= shared.keys()
+    for flag, scripts in plan.ONLY.items():
+        if flag not in ("server_gpus", "beta"):
+            assert (flag in shared) == (name in scripts), flag
 
 
 BAD = {
     "--gpus 6 --replicas 4": "--gpus 6 does not divide into 4 replicas: change --replicas.",
     "--reproducible --reduce step": "--reproducible takes neither --reduce step nor --replicas:",
     "--quantize nf4": "--quantize nf4 is of weights that --lora freezes: add --lora RANK.",
-    "--script sft --vllm 8": "--script sft samples nothing: drop --vllm.",
-    "--vllm 8 --engine colocate": "--vllm and --engine colocate are two engines: give one of them.",
+    "--script sft --server_gpus 8": "--script sft has no --server_gpus: leave it out.",
+    "--script dpo --group 8": "--script dpo has no --group: leave it out.",
+    "--script grpo --rows 8": "--script grpo has no --rows: leave it out.",
+    "--server_gpus 8 --engine colocate": "--server_gpus and --engine colocate are two",
     "--engine colocate --max_staleness 1": "--engine colocate sleeps while the model trains: drop",
     "--tokens 512": "--tokens 512 is less than a sequence of 1024 tokens: raise it, or lower",
     "--script dpo --tokens 512": "--tokens 512 is less than a pair of 1024 tokens: raise it, or",
@@ -476,3 +480,68 @@ def test_the_command_prints_a_table_and_what_would_fit(tmp_path, monkeypatch, ca
     assert "--checkpointing full" in printed.split("what would make it fit")[1]
     with pytest.raises(SystemExit, match="^error: --quantize nf4 .* add --lora RANK.$"):
         run("--script", "sft", "--quantize", "nf4")
+
+
+# ------------------------------------------------------------------------------------------ dry run
+DRY = {
+    "train_sft.py": "--data {chats}",
+    "train_rm.py": "--data {pairs}",
+    "train_dpo.py": "--data {pairs} --reference precomputed --offload",
+    "train_kto.py": "--data {pairs} --lora 4 --quantize nf4",
+    "train_online_dpo.py": "--data {prompts} --reward exact --max_new_tokens 8 --engine colocate",
+    "train_grpo.py": "--data {prompts} --reward exact --max_new_tokens 8 --vllm http://nowhere:1 "
+    "--beta 0.1 --record",
+    "train_ppo.py": "--data {prompts} --reward model:{scorer} --max_new_tokens 8",
+}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Rows, and the toy's model and a reward model without weights."""
+    place = tmp_path_factory.mktemp("bare")
+    toy.write_model(place / "model")
+    (place / "model" / "model.safetensors").unlink()
+    shutil.copytree(place / "model", place / "scorer")
+    config = json.loads((place / "model" / "config.json").read_text())
+    config |= {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 1}
+    (place / "scorer" / "config.json").write_text(json.dumps(config))
+    prompts = toy.prompt_rows(held_out=False)[:300]
+    said = [{"role": "assistant", "content": row["answer"]} for row in prompts]
+    wrong = [{"role": "assistant", "content": row["answer"] + "7"} for row in prompts]
+    chats = [{"messages": [*row["prompt"], answer]} for row, answer in zip(prompts, said)]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": [right], "rejected": [other]}
+        for row, right, other in zip(prompts, said, wrong)
+    ]
+    for name, rows in (("prompts", prompts), ("chats", chats), ("pairs", pairs)):
+        toy.write_rows(place / f"{name}.jsonl", rows)
+    return place
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_checks_everything_and_writes_nothing(script, bare, tmp_path, capsys):
+    paths = {name: bare / f"{name}.jsonl" for name in ("prompts", "chats", "pairs")}
+    flags = DRY[script].format(scorer=bare / "scorer", **paths).split()
+    flags += ["--model", bare / "model", "--device", "cpu", "--tokens", 640, "--cache", tmp_path]
+    if "--reference" not in DRY[script]:
+        flags = flags[:-2]
+    with pytest.raises(SystemExit) as ended:
+        run_here(script, *flags, "--dry_run", "--out", tmp_path / "out")
+    assert ended.value.code == 0 and not [*tmp_path.iterdir()]
+    printed = capsys.readouterr().out
+    assert printed.endswith("dry run: nothing was trained and nothing written\n")
+    command = printed.split("python -m nanopost.plan ")[1].splitlines()[0]
+    args = plan.parsed([*shlex.split(command), "--gpu", "cpu"])
+    assert args.tokens == 640 and "train_" + args.script + ".py" == script
+    assert "\n".join(plan.table(args)) in printed
+    with pytest.raises(InputError, match="neither model.safetensors nor"):
+        run_here(script, *flags, "--out", tmp_path / "out")
+
+
+def test_a_dry_run_names_the_first_mistake(bare, tmp_path):
+    flags = ["--model", bare / "model", "--out", tmp_path, "--dry_run", "--device", "cpu"]
+    with pytest.raises(InputError, match="chats.jsonl:1: the columns are messages; it needs"):
+        run_here("train_dpo.py", *flags, "--data", bare / "chats.jsonl")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds files that no run of these scripts wrote"):
+        run_here("train_sft.py", *flags, "--data", bare / "chats.jsonl")

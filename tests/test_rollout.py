@@ -99,12 +99,19 @@ def test_records_are_text_and_a_number_of_each_column():
 # ----------------------------------------------------------------------------------------- lengths
 def test_lengths_are_of_sampled_tokens(alone):
     short = rollout(ids=(9,), logp=(-1.0,), finish="length")
-    assert length_metrics([rollout(), TWO_TURNS, short]) == {
+    assert length_metrics([[rollout(), TWO_TURNS], [short], []]) == {
+        "completions/duplicate_ratio": 0,
         "completions/mean_length": pytest.approx(8 / 3),
         "completions/min_length": 1,
         "completions/max_length": 4,
         "completions/clipped_ratio": pytest.approx(1 / 3),
     }
+
+
+def test_duplicates_repeat_an_earlier_completion_of_their_group(alone):
+    a, b, longer = rollout(), rollout(logp=(-2.0, -2.0, -2.0)), rollout(ids=(7, 8, 9, 9))
+    found = length_metrics([[a, b, longer, a], [a, longer, longer], [b]])
+    assert found["completions/duplicate_ratio"] == pytest.approx(3 / 8)
 
 
 # --------------------------------------------------------------------------------------- staleness
@@ -197,7 +204,7 @@ def _rank(rank, size, folder):
     if rank == 1:
         engine_N = torch.tensor([-1.1, -1.2, -1.3])
         gap.add(torch.full((3,), -1.0), engine_N, torch.ones(3, dtype=torch.bool), ALL)
-    lengths = [rollout()] if rank == 0 else [TWO_TURNS, rollout(ids=(9,), logp=(-1.0,))]
+    lengths = [[rollout()]] if rank == 0 else [[TWO_TURNS], [rollout(ids=(9,), logp=(-1.0,))]]
     found = gap.metrics(), length_metrics(lengths)
     (folder / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.destroy_process_group()
@@ -215,6 +222,7 @@ def test_gap_and_lengths_are_those_of_all_ranks_on_each(tmp_path):
         "completions/min_length": 1,
         "completions/max_length": 4,
         "completions/clipped_ratio": 0.0,
+        "completions/duplicate_ratio": 0.0,
     }
 
 

@@ -6,7 +6,17 @@ import json
 import pytest
 
 from nanopost import InputError, packing
-from nanopost.rows import load, number, pair, prompt, read_rows, sft, take_pairs_apart, unpaired
+from nanopost.rows import (
+    guess,
+    load,
+    number,
+    pair,
+    prompt,
+    read_rows,
+    sft,
+    take_pairs_apart,
+    unpaired,
+)
 
 
 def write(path, content):
@@ -481,3 +491,27 @@ def test_a_file_that_may_not_be_read_is_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.open", refused)
     with pytest.raises(InputError, match="rows.jsonl cannot be read: Permission denied."):
         read_rows(tmp_path / "rows.jsonl")
+
+
+@pytest.mark.parametrize(
+    "row, kind",
+    [
+        ({"messages": []}, "sft"),
+        ({"text": "a"}, "sft"),
+        ({"prompt": "q", "completion": "a"}, "sft"),
+        ({"prompt": "q", "completion": "a", "label": True}, "labelled"),
+        ({"prompt": "q", "answer": "4"}, "prompts"),
+        ({"prompt": "q", "chosen": "a", "rejected": "b", "label": 1}, "pairs"),
+        ({"chosen": [], "rejected": [], "messages": []}, "pairs"),
+        ({"instruction": "q", "input": "", "output": "a"}, "sft"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, "sft"),
+    ],
+)
+def test_what_rows_are_is_guessed_from_the_columns_of_the_first(tmp_path, capsys, row, kind):
+    path = write(tmp_path / "rows.jsonl", json.dumps(row))
+    assert guess([path]) == kind and guess(path) == kind
+    assert capsys.readouterr().out == ""
+    path = write(tmp_path / "rows.jsonl", json.dumps({"question": "q"}))
+    assert guess([path], ["question=prompt"]) == "prompts"
+    with pytest.raises(InputError, match="rows.jsonl:1: the columns are question; it needs"):
+        guess([path])

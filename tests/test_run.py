@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from small import small_model
 from nanopost import InputError, checkpoint, dist, hf, optim
 from nanopost.batch import Example, batch_of
 from nanopost.dist import World
-from nanopost.run import Run, changed_arguments, named_files, starts_of
+from nanopost.run import ALARM, Run, changed_arguments, starts_of, step_text
 from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, tokenizer_files
 from runs import toy
@@ -41,11 +42,11 @@ ABOUT = {"template_hash": "abc"}
 DATA = {"model": "elsewhere", "data": "rows.jsonl", "steps": 9}
 
 
-def new_run(out, rank=0, steps=9, show=(), **flags):
+def new_run(out, rank=0, steps=9, show=(), alarms="warn", boards=None, **flags):
     """A run that has not begun. flags: what its script was told, besides DATA and --out."""
     arguments = {**DATA, "out": str(out), **flags}
     world = World(rank, 1, torch.device("cpu"), torch.float32)
-    return Run(out, world, steps, arguments, list(show))
+    return Run(out, world, steps, arguments, list(show), alarms=alarms, boards=boards)
 
 
 def model_and_optimizer(seed=0):
@@ -132,8 +133,9 @@ def test_a_new_run_keeps_nothing_of_the_one_it_replaces(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == logged and checkpoint.latest(tmp_path)
     begun(tmp_path, overwrite=True)
     found = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert found.keys() == {"run.json", "metrics.jsonl", "samples.jsonl", ".lock"}
-    assert found["metrics.jsonl"] == found["samples.jsonl"] == ""
+    logs = {"metrics.jsonl", "samples.jsonl", "alarms.jsonl"}
+    assert found.keys() == {"run.json", ".lock", *logs}
+    assert {found[name] for name in logs} == {""}
 
 
 def test_a_folder_that_cannot_be_made_says_so(tmp_path):
@@ -370,9 +372,124 @@ def test_a_step_is_a_line_in_the_file_and_one_for_the_reader(tmp_path, capsys):
         {"step": 0, "eval/loss": 2.5},
         {"step": 1, "loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0},
     ]
-    first, second = capsys.readouterr().out.splitlines()
+    *_, first, second = capsys.readouterr().out.splitlines()
     assert first == "step 0/4  eval/loss 2.500"
     assert second == "step 1/4  loss 1,234  eval/loss 0.00123  left 0m00s"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_line_of_a_step_is_wider_than_100_columns(seed):
+    """Of the shown metrics the first ones that fit are there; of the held-out ones all, whole."""
+    draw = random.Random(seed)
+    names = ["x" * draw.randrange(2, 40) + f"{i}" for i in range(14)]
+    texts = [f"{name} {draw.uniform(0, 1):.3f}" for name in names]
+    shown, held_out, left = texts[:8], texts[8:], draw.choice(["", "left 12h05m"])
+    first, *others = step_text("step 12/100", shown, held_out, left).split("\n")
+    assert all(len(line) <= 100 for line in (first, *others))
+    assert all(line.startswith("    ") for line in others)
+    assert first.startswith("step 12/100  ") and first.endswith(left)
+    fitting, room = [], 100 - len("step 12/100") - len(left) - 2
+    for text in shown:
+        if len(text) + 2 <= room:
+            fitting.append(text)
+            room -= len(text) + 2
+    words = "  ".join([first.removesuffix(left), *(line[4:] for line in others)]).split("  ")
+    assert [word for word in words if word] == ["step 12/100", *fitting, *held_out]
+
+
+def test_a_text_longer_than_a_line_keeps_its_number():
+    long = f"eval/accuracy/regex:{'a' * 200} 0.125"
+    (first, second) = step_text("step 1/9", [long], [long], "left 0m01s").split("\n")
+    assert first == "step 1/9  left 0m01s"
+    assert second.startswith("    eval/accuracy/regex:aaa") and second.endswith("aaa 0.125")
+    assert len(second) <= 100
+
+
+def test_a_run_says_what_trains_and_where_it_writes(tmp_path, capsys):
+    run = new_run(tmp_path)
+    model, optimizer = model_and_optimizer()
+    model.folder = "out/sft"
+    model.model.embed_tokens.weight.requires_grad_(False)
+    run.start(model, optimizer, {"step": 0}, False, False, ABOUT)
+    first, second = capsys.readouterr().out.splitlines()
+    size = sum(p.numel() for p in model.parameters())
+    trained = size - 61 * 32
+    assert first.startswith(
+        f"out/sft: {size:,} parameters, {trained:,} of them trained, in float32 on 1 rank on cpu; "
+    )
+    assert re.search(r"; \d+\.\d GiB in use$", first)
+    assert second == (
+        f"writes to {tmp_path}: metrics, samples and alarms (.jsonl), checkpoints/, the model"
+    )
+
+
+# -------------------------------------------------------------------------------------- alarms
+def unrewarded(run, steps):
+    for step in steps:
+        run.log(step, {"reward": 0.1 * (step % 3), "completions/unrewarded": float(step > 10)})
+
+
+def alarms_of(out):
+    return [(line["alarm"], line["step"], line["since"]) for line in lines(out / "alarms.jsonl")]
+
+
+def test_an_alarm_is_said_and_written_once(tmp_path, capsys):
+    run, _, _ = begun(tmp_path)
+    unrewarded(run, range(1, 40))
+    assert alarms_of(tmp_path) == [("unrewarded", 15, 6)]
+    (said,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("ALARM")]
+    assert said.startswith(
+        "ALARM unrewarded, step 15: since step 6, completions/unrewarded is 0.5,"
+    )
+    (line,) = lines(tmp_path / "alarms.jsonl")
+    assert said == f"ALARM unrewarded, step 15: {line['message']}" and len(line) == 4
+    assert run.due_save(39, 0, 0) is False
+
+
+def test_alarms_that_are_off_say_nothing(tmp_path, capsys):
+    run = new_run(tmp_path, alarms="off")
+    run.start(*model_and_optimizer(), {"step": 0}, False, False, ABOUT)
+    unrewarded(run, range(1, 40))
+    assert alarms_of(tmp_path) == [] and "ALARM" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("step, again", [(12, [("unrewarded", 15, 6)]), (20, [])])
+def test_a_resumed_run_says_the_alarms_after_its_checkpoint_alone(tmp_path, capsys, step, again):
+    run, state, trained = begun(tmp_path, steps=99)
+    unrewarded(run, range(1, step + 1))
+    run.save(step, *trained, {**state, "step": step})
+    unrewarded(run, range(step + 1, 25))  # then it is killed
+    assert alarms_of(tmp_path) == [("unrewarded", 15, 6)]
+    capsys.readouterr()
+    resumed, _, _ = begun(tmp_path, resume=True, steps=99)
+    assert alarms_of(tmp_path) == [("unrewarded", 15, 6)][len(again) :]
+    unrewarded(resumed, range(step + 1, 40))
+    assert alarms_of(tmp_path) == [("unrewarded", 15, 6)]
+    assert ("ALARM" in capsys.readouterr().out) == bool(again)
+
+
+def test_a_run_that_replaces_another_has_none_of_its_alarms(tmp_path):
+    run, _, _ = begun(tmp_path)
+    unrewarded(run, range(1, 20))
+    assert alarms_of(tmp_path)
+    run, _, _ = begun(tmp_path, overwrite=True)
+    unrewarded(run, range(1, 9))
+    assert alarms_of(tmp_path) == []
+
+
+def test_an_alarm_that_stops_a_run_saves_it_first(tmp_path, monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr("nanopost.dist.finish", ended.append)
+    run = new_run(tmp_path, steps=99, alarms="stop")
+    trained = model_and_optimizer()
+    state = run.start(*trained, {"step": 0}, False, False, ABOUT)
+    for step in range(1, 17):
+        unrewarded(run, [step])
+        if run.due_save(step, 0, 0):
+            run.save(step, *trained, {**state, "step": step})
+    assert ended[0] == 3 and checkpoint.complete(tmp_path)[0].name == "step-000015"
+    said = "stopped by an alarm (--alarms stop): --resume continues after step 15"
+    assert said in capsys.readouterr().out
 
 
 def test_samples_are_a_line_each_and_keep_their_letters(tmp_path):
@@ -412,8 +529,10 @@ def test_the_last_line_is_what_became_of_held_out_metrics(tmp_path, monkeypatch,
     run.log(3, {"loss": 8.0, "eval/loss": 1.25})
     capsys.readouterr()
     finish(run, monkeypatch)
-    said = capsys.readouterr().out
-    assert said == "held out, before and after: eval/loss 2.000 -> 1.250\n"
+    assert capsys.readouterr().out.splitlines() == [
+        f"curves: python -m nanopost.plot {tmp_path}",
+        "held out, before and after: eval/loss 2.000 -> 1.250",
+    ]
 
 
 @pytest.mark.parametrize("evaluated", [[], [0]])
@@ -425,7 +544,7 @@ def test_without_two_evaluations_there_is_no_change_to_tell(
         run.log(step, {"eval/loss": 2.0} if step in evaluated else {"loss": 1.0})
     capsys.readouterr()
     finish(run, monkeypatch)
-    assert capsys.readouterr().out == ""
+    assert "held out" not in capsys.readouterr().out
 
 
 def test_the_model_is_written_where_it_belongs(tmp_path, capsys):
@@ -514,14 +633,6 @@ def test_a_file_of_the_model_that_a_run_writes_is_not_read_by_it(tmp_path, name)
     with pytest.raises(InputError, match=f"this run reads .*{name}, which would be overwritten"):
         begun(tmp_path, overwrite=True, a_flag_of_a_fork=str(tmp_path / name))
     assert (tmp_path / name).read_text() == "old"
-
-
-def test_files_are_named_by_flags_in_any_form(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("reward.py").write_text("")
-    Path("folder").mkdir()
-    flags = {"reward": ["exact", "reward.py:f", "model:folder"], "data": Path("none"), "n": 3}
-    assert named_files(flags) == ["reward.py", "folder"]
 
 
 def test_a_run_needs_no_git(tmp_path, monkeypatch):
@@ -845,7 +956,7 @@ def test_a_model_is_written_in_the_dtype_asked_for_and_a_change_is_said(
 
 
 # ------------------------------------------------------------------------------- ranks apart
-def _apart(rank, folder, shared):
+def _apart(rank, folder, shared, stop=None):
     os.chdir(folder / ("shared" if shared else str(rank)))
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
@@ -854,7 +965,8 @@ def _apart(rank, folder, shared):
     run, began = Run("run", world, 9, DATA, []), time.monotonic()
     try:
         run.start(*model_and_optimizer(), {"step": 0}, False, False, ABOUT)
-        run.signal = 15 if rank == 1 else 0
+        if stop and rank == stop[0]:
+            setattr(run, *stop[1:])
         stops = run.due_save(1, 0, 0), run.stop
         text = str(stops)
     except InputError as error:
@@ -876,10 +988,12 @@ def test_ranks_that_do_not_see_the_same_folder_say_so_in_seconds(tmp_path, monke
 
 
 @pytest.mark.parametrize("alone", [None])
-def test_a_signal_that_reaches_one_rank_stops_all_of_them(tmp_path):
+@pytest.mark.parametrize("stop", [(1, "signal", 15), (0, "alarmed", ALARM)])
+def test_a_signal_or_alarm_of_one_rank_stops_all_of_them(tmp_path, stop):
     (tmp_path / "shared").mkdir()
-    mp.start_processes(_apart, (tmp_path, True), nprocs=2, start_method="fork")
-    assert [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)] == ["(True, 15)"] * 2
+    mp.start_processes(_apart, (tmp_path, True, stop), nprocs=2, start_method="fork")
+    said = [(tmp_path / f"said-{rank}").read_text() for rank in (0, 1)]
+    assert said == [f"(True, {stop[2]})"] * 2
 
 
 def test_a_process_that_a_reward_forks_ends_when_it_is_told_to_and_saves_nothing(tmp_path):

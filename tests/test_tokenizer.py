@@ -1,5 +1,6 @@
 """Ids against transformers, kinds of rows, and the files of a tokenizer."""
 
+import codecs
 import gzip
 import json
 
@@ -23,10 +24,11 @@ from chats import (
     user,
 )
 from tokenizers import Tokenizer as Raw
-from tokenizers import models, normalizers, processors
+from tokenizers import decoders, models, normalizers, processors
 
 from nanopost import InputError, pairs, rows
 from nanopost.tokenizer import (
+    Pieces,
     Tokenizer,
     check_stage,
     fingerprint,
@@ -684,3 +686,48 @@ def test_another_template_and_links_to_elsewhere_are_both_said(tmp_path):
     (tmp_path / "toy/added_tokens.json").symlink_to(tmp_path / "elsewhere.json")
     said = check_stage(tmp_path / "toy", tokenizer)
     assert "trained with another template than" in said and "added_tokens.json: links to" in said
+
+
+# ------------------------------------------------------------------------------------------ pieces
+def pieces_of(decode, ids):
+    pieces = Pieces(decode)
+    return [*map(pieces.push, ids), pieces.rest()]
+
+
+def test_pieces_are_those_of_an_incremental_decoder():
+    """One token a byte: a character comes with its last one."""
+    text = "a é 字 🤖👩‍👩‍👧\n\x00 e\u0301 <|end|>!"
+    tokenizer = make()
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    *pieces, rest = pieces_of(tokenizer.decode, tokenizer.encode(text.replace("<|end|>", "")))
+    assert pieces == [decoder.decode(bytes([b])) for b in text.replace("<|end|>", "").encode()]
+    assert rest == ""
+    pieces = pieces_of(tokenizer.decode, tokenizer.encode(text))
+    assert "<|end|>" in pieces and "".join(pieces) == text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_of_any_bytes_are_the_text_of_all(seed):
+    tokenizer = make()
+    ids = np.random.default_rng(seed).integers(0, tokenizer.vocab_size, 60).tolist()
+    assert "".join(pieces_of(tokenizer.decode, ids)) == tokenizer.decode(ids)
+
+
+def test_pieces_keep_the_spaces_that_sentencepiece_writes():
+    """Its decoder trims the first space of what it is given, and joins bytes that have no token."""
+    words = ["▁", "▁a", "b", "▁b", "<unk>", *(f"<0x{b:02X}>" for b in range(256))]
+    raw = Raw(models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True))
+    raw.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    tokenizer = Tokenizer(raw, {}, None)
+    ids = [1, 3, 2, 0, 0, *(5 + b for b in "é字".encode()), 1, 5 + ord("\n"), 3]
+    assert pieces_of(tokenizer.decode, ids) == [
+        *("a", " b", "b", " ", " ", "", "é", "", "", "字", " a", "\n", " b", "")
+    ]
+    assert "".join(pieces_of(tokenizer.decode, ids)) == tokenizer.decode(ids)

@@ -175,6 +175,31 @@ def test_eval_gives_on_a_server_what_it_gives_by_itself(place, urls, tmp_path):
 
 
 # --------------------------------------------------------------------------------- no server needed
+def test_generate_answers_on_a_server_as_it_does_by_itself(place, urls, tmp_path):
+    """Greedy answers to a file, and a chat, whose answers come whole."""
+
+    def generate(*arguments, typed=""):
+        command = [sys.executable, "-m", "nanopost.generate", "--model", place / "model"]
+        command += ["--temperature", 0, "--max_new_tokens", 12, "--device", "cpu", *arguments]
+        return subprocess.run(
+            [*map(str, command)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            input=typed,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    data = "--data", place / "prompts.jsonl", "--out"
+    generate(*data, tmp_path / "native.jsonl")
+    generate(*data, tmp_path / "vllm.jsonl", "--vllm", *urls)
+    assert (tmp_path / "native.jsonl").read_text() == (tmp_path / "vllm.jsonl").read_text()
+    typed = "12+34=?\nand?\n"
+    native, vllm = generate(typed=typed), generate("--vllm", *urls, typed=typed)
+    assert native.startswith("Ctrl-C ends an answer") and vllm.endswith(native)
+
+
 def test_flags_choose_the_engine(alone, tmp_path):
     vllm_servers.write_model(tmp_path)
     model, tokenizer = hf.load_model(tmp_path), Tokenizer.load(tmp_path)

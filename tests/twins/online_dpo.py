@@ -41,7 +41,8 @@ METRICS = {
     *dpo.PAIR_METRICS,
     *("eval/accuracy", "eval/greedy", "eval/kl", "reward", "ties", "pairs", "entropy"),
     *("completions/mean_length", "completions/min_length", "completions/max_length"),
-    *("completions/clipped_ratio", "completions/unrewarded", "staleness/mean", "staleness/max"),
+    *("completions/clipped_ratio", "completions/duplicate_ratio", "completions/unrewarded"),
+    *("staleness/mean", "staleness/max"),
     *("grad_norm", "lr", "epoch", "num_tokens"),
 }
 JUDGE = '''
@@ -220,6 +221,7 @@ def twin(args):
             "completions/min_length": min(lengths),
             "completions/max_length": max(lengths),
             "completions/clipped_ratio": sum(x.finish == "length" for x in samples) / len(samples),
+            "completions/duplicate_ratio": rollouts.duplicates(s, samples) / len(samples),
             "grad_norm": grad_norm,
             "lr": lr,
             "epoch": step * args.prompts / len(s.rows),

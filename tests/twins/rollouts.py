@@ -38,6 +38,7 @@ METRICS = {
     "completions/min_length",
     "completions/max_length",
     "completions/clipped_ratio",
+    "completions/duplicate_ratio",
     *("completions/unrewarded", "num_tokens", "staleness/mean", "staleness/max"),
 }
 
@@ -308,6 +309,15 @@ def is_due(args, step) -> bool:
     return step == args.steps or (args.eval_every > 0 and step % args.eval_every == 0)
 
 
+def duplicates(s, samples) -> int:
+    """How many of the samples, group after group, have an earlier twin in their group."""
+    count = 0
+    for i, sample in enumerate(samples):
+        first = i - i % s.args.group
+        count += any(sample.new == other.new for other in samples[first:i])
+    return count
+
+
 def rollout_metrics(s, samples) -> dict:
     """rewards/* and completions/* of a step."""
     means = Means()
@@ -324,6 +334,7 @@ def rollout_metrics(s, samples) -> dict:
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
         "completions/clipped_ratio": sum(cut_off) / len(samples),
+        "completions/duplicate_ratio": duplicates(s, samples) / len(samples),
         "completions/unrewarded": unrewarded / len(samples),
     }
 

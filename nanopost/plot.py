@@ -1,0 +1,349 @@
+"""python -m nanopost.plot: the curves of one run or of several, as a PNG.
+
+    python -m nanopost.plot out/grpo
+    python -m nanopost.plot out/grpo out/ppo --metrics reward kl --smooth 10 --out both.png
+
+Without --metrics there is a panel for each metric that matters for the algorithms there are. A run
+has one colour in all panels. Faint lines are the steps themselves, strong ones a running mean, and
+markers the held-out evaluations. Alarms are ticks at the top, named in the panel at the bottom.
+"""
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from nanopost import InputError, alarms, cli
+from nanopost.cli import at_least
+from nanopost.terminal import say
+
+
+class Panel(NamedTuple):
+    """What one panel has: of each tuple, the first metric that a run has."""
+
+    solid: tuple[str, ...]
+    dashed: tuple[str, ...] = ()
+    markers: tuple[str, ...] = ()  # held out
+    hollow: tuple[str, ...] = ()  # held out, greedy answers
+    log: bool = False
+
+
+PANELS = [
+    Panel(("reward", "objective/scores"), (), ("eval/accuracy",), ("eval/greedy",)),
+    Panel(("accuracy",), (), ("eval/accuracy",)),
+    Panel(("rewards/accuracies",), (), ("eval/rewards/accuracies",)),
+    Panel(("rewards/chosen",), ("rewards/rejected",)),
+    Panel(("rewards/margins", "margin"), (), ("eval/rewards/margins", "eval/margin")),
+    Panel(("reward_std",)),
+    Panel(("frac_reward_zero_std", "ties"), ("completions/duplicate_ratio",)),
+    Panel(("loss",), (), ("eval/loss",)),
+    Panel(("kl", "objective/kl", "policy/approxkl_avg"), (), ("eval/kl",), log=True),
+    Panel(("policy/entropy_avg", "entropy"), (), ("eval/entropy",)),
+    Panel(("completions/mean_length",)),
+    Panel(("completions/clipped_ratio",), ("completions/unrewarded",)),
+    Panel(("clip_ratio/region_mean", "policy/clipfrac_avg", "cispo_clip_ratio")),
+    Panel(("val/explained_variance",)),
+    Panel(("loss/value_avg",)),
+    Panel(("sampling/sampling_logp_difference/mean",), log=True),
+    Panel(("grad_norm",), log=True),
+    Panel(("lr",)),
+    Panel(("tokens_per_second",)),
+]
+COLOURS = [
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f7f7f",
+]  # Okabe, Ito
+COLUMNS = 4
+GREY = "#666666"
+
+
+class Curves(NamedTuple):
+    """A run, to be drawn."""
+
+    label: str
+    columns: dict[str, dict[int, float]]  # metric -> {step: value}; NaN is a gap
+    alarms: list[dict]
+
+
+# ------------------------------------------------------------------------------------------ reading
+def read(folder, label: str) -> Curves:
+    """A run's metrics and alarms. What cannot be read is counted and said. InputError if there is
+    no run."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no metrics.jsonl: name the --out of a run.")
+    lines, damaged = _lines(path, "step")
+    columns, infinite = {}, {}
+    for line in lines:
+        for name, value in line.items():
+            if name == "step" or isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if not math.isfinite(value):
+                infinite[name] = infinite.get(name, 0) + 1
+                value = math.nan
+            columns.setdefault(name, {})[line["step"]] = value
+    if damaged:
+        say(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} left out")
+    for name, count in infinite.items():
+        say(f"{path}: {name} is not finite in {count} step{'s' * (count > 1)}: a gap")
+    if not columns:
+        raise InputError(f"{path} holds no step yet: wait for the run's first.")
+    log = Path(folder) / "alarms.jsonl"
+    if log.is_file():
+        sounded, damaged = _lines(log, "step", "alarm")
+        if damaged:
+            say(f"{log}: {damaged} damaged line{'s' * (damaged > 1)} left out")
+    else:  # of an older run
+        sounded = alarms.of(lines)
+    return Curves(label, columns, sounded)
+
+
+def _lines(path, *needed) -> tuple[list[dict], int]:
+    """-> (whole lines that have what is needed, how many have not)."""
+    found, damaged = [], 0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and all(name in line for name in needed) and _is_step(line):
+            found.append(line)
+        else:
+            damaged += 1
+    return found, damaged
+
+
+def _is_step(line) -> bool:
+    return isinstance(line["step"], int) and not isinstance(line["step"], bool)
+
+
+def labels(folders: list[str]) -> list[str]:
+    """Short names that tell folders apart."""
+    paths = [os.path.abspath(folder) for folder in folders]
+    if len(set(paths)) < len(paths):
+        raise InputError("a run is named twice: name each once.")
+    if len(paths) == 1:
+        return [os.path.basename(paths[0])]
+    return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+
+
+def panels(runs: list[Curves], metrics: list[str] | None) -> list[Panel]:
+    """Those to draw. InputError for a metric that no run has."""
+    present = {name for run in runs for name in run.columns}
+    if metrics:
+        for name in metrics:
+            without = [run.label for run in runs if name not in run.columns]
+            if len(without) == len(runs):
+                shown = ", ".join(sorted(present - {"time/elapsed"}))
+                raise InputError(f"--metrics {name}: no run has it; there are {shown}.")
+            if without:
+                say(f"{name}: not in {', '.join(without)}")
+        return [Panel((name,)) for name in metrics]
+    chosen = []
+    for panel in PANELS:
+        if not present.intersection(panel.solid):
+            continue
+        if panel.solid == ("loss",) and not any(map(_loss_means_something, runs)):
+            continue
+        chosen.append(panel)
+    return chosen
+
+
+def _loss_means_something(run) -> bool:
+    """That of a policy gradient does not fall as the policy gets better."""
+    return "loss" in run.columns and (
+        "reward" not in run.columns or "rewards/chosen" in run.columns
+    )
+
+
+# ------------------------------------------------------------------------------------------ drawing
+def running_mean(values: list[float], n: int) -> list[float]:
+    """The mean of the last n values at each place, of those that are no NaN."""
+    means = []
+    for i in range(len(values)):
+        window = [x for x in values[max(0, i - n + 1) : i + 1] if x == x]
+        means.append(sum(window) / len(window) if window and values[i] == values[i] else math.nan)
+    return means
+
+
+def figure_of(runs: list[Curves], chosen: list[Panel], smooth: int | None = None):
+    """-> matplotlib's Figure. smooth: steps of the running mean; None: a fortieth of each run."""
+    from matplotlib import pyplot as plt
+
+    colours = {
+        run.label: COLOURS[i] if len(runs) <= len(COLOURS) else plt.cm.turbo(i / (len(runs) - 1))
+        for i, run in enumerate(runs)
+    }
+    names = sorted({alarm["alarm"] for run in runs for alarm in run.alarms})
+    columns = min(COLUMNS, max(1, math.ceil(math.sqrt(len(chosen)))))
+    rows = math.ceil(len(chosen) / columns)
+    strip = 0.24 * len(names) + 0.5 if names else 0.0
+    style = {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.edgecolor": GREY,
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "xtick.color": GREY,
+        "ytick.color": GREY,
+        "axes.axisbelow": True,
+    }
+    with plt.rc_context(style):
+        width = max(7.0, 4.4 * columns)
+        figure = plt.figure(figsize=(width, 2.6 * rows + strip + 0.7), layout="constrained")
+        figure.get_layout_engine().set(h_pad=0.1, w_pad=0.08)
+        grid = figure.add_gridspec(
+            rows + bool(names), columns, height_ratios=[2.6] * rows + [strip] * bool(names)
+        )
+        last = max(max(steps) for run in runs for steps in run.columns.values())
+        for i, panel in enumerate(chosen):
+            axis = figure.add_subplot(grid[divmod(i, columns)])
+            _draw_panel(axis, panel, runs, colours, smooth)
+            axis.set_xlim(0, max(1, last))
+        if names:
+            axis = figure.add_subplot(grid[rows, :])
+            _draw_alarms(axis, names, runs, colours)
+            axis.set_xlim(0, max(1, last))
+        handles = [plt.Line2D([], [], color=colours[run.label], linewidth=2.5) for run in runs]
+        figure.legend(
+            handles,
+            [run.label for run in runs],
+            loc="outside upper left",
+            ncols=max(1, int(width / (0.6 + 0.085 * max(len(run.label) for run in runs)))),
+            frameon=False,
+            fontsize=10,
+        )
+        return figure
+
+
+def _first(names, run) -> str | None:
+    return next((name for name in names if name in run.columns), None)
+
+
+def _draw_panel(axis, panel, runs, colours, smooth):
+    titles, others = {}, {}  # names of metrics, and, for the legend, style of what else there is
+    for run in runs:
+        colour = colours[run.label]
+        if solid := _first(panel.solid, run):
+            titles[solid] = None
+            _draw_curve(axis, run.columns[solid], "-", colour, 1 if solid == "lr" else smooth)
+        dashed = _first(panel.dashed, run)
+        if dashed and any(run.columns[dashed].values()):
+            others[dashed.split("/")[-1]] = {"linestyle": "--"}
+            _draw_curve(axis, run.columns[dashed], "--", colour, smooth)
+        for names, what, face in (
+            (panel.markers, "held out", colour),
+            (panel.hollow, "greedy", "white"),
+        ):
+            if name := _first(names, run):
+                marks = {"marker": "o", "markersize": 5, "linestyle": ":", "linewidth": 0.8}
+                steps, values = list(run.columns[name]), list(run.columns[name].values())
+                axis.plot(steps, values, color=colour, mfc=face, **marks, clip_on=False)
+                others[what] = {**marks, "mfc": "white" if face == "white" else GREY}
+        for alarm in run.alarms:
+            axis.axvline(alarm["step"], 0.93, 1.0, color=colour, linewidth=2)
+    _scale(axis, panel, runs)
+    title = " · ".join(titles)
+    size = min(10.0, (200 if others else 400) / len(title))  # or it would run into what is beside
+    axis.set_title(title, loc="left", fontsize=size, fontweight="bold")
+    if others:
+        from matplotlib.lines import Line2D
+
+        axis.legend(
+            [Line2D([], [], color=GREY, **style) for style in others.values()],
+            list(others),
+            loc="lower right",
+            bbox_to_anchor=(1.02, 0.98),
+            ncols=len(others),
+            fontsize=8,
+            frameon=False,
+            handlelength=1.6,
+            handletextpad=0.4,
+            columnspacing=0.9,
+        )
+
+
+def _draw_curve(axis, points, style, colour, smooth):
+    steps, values = list(points), list(points.values())
+    n = smooth or max(1, len(steps) // 40)
+    if n > 1:
+        axis.plot(steps, values, style, color=colour, linewidth=0.8, alpha=0.25)
+    few = {"marker": "."} if len(steps) < 3 else {}
+    axis.plot(steps, running_mean(values, n), style, color=colour, linewidth=1.6, **few)
+
+
+def _scale(axis, panel, runs):
+    """Logarithmic, if it may be, where the largest value would flatten all others."""
+    names = (*panel.solid, *panel.markers)
+    columns = [run.columns.get(name, {}) for run in runs for name in names]
+    values = [x for column in columns for x in column.values() if x == x]
+    sizes = sorted(abs(x) for x in values if x)
+    if panel.log and sizes and sizes[-1] > 100 * sizes[len(sizes) // 2]:
+        if min(values) > 0:
+            axis.set_yscale("log")
+        else:
+            axis.set_yscale("symlog", linthresh=sizes[len(sizes) // 2])
+    else:
+        axis.yaxis.set_major_formatter(lambda x, _: f"{x:.10g}")
+
+
+def _draw_alarms(axis, names, runs, colours):
+    """A row for each alarm, a tick for each time it sounded."""
+    for run in runs:
+        for alarm in run.alarms:
+            row = names.index(alarm["alarm"])
+            axis.plot(alarm["step"], row, "|", color=colours[run.label], ms=11, mew=2.5)
+    axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_title("alarms", loc="left", fontsize=10, fontweight="bold")
+    axis.set_xlabel("step")
+
+
+# --------------------------------------------------------------------------------------------- main
+def parsed(arguments=None):
+    parser = cli.Parser(__doc__)
+    add = parser.add_argument
+    add("runs", nargs="+", metavar="OUT", help="folders of runs")
+    add("--out", metavar="FILE.png", help="default: curves.png in the folder that holds them all")
+    add("--metrics", nargs="+", metavar="NAME", help="these alone, a panel each")
+    add(
+        "--smooth",
+        type=at_least(1),
+        help="steps in a running mean; 1: none; default: a fortieth of each run",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments=None):
+    args = parsed(arguments)
+    runs = [read(folder, label) for folder, label in zip(args.runs, labels(args.runs))]
+    out = Path(args.out or Path(os.path.commonpath(map(os.path.abspath, args.runs)), "curves.png"))
+    if out.suffix != ".png":
+        raise InputError(f"--out {out}: it is a PNG: end the name in .png.")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"--out {out}: there is no folder {out.parent}: create it first.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("nanopost.plot needs the package matplotlib: pip install matplotlib.")
+    import matplotlib
+
+    matplotlib.use("Agg")  # no window
+    figure_of(runs, panels(runs, args.metrics), args.smooth).savefig(out, dpi=110)
+    say(f"the curves are in {out}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")

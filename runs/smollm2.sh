@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# GRPO on a laptop with a real model: SmolLM2-135M-Instruct learns two-digit sums that are asked in
+# words. The last line is the share of right held-out answers (sampled at temperature 1, and greedy)
+# before and after.
+#
+#     hf download HuggingFaceTB/SmolLM2-135M-Instruct --local-dir SmolLM2-135M-Instruct
+#     bash runs/smollm2.sh SmolLM2-135M-Instruct
+#
+# More flags may follow the model: --dry_run checks everything first. Writes to out/smollm2/grpo.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ -x .venv/bin/python ]; then
+    PATH="$PWD/.venv/bin:$PATH"
+fi
+model=${1:?name the folder of SmolLM2-135M-Instruct}
+shift
+out=out/smollm2
+
+mkdir -p $out
+python - $out <<'PYTHON'
+import json, random, sys
+
+draw = random.Random(0)
+pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+draw.shuffle(pairs)
+for name, part in (("train", pairs[:-200]), ("held_out", pairs[-200:])):
+    with open(f"{sys.argv[1]}/{name}.jsonl", "w") as file:
+        for a, b in part:
+            text = f"What is {a}+{b}? Answer with the number only."
+            row = {"prompt": [{"role": "user", "content": text}], "answer": str(a + b)}
+            file.write(json.dumps(row) + "\n")
+PYTHON
+
+python train_grpo.py --model "$model" --out $out/grpo \
+    --data $out/train.jsonl --eval_data $out/held_out.jsonl --eval_rows 100 --reward gsm8k \
+    --steps 80 --prompts 8 --group 8 --minibatches 1 --max_new_tokens 16 \
+    --lr 1e-5 --warmup 0 --eval_every 20 --save_every 10 "$@"
