@@ -1,6 +1,6 @@
 """The black box: steps of healthy runs hold, and of runs with a planted fault the fault is named.
 
-A fault is planted in a copy of the tree, in which the run is made; the replay is that of this tree.
+A fault is planted in the source from which the run is made; the replay is that of this tree.
 """
 
 import json
@@ -9,15 +9,17 @@ import runpy
 import shutil
 import sys
 from contextlib import contextmanager
+from importlib.machinery import PathFinder, SourceFileLoader
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+from scripts import ROOT
 from twins import common
 from twins.double import own
 
-import forks
-from nanopost import InputError, replay
+from nanopost import InputError, dist, replay
 from nanopost.retrace import Recorded
 
 STEPS = "--save_every 1 --keep 9 --eval_every 0 --record --warmup 0 --device cpu "
@@ -60,29 +62,59 @@ MORE = {
 NOT_COVERED = {"kto": {"rows and mask", "loss"}, "rm": {"rows and mask", "loss and gradient"}}
 
 
+class Planted(SourceFileLoader):
+    """Compiles a module's source with a fault in it."""
+
+    def get_code(self, fullname):
+        return compile(planted(self.fault, self.path), self.path, "exec", dont_inherit=True)
+
+
+def planted(fault, path) -> str:
+    source = Path(path).read_text()
+    assert source.count(fault.old) == 1
+    return source.replace(fault.old, fault.new)
+
+
 @contextmanager
-def library_of(folder):
-    """Inside, nanopost is that of another folder."""
+def library_with(fault):
+    """Inside, nanopost is imported anew, with the fault."""
     kept = {name: sys.modules.pop(name) for name in list(sys.modules) if own(name)}
-    sys.path.insert(0, str(folder))
+
+    class Finder:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if fault is None or f"{name.replace('.', '/')}.py" != fault.file:
+                return None
+            spec = PathFinder.find_spec(name, path)
+            spec.loader = Planted(name, spec.origin)
+            spec.loader.fault = fault
+            return spec
+
+    sys.meta_path.insert(0, Finder)
     try:
         yield
     finally:
-        sys.path.remove(str(folder))
+        sys.meta_path.remove(Finder)
         for name in [name for name in sys.modules if own(name)]:
             del sys.modules[name]
         sys.modules.update(kept)
 
 
-def run_in(folder, command, place, out):
+def run_with(fault, command, place, out):
+    """A run of a script, in which or in whose library there is a fault, or None."""
     script, *arguments = command.format(place=place).split()
+    path = ROOT / script
+    if fault and fault.file == script:
+        path = out.parent / script
+        path.write_text(planted(fault, ROOT / script))
     hook, argv = sys.excepthook, sys.argv
-    sys.argv = [script, *arguments, "--out", str(out)]
+    sys.argv = [str(path), *arguments, "--out", str(out)]
     try:
-        with library_of(folder):
-            runpy.run_path(str(folder / script), run_name="__main__")
+        with library_with(fault):
+            runpy.run_path(str(path), run_name="__main__")
     finally:
         sys.excepthook, sys.argv = hook, argv
+        dist.last_words = None
         torch.set_flush_denormal(False)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -101,7 +133,7 @@ def made(place, tmp_path_factory):
     def make(name):
         if name not in found:
             found[name] = tmp_path_factory.mktemp("healthy") / "out"
-            run_in(forks.ROOT, {**RUNS, **MORE}[name], place, found[name])
+            run_with(None, {**RUNS, **MORE}[name], place, found[name])
         return found[name]
 
     return make
@@ -123,12 +155,22 @@ def verdicts(out, steps=None):
 
 
 # ----------------------------------------------------------------------------------- healthy runs
-@pytest.mark.parametrize("name", [*RUNS, *MORE])
+@pytest.mark.parametrize("name", RUNS)
 def test_every_step_of_a_healthy_run_holds(made, name):
+    """By far: a third of what is allowed, or less (of what fp32 stores, half a digit)."""
     for step, (lines, said) in verdicts(made(name)).items():
         assert re.match(rf"step {step}: all \d+ lines hold", said), "\n".join(replay.table(lines))
-        left_out = {line.what for line in lines if line.note} - NOT_COVERED.get(name, set())
+        left_out = {line.what for line in lines if line.note}
         assert left_out <= ({"gradient", "weights"} if step == 3 else set()), lines
+        for line in lines:
+            assert line.difference <= line.tolerance / 3, line
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_a_step_holds_whatever_the_flags(made, name):
+    ((lines, said),) = verdicts(made(name), [2]).values()
+    assert re.match(r"step 2: all \d+ lines hold", said), "\n".join(replay.table(lines))
+    assert {line.what for line in lines if line.note} == NOT_COVERED.get(name, set())
 
 
 # ----------------------------------------------------------------------------------- planted faults
@@ -303,12 +345,7 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_planted_fault_is_named(place, tmp_path, name):
     fault = FAULTS[name]
-    folder = forks.patched(tmp_path)
-    path = folder / fault.file
-    source = path.read_text()
-    assert source.count(fault.old) == 1
-    path.write_text(source.replace(fault.old, fault.new))
-    run_in(folder, RUNS[fault.run] + fault.flags, place, tmp_path / "out")
+    run_with(fault, RUNS[fault.run] + fault.flags, place, tmp_path / "out")
     lines, said = verdicts(tmp_path / "out", [fault.step])[fault.step]
     expected = f"step {fault.step}: {fault.what} does NOT hold: .*{fault.cause}"
     assert re.match(expected, said), said + "\n" + "\n".join(replay.table(lines))
@@ -367,17 +404,8 @@ def test_what_is_missing_is_said_in_a_sentence(made, tmp_path):
 def test_data_that_has_changed_is_not_compared(made, place, tmp_path):
     shutil.copytree(made("sft"), tmp_path / "out")
     starts = json.loads((tmp_path / "out/run.json").read_text())
-    (data,) = starts[-1]["hashes"]
+    (data,) = [path for path in starts[-1]["hashes"] if path.endswith("sft.jsonl")]
     starts[-1]["hashes"][data] = "other"
     (tmp_path / "out/run.json").write_text(json.dumps(starts))
     ((lines, _),) = verdicts(tmp_path / "out", [1]).values()
     assert lines[0].note == f"{data} has changed since"
-
-
-def test_healthy_differences_are_far_below_what_is_allowed(made):
-    """A tenth of it, where there are weights."""
-    for name in ("sft", "dpo", "grpo", "ppo"):
-        for lines, _ in verdicts(made(name), [2]).values():
-            for line in lines:
-                if line.tolerance:
-                    assert line.difference <= 0.2 * line.tolerance, (name, line)
