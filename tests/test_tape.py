@@ -52,7 +52,10 @@ def test_an_example_without_a_pass_has_no_numbers(alone):
     _, lines = tape.take(given)
     lost = [line for line in lines if line["micro_batch"] == [None]]
     assert len(lost) == 1 and lost[0] == {"minibatch": [0], "micro_batch": [None]}
-    assert sorted(line["micro_batch"][0] for line in lines if line != lost[0]) == [[0, 0], [0, 1]]
+    assert sorted(line["micro_batch"][0] for line in lines if line != lost[0]) == [
+        [0, 0, 0],
+        [0, 1, 0],
+    ]
 
 
 def test_ranks_send_home_what_they_ran_for_others(tmp_path):
