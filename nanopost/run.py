@@ -144,11 +144,13 @@ class Run:
                 f"has the weights that they belong to (then: {' and '.join(saved_bases)}): restore "
                 "that folder, or --overwrite the run."
             )
+        logged_step = -1
         if self.writes:
             ended = (self.out / "config.json").exists()
             killed_early = resume and not ended and bool(starts_of(self.out))
             replace = overwrite or killed_early or self._trained_nothing()
             resumed_at = state["step"] if found else None
+            logged_step = _last_step(self.out / "metrics.jsonl")
             self._open(resumed_at, replace, {"hashes": hashes, **about})
             self.hashing = threading.Thread(target=self._hash_models, args=(bases,), daemon=True)
             self.hashing.start()
@@ -160,7 +162,10 @@ class Run:
         if resume and not found:
             self.say(f"--resume: no checkpoint in {self.out}, so the run starts from the beginning")
         if found:
-            self.say(f"resumed at step {state['step']}")
+            again = ""
+            if logged_step > state["step"]:
+                again = f"; what was logged after it, to step {logged_step}, is done again"
+            self.say(f"resumed at step {state['step']}{again}")
         for change in changed_arguments(saved_arguments, self.arguments):
             self.say(f"resumed with a different {change}")
         for path in hashes:
@@ -196,7 +201,7 @@ class Run:
             self.lock = open(self.out / ".lock", "a+", encoding="utf-8")
         except OSError as error:
             raise InputError(
-                f"--out {self.out}: cannot make the folder ({error.strerror}); choose another."
+                f"--out {self.out}: it cannot be made a folder ({error.strerror}); choose another."
             ) from error
         try:
             # Not flock: a process that a reward forks would inherit that lock. This one is lost
