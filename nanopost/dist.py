@@ -149,9 +149,7 @@ def _one_sentence(kind, error, trace):
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr, flush=True)
     elif issubclass(kind, BrokenPipeError):
-        closed = (
-            "error: what it prints to has been closed (by | head, say): print to a file or less"
-        )
+        closed = "error: what reads its output has ended (| head, say): let it print to a file"
         print(closed, file=sys.stderr, flush=True)
         sys.stdout = open(os.devnull, "w")
     else:

@@ -201,7 +201,7 @@ class Run:
             self.lock = open(self.out / ".lock", "a+", encoding="utf-8")
         except OSError as error:
             raise InputError(
-                f"--out {self.out}: it cannot be made a folder ({error.strerror}); choose another."
+                f"--out {self.out}: cannot make the folder ({error.strerror}); choose another."
             ) from error
         try:
             # Not flock: a process that a reward forks would inherit that lock. This one is lost
