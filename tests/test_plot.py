@@ -216,6 +216,7 @@ def test_a_running_mean_is_of_the_last_steps_without_gaps():
     gap = running_mean([1.0, math.nan, 3.0, 5.0], 3)
     assert gap[0] == 1.0 and math.isnan(gap[1]) and gap[2:] == [2.0, 4.0]
     assert running_mean([1.0, 3.0], 10**12) == [1.0, 2.0]
+    assert running_mean([1.5e308, -1.5e308], 1) == [1.5e308, -1.5e308]
     values[7], values[20] = math.nan, 1e30  # after which the others are what they were
     for n in (1, 2, 5, 10, 49, 50, 51):
         windows = [values[max(0, i - n + 1) : i + 1] for i in range(50)]
