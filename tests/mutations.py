@@ -2859,6 +2859,13 @@ MUTATIONS = [
         "test_normalize.py::test_what_most_judges_say_is_chosen",
     ),
     mutation(
+        "judge-index-taken-for-a-tie",
+        "nanopost/normalize.py",
+        "if 0 in cast and 2 not in cast:",
+        "if False:",
+        "test_normalize.py::test_votes_that_may_be_an_index_are_refused",
+    ),
+    mutation(
         "tree-ranks-reversed",
         "nanopost/normalize.py",
         'if one["rank"] < two["rank"]]',
@@ -2868,8 +2875,8 @@ MUTATIONS = [
     mutation(
         "tree-deleted-kept",
         "nanopost/normalize.py",
-        'return [reply for reply in replies if not reply.get("deleted")]',
-        "return replies",
+        'kept = [reply for reply in replies if not reply.get("deleted")]',
+        "kept = replies",
         "test_normalize.py::test_a_tree_is_conversations_pairs_or_prompts",
     ),
     mutation(
