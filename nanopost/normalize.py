@@ -17,6 +17,7 @@ What was taken for what, and what was left out, is said once per file.
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from itertools import combinations
 
 from nanopost import InputError
@@ -59,7 +60,7 @@ def normalize(
     return found, [f"{n:,} {sentence}" for sentence, n in counts.items()]
 
 
-def first(rows: list[dict], renamed: dict[str, str], to_messages: bool = False) -> dict | None:
+def first(rows: Iterable[dict], renamed: dict[str, str], to_messages: bool = False) -> dict | None:
     """The first row that normalize would give; None if it leaves all of them out."""
     for row in rows:
         if found := _normalized(row, renamed, to_messages, "sft", Counter()):

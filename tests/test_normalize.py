@@ -7,7 +7,7 @@ from chats import SPECIAL, answer, call, make, trained, user
 
 from nanopost import InputError
 from nanopost.normalize import normalize
-from nanopost.rows import guess, pair, prompt, read_rows, sft, unpaired
+from nanopost.rows import guess, pair, prompt, read_files, read_rows, sft, unpaired
 
 
 def only(row, renamed=(), **how):
@@ -351,8 +351,9 @@ def test_votes_that_may_be_an_index_are_refused(tmp_path, capsys):
     for form in (pair, unpaired, None):
         with pytest.raises(InputError, match="index.jsonl:1: in this file label holds 0 but never"):
             read_rows(path, (), form)
+    assert guess(read_files(path)) == "pairs"
     with pytest.raises(InputError, match="1 is read as output_1 being better.*add 1"):
-        guess(path) and read_rows(path)
+        read_rows(path)
     for rows in ([judged(0, 0), judged(1, 0)], benchmark(0, 0)):
         with pytest.raises(InputError, match="as an index does"):
             normalize(rows, {})
