@@ -2901,6 +2901,13 @@ MUTATIONS = [
         "test_tokenizer.py::test_pieces_are_those_of_an_incremental_decoder",
     ),
     mutation(
+        "pieces-released-late",
+        "nanopost/tokenizer.py",
+        "elif len(self.ids) >= self.BYTES:",
+        "elif False:",
+        "test_tokenizer.py::test_pieces_come_on_where_characters_are_broken",
+    ),
+    mutation(
         "pieces-without-context",
         "nanopost/tokenizer.py",
         "self.before, self.ids, self.given = self.ids, [], 0",
