@@ -346,7 +346,7 @@ class Pieces:
         text, start = self.decode(self.before + past + self.ids), len(self.decode(self.before))
         end = len(self.decode(self.before + past))
         piece = text[start + self.given : end]
-        self.given = max(0, start + self.given - end)
+        self.given = max(0, self.given - max(0, end - start))
         if end > start or self.decode(past) or not self.before:  # or else they say nothing
             self.before += past
         # Its last tokens do as context: a character cut at their start is cut in both decodings.

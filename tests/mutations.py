@@ -2950,6 +2950,13 @@ MUTATIONS = [
         "test_display.py::test_a_page_loads_nothing_and_runs_nothing",
     ),
     mutation(
+        "inspect-backslashes-as-they-are",
+        "nanopost/display.py",
+        'harmless(text.replace("\\\\", "\\\\\\\\"))',
+        "harmless(text)",
+        "test_display.py::test_a_character_and_its_spelling_look_different",
+    ),
+    mutation(
         "inspect-masks-inverted",
         "nanopost/display.py",
         'return "»" if token.trained else "«"',
