@@ -2929,6 +2929,20 @@ MUTATIONS = [
         "test_generate.py::test_a_greedy_chat_is_transformers_greedy_generation_in_every_turn",
     ),
     mutation(
+        "answers-in-place-at-once",
+        "nanopost/generate.py",
+        'return Path(f"{out}.part")',
+        "return Path(out)",
+        "test_generate.py::test_answers_take_the_place_of_a_file_when_they_are_complete",
+    ),
+    mutation(
+        "answers-in-the-terminal-printed-as-they-are",
+        "nanopost/generate.py",
+        "ensure_ascii=not args.out",
+        "ensure_ascii=False",
+        "test_generate.py::test_answers_in_the_terminal_are_json_whatever_is_in_them",
+    ),
+    mutation(
         "chat-prints-as-it-is",
         "nanopost/generate.py",
         "print(printable(piece), end",
