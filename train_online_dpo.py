@@ -186,7 +186,8 @@ for step in range(state["step"] + 1, args.steps + 1):
     clock.lap("rollout")
 
     # ---- pairs: the best and the worst of each group
-    step_pairs = pairs.best_and_worst(groups, reward_PG)
+    examples_PG = [[r.example() for r in group] for group in groups]
+    step_pairs = pairs.best_and_worst(examples_PG, reward_PG)
     pairs.add_columns(step_pairs, train_prompt="orpo" in args.loss)
     reference.add_no_reference(step_pairs)
     if reference_model is not None:
@@ -266,10 +267,9 @@ for step in range(state["step"] + 1, args.steps + 1):
         step, sample_records(tokenizer.decode, rollouts[: args.group], reward=reward_PG.flatten())
     )
     if args.record:
-        paired = {e.ids.tobytes(): e for e in examples}
         run.record(
             step,
-            [paired.get(e.ids.tobytes(), e) for e in (r.example() for r in rollouts)],
+            [e for group in examples_PG for e in group],
             {"divisor": num_pairs, "nll_tokens": nll_tokens},
             tape,
             serial=serials,

@@ -273,7 +273,7 @@ for step in range(state["step"] + 1, args.steps + 1):
             )
             loss = policy_loss + args.value_coef * value_loss
             (loss / max(1, targets)).backward()
-            tape.add(batch, logp=logp_N, entropy=entropy_N, loss=loss)
+            tape.add(batch, logp=logp_N, entropy=entropy_N, new_value=value_N, loss=loss)
             metrics = {
                 "loss/policy_avg": policy_loss,
                 "loss/value_avg": value_loss,

@@ -50,8 +50,9 @@ class Metrics:
 
     def last(self, name: str, n: int = WINDOW, skip: int = 0) -> list[float]:
         """n values, before the last `skip`; fewer where there are no more."""
-        end = max(0, self.count(name) - skip)
-        return list(self.columns[name][1][max(0, end - n) : end])
+        _, values = self.columns.get(name, ((), ()))
+        end = max(0, len(values) - skip)
+        return list(values[max(0, end - n) : end])
 
     def since(self, name: str, n: int = WINDOW) -> int:
         """The step of the first of the last n values."""
@@ -336,25 +337,24 @@ def duplicates_rising(m):
     )
 
 
-CONSTANT_STEPS = 5
-
-
 def reward_constant(m):
-    """Constant at less than it was, or from the start: a solved task is constant, too."""
+    """Constant at less than it was, or from the start: a solved task is constant, too. Without a
+    spread that is 0 as well, a few equal means are chance."""
     name = reward_name(m)
-    if not name or m.count(name) < CONSTANT_STEPS:
+    steps = WINDOW // 2 if m.named("reward_std") else WINDOW
+    if not name or m.count(name) < steps:
         return None
-    now, before = m.last(name, CONSTANT_STEPS), m.last(name, BACK, skip=CONSTANT_STEPS)
-    spread = m.last("reward_std", CONSTANT_STEPS) if m.named("reward_std") else []
+    now, before = m.last(name, steps), m.last(name, BACK, skip=steps)
+    spread = m.last("reward_std", steps)
     if max(now) - min(now) > 1e-9 or max(spread, default=0.0) > 1e-9:
         return None
     if min(before, default=now[0]) < now[0] - 1e-9:
         return None
     was = f", and was {number(fmean(before))}" if before and max(before) > now[0] + 1e-9 else ""
-    return m.since(name, CONSTANT_STEPS), (
-        f"{name} is {number(now[0])} in each of {CONSTANT_STEPS} steps{was}: a reward that is the "
-        "same for all answers teaches nothing; look at samples.jsonl, then check --reward and "
-        "--data, or raise --max_new_tokens"
+    return m.since(name, steps), (
+        f"{name} is {number(now[0])} in each of {steps} steps{was}: a reward that is the same for "
+        "all answers teaches nothing; look at samples.jsonl, then check --reward and --data, or "
+        "raise --max_new_tokens"
     )
 
 
@@ -419,7 +419,8 @@ APART, SHRINKS = 0.2, 0.8  # of the rewards, in 3 evaluations; to this share of 
 
 
 def greedy_far_from_sampled(m):
-    """From the start, it is what RL begins with: sampling learns what greedy answers know."""
+    """At the start that is what RL begins with, as greedy answers know what samples have to learn:
+    an illness only if it stays so."""
     greedy, sampled = "eval/greedy", "eval/accuracy"
     if min(m.count(greedy), m.count(sampled)) < 4:
         return None

@@ -148,6 +148,10 @@ def _one_sentence(kind, error, trace):
         print(f"error: out of memory: {way_out}. {error}", file=sys.stderr, flush=True)
     elif issubclass(kind, KeyboardInterrupt):
         print("stopped", file=sys.stderr, flush=True)
+    elif issubclass(kind, BrokenPipeError):
+        closed = "error: what reads its output has ended (| head, say): let it print to a file"
+        print(closed, file=sys.stderr, flush=True)
+        sys.stdout = open(os.devnull, "w")
     else:
         sys.__excepthook__(kind, error, trace)
     if last_words is not None:

@@ -17,6 +17,9 @@ from nanopost import InputError, hf, lora
 
 PACKAGES = ("numpy", "safetensors", "tokenizers", "triton", "vllm")
 LARGEST_DIFF = 2**20  # bytes; a larger one is more than changes to code
+# A patch for git apply, whatever the user's settings.
+DIFF = ("-c", "color.ui=false", "diff", "--binary", "--no-ext-diff", "--no-textconv")
+DIFF += ("--src-prefix=a/", "--dst-prefix=b/")
 
 
 def manifest(arguments: dict) -> dict:
@@ -42,10 +45,11 @@ def launch_command() -> str:
     """A line for a shell that starts this process and its ranks again, with as many threads."""
     words = [sys.executable]
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        words = ["torchrun", "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
         nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+        where = ["--standalone"]
         if nodes != "1":
-            words += ["--nnodes", nodes, "--rdzv_endpoint", "HOST:PORT"]
+            where = ["--nnodes", nodes, "--rdzv_endpoint", "HOST:PORT"]
+        words = ["torchrun", *where, "--nproc_per_node", os.environ["LOCAL_WORLD_SIZE"]]
     words += sys.argv
     threads = f"OMP_NUM_THREADS={torch.get_num_threads()}"
     return f"cd {shlex.quote(os.getcwd())} && {threads} {shlex.join(words)}"
@@ -53,11 +57,12 @@ def launch_command() -> str:
 
 def code_changes() -> str:
     """What is in the working tree beyond the commit, as a patch for git apply: changed files, and
-    the script that runs, if git does not know it. "" without git."""
-    diff = _git("diff", "HEAD")
+    the script that runs, if git does not know it. "" without git. Bytes that are not UTF-8 are
+    surrogates (errors="surrogateescape")."""
+    diff = _git(*DIFF, "HEAD")
     script = Path(sys.argv[0])
     if script.suffix == ".py" and not _git("ls-files", "--", str(script.resolve())):
-        diff += _git("diff", "--no-index", os.devnull, str(script.resolve()))
+        diff += _git(*DIFF, "--no-index", os.devnull, str(script.resolve()))
     if len(diff) > LARGEST_DIFF:
         return f"left out: {len(diff):,} characters"
     return diff
@@ -108,16 +113,16 @@ def file_hashes(arguments: dict) -> dict[str, str]:
     return hashes
 
 
-def model_hashes(arguments: dict, out) -> dict[str, str]:
+def model_hashes(arguments: dict, out, known: dict[str, str]) -> dict[str, str]:
     """{folder of a model that a flag names: hash of its config and weights}. Takes about a second
-    per GB. out: the run's own folder, which it writes."""
+    per GB. out: the run's own folder, which it writes. known: such hashes."""
     hashes = {}
     for text in named_files(arguments):
         is_model = any(Path(text, name).is_file() for name in ("config.json", lora.CONFIG))
         if not is_model or Path(text).resolve() == Path(out).resolve():
             continue
         try:
-            hashes[text] = hf.content_hash(text)
+            hashes[text] = known.get(text) or hf.content_hash(text)
         except (InputError, OSError) as error:
             hashes[text] = f"unknown: {error}"
     return hashes
@@ -129,9 +134,7 @@ def _git(*words) -> str:
             ["git", *words],
             cwd=Path(__file__).parent,
             capture_output=True,
-            text=True,
-            errors="replace",
         )
     except OSError:  # no git here
         return ""
-    return done.stdout
+    return done.stdout.decode(errors="surrogateescape")  # bytes: text would change line ends

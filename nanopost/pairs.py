@@ -75,19 +75,19 @@ def mismatched(examples: list[Example], max_length: int) -> list[Pair]:
     return pairs
 
 
-def best_and_worst(groups: list[list], reward_PG: torch.Tensor) -> list[Pair]:
-    """The rollouts of highest and of lowest reward of each prompt.
+def best_and_worst(groups: list[list[Example]], reward_PG: torch.Tensor) -> list[Pair]:
+    """The examples of highest and of lowest reward of each group.
 
-    A group where these rewards are equal gives no pair, nor does one where both rollouts are the
-    same tokens: a reward model's scores of those differ in the last digits. A rollout without a
-    reward (NaN) is neither best nor worst.
+    A group where these rewards are equal gives no pair, nor does one where both are the same
+    tokens: a reward model's scores of those differ in the last digits. An example without a reward
+    (NaN) is neither best nor worst.
     """
     pairs = []
     for group, reward_G in zip(groups, reward_PG):
         high_G, low_G = reward_G.nan_to_num(nan=-torch.inf), reward_G.nan_to_num(nan=torch.inf)
         best, worst = group[int(high_G.argmax())], group[int(low_G.argmin())]
-        if high_G.max() > low_G.min() and best.ids != worst.ids:
-            pairs.append((best.example(), worst.example()))
+        if high_G.max() > low_G.min() and not np.array_equal(best.ids, worst.ids):
+            pairs.append((best, worst))
     return pairs
 
 

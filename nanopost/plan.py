@@ -513,8 +513,9 @@ def end_dry_run(script: str, given: dict, world, lengths: list[int]):
     if world.rank == 0:
         say(f"rows of {min(lengths):,} to {max(lengths):,} tokens, {length:,} on average")
         main([str(word) for word in words + here])
-        say("on other hardware (--gpu h100, --gpus 8):")
-        say(f"  python -m nanopost.plan {shlex.join(map(str, words))}")
+        other = [*words, "--gpu", "h100"]
+        other[other.index("--gpus") + 1] = 8
+        say(f"on eight H100: python -m nanopost.plan {shlex.join(map(str, other))}")
         say("dry run: nothing was trained and nothing written")
     finish()
     sys.exit(0)

@@ -144,13 +144,15 @@ class Run:
                 f"has the weights that they belong to (then: {' and '.join(saved_bases)}): restore "
                 "that folder, or --overwrite the run."
             )
+        logged_step = -1
         if self.writes:
             ended = (self.out / "config.json").exists()
             killed_early = resume and not ended and bool(starts_of(self.out))
             replace = overwrite or killed_early or self._trained_nothing()
             resumed_at = state["step"] if found else None
+            logged_step = _last_step(self.out / "metrics.jsonl")
             self._open(resumed_at, replace, {"hashes": hashes, **about})
-            self.hashing = threading.Thread(target=self._hash_models, daemon=True)
+            self.hashing = threading.Thread(target=self._hash_models, args=(bases,), daemon=True)
             self.hashing.start()
             logged = read_log(self.out / "metrics.jsonl")
             for line in logged:
@@ -160,7 +162,10 @@ class Run:
         if resume and not found:
             self.say(f"--resume: no checkpoint in {self.out}, so the run starts from the beginning")
         if found:
-            self.say(f"resumed at step {state['step']}")
+            again = ""
+            if logged_step > state["step"]:
+                again = f"; what was logged after it, to step {logged_step}, is done again"
+            self.say(f"resumed at step {state['step']}{again}")
         for change in changed_arguments(saved_arguments, self.arguments):
             self.say(f"resumed with a different {change}")
         for path in hashes:
@@ -312,10 +317,10 @@ class Run:
             if kept and path == logs[0]:
                 self.began -= _number_of(kept[-1], "time/elapsed", 0.0)
 
-    def _hash_models(self):
+    def _hash_models(self, bases):
         """Add hashes of the models that flags name to run.json. In a thread, since many GB take a
         minute."""
-        hashes = manifest.model_hashes(self.arguments, self.out)
+        hashes = manifest.model_hashes(self.arguments, self.out, bases)
         starts = starts_of(self.out)
         if starts and hashes:
             starts[-1]["hashes"] |= hashes

@@ -20,14 +20,15 @@ class Tape:
     def _clear(self):
         self.passes = []  # of the optimizer step that goes on: (batch, numbers)
         self.updates = []  # an entry per optimizer step
-        self.found = {}  # (optimizer step, digest of an example) -> [rank, pass], columns
+        # (optimizer step, digest of an example) -> ([rank, pass, place in it], columns)
+        self.found = {}
         # id of an example's ids -> (these ids, its digest, the optimizer steps that train it)
         self.home = {}
 
     def add(self, batch: Batch, **numbers: torch.Tensor):
         """A micro-batch has been through the model: x_N, 0 where masked, or sums over it. They stay
         on their device until `update`."""
-        if self.on:
+        if self.on and not batch.dummy:
             self.passes.append((batch, {name: x.detach() for name, x in numbers.items()}))
 
     def update(self, examples: list[Example], grad_norm: float, lr: float):
@@ -44,8 +45,8 @@ class Tape:
                     continue
                 for columns, x_T in zip(columns_S, batch.split(x)):
                     columns[name] = x_T
-            for e, columns in zip(batch.examples, columns_S):
-                self.found[number, digest_of((e,))] = [rank, i], columns
+            for place, (e, columns) in enumerate(zip(batch.examples, columns_S)):
+                self.found[number, digest_of((e,))] = [rank, i, place], columns
         for e in examples:
             new = e.ids, digest_of((e,)), []
             *_, steps = self.home.setdefault(id(e.ids), new)
@@ -60,8 +61,8 @@ class Tape:
         collective.
 
         minibatch: the numbers of the optimizer steps in which it was trained. micro_batch: in each
-        of them [rank, number] of the pass, None if there was none. logp and the like: [T], of the
-        first pass, left out if there was none.
+        of them [rank, number of the pass, place in it], None if there was none. logp and the like:
+        [T], of the first pass, left out if there was none.
         """
         if not self.on:
             return [], [{} for _ in examples]

@@ -12,7 +12,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -x .venv/bin/python ]; then
     PATH="$PWD/.venv/bin:$PATH"
 fi
-model=${1:?name the folder of SmolLM2-135M-Instruct}
+if [ $# = 0 ]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "runs/${0##*/}"
+    exit 2
+fi
+model=$1
 shift
 out=out/smollm2
 

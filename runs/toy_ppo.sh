@@ -17,6 +17,7 @@ out=out/toy${1:+-$1}
 if [ ! -f "$out/sft/config.json" ]; then
     bash runs/toy_sft.sh "$@"
 fi
+echo "starts from $out/sft"
 
 python train_ppo.py --model "$out/sft" --out "$out/ppo" --overwrite \
     --data "$out/prompts.jsonl" --eval_data "$out/prompts_heldout.jsonl" \

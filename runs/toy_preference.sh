@@ -17,6 +17,7 @@ out=out/toy${1:+-$1}
 if [ ! -f "$out/sft/config.json" ]; then
     bash runs/toy_sft.sh "$@"
 fi
+echo "starts from $out/sft"
 python runs/toy.py "$out" --pairs "$out/sft"
 
 python train_rm.py --model "$out/sft" --out "$out/rm" --overwrite \

@@ -14,7 +14,11 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 if [ -x .venv/bin/python ]; then
     PATH="$PWD/.venv/bin:$PATH"
 fi
-model=${1:?name a model folder, such as Qwen2.5-1.5B-Instruct}
+if [ $# = 0 ]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "runs/${0##*/}"
+    exit 2
+fi
+model=$1
 shift
 gpus=${GPUS:-1}
 

@@ -257,7 +257,7 @@ ILLNESSES = {
         50,
         {"objective/scores": lambda s, x: 0.0},
         "reward_constant",
-        5,
+        10,
     ),
     "rewards that do not apply": (
         "grpo",

@@ -430,6 +430,9 @@ def applies_not(ids):
 def first_step_alone(completions, completion_ids, step, **columns):
     return [float(sum(ids) % 7) if step[0] == 1 else None for ids in completion_ids]
 
+def sums(completions, completion_ids, **columns):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
 def steps(completions, step, **columns):
     return [float(number) for number in step]
 
@@ -570,11 +573,26 @@ def test_online_dpo_pairs_nothing_that_no_reward_scores(place, tmp_path, monkeyp
     assert 0 < reward_PG.isnan().sum() < 16 and made
     reward_of = {}
     for group, reward_G in zip(groups, reward_PG.tolist()):
-        for r, reward in zip(group, reward_G):
-            reward_of[tuple(r.prompt + r.ids)] = reward
+        for e, reward in zip(group, reward_G):
+            reward_of[tuple(e.ids.tolist())] = reward
     for best, worst in made:
         assert reward_of[tuple(best.ids.tolist())] > reward_of[tuple(worst.ids.tolist())]
     assert metrics(tmp_path)[1]["completions/unrewarded"] == reward_PG.isnan().double().mean()
+
+
+def test_what_online_dpo_records_as_trained_was_trained(place, tmp_path, own):
+    """Rollouts of the same tokens are apart: at most one of them is in a pair."""
+    more = (*own("sums"), "--prompts", 8, "--group", 8, "--steps", 1, "--record")
+    more += ("--temperature", 0.3, "--max_new_tokens", 2)
+    run_here("train_online_dpo.py", *flags(place, "train_online_dpo.py", tmp_path, *more))
+    text = (tmp_path / "records" / "000001.jsonl").read_text()
+    about, *lines = [json.loads(line) for line in text.splitlines()]
+    assert len({str(line["ids"]) for line in lines}) < len(lines) == 64
+    trained = [line for line in lines if line["minibatch"]]
+    assert len(trained) == 2 * about["divisor"] > 0
+    assert about["updates"][0]["loss"] == pytest.approx(
+        metrics(tmp_path)[1]["loss"] * about["divisor"]
+    )
 
 
 @pytest.mark.parametrize("script", SAMPLING)

@@ -55,31 +55,58 @@ def test_the_command_of_a_run_on_several_nodes_leaves_the_address_to_the_reader(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "argv", ["train_sft.py", "--stop", "two words"])
     assert manifest.launch_command().endswith(
-        f"OMP_NUM_THREADS={torch.get_num_threads()} torchrun --nproc_per_node 8 --nnodes 4 "
-        "--rdzv_endpoint HOST:PORT train_sft.py --stop 'two words'"
+        f"OMP_NUM_THREADS={torch.get_num_threads()} torchrun --nnodes 4 "
+        "--rdzv_endpoint HOST:PORT --nproc_per_node 8 train_sft.py --stop 'two words'"
     )
 
 
 def test_changes_to_the_code_are_a_patch_of_the_commit(tmp_path, monkeypatch):
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
-        (tmp_path / "a.py").write_text("one\n")
-        git(tmp_path, *words)
-    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "manifest.py"))
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "a.py")])
+    """git apply gives the same files again, whatever bytes they hold and however git is set up."""
+    repository, other = tmp_path / "one", tmp_path / "two"
+    before = {
+        "a.py": b"one\n",
+        "windows.py": b"x\r\n",
+        "latin.txt": b"\xe4\n",
+        "b.bin": b"\0\1",
+    }
+    after = {
+        "a.py": b"two\n",
+        "windows.py": b"y\r\n",
+        "latin.txt": b"\xf6\n",
+        "b.bin": b"\0\2",
+    }
+    repository.mkdir()
+    git(repository, "init", "-q")
+    for name, value in (("core.autocrlf", "false"), ("color.ui", "always"), ("diff.noprefix", "1")):
+        git(repository, "config", name, value)
+    write(repository, before)
+    git(repository, "add", ".")
+    git(repository, "commit", "-qm", "first")
+    git(tmp_path, "clone", "-q", "one", "two")
+    monkeypatch.setattr(manifest, "__file__", str(repository / "manifest.py"))
+    monkeypatch.setattr(sys, "argv", [str(repository / "a.py")])
     assert manifest.code_changes() == ""
-    (tmp_path / "a.py").write_text("two\n")
-    assert "-one\n+two\n" in manifest.code_changes()
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "b.py")])
-    (tmp_path / "b.py").write_text("new\n")
+    write(repository, after)
     changes = manifest.code_changes()
-    assert "+two\n" in changes and "+new\n" in changes
+    git(other, "apply", "-", input=changes.encode(errors="surrogateescape"))
+    assert {name: (other / name).read_bytes() for name in after} == after
+
+    monkeypatch.setattr(sys, "argv", [str(repository / "new.py")])
+    write(repository, {"new.py": b"new\n"})
+    with_script = manifest.code_changes()
+    assert with_script.startswith(changes) and "+new\n" in with_script
     monkeypatch.setattr(manifest, "LARGEST_DIFF", 5)
-    assert manifest.code_changes() == f"left out: {len(changes):,} characters"
+    assert manifest.code_changes() == f"left out: {len(with_script):,} characters"
 
 
-def git(folder, *words):
+def write(folder, files):
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+
+
+def git(folder, *words, **more):
     named = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
-    subprocess.run(["git", *named, *words], cwd=folder, check=True)
+    subprocess.run(["git", *named, *words], cwd=folder, check=True, **more)
 
 
 def test_files_are_named_by_flags_in_any_form(tmp_path, monkeypatch):
@@ -93,6 +120,6 @@ def test_files_are_named_by_flags_in_any_form(tmp_path, monkeypatch):
 def test_a_folder_without_weights_has_no_hash_and_ends_no_run(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
-    (found,) = manifest.model_hashes({"model": str(tmp_path / "model")}, tmp_path).values()
+    (found,) = manifest.model_hashes({"model": str(tmp_path / "model")}, tmp_path, {}).values()
     assert found.startswith("unknown: ") and "no weights at all" in found
-    assert manifest.model_hashes({"out": str(tmp_path / "model")}, tmp_path / "model") == {}
+    assert manifest.model_hashes({"out": str(tmp_path / "model")}, tmp_path / "model", {}) == {}

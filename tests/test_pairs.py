@@ -6,7 +6,6 @@ import torch
 
 from nanopost import InputError, pairs
 from nanopost.batch import Example
-from nanopost.rollout import Rollout
 
 
 def example(ids, prompt):
@@ -85,7 +84,7 @@ def test_a_single_row_has_no_other():
 
 # ------------------------------------------------------------------------------------------- online
 def answers(*lengths):
-    return [Rollout([1, 2], [5] * n, np.zeros(n, np.float32), "stop", 0) for n in lengths]
+    return [Example([1, 2] + [5] * n, [False] * 2 + [True] * n) for n in lengths]
 
 
 def test_of_sampled_answers_the_best_is_chosen_and_the_worst_rejected():
@@ -100,8 +99,7 @@ def test_of_sampled_answers_the_best_is_chosen_and_the_worst_rejected():
     )
     found = pairs.best_and_worst(groups, reward_PG)
     assert [[int(e.mask.sum()) for e in pair] for pair in found] == [[2, 3], [9, 7]]
-    best, _ = found[0]
-    assert best.ids.tolist() == [1, 2, 5, 5] and best.mask.tolist() == [False, False, True, True]
+    assert found[0] == (groups[0][1], groups[0][2])  # these themselves, not their likes
     assert pairs.best_and_worst([], torch.zeros(0, 4)) == []
 
 

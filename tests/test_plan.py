@@ -531,7 +531,8 @@ def test_a_dry_run_checks_everything_and_writes_nothing(script, bare, tmp_path, 
     printed = capsys.readouterr().out
     assert printed.endswith("dry run: nothing was trained and nothing written\n")
     command = printed.split("python -m nanopost.plan ")[1].splitlines()[0]
-    args = plan.parsed([*shlex.split(command), "--gpu", "cpu"])
+    assert "--gpus 8" in command
+    args = plan.parsed([*shlex.split(command), "--gpu", "cpu", "--gpus", "1"])
     assert args.tokens == 640 and "train_" + args.script + ".py" == script
     assert "\n".join(plan.table(args)) in printed
     with pytest.raises(InputError, match="neither model.safetensors nor"):

@@ -3,6 +3,7 @@ at any instant."""
 
 import json
 import random
+import shlex
 import signal
 import subprocess
 import time
@@ -458,3 +459,13 @@ def test_what_a_run_will_do_is_said_before_it_starts(place, tmp_path):
     assert "of the 1,000 rows of an epoch: 2 steps, 0.032 epochs" in done.stdout
     done = run("train_grpo.py", *grpo(place, tmp_path / "y", "--steps", 1, "--eval_rows", 3))
     assert "10 prompts, 3 held out" in done.stdout and "1 steps of 4 prompts: 0.4 ep" in done.stdout
+
+
+def test_a_closed_pipe_ends_a_run_with_a_sentence(place, tmp_path):
+    words = shlex.join(command("train_sft.py", *sft(place, tmp_path), "--steps", 200))
+    done = subprocess.run(
+        ["bash", "-c", f"{words} | head -n 4"], env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+    assert "error: what reads its output has ended" in done.stderr
+    assert len(metrics(tmp_path)) < 100

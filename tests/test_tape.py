@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from ranks import on_ranks
 from small import random_ids, small_model
 
@@ -51,7 +52,10 @@ def test_an_example_without_a_pass_has_no_numbers(alone):
     _, lines = tape.take(given)
     lost = [line for line in lines if line["micro_batch"] == [None]]
     assert len(lost) == 1 and lost[0] == {"minibatch": [0], "micro_batch": [None]}
-    assert sorted(line["micro_batch"][0] for line in lines if line != lost[0]) == [[0, 0], [0, 1]]
+    assert sorted(line["micro_batch"][0] for line in lines if line != lost[0]) == [
+        [0, 0, 0],
+        [0, 1, 0],
+    ]
 
 
 def test_ranks_send_home_what_they_ran_for_others(tmp_path):
@@ -81,3 +85,15 @@ def test_a_tape_that_is_off_reads_nothing():
     tape.add(Untouched(), logp=Untouched())
     tape.update([Untouched()], Untouched(), Untouched())
     assert tape.take([1, 2]) == ([], [{}, {}])
+
+
+def test_a_dummy_is_in_no_sum(alone):
+    tape, given = Tape(True), [example(6, 1)]
+    step(small_model(), tape, [given])
+    (before,), _ = tape.take(given)
+    step(small_model(), tape, [[]])
+    dummy = batch_of([])
+    tape.add(dummy, logp=dummy.token_N.float(), loss=torch.tensor(0.69))  # of an empty pair
+    step(small_model(), tape, [given])
+    (_, after), _ = tape.take(given)
+    assert after == before

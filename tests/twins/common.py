@@ -1,5 +1,5 @@
 """What the twins share: running a script in float64, reading what it wrote, comparing; the tiny
-place; models of transformers in float64; AdamW and the learning rate, written plainly.
+place; models of transformers in float64. The formulas of training are those of nanopost/plain.py.
 
 Shapes: T tokens of one sequence, V vocabulary. Whatever belongs to tokens is aligned with them:
 entry t is about token t, given those before it; entry 0 is 0.
@@ -21,12 +21,13 @@ from scripts import ROOT, metrics, parser_of
 from small import small_config
 
 import forks
-from nanopost import hf
+from nanopost import hf, plain
 from nanopost.model import CausalLM, ScalarModel
 from runs import toy
 from twins import double
 
 __all__ = ["metrics"]  # of a run's folder -> list of dicts
+clip_gradients, learning_rate, AdamW = plain.clip_gradients, plain.learning_rate, plain.AdamW
 STOP = 2  # the step after which a run is stopped that is then resumed
 UNTWINNED = ("tokens_per_second", "seconds", "time/")  # a clock's metrics
 
@@ -453,15 +454,7 @@ def logp_and_entropy(model, ids, temperature=1.0, kept=None):
     """Log-prob of each token, and the entropy of the whole distribution before it -> two [T]. kept:
     for each token the ids among which it was drawn (none: all), over which its log-prob is
     renormalised."""
-    logp_TV = (logits(model, ids) / temperature).log_softmax(-1)
-    logp_T, entropy_T = torch.zeros(2, len(ids), dtype=torch.float64).unbind()
-    logp_T = [logp_T[0]] + [logp_TV[t - 1, ids[t]] for t in range(1, len(ids))]
-    for t in range(1, len(ids)):
-        if kept is not None and kept[t]:
-            assert ids[t] in kept[t]
-            logp_T[t] = logp_T[t] - torch.log(sum(logp_TV[t - 1, i].exp() for i in kept[t]))
-    entropy_T = [entropy_T[0]] + [-(row.exp() * row).sum() for row in logp_TV[:-1]]
-    return torch.stack(logp_T), torch.stack(entropy_T)
+    return plain.logp_and_entropy(logits(model, ids), ids, temperature, kept)
 
 
 def score(model, ids):
@@ -472,57 +465,6 @@ def score(model, ids):
 def tokenizer(folder):
     transformers = pytest.importorskip("transformers")
     return transformers.AutoTokenizer.from_pretrained(folder)
-
-
-# ------------------------------------------------------------------------------------- optimization
-def clip_gradients(module, max_norm) -> float:
-    """Scale all gradients to a norm of at most max_norm (0: no limit) -> the norm before.
-
-    torch adds 1e-6 to the norm that it divides by."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    norm = math.sqrt(sum(float((g * g).sum()) for g in gradients))
-    if max_norm and max_norm < norm + 1e-6:
-        for g in gradients:
-            g *= max_norm / (norm + 1e-6)
-    return norm
-
-
-def learning_rate(step, steps, peak, warmup) -> float:
-    """Of step 1..steps: up to the peak in `warmup` steps, then down to 0 after the last one."""
-    warmup = min(warmup, steps // 2)
-    if step <= warmup:
-        return peak * step / warmup
-    return peak * (1 - (step - warmup - 1) / max(1, steps - warmup))
-
-
-class AdamW:
-    """1711.05101, with betas 0.9 and 0.95. Decays matrices alone."""
-
-    def __init__(self, module, weight_decay):
-        self.module, self.weight_decay = module, weight_decay
-        self.first, self.second, self.steps = {}, {}, {}
-
-    @torch.no_grad()
-    def step(self, rate, rates=None):
-        """rates: {prefix of a name: factor of the rate}. Gradients are forgotten afterwards."""
-        for name, p in self.module.named_parameters():
-            if p.grad is None:
-                continue
-            lr = rate
-            for prefix, factor in (rates or {}).items():
-                if name.startswith(prefix + "."):
-                    lr = rate * factor
-            first = self.first.get(name, torch.zeros_like(p))
-            second = self.second.get(name, torch.zeros_like(p))
-            self.steps[name] = self.steps.get(name, 0) + 1
-            self.first[name] = 0.9 * first + 0.1 * p.grad
-            self.second[name] = 0.95 * second + 0.05 * p.grad * p.grad
-            mean = self.first[name] / (1 - 0.9 ** self.steps[name])
-            variance = self.second[name] / (1 - 0.95 ** self.steps[name])
-            if p.ndim >= 2:
-                p -= lr * self.weight_decay * p
-            p -= lr * mean / (variance.sqrt() + 1e-8)
-            p.grad = None
 
 
 # ---------------------------------------------------------------------------------------- the place

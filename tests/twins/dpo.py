@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from nanopost import plain
 from twins import common
 
 SCRIPT = "train_dpo.py"
@@ -63,91 +64,6 @@ def write_near(place):
         p.data += 0.02 * torch.randn(p.shape, generator=draw, dtype=torch.float64)
     model.save_pretrained(place / "near")
     common.tokenizer(place / "model").save_pretrained(place / "near")
-
-
-# ------------------------------------------------------------------------------------------- losses
-def log_sigmoid(z):
-    return -torch.logaddexp(torch.zeros_like(z), -z)
-
-
-def smoothed(z, e):
-    return -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
-
-
-def robust(z, e):
-    return (-(1 - e) * log_sigmoid(z) + e * log_sigmoid(-z)) / (1 - 2 * e)
-
-
-def exo(z, e):
-    """KL((q, 1 - q) || (1 - e, e))."""
-    log_q, log_not_q = log_sigmoid(z), log_sigmoid(-z)
-    kl = log_q.exp() * (log_q - math.log(1 - e))
-    return kl + log_not_q.exp() * (log_not_q - math.log(e))
-
-
-def discopop(z):
-    m = torch.sigmoid(z / 0.05)
-    return (1 - m) * -log_sigmoid(z) + m * torch.exp(-z)
-
-
-def nca(c, r):
-    return -log_sigmoid(c) - 0.5 * log_sigmoid(-c) - 0.5 * log_sigmoid(-r)
-
-
-def orpo(c, r, beta):
-    """c, r: mean log-probs."""
-    odds_c, odds_r = c.exp() / (1 - c.exp()), r.exp() / (1 - r.exp())
-    return -beta * log_sigmoid(torch.log(odds_c / odds_r))
-
-
-def score(ratio, args):
-    """f'(t) of an f-divergence, t = exp(ratio), with f'(1) = 0."""
-    if args.divergence == "forward_kl":
-        return 1 - torch.exp(-ratio)
-    if args.divergence == "js":
-        t = torch.exp(ratio)
-        return torch.log(2 * t / (1 + t))
-    if args.divergence == "alpha":
-        return (torch.exp((args.alpha - 1) * ratio) - 1) / (args.alpha - 1)
-    return ratio
-
-
-def loss_of(name, chosen, rejected, nll_tokens, args):
-    """One term. chosen, rejected: from `numbers`."""
-    beta, e = args.beta, args.smoothing
-    nll = chosen.nll / nll_tokens
-    c, r = chosen.logp - chosen.ref_logp, rejected.logp - rejected.ref_logp
-    s_c, s_r = score(c, args), score(r, args)
-    z = beta * (s_c - s_r)
-    margin = s_c / chosen.length - s_r / rejected.length
-    mean_c, mean_r = chosen.logp / chosen.length, rejected.logp / rejected.length
-    return {
-        "sigmoid": lambda: smoothed(z, e),
-        "sigmoid_norm": lambda: smoothed(beta * margin, e),
-        "ipo": lambda: (margin - 1 / (2 * beta)) ** 2,
-        "hinge": lambda: max(0 * z, 1 - z),
-        "robust": lambda: robust(z, e),
-        "exo": lambda: exo(z, e),
-        "discopop": lambda: discopop(z),
-        "nca": lambda: nca(beta * c, beta * r),
-        "sppo": lambda: (c - 1 / (2 * beta)) ** 2 + (r + 1 / (2 * beta)) ** 2,
-        "apo_zero": lambda: 1 - torch.sigmoid(beta * c) + torch.sigmoid(beta * r),
-        "apo_down": lambda: torch.sigmoid(beta * c) + 1 - torch.sigmoid(beta * (c - r)),
-        "simpo": lambda: smoothed(beta * (mean_c - mean_r) - args.gamma, e),
-        "sft": lambda: nll,
-        "cpo": lambda: smoothed(beta * (chosen.logp - rejected.logp), e) + nll,
-        "orpo": lambda: nll + orpo(mean_c, mean_r, beta),
-    }[name]()
-
-
-WITHOUT_REFERENCE = {"simpo", "sft", "cpo", "orpo"}
-
-
-def total_loss(chosen, rejected, nll_tokens, args):
-    """The sum of the terms of --loss."""
-    weights = args.loss_weights or [1.0] * len(args.loss)
-    terms = [loss_of(name, chosen, rejected, nll_tokens, args) for name in args.loss]
-    return sum(weight * term for weight, term in zip(weights, terms))
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -264,7 +180,7 @@ def twin(args):
     tokenizer = common.tokenizer(args.model)
     model = common.with_adapters(common.language_model(args.model), args)
     reference = None
-    if set(args.loss) - WITHOUT_REFERENCE:
+    if set(args.loss) - plain.WITHOUT_REFERENCE:
         reference = common.language_model(args.reference_model or args.model)
     train, held_out = (pairs_of(tokenizer, rows, args) for rows in common.split_rows(args))
     steps = args.steps or math.ceil(args.epochs * len(train) / args.rows)
@@ -275,7 +191,7 @@ def twin(args):
     def evaluated():
         sides = [of_pair(model, reference, pair, args) for pair in held_out]
         nll_tokens = sum(chosen.targets for chosen, _ in sides) / len(sides)
-        losses = [total_loss(*pair, nll_tokens, args) for pair in sides]
+        losses = [plain.pair_loss(*pair, nll_tokens, args) for pair in sides]
         every = [pair_metrics(*pair, loss, args) for pair, loss in zip(sides, losses)]
         return {f"eval/{name}": value for name, value in means(every).items()}
 
@@ -288,7 +204,7 @@ def twin(args):
         entropy = targets = 0
         each, expected = [], []
         for pair, (chosen, rejected) in zip(pairs, sides):
-            loss = total_loss(chosen, rejected, nll_tokens, args)
+            loss = plain.pair_loss(chosen, rejected, nll_tokens, args)
             if args.fork == "wpo":
                 loss = wpo_weight(model, pair) * loss
             (loss / args.rows).backward()

@@ -7,8 +7,10 @@ from statistics import median
 import numpy as np
 import torch
 
+from nanopost import plain
+from nanopost.plain import kl_estimate, std, there
 from twins import common, rollouts
-from twins.rollouts import GAP, Means, kl_estimate, positions, spread, std, there
+from twins.rollouts import GAP, Means, positions, spread
 
 SCRIPT = "train_grpo.py"
 PLAIN = (
@@ -109,26 +111,13 @@ def advantages(s, groups, totals) -> list[list[float]]:
         sums = [gdpo(s, group) for group in groups]
         width = std([x for group in sums for x in group])
         return [[x / (width + 1e-4) for x in group] for group in sums]
-    whole = std([reward for group in totals for reward in group])
-    found = []
-    for group in totals:
-        scores = there(group)
-        found.append([])
-        for reward in group:
-            if reward is None:
-                found[-1].append(0.0)
-                continue
-            centred = reward - sum(scores) / len(scores)
-            adv = {
-                "group": centred / (std(scores) + 1e-4),
-                "mean": centred,
-                "loo": centred * len(scores) / max(1, len(scores) - 1),
-                "batch": centred / (whole + 1e-4),
-            }
-            if s.args.fork == "median_baseline":
-                adv["median"] = reward - median(scores)
-            found[-1].append(adv[s.args.adv])
-    return found
+    if s.args.fork == "median_baseline" and s.args.adv == "median":
+        return [[median_baseline(r, group) for r in group] for group in totals]
+    return plain.advantages(s.args.adv, totals)
+
+
+def median_baseline(reward, group) -> float:
+    return 0.0 if reward is None else reward - median(there(group))
 
 
 def gdpo(s, group) -> list[float]:
@@ -146,61 +135,26 @@ def gdpo(s, group) -> list[float]:
 # -------------------------------------------------------------------------------------------- terms
 def log_ratios(args, sample, logp_T) -> list:
     """log pi / pi_old at each sampled token."""
-    each = [logp_T[t] - sample.old[t] for t in positions(sample)]
-    if args.ratio == "sequence":
-        each = [sum(each) / len(each)] * len(each)
-    if args.ratio == "sequence_sum":
-        each = [sum(each)] * len(each)
+    at = positions(sample)
+    each = plain.log_ratios(args.ratio, [logp_T[t] for t in at], [sample.old[t] for t in at])
     if args.fork == "two_sided_clip":
         each = [x.clamp(max=math.log(args.delta)) for x in each]
     return each
 
 
-def policy_loss(args, log_ratio, logp, adv, meter):
-    """Of one token; also counts what is clipped."""
-    ratio = log_ratio.exp()
-    if args.loss == "cispo":
-        meter.add(1, cispo_clip_ratio=ratio > args.cispo_cap and adv > 0)
-        return -min(ratio.item(), args.cispo_cap) * adv * logp
-    if args.loss == "sapo":
-        tau = args.sapo_tau[0] if adv > 0 else args.sapo_tau[1]
-        return -adv * 4 / tau / (1 + torch.exp(-tau * (ratio - 1)))
-    low, high = args.clip
-    too_low, too_high = ratio < 1 - low and adv < 0, ratio > 1 + high and adv > 0
-    meter.add(1, **{"clip_ratio/low_mean": too_low, "clip_ratio/high_mean": too_high})
-    meter.add(1, **{"clip_ratio/region_mean": too_low or too_high})
-    if too_low:
-        return 0 * ratio - (1 - low) * adv
-    if too_high:
-        return 0 * ratio - (1 + high) * adv
-    return -ratio * adv
-
-
 def corrections(args, sample, meter) -> list[float]:
     """Importance weight of each sampled token: trainer over engine, cut at the cap."""
     at = positions(sample)
-    if args.correct == "none":
-        return [1.0] * len(at)
-    level, mode = args.correct.split("-")
-    gaps = [sample.old[t] - sample.engine[t] for t in at]
-    weights = []
-    for gap in gaps:
-        ratio = math.exp(gap if level == "token" else sum(gaps))
+    pairs = plain.corrections(args, [sample.old[t] for t in at], [sample.engine[t] for t in at])
+    for _, ratio in pairs if args.correct != "none" else ():
         meter.add(1, **{"sampling/importance_sampling_ratio/mean": ratio})
         meter.add(1, **{"sampling/capped": ratio > args.correct_cap})
-        over = args.correct_cap if mode == "truncate" else 0.0
-        weights.append(ratio if ratio <= args.correct_cap else over)
-    return weights
+    return [weight for weight, _ in pairs]
 
 
 def divisor(args, examples) -> int:
-    counts = {
-        "token": sum(len(positions(e)) for e in examples),
-        "sequence": len(examples),
-        "sequence_sum": len(examples),
-        "constant": len(examples) * args.max_new_tokens,
-    }
-    return max(1, counts[args.agg])
+    lengths = [len(positions(e)) for e in examples]
+    return plain.divisor(args.agg, lengths, args.max_new_tokens)
 
 
 def loss_of(args, model, sample, meter, gap):
@@ -219,7 +173,9 @@ def loss_of(args, model, sample, meter, gap):
             dropped = adv < 0 and moved / len(at) > args.off_policy_mask
             meter.add(1, off_policy_ratio=dropped)
             factor = 0.0 if dropped else factor
-        loss = loss + weight * factor * policy_loss(args, log_ratio, logp_T[t], adv, meter)
+        policy_loss, clipped = plain.policy_loss(args, log_ratio, logp_T[t], adv)
+        meter.add(1, **clipped)
+        loss = loss + weight * factor * policy_loss
         if args.beta:
             kl_t = kl_estimate(args.kl, logp_T[t], sample.ref[t])
             meter.add(1, kl=kl_t)

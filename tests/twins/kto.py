@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from nanopost import plain
 from twins import common, dpo
 
 SCRIPT = "train_kto.py"
@@ -61,7 +62,7 @@ def coupled(sides, label_P, boundary, args):
         for chosen, rejected in sides:
             good = args.beta * ratio(chosen) - boundary
             bad = args.beta * ratio(rejected) - boundary
-            losses.append(-dpo.log_sigmoid(good) - dpo.log_sigmoid(-bad))
+            losses.append(-plain.log_sigmoid(good) - plain.log_sigmoid(-bad))
         return losses
     if args.loss == "aot":  # quantiles of margins: the policy's and the reference's
         upper = sorted(c.logp - r.logp for c, r in sides)
@@ -69,7 +70,7 @@ def coupled(sides, label_P, boundary, args):
     else:  # quantiles of log-ratios: of chosen answers and of rejected ones
         upper = sorted(ratio(c) for c, _ in sides)
         lower = sorted(ratio(r) for _, r in sides)
-    return [dpo.smoothed(args.beta * (a - b), args.smoothing) for a, b in zip(upper, lower)]
+    return [plain.smoothed(args.beta * (a - b), args.smoothing) for a, b in zip(upper, lower)]
 
 
 def total_losses(sides, label_P, boundary, args):

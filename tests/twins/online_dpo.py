@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import torch
 
+from nanopost import plain
 from runs import toy
 from twins import common, dpo, rollouts
 
@@ -167,7 +168,7 @@ def twin(args):
     loss_args = Namespace(**vars(args), divergence="reverse_kl")
     model = common.with_adapters(common.language_model(args.model), args)
     reference = None
-    if set(args.loss) - dpo.WITHOUT_REFERENCE:
+    if set(args.loss) - plain.WITHOUT_REFERENCE:
         reference = common.language_model(args.reference_model or args.model)
     optimizer = common.AdamW(model, args.weight_decay)
     records = common.records(args.out)
@@ -196,7 +197,7 @@ def twin(args):
         )
         each = []
         for pair in sides:
-            loss = dpo.total_loss(*pair, nll_tokens, loss_args)
+            loss = plain.pair_loss(*pair, nll_tokens, loss_args)
             (loss / len(pairs)).backward()
             each.append(dpo.pair_metrics(*pair, loss, args))
         grad_norm = common.clip_gradients(model, args.grad_clip)

@@ -3,8 +3,10 @@
 import numpy as np
 import torch
 
+from nanopost import plain
+from nanopost.plain import gae, kl_estimate, mean_and_std, returns, scale_of
 from twins import common, rollouts
-from twins.rollouts import GAP, Means, kl_estimate, positions, spread
+from twins.rollouts import GAP, Means, positions, spread
 
 SCRIPT = "train_ppo.py"
 PLAIN = (
@@ -87,35 +89,10 @@ def values(model, ids):
 
 
 # --------------------------------------------------------------------------------------- advantages
-def gae(rewards, values, gamma, lam) -> list[float]:
-    """The sum of (gamma lam)^k delta_t+k, for each t."""
-    after = [*values[1:], 0.0]
-    deltas = [r + gamma * w - v for r, w, v in zip(rewards, after, values)]
-    steps = range(len(deltas))
-    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in steps if k >= t) for t in steps]
-
-
-def returns(rewards, gamma) -> list[float]:
-    """Discounted sums of what is still to come."""
-    steps = range(len(rewards))
-    return [sum(gamma ** (k - t) * rewards[k] for k in steps if k >= t) for t in steps]
-
-
-def mean_and_std(lists) -> tuple[float, float]:
-    flat = [x for values in lists for x in values]
-    return sum(flat) / len(flat), rollouts.std(flat)
-
-
 def explained(samples) -> float:
     mean, width = mean_and_std([sample.monte_carlo for sample in samples])
     errors = [[g - v for g, v in zip(e.monte_carlo, e.values)] for e in samples]
     return 1 - (mean_and_std(errors)[1] / width) ** 2 if width > 1e-6 else 0.0
-
-
-def scale_of(scores) -> float:
-    """The std, with n, of all scores so far."""
-    mean = sum(scores) / len(scores)
-    return (sum((x - mean) ** 2 for x in scores) / len(scores)) ** 0.5
 
 
 # --------------------------------------------------------------------------------------------- loss
@@ -129,16 +106,10 @@ def loss_of(args, model, sample, meter, gaps):
     loss = 0.0
     for i, t in enumerate(positions(sample)):
         log_ratio = logp_T[t] - sample.old[i]
-        ratio, adv = log_ratio.exp(), sample.adv[i]
-        clipped = min(max(ratio.item(), 1 - args.clip[0]), 1 + args.clip[1])
-        cut = clipped * adv < ratio.item() * adv
-        policy_loss = 0 * ratio - clipped * adv if cut else -ratio * adv
-        target, old, value = sample.returns[i], sample.values[i], value_T[t]
-        near = min(max(value.item(), old - args.value_clip), old + args.value_clip)
-        value_loss = (value - target) ** 2 / 2
-        value_cut = abs(near - target) > abs(value.item() - target)
-        if value_cut:
-            value_loss = 0 * value + (near - target) ** 2 / 2
+        ratio = log_ratio.exp()
+        policy_loss, cut = plain.ppo_policy_loss(args.clip, log_ratio, sample.adv[i])
+        target, old = sample.returns[i], sample.values[i]
+        value_loss, value_cut = plain.value_loss(value_T[t], old, target, args.value_clip)
         loss = loss + policy_loss + args.value_coef * value_loss
         if args.fork == "ppo_kl_loss":
             loss = loss + args.beta * kl_estimate(args.kl, logp_T[t], sample.ref[i])
