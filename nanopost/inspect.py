@@ -509,9 +509,10 @@ def chosen(args, items: list) -> list:
 
 def main(arguments=None):
     args = parsed(arguments)
-    kind = args.kind or rows.guess(args.data, args.rename, args.to_messages)
+    files = rows.read_files(args.data)
+    kind = args.kind or rows.guess(files, args.rename, args.to_messages)
     given, held_out = rows.load(
-        args.data, args.eval_data, args.holdout, args.rename, FORMS[kind], args.to_messages
+        files, args.eval_data, args.holdout, args.rename, FORMS[kind], args.to_messages
     )
     checked(args, kind)
     if kind == "labelled":
