@@ -1,6 +1,7 @@
 """Alarms: illnesses of a run, seen in its metrics, each in one sentence.
 
-An alarm is a pure function of the metrics so far: Metrics -> (since which step, sentence) or None.
+An alarm is a pure function of the metrics so far: Metrics -> (since which step, sentence) or None,
+where the step is that at which the illness began, or the first of the steps that show it (BEGUN).
 Numbers are means over WINDOW steps, so that noise is no alarm, and "the reward stands" means that
 it has not risen by more than that noise. What gets better while the reward rises is no illness: as
 a task is solved, rewards, entropy and answers of a group become alike. Each look costs O(WINDOW),
@@ -27,43 +28,50 @@ class Metrics:
     def __init__(self):
         self.step = -1
         self.columns = {}  # name -> (steps, finite values)
+        self.extremes = {}  # name -> (lowest, highest) of all its finite values
         self.broken = {}  # name -> value that is not finite, of the last line
 
     def add(self, line: dict):
         """The next line of metrics.jsonl."""
         self.step, self.broken = line["step"], {}
         for name, value in line.items():
-            if name == "step" or not isinstance(value, (int, float)):
+            if name == "step" or isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 self.broken[name] = value
-            else:
-                steps, values = self.columns.setdefault(name, (array("q"), array("d")))
-                steps.append(self.step)
-                values.append(max(-HUGE, min(HUGE, value)))
+                continue
+            value = float(max(-HUGE, min(HUGE, value)))  # an int may be too large for a float
+            steps, values = self.columns.setdefault(name, (array("q"), array("d")))
+            steps.append(self.step)
+            values.append(value)
+            low, high = self.extremes.get(name, (value, value))
+            self.extremes[name] = min(low, value), max(high, value)
 
     def count(self, name: str) -> int:
-        return len(self.columns.get(name, ((), ()))[0])
+        return len(self._column(name)[0])
 
     def first(self, name: str, n: int = WINDOW) -> list[float]:
-        return list(self.columns[name][1][:n])
+        return list(self._column(name)[1][:n])
 
     def last(self, name: str, n: int = WINDOW, skip: int = 0) -> list[float]:
         """n values, before the last `skip`; fewer where there are no more."""
-        _, values = self.columns.get(name, ((), ()))
+        _, values = self._column(name)
         end = max(0, len(values) - skip)
         return list(values[max(0, end - n) : end])
 
     def since(self, name: str, n: int = WINDOW) -> int:
-        """The step of the first of the last n values."""
-        steps = self.columns[name][0]
-        return steps[max(0, len(steps) - n)]
+        """The step of the first of the last n values; that of the last line without any."""
+        steps, _ = self._column(name)
+        return steps[max(0, len(steps) - n)] if steps else self.step
 
     def until(self, name: str, step: int, n: int = WINDOW) -> list[float]:
         """The last n values that are not later than a step."""
-        steps, values = self.columns[name]
+        steps, values = self._column(name)
         end = bisect_right(steps, step)
         return list(values[max(0, end - n) : end])
+
+    def _column(self, name):
+        return self.columns.get(name, ((), ()))
 
     def named(self, *names: str) -> str | None:
         """The first of the names that there are."""
@@ -159,16 +167,21 @@ KL_GROWS = (
 KL_STEPS = 5
 
 
+def kl_per_token(name: str, values: list[float], lengths: list[float]) -> list[float]:
+    """Step by step, as the answers may be shorter now than they were."""
+    if name != "objective/kl":  # which is of whole answers
+        return values
+    return [kl / max(1.0, length) for kl, length in zip(values, lengths)]
+
+
 def kl_exploding(m):
     for name, high in KL_HIGH.items():
-        if m.count(name) < KL_STEPS:
+        now = kl_per_token(name, m.last(name, KL_STEPS), m.last(LENGTH, KL_STEPS))
+        before = kl_per_token(name, *(m.last(x, KL_STEPS, skip=WINDOW) for x in (name, LENGTH)))
+        before = before or kl_per_token(name, m.first(name, 1), m.first(LENGTH, 1))
+        if len(now) < KL_STEPS:
             continue
-        length = 1.0
-        if name == "objective/kl":  # of whole answers
-            length = max(1.0, fmean(m.last(LENGTH, KL_STEPS)))
-        now = median(m.last(name, KL_STEPS)) / length
-        before = m.last(name, KL_STEPS, skip=WINDOW) or m.first(name, 1)
-        then = median(before) / length
+        now, then = median(now), median(before)
         if now >= high and (now >= KL_GROWS * then or now >= 10 * high):
             return m.since(name, KL_STEPS), (
                 f"{said(name + ' per token', now, then)} {WINDOW} steps before: the policy runs "
@@ -293,10 +306,11 @@ def gradient_spikes(m):
         return None
     usual = median(m.last(name, 2 * WINDOW, skip=WINDOW))
     usual = max(usual, median(m.first(name, 3 * WINDOW)) / 10)  # steps with hardly a gradient
-    high = [x for x in m.last(name) if x > SPIKE * usual]
+    values = m.last(name)
+    high = [x for x in values if x > SPIKE * usual]
     if usual <= 0 or len(high) < SPIKES:
         return None
-    return m.since(name), (
+    return m.since(name, WINDOW - values.index(high[0])), (
         f"{name} was up to {number(max(high))}, and {SPIKE:.0f} times the usual {number(usual)} in "
         f"{len(high)} of {WINDOW} steps: the run is becoming unstable; try a lower --lr, a longer "
         "--warmup, a lower --grad_clip, or look for odd rows in --data"
@@ -338,8 +352,8 @@ def duplicates_rising(m):
 
 
 def reward_constant(m):
-    """Constant at less than it was, or from the start: a solved task is constant, too. Without a
-    spread that is 0 as well, a few equal means are chance."""
+    """Constant from the start, or at less than it was: a solved task, too, is constant, at the most
+    that it has ever been. Without a spread that is 0 as well, a few equal means are chance."""
     name = reward_name(m)
     steps = WINDOW // 2 if m.named("reward_std") else WINDOW
     if not name or m.count(name) < steps:
@@ -348,7 +362,8 @@ def reward_constant(m):
     spread = m.last("reward_std", steps)
     if max(now) - min(now) > 1e-9 or max(spread, default=0.0) > 1e-9:
         return None
-    if min(before, default=now[0]) < now[0] - 1e-9:
+    lowest, highest = m.extremes[name]
+    if lowest < now[0] - 1e-9 and (highest <= now[0] + 1e-9 or learnt(m)):
         return None
     was = f", and was {number(fmean(before))}" if before and max(before) > now[0] + 1e-9 else ""
     return m.since(name, steps), (
@@ -372,17 +387,16 @@ def unrewarded(m):
     )
 
 
-WATCHED = ("loss", "reward", "objective/scores", "kl", "entropy", "policy/entropy_avg", "grad_norm")
-
-
 def not_finite(m):
-    for name in WATCHED:
-        if name in m.broken:
-            return m.step, (
-                f"{name} is {m.broken[name]}: what it is computed from has overflowed, or a reward "
-                "is no number; check --reward, or try a lower --lr and --dtype fp32"
-            )
-    return None
+    """Of any metric: none is NaN by meaning, since a mean of nothing is not logged."""
+    if not m.broken:
+        return None
+    name, *others = m.broken
+    too = f" (and {len(others)} more)" if others else ""
+    return m.step, (
+        f"{name} is {m.broken[name]}{too}: what it is computed from has overflowed, or a reward is "
+        "no number; check --reward, or try a lower --lr and --dtype fp32"
+    )
 
 
 HELD_OUT = [
@@ -460,6 +474,16 @@ ALARMS = {
 }
 
 
+# Whose first step is that of the illness: that of the others is where the window begins.
+BEGUN = {
+    "gradient_spikes",
+    "reward_constant",
+    "not_finite",
+    "held_out_falling",
+    "greedy_far_from_sampled",
+}
+
+
 class Alarms:
     """The alarms of a run, each once per illness: again after REST steps without it."""
 
@@ -477,8 +501,10 @@ class Alarms:
                 continue
             since, message = found
             if step - self.seen.get(name, -math.inf) > REST:
-                message = f"since step {since}, {message}."
-                begun.append({"step": step, "alarm": name, "since": since, "message": message})
+                steps = step - since + 1
+                when = f"since step {since}" if name in BEGUN else f"over the last {steps} steps"
+                text = f"{when}, {message}."
+                begun.append({"step": step, "alarm": name, "since": since, "message": text})
             self.seen[name] = step
         return begun
 

@@ -17,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from nanopost import InputError, alarms, cli
 from nanopost.cli import at_least
 from nanopost.terminal import say
@@ -64,6 +66,7 @@ COLOURS = [
 ]  # Okabe, Ito
 COLUMNS = 4
 GREY = "#666666"
+LARGEST = sys.float_info.max
 
 
 class Curves(NamedTuple):
@@ -81,16 +84,16 @@ def read(folder, label: str) -> Curves:
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
         raise InputError(f"{folder} holds no metrics.jsonl: name the --out of a run.")
-    lines, damaged = _lines(path, "step")
+    lines, damaged = _lines(path)
     columns, infinite = {}, {}
     for line in lines:
         for name, value in line.items():
             if name == "step" or isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            if not math.isfinite(value):
+            if not abs(value) <= LARGEST:  # nan too, and an int that is no float
                 infinite[name] = infinite.get(name, 0) + 1
                 value = math.nan
-            columns.setdefault(name, {})[line["step"]] = value
+            columns.setdefault(name, {})[line["step"]] = float(value)
     if damaged:
         say(f"{path}: {damaged} damaged line{'s' * (damaged > 1)} left out")
     for name, count in infinite.items():
@@ -99,7 +102,7 @@ def read(folder, label: str) -> Curves:
         raise InputError(f"{path} holds no step yet: wait for the run's first.")
     log = Path(folder) / "alarms.jsonl"
     if log.is_file():
-        sounded, damaged = _lines(log, "step", "alarm")
+        sounded, damaged = _lines(log, "alarm")
         if damaged:
             say(f"{log}: {damaged} damaged line{'s' * (damaged > 1)} left out")
     else:  # of an older run
@@ -107,23 +110,24 @@ def read(folder, label: str) -> Curves:
     return Curves(label, columns, sounded)
 
 
-def _lines(path, *needed) -> tuple[list[dict], int]:
-    """-> (whole lines that have what is needed, how many have not)."""
+def _lines(path, text_of: str | None = None) -> tuple[list[dict], int]:
+    """-> (whole lines that have a step, and such a text, how many have not)."""
     found, damaged = [], 0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             line = None
-        if isinstance(line, dict) and all(name in line for name in needed) and _is_step(line):
+        if _has_step(line) and (text_of is None or isinstance(line.get(text_of), str)):
             found.append(line)
         else:
             damaged += 1
     return found, damaged
 
 
-def _is_step(line) -> bool:
-    return isinstance(line["step"], int) and not isinstance(line["step"], bool)
+def _has_step(line) -> bool:
+    step = line.get("step") if isinstance(line, dict) else None
+    return isinstance(step, int) and not isinstance(step, bool) and abs(step) < 2**53
 
 
 def labels(folders: list[str]) -> list[str]:
@@ -155,7 +159,11 @@ def panels(runs: list[Curves], metrics: list[str] | None) -> list[Panel]:
         if panel.solid == ("loss",) and not any(map(_loss_means_something, runs)):
             continue
         chosen.append(panel)
-    return chosen
+    if chosen:
+        return chosen
+    # A run that has only been evaluated, or that logs names of its own.
+    others = sorted(name for name in present if not name.startswith("time/"))
+    return [Panel((name,)) for name in others or sorted(present)]
 
 
 def _loss_means_something(run) -> bool:
@@ -167,12 +175,24 @@ def _loss_means_something(run) -> bool:
 
 # ------------------------------------------------------------------------------------------ drawing
 def running_mean(values: list[float], n: int) -> list[float]:
-    """The mean of the last n values at each place, of those that are no NaN."""
-    means = []
-    for i in range(len(values)):
-        window = [x for x in values[max(0, i - n + 1) : i + 1] if x == x]
-        means.append(sum(window) / len(window) if window and values[i] == values[i] else math.nan)
-    return means
+    """The mean of the last n values at each place, of those that are no NaN; NaN where one is."""
+    x = np.asarray(values, float)
+    there = ~np.isnan(x)
+    n = min(n, len(x))
+    with np.errstate(over="ignore"):
+        means = _window_sums(np.where(there, x, 0.0), n) / np.maximum(1, _window_sums(there, n))
+    return np.where(there, means, np.nan).tolist()
+
+
+def _window_sums(x_N, n: int):
+    """The sum of the last n at each place, in O(N): a window is the end of a block of n and the
+    beginning of the next. (In differences of sums from the start, all would drown in one spike.)"""
+    blocks = np.pad(x_N.astype(float), (n - 1, -(len(x_N) + n - 1) % n)).reshape(-1, n)
+    ends = blocks[:, ::-1].cumsum(1)[:, ::-1].ravel()  # of each place, to the end of its block
+    begins = blocks.cumsum(1).ravel()
+    last = np.arange(n - 1, n - 1 + len(x_N))
+    whole = (last + 1) % n == 0  # the window is a block
+    return np.where(whole, 0.0, ends[last - n + 1]) + begins[last]
 
 
 def figure_of(runs: list[Curves], chosen: list[Panel], smooth: int | None = None):
@@ -215,7 +235,7 @@ def figure_of(runs: list[Curves], chosen: list[Panel], smooth: int | None = None
             _draw_alarms(axis, names, runs, colours)
             axis.set_xlim(0, max(1, last))
         handles = [plt.Line2D([], [], color=colours[run.label], linewidth=2.5) for run in runs]
-        figure.legend(
+        legend = figure.legend(
             handles,
             [run.label for run in runs],
             loc="outside upper left",
@@ -223,7 +243,14 @@ def figure_of(runs: list[Curves], chosen: list[Panel], smooth: int | None = None
             frameon=False,
             fontsize=10,
         )
+        _as_they_are(legend.get_texts())
         return figure
+
+
+def _as_they_are(texts):
+    """Names of runs, metrics and alarms: a $ in them begins no formula."""
+    for text in texts:
+        text.set_parse_math(False)
 
 
 def _first(names, run) -> str | None:
@@ -255,11 +282,11 @@ def _draw_panel(axis, panel, runs, colours, smooth):
     _scale(axis, panel, runs)
     title = " · ".join(titles)
     size = min(10.0, (200 if others else 400) / len(title))  # or it would run into what is beside
-    axis.set_title(title, loc="left", fontsize=size, fontweight="bold")
+    _as_they_are([axis.set_title(title, loc="left", fontsize=size, fontweight="bold")])
     if others:
         from matplotlib.lines import Line2D
 
-        axis.legend(
+        legend = axis.legend(
             [Line2D([], [], color=GREY, **style) for style in others.values()],
             list(others),
             loc="lower right",
@@ -271,6 +298,7 @@ def _draw_panel(axis, panel, runs, colours, smooth):
             handletextpad=0.4,
             columnspacing=0.9,
         )
+        _as_they_are(legend.get_texts())
 
 
 def _draw_curve(axis, points, style, colour, smooth):
@@ -304,6 +332,7 @@ def _draw_alarms(axis, names, runs, colours):
             row = names.index(alarm["alarm"])
             axis.plot(alarm["step"], row, "|", color=colours[run.label], ms=11, mew=2.5)
     axis.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    _as_they_are(axis.get_yticklabels())
     axis.set_ylim(len(names) - 0.4, -0.6)
     axis.set_title("alarms", loc="left", fontsize=10, fontweight="bold")
     axis.set_xlabel("step")
@@ -332,7 +361,8 @@ def main(arguments=None):
         raise InputError(f"--out {out}: it is a PNG: end the name in .png.")
     if not out.absolute().parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {out.parent}: create it first.")
-    if importlib.util.find_spec("matplotlib") is None:
+    spec = importlib.util.find_spec("matplotlib")
+    if spec is None or spec.loader is None:  # a mere folder of that name
         raise InputError("nanopost.plot needs the package matplotlib: pip install matplotlib.")
     import matplotlib
 

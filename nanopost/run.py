@@ -29,6 +29,7 @@ from nanopost.tape import Tape
 from nanopost.terminal import printable
 from nanopost.tokenizer import FILES
 
+LOGS = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl")
 WRITTEN = (
     "value",
     "adapter",
@@ -36,9 +37,7 @@ WRITTEN = (
     "records",
     "tensorboard",
     "wandb",
-    "metrics.jsonl",
-    "samples.jsonl",
-    "alarms.jsonl",
+    *LOGS,
     "run.json",
 )
 MODEL = (*FILES, "config.json", "nanopost.json", "chat_template.jinja", "*.safetensors")
@@ -47,7 +46,7 @@ AGAIN_AFTER = 2.0  # seconds: an earlier signal is the same one
 SEEN_WITHIN = 10.0  # seconds until what rank 0 writes is seen by all ranks
 WIDTH = 100  # columns of a printed step, at most
 ALARM = 1000  # why a run stops, where it is no signal
-ALARMED = 3  # the exit status then
+ALARMED = 3  # the exit status then, of which torchrun makes 1
 
 
 class Clock:
@@ -150,15 +149,19 @@ class Run:
             killed_early = resume and not ended and bool(starts_of(self.out))
             replace = overwrite or killed_early or self._trained_nothing()
             resumed_at = state["step"] if found else None
+            if not found and not replace:
+                self._check_new()
             logged_step = _last_step(self.out / "metrics.jsonl")
-            self._open(resumed_at, replace, {"hashes": hashes, **about})
+            self.boards.connect(self.arguments, bool(found))
+            self._open(resumed_at, {"hashes": hashes, **about})
             self.hashing = threading.Thread(target=self._hash_models, args=(bases,), daemon=True)
             self.hashing.start()
             logged = read_log(self.out / "metrics.jsonl")
-            for line in logged:
+            for line in logged if self.on_alarm != "off" else []:
                 self.alarms.add(line)  # said already
-            shown = self.boards.start(self.arguments, resumed_at, logged)
-            self.say(self._header(model, shown))
+            failed = self.boards.start(logged, read_log(self.out / "alarms.jsonl"))
+            self.say(self._header(model, self.boards.where))
+            self.say(failed)
         if resume and not found:
             self.say(f"--resume: no checkpoint in {self.out}, so the run starts from the beginning")
         if found:
@@ -281,20 +284,24 @@ class Run:
         kept = checkpoint.latest(self.out) or (self.out / "config.json").exists()
         return started and not kept and _last_step(self.out / "metrics.jsonl") < 1
 
-    def _open(self, resumed_at: int | None, replace: bool, about: dict):
+    def _check_new(self):
+        """InputError if the folder holds a run."""
+        if any((self.out / name).exists() for name in LOGS):
+            raise InputError(
+                f"{self.out} already holds a run: add --resume to continue it, --overwrite to "
+                "replace it, or choose another --out."
+            )
+
+    def _open(self, resumed_at: int | None, about: dict):
         """Prepare the folder. Lines logged after the checkpoint are removed, since they will be
         logged again."""
-        logs = [self.out / f"{name}.jsonl" for name in ("metrics", "samples", "alarms")]
+        logs = [self.out / name for name in LOGS]
         if resumed_at is None:
-            if any(path.exists() for path in logs) and not replace:
-                raise InputError(
-                    f"{self.out} already holds a run: add --resume to continue it, --overwrite to "
-                    "replace it, or choose another --out."
-                )
             # What is left of the run that this one replaces would pass for its own.
             checkpoint.delete(self.out)
             for folder in ("records", "value", "adapter", "tensorboard", "wandb"):
-                shutil.rmtree(self.out / folder, ignore_errors=True)
+                if folder not in self.boards.folders:
+                    shutil.rmtree(self.out / folder, ignore_errors=True)
             for path in (*logs, self.out / "config.json"):
                 path.unlink(missing_ok=True)
         earlier = starts_of(self.out) if resumed_at is not None else []
@@ -380,9 +387,17 @@ class Run:
             os.write(2, f"{name}: saves and stops after this step; again: stops now\n".encode())
 
     def _last_words(self) -> str:
-        """What --resume continues from after an error. The last whole step is saved, if the weights
-        are still as of that step and no other rank is needed."""
-        self.boards.close(failed=True)
+        """What --resume continues from after an error."""
+        said = self._save_the_last_step()
+        try:
+            self.boards.close(failed=True)  # may take long, so after what must not be lost
+        except KeyboardInterrupt:
+            pass
+        return said
+
+    def _save_the_last_step(self) -> str:
+        """If the weights are still as of the end of a step, and no other rank is needed -> what
+        --resume continues from."""
         failed = ""
         if self.boundary and self.boundary[0] > 0 and torch.distributed.get_world_size() == 1:
             step, state, drawn = self.boundary

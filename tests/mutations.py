@@ -721,8 +721,8 @@ MUTATIONS = [
     mutation(
         "alarms-after-the-checkpoint-stay",
         "nanopost/run.py",
-        'for name in ("metrics", "samples", "alarms")]',
-        'for name in ("metrics", "samples")]',
+        'LOGS = ("metrics.jsonl", "samples.jsonl", "alarms.jsonl")',
+        'LOGS = ("metrics.jsonl", "samples.jsonl")',
         "test_run.py::test_a_resumed_run_says_the_alarms_after_its_checkpoint_alone",
     ),
     mutation(
@@ -756,6 +756,50 @@ MUTATIONS = [
         "test_alarms.py::test_a_healthy_run_has_no_alarm",
     ),
     mutation(
+        "the-kl-of-an-answer-is-that-of-a-token",
+        "nanopost/alarms.py",
+        "[kl / max(1.0, length) for kl, length in zip(values, lengths)]",
+        "[kl / max(1.0, lengths[0]) for kl in values]",
+        "test_alarms.py::test_the_kl_of_answers_is_one_of_tokens_however_long_they_are_then_and_now",
+    ),
+    mutation(
+        "a-task-solved-long-ago-is-an-illness",
+        "nanopost/alarms.py",
+        "(highest <= now[0] + 1e-9 or learnt(m))",
+        "min(before) < now[0]",
+        "test_alarms.py::test_a_solved_task_is_no_constant_reward_however_long_ago_it_was_solved",
+    ),
+    mutation(
+        "a-spike-begins-where-the-window-does",
+        "nanopost/alarms.py",
+        "m.since(name, WINDOW - values.index(high[0]))",
+        "m.since(name)",
+        "test_alarms.py::test_since_is_the_first_spike_and_of_a_window_the_steps_are_counted",
+    ),
+    mutation(
+        "a-run-is-replaced-before-wandb-starts",
+        "nanopost/run.py",
+        "            self.boards.connect(self.arguments, bool(found))\n"
+        '            self._open(resumed_at, {"hashes": hashes, **about})\n',
+        '            self._open(resumed_at, {"hashes": hashes, **about})\n'
+        "            self.boards.connect(self.arguments, bool(found))\n",
+        "test_boards.py::test_a_run_is_not_replaced_by_one_whose_wandb_does_not_start",
+    ),
+    mutation(
+        "wandb-gets-the-steps-that-it-has",
+        "nanopost/boards.py",
+        'if line["step"] >= begins:',
+        "if True:",
+        "test_boards.py::test_a_run_that_goes_on_online_gets_the_steps_that_wandb_lacks",
+    ),
+    mutation(
+        "a-folder-is-a-package",
+        "nanopost/boards.py",
+        "spec is not None and spec.loader is not None",
+        "spec is not None",
+        "test_boards.py::test_a_folder_of_the_name_is_no_package",
+    ),
+    mutation(
         "duplicates-of-other-groups-count",
         "nanopost/rollout.py",
         "sum(len({tuple(r.ids) for r in group}) for group in groups)",
@@ -763,10 +807,10 @@ MUTATIONS = [
         "test_rollout.py::test_duplicates_repeat_an_earlier_completion_of_their_group",
     ),
     mutation(
-        "a-board-keeps-the-steps-after-a-checkpoint",
+        "a-board-is-begun-anew-without-the-log",
         "nanopost/boards.py",
-        "purge = resumed_at + 1 if seen and resumed_at is not None else None",
-        "purge = None",
+        "        for line in lines:\n            self._add(",
+        "        for line in lines[:1]:\n            self._add(",
         "test_boards.py::test_every_metric_is_shown_and_after_a_resume_as_if_there_was_none",
     ),
     mutation(
@@ -779,9 +823,23 @@ MUTATIONS = [
     mutation(
         "a-curve-of-the-steps-to-come",
         "nanopost/plot.py",
-        "values[max(0, i - n + 1) : i + 1]",
-        "values[max(0, i - n + 2) : i + 2]",
+        "begins[last]",
+        "begins[last + 1]",
         "test_plot.py::test_a_running_mean_is_of_the_last_steps_without_gaps",
+    ),
+    mutation(
+        "a-window-that-is-a-block-counts-twice",
+        "nanopost/plot.py",
+        "np.where(whole, 0.0, ",
+        "np.where(False, 0.0, ",
+        "test_plot.py::test_a_running_mean_is_of_the_last_steps_without_gaps",
+    ),
+    mutation(
+        "a-name-is-a-formula",
+        "nanopost/plot.py",
+        "text.set_parse_math(False)",
+        "pass",
+        "test_plot.py::test_a_name_is_no_formula",
     ),
     mutation(
         "damaged-lines-are-not-counted",

@@ -9,6 +9,7 @@ import math
 import random
 import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -323,7 +324,8 @@ def test_an_alarm_says_what_is_seen_with_both_numbers_and_which_flag_to_try():
     for kind, start, changes, name, _ in ILLNESSES.values():
         found = alarms.of(series(kind, 0, 120, start, changes))
         (message, *_) = [alarm["message"] for alarm in found if alarm["alarm"] == name]
-        assert re.match(r"since step \d+, ", message) and message.endswith(".")
+        assert re.match(r"since step \d+, |over the last \d+ steps, ", message)
+        assert message.endswith(".")
         assert message.count(". ") == 0 and "\n" not in message  # one sentence
         if name not in ("not_finite", "reward_constant"):  # of which there may be one alone
             assert len(re.findall(r"\d+(?:\.\d+)?", message)) >= 3, message
@@ -342,6 +344,74 @@ def test_both_numbers_are_those_of_the_metrics():
     now, then = np.mean(length[at - 10 : at]), np.mean(length[at - 60 : at - 50])
     assert f"completions/mean_length is {now:.3g}, and was {then:.3g}," in alarm["message"]
     assert now >= 1.25 * then and alarm["since"] == at - 49
+
+
+def messages(steps, **columns):
+    """{alarm: its first message} of a run with these columns, each a function of the step."""
+    lines = [{"step": s} | {name: f(s) for name, f in columns.items()} for s in range(1, steps)]
+    return {alarm["alarm"]: alarm["message"] for alarm in reversed(alarms.of(lines))}
+
+
+def of_ppo(kl, length):
+    return {"objective/kl": kl, "completions/mean_length": length}
+
+
+def test_the_kl_of_answers_is_one_of_tokens_however_long_they_are_then_and_now():
+    """3 nats over 100 tokens, then 3.2 over 2; and 0.6 a token whatever the length becomes."""
+    shorter = of_ppo(lambda s: 3.0 if s < 60 else 3.2, lambda s: 100.0 if s < 60 else 2.0)
+    found = messages(120, **shorter)["kl_exploding"]
+    assert found.startswith("over the last 5 steps, objective/kl per token is 1.6, and was 0.03 10")
+    for length in (
+        lambda s: 50 if s < 60 else 200,
+        lambda s: 5 if s < 60 else 1000,
+        lambda s: 1000 if s < 60 else 5,
+        lambda s: 50 * 1.1 ** min(s, 40),
+    ):
+        assert not messages(120, **of_ppo(lambda s, length=length: 0.6 * length(s), length))
+    assert not messages(120, **{"objective/kl": lambda s: 3.0 * 1.2**s})  # of who knows how long
+
+
+RISES = {
+    "GRPO, solved": {"reward": ramp(0.2, 1.0, 40), "reward_std": ramp(0.3, 0.0, 40)},
+    "GRPO, all but solved before": {"reward": ramp(0.97, 1, 30), "reward_std": ramp(0.1, 0, 30)},
+    "penalties that rise to 0": {"reward": ramp(-1.0, 0.0, 40), "reward_std": ramp(0.3, 0.0, 40)},
+    "PPO, solved": {"objective/scores": ramp(0.0, 1.0, 50)},
+    "PPO, better than ever but for a lucky step": {
+        "objective/scores": lambda s: 0.95 if s == 20 else ramp(0.2, 0.9, 40)(s)
+    },
+}
+
+
+@pytest.mark.parametrize("rises", RISES)
+def test_a_solved_task_is_no_constant_reward_however_long_ago_it_was_solved(rises):
+    assert not messages(400, **RISES[rises])
+
+
+def test_a_verifier_that_dies_at_a_middling_reward_is_found():
+    rng = random.Random(0)
+    dies = {"objective/scores": lambda s: 0.5 if s > 60 else 0.5 + rng.gauss(0, 0.1)}
+    found = messages(80, **dies)["reward_constant"]
+    assert found.startswith("since step 61, objective/scores is 0.5 in each of 10 steps, and was")
+
+
+def test_since_is_the_first_spike_and_of_a_window_the_steps_are_counted():
+    spikes = {"grad_norm": lambda s: 30.0 if s > 60 and s % 3 == 0 else 1.0}
+    assert messages(90, **spikes)["gradient_spikes"].startswith("since step 63, grad_norm was up")
+    unrewarded = {"completions/unrewarded": lambda s: float(s > 10)}
+    found = messages(40, **unrewarded)["unrewarded"]
+    assert found.startswith("over the last 10 steps, completions/unrewarded is 0.5, and was 0 at")
+
+
+LOGGED = ("loss/value_avg", "rewards/chosen", "eval/loss", "objective/kl", "a/metric/of/a/fork")
+
+
+@pytest.mark.parametrize("name", LOGGED)
+def test_any_metric_that_is_no_number_is_an_alarm(name):
+    said = f"since step 7, {name} is nan: what it is computed from has overflowed"
+    broken = {name: lambda s: math.nan if s == 7 else 1.0}
+    assert messages(9, **broken)["not_finite"].startswith(said)
+    both = broken | {"reward": lambda s: -math.inf if s == 7 else 0.01 * s}
+    assert f"{name} is nan (and 1 more): " in messages(9, **both)["not_finite"]
 
 
 # ----------------------------------------------------------------------------------- once and again
@@ -415,17 +485,27 @@ def test_metrics_are_read_by_name_step_and_place():
     assert m.since("a", 2) == 3 and m.since("a", 99) == 0
     assert m.until("eval/b", 3) == [0.0, 2.0] and m.until("a", 2, 2) == [0.5, 1.0]
     assert m.named("missing", "eval/b", "a") == "eval/b" and m.named("missing") is None
+    assert m.first("missing") == m.last("missing") == m.until("missing", 3) == []
+    assert m.since("missing") == 5 and m.extremes["a"] == (0.0, 2.0)
+    m.add({"step": 6, "a": 10**400, "eval/b": -(10**400)})  # as json reads it
+    assert m.last("a", 1) == [alarms.HUGE] and m.last("eval/b", 1) == [-alarms.HUGE]
 
 
 def test_no_metrics_whatever_raise():
-    names = {name for kind in LINES for line in series(kind, 0, 20) for name in line} - {"step"}
+    """In some steps or in none: what a script does not log, or an older one did not."""
+    source = Path(alarms.__file__).read_text()
+    names = sorted(set(re.findall(r'"([a-z_]+(?:/[a-z_/]+)?)"', source)) - {"step"})
+    assert {"objective/kl", "completions/mean_length", "staleness/max", "ties"} <= set(names)
     draw = random.Random(0)
-    values = [0.0, -1.0, 1e-300, 1e300, -1e300, math.nan, math.inf, -math.inf, 0.5, 3]
+    values = [0.0, -1.0, 1e-300, 1e300, -1e300, math.nan, math.inf, -math.inf, 0.5, 3, 10**400]
     for _ in range(40):
         watched = Alarms()
+        there = draw.sample(names, draw.randrange(1, len(names)))
         for step in range(70):
-            given = draw.sample(sorted(names), draw.randrange(len(names)))
+            given = draw.sample(there, draw.randrange(len(there) + 1))
             watched.add({"step": step} | {name: draw.choice(values) for name in given})
+    for name in names:  # by itself
+        messages(70, **{name: lambda s: draw.random() * s**3})
 
 
 # ------------------------------------------------------------------------------------ in real runs

@@ -141,6 +141,57 @@ def test_a_board_asked_for_at_a_resume_has_the_run_from_its_beginning(tmp_path):
     close(on_wandb(tmp_path)[0], shown(tmp_path), 1e-15)
 
 
+def test_a_board_that_was_off_for_a_while_has_the_steps_in_between(tmp_path):
+    """And the alarms."""
+    both = ["tensorboard", "wandb"]
+    for on, steps in ((both, range(4)), ([], range(4, 8)), (both, range(8, 11))):
+        run, state, trained = started(tmp_path, resume=steps[0] > 0, on=on, steps=99)
+        log(run, steps[:-1])
+        run.log(steps[-1], {"loss": float("nan") if steps[0] == 4 else 1.0})
+        run.save(steps[-1], *trained, {**state, "step": steps[-1]})
+        run.boards.close()
+    assert {step for _, step in shown(tmp_path)} == set(range(11))
+    numbers, texts = on_tensorboard(tmp_path)
+    close(numbers, shown(tmp_path), 1e-7)
+    assert list(texts) == [("alarms/not_finite/text_summary", 7)]
+    close(on_wandb(tmp_path)[0], shown(tmp_path), 1e-15)
+    (path,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    alerts = [x.alert for x in records(path) if x.WhichOneof("record_type") == "alert"]
+    assert [x.title for x in alerts] == ["not_finite"] and alerts[0].text.startswith("step 7: ")
+
+
+class Online:
+    """A run on W&B, as wandb.init gives it, that has steps up to 3: there is no server here."""
+
+    id, url, dir, offline, step = "a1b2", "https://there", "wandb/run-1/files", False, 4
+
+    def __init__(self):
+        self.logged, self.alerts = [], []
+
+    def define_metric(self, *_, **__):
+        pass
+
+    def log(self, values, step):
+        self.logged.append((step, values["train/loss"]))
+
+    def alert(self, title, text, wait_duration):
+        self.alerts.append(text)
+
+
+def test_a_run_that_goes_on_online_gets_the_steps_that_wandb_lacks(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb/id").write_text("a1b2")
+    given, run = {}, Online()
+    monkeypatch.setattr(wandb, "init", lambda **flags: given.update(flags) or run)
+    boards = Boards(tmp_path, project="toy")
+    boards.connect({}, resumed=True)
+    alarms = [{"step": step, "alarm": "a", "message": "b"} for step in (2, 5)]
+    assert boards.start([{"step": step, "loss": step / 2} for step in range(7)], alarms) == ""
+    assert given["id"] == "a1b2"
+    assert run.logged == [(4, 2.0), (5, 2.5), (6, 3.0)] and run.alerts == ["step 5: b"]
+
+
 def test_a_run_that_replaces_another_shows_none_of_it(tmp_path):
     run, _, _ = started(tmp_path)
     log(run, range(9))
@@ -184,10 +235,8 @@ def test_a_missing_package_is_one_sentence(tmp_path, monkeypatch, package):
 
 def in_a_process(code, *arguments, **environment):
     """Run code; without the W&B process of this one."""
-    variables = {**os.environ, **environment}
-    variables = {
-        k: v for k, v in variables.items() if not k.startswith(("WANDB_SERV", "WANDB_API"))
-    }
+    ours = ("WANDB_SERV", "WANDB_API")
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | environment
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=ROOT,
@@ -203,7 +252,7 @@ import sys
 from nanopost import InputError
 from nanopost.boards import Boards
 try:
-    Boards(sys.argv[1], project="toy").start({}, None, [])
+    Boards(sys.argv[1], project="toy").connect({}, False)
 except InputError as error:
     print(error)
 """
@@ -215,6 +264,68 @@ def test_wandb_that_does_not_start_is_one_sentence(tmp_path):
     said = done.stdout.splitlines()[-1]
     assert said.startswith("--wandb toy: wandb does not start (")
     assert said.endswith("): run `wandb login`, or set WANDB_MODE=offline.")
+    assert not list(tmp_path.glob("wandb"))  # which the next start would take for another's
+
+
+REPLACES = """
+import sys
+import torch
+sys.path.insert(0, "tests")
+from nanopost import InputError
+from test_boards import Boards, begun
+torch.distributed.init_process_group(
+    "gloo", rank=0, world_size=1, store=torch.distributed.HashStore()
+)
+try:
+    begun(sys.argv[1], overwrite=True, boards=Boards(sys.argv[1], project="toy"))
+except InputError as error:
+    print(error)
+"""
+
+
+def test_a_run_is_not_replaced_by_one_whose_wandb_does_not_start(tmp_path):
+    pytest.importorskip("wandb")
+    run, state, trained = started(tmp_path, on=["tensorboard", "wandb"])
+    log(run, range(5))
+    run.save(4, *trained, {**state, "step": 4})
+    run.boards.close()
+    run.hashing.join()
+    run.lock.close()
+    on_board = on_wandb(tmp_path)
+    logs = tmp_path / "wandb", tmp_path / ".lock"  # W&B's process may still write its own
+    paths = [path for path in tmp_path.rglob("*") if path.is_file()]
+    paths = [path for path in paths if not any(map(path.is_relative_to, logs))]
+    before = {path: path.read_bytes() for path in paths}
+    done = in_a_process(REPLACES, tmp_path, WANDB_MODE="online", WANDB_API_KEY="no key")
+    assert "--wandb toy: wandb does not start (" in done.stdout, done.stderr
+    assert {path: path.read_bytes() for path in paths} == before
+    assert on_wandb(tmp_path) == on_board
+    assert not [path for path in tmp_path.glob("wandb/*run-*") if path.name < "offline"]
+    run, _, _ = started(tmp_path, overwrite=True, on=["wandb"])  # and with another it is
+    log(run, range(2))
+    run.boards.close()
+    close(on_wandb(tmp_path)[0], shown(tmp_path), 1e-15)
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_a_folder_of_the_name_is_no_package(tmp_path, monkeypatch):
+    """W&B itself makes wandb/ where it is run."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    importlib.invalidate_caches()
+    assert importlib.util.find_spec("wandb") is not None
+    with pytest.raises(InputError, match="--wandb needs the package wandb: pip install wandb"):
+        Boards(tmp_path, project="toy")
+
+
+def test_a_tensorboard_that_cannot_be_imported_is_one_sentence(tmp_path, monkeypatch):
+    saved, _, _ = started(tmp_path, on=[])
+    log(saved, range(3))
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(InputError, match="--tensorboard: the package tensorboard cannot be impor"):
+        started(tmp_path, overwrite=True)
+    assert len(metrics(tmp_path)) == 3
 
 
 DIES = """
@@ -222,7 +333,8 @@ import os, signal, sys
 from pathlib import Path
 from nanopost.boards import Boards
 boards = Boards(sys.argv[1], project="toy")
-boards.start({}, None, [])
+boards.connect({}, False)
+boards.start([], [])
 children = [int(pid) for path in Path("/proc/self/task").glob("*/children")
             for pid in path.read_text().split()]
 (core,) = [pid for pid in children if "wandb" in Path(f"/proc/{pid}/comm").read_text()]

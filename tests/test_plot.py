@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import matplotlib
@@ -214,6 +215,20 @@ def test_a_running_mean_is_of_the_last_steps_without_gaps():
     assert running_mean(values, 1) == values
     gap = running_mean([1.0, math.nan, 3.0, 5.0], 3)
     assert gap[0] == 1.0 and math.isnan(gap[1]) and gap[2:] == [2.0, 4.0]
+    assert running_mean([1.0, 3.0], 10**12) == [1.0, 2.0]
+    values[7], values[20] = math.nan, 1e30  # after which the others are what they were
+    for n in (1, 2, 5, 10, 49, 50, 51):
+        windows = [values[max(0, i - n + 1) : i + 1] for i in range(50)]
+        expected = [math.nan if i == 7 else np.nanmean(x) for i, x in enumerate(windows)]
+        assert running_mean(values, n) == pytest.approx(expected, nan_ok=True), n
+
+
+def test_a_running_mean_of_a_long_run_takes_no_time():
+    values = np.random.default_rng(0).normal(size=400_000).tolist()
+    began = time.perf_counter()
+    means = running_mean(values, 10_000)
+    assert time.perf_counter() - began < 2.0  # slice by slice: minutes
+    assert means[-1] == pytest.approx(np.mean(values[-10_000:]))
 
 
 # ------------------------------------------------------------------------------ what cannot be read
@@ -221,17 +236,21 @@ def test_damaged_lines_and_what_is_no_number_are_counted(tmp_path, capsys):
     folder = write(tmp_path / "run", [grpo(step) for step in range(1, 9)], [])
     with open(f"{folder}/metrics.jsonl", "a") as file:
         file.write('[1]\nnull\n{"loss": 1}\n{"step": "9"}\n')
+        file.write(
+            f'{{"step": 9{"0" * 30}, "loss": 1}}\n{{"step": 8, "grad_norm": 1{"0" * 400}}}\n'
+        )
         file.write('{"step": 9, "reward": NaN, "loss": Infinity, "text": "x", "flag": true}\n')
         file.write('{"step": 10, "rew')
     with open(f"{folder}/alarms.jsonl", "a") as file:
-        file.write('{"step": 3}\n')
+        file.write('{"step": 3}\n{"step": 3, "alarm": 5}\n')
     run = read(folder, "run")
     assert list(run.columns["reward"]) == list(range(1, 10))
     assert math.isnan(run.columns["reward"][9]) and not {"text", "flag"} & run.columns.keys()
     said = capsys.readouterr().out
-    assert "metrics.jsonl: 5 damaged lines left out" in said
+    assert "metrics.jsonl: 6 damaged lines left out" in said
     assert "reward is not finite in 1 step: a gap" in said
-    assert "alarms.jsonl: 1 damaged line left out" in said
+    assert "grad_norm is not finite in 1 step: a gap" in said
+    assert "alarms.jsonl: 2 damaged lines left out" in said
     figure_of([run], panels([run], None), None).canvas.draw()
 
 
@@ -247,6 +266,31 @@ def test_a_metric_that_some_runs_lack_is_told_and_one_that_all_lack_is_an_error(
 def test_a_run_that_has_logged_nothing_is_a_sentence(tmp_path, lines):
     with pytest.raises(InputError, match="holds no step yet: wait for the run's first"):
         read(write(tmp_path / "run", lines), "run")
+
+
+def test_a_run_that_has_only_been_evaluated_is_drawn(tmp_path, one):
+    line = {"step": 0, "eval/loss": 1.0, "eval/entropy": 0.5, "time/elapsed": 1.0}
+    folder = write(tmp_path / "run", [line])
+    axes = axes_of(drawn(folder))
+    assert list(axes) == ["eval/entropy", "eval/loss"]
+    assert list(lines_of(axes["eval/loss"])[0].get_ydata()) == [1.0]
+    assert list(axes_of(drawn(write(tmp_path / "mine", [{"step": 0, "foo": 1.0}])))) == ["foo"]
+    assert "reward" in axes_of(drawn(folder, one))
+
+
+def test_a_name_is_no_formula(tmp_path):
+    """Of a run, a metric, an alarm: $ begins one in matplotlib, and _ hides a line."""
+    names = ["lr$1e-6^{$", "run_$x$", "_run", r"a\b$^$"]
+    metric = "eval/accuracy/regex:^a$|^{b$"
+    sounded = [{"step": 1, "alarm": "of_$a^{fork$", "since": 1, "message": ""}]
+    folders = [write(tmp_path / name, [grpo(1) | {metric: 0.5}], sounded) for name in names]
+    figure = drawn(*folders, metrics=[metric])
+    figure.canvas.draw()
+    assert [text.get_text() for text in figure.legends[0].texts] == names
+    texts = [*figure.legends[0].texts, *figure.axes[0].texts, figure.axes[0]._left_title]
+    texts += figure.axes[1].get_yticklabels()
+    assert "of $a^{fork$" in [text.get_text() for text in texts]
+    assert not any(text.get_parse_math() for text in texts)
 
 
 def test_one_step_is_a_point(tmp_path):

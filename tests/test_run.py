@@ -439,7 +439,7 @@ def test_an_alarm_is_said_and_written_once(tmp_path, capsys):
     assert alarms_of(tmp_path) == [("unrewarded", 15, 6)]
     (said,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("ALARM")]
     assert said.startswith(
-        "ALARM unrewarded, step 15: since step 6, completions/unrewarded is 0.5,"
+        "ALARM unrewarded, step 15: over the last 10 steps, completions/unrewarded is 0.5,"
     )
     (line,) = lines(tmp_path / "alarms.jsonl")
     assert said == f"ALARM unrewarded, step 15: {line['message']}" and len(line) == 4
@@ -451,6 +451,16 @@ def test_alarms_that_are_off_say_nothing(tmp_path, capsys):
     run.start(*model_and_optimizer(), {"step": 0}, False, False, ABOUT)
     unrewarded(run, range(1, 40))
     assert alarms_of(tmp_path) == [] and "ALARM" not in capsys.readouterr().out
+
+
+def test_alarms_that_are_off_are_not_computed_of_what_was_logged(tmp_path, monkeypatch):
+    saved(tmp_path, 4)
+    looked = []
+    monkeypatch.setattr("nanopost.run.Alarms.add", lambda self, line: looked.append(line) or [])
+    for alarms, expected in (("off", 0), ("warn", 5)):
+        run = new_run(tmp_path, alarms=alarms, resume=True, overwrite=False)
+        run.start(*model_and_optimizer(), {"step": 0, "consumed": 0}, True, False, ABOUT)
+        assert len(looked) == expected
 
 
 @pytest.mark.parametrize("step, again", [(12, [("unrewarded", 15, 6)]), (20, [])])
@@ -763,6 +773,27 @@ def test_after_an_error_before_the_update_the_last_step_is_saved_as_it_was(tmp_p
     assert (state["step"], state["consumed"]) == (1, 10)
     assert torch.equal(torch.get_rng_state(), expected[0])
     assert all(map(torch.equal, model.parameters(), expected[1]))
+
+
+class Slow:
+    """A board whose end takes so long that a person presses Ctrl-C again."""
+
+    name = "slow"
+
+    def log(self, *_):
+        pass
+
+    def close(self, failed):
+        raise KeyboardInterrupt
+
+
+def test_a_second_ctrl_c_while_boards_close_loses_nothing(tmp_path):
+    run, _, _ = begun(tmp_path)
+    run.boards.open = [Slow()]
+    run.log(1, {"loss": 1.0})
+    run.due_save(1, 0, 0)
+    assert dist.last_words() == "--resume continues after step 1"
+    assert checkpoint.step_of(checkpoint.latest(tmp_path)) == 1
 
 
 def test_after_an_error_in_the_middle_of_the_update_nothing_is_saved_and_it_says_so(tmp_path):
