@@ -469,6 +469,9 @@ def checked(args, kind: str):
         raise InputError(f"--overlong split is for sft, and these rows are {kind}: drop them.")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise InputError(f"--html {args.html}: there is no such folder: create it first.")
+    for read in [*args.data, *(args.eval_data or [])]:
+        if args.html and Path(args.html).resolve() == Path(read).resolve():
+            raise InputError(f"--html {args.html} would replace what is read: choose another.")
 
 
 def positions_of(folder) -> int:
