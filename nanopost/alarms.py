@@ -119,6 +119,14 @@ def said(name: str, now: float, then: float) -> str:
     return f"{name} is {number(now)}, and was {number(then)}"
 
 
+def since_first(m: Metrics, name: str) -> str:
+    """A metric's mean now, beside that of the first steps if these are others."""
+    now = fmean(m.last(name))
+    if m.count(name) <= WINDOW:
+        return f"{name} is {number(now)}"
+    return f"{said(name, now, fmean(m.first(name)))} at first"
+
+
 # ------------------------------------------------------------------------------------------- alarms
 STD_LEFT = 0.1  # a tenth of the spread: advantages come from rounding and rare answers
 
@@ -218,11 +226,10 @@ def varied_groups_collapsed(m):
     name = m.named("frac_reward_zero_std", "ties")
     if not name or m.count(name) < WINDOW or learnt(m) or reward_constant(m):
         return None
-    now, then = fmean(m.last(name)), fmean(m.first(name))
-    if now < EQUAL:
+    if fmean(m.last(name)) < EQUAL:
         return None
     return m.since(name), (
-        f"{said(name, now, then)} at first: so many groups have equal rewards and teach nothing, "
+        f"{since_first(m, name)}: so many groups have equal rewards and teach nothing, "
         "as prompts are too hard or too easy, or answers alike; try other --data, a larger "
         "--group, --resample, or a higher --temperature"
     )
@@ -240,7 +247,7 @@ def truncated_rising(m):
     if not rising and now < CUT_MOST:
         return None
     return m.since(CUT_OFF), (
-        f"{said(CUT_OFF, now, then)} at first: answers reach the limit of their length before they "
+        f"{since_first(m, CUT_OFF)}: answers reach the limit of their length before they "
         "end, so rewards judge fragments; try a larger --max_new_tokens, a reward "
         "length:MAX:BUFFER, or warm up with train_sft.py on answers that end"
     )
@@ -274,7 +281,7 @@ def clip_fraction_rising(m):
     if not (now >= CLIPPED and now >= 2 * then) and now < CLIPPED_MOST:
         return None
     return m.since(name), (
-        f"{said(name, now, then)} at first: each step moves the policy so far that the clip cuts "
+        f"{since_first(m, name)}: each step moves the policy so far that the clip cuts "
         "most of the gradient off; try a lower --lr, fewer --minibatches, or a wider --clip"
     )
 
@@ -294,6 +301,24 @@ def mismatch_rising(m):
         f"{said(GAP, now, then)} at first: the engine samples from ever another policy than the "
         "one that trains, as its precision is too low or its weights are stale; try --old_logp "
         "trainer --correct token-truncate, or python -m nanopost.audit"
+    )
+
+
+LOSS_GROWS = 3.0  # times the loss before training
+LOSS_STEPS = 5
+
+
+def loss_exploding(m):
+    """Of losses that begin above 0: those of RL are about 0 and say nothing."""
+    if reward_name(m) or m.count("loss") < LOSS_STEPS:
+        return None
+    then = max(m.first("loss", 1) + m.first("eval/loss", 1))
+    now = m.last("loss", LOSS_STEPS)
+    if not (then > 0 and min(now) > then and median(now) >= LOSS_GROWS * then):
+        return None
+    return m.since("loss", LOSS_STEPS), (
+        f"{said('loss', median(now), then)} at first: training diverges; try "
+        "a much lower --lr, a longer --warmup, or a lower --grad_clip"
     )
 
 
@@ -380,9 +405,8 @@ def unrewarded(m):
     name = "completions/unrewarded"
     if m.count(name) < WINDOW or fmean(m.last(name)) < UNREWARDED:
         return None
-    now, then = fmean(m.last(name)), fmean(m.first(name))
     return m.since(name), (
-        f"{said(name, now, then)} at first: no reward applies to so many answers, so they teach "
+        f"{since_first(m, name)}: no reward applies to so many answers, so they teach "
         "nothing; check what --reward returns None for, and --data"
     )
 
@@ -462,6 +486,7 @@ ALARMS = {
         entropy_collapsed,
         clip_fraction_rising,
         mismatch_rising,
+        loss_exploding,
         gradient_spikes,
         value_explains_nothing,
         duplicates_rising,

@@ -7,6 +7,7 @@ It reads as the training scripts do (rows.py, normalize.py), so what it writes t
 tokens; what the reading took for what, and what it left out, is said.
 """
 
+import gzip
 import io
 import json
 import os
@@ -17,7 +18,16 @@ from pathlib import Path
 
 from nanopost import InputError
 from nanopost.cli import Parser
-from nanopost.rows import FORMS, guess, place, read_rows
+from nanopost.rows import (
+    FORMS,
+    check_out,
+    guess,
+    named,
+    place,
+    read_files,
+    read_rows,
+    take_pairs_apart,
+)
 from nanopost.terminal import say
 
 OURS = ("messages", "prompt", "completion", "chosen", "rejected", "label", "text", "tools")
@@ -57,7 +67,7 @@ def parsed(arguments=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("files", nargs="+", metavar="FILE", help="JSONL, .jsonl.gz, .json lists or Parquet")
-    add("out", metavar="OUT.jsonl", help="what is written")
+    add("out", metavar="OUT.jsonl", help="what is written; or OUT.jsonl.gz")
     add("--kind", choices=list(FORMS), help="what the rows become; default: what the columns say")
     add("--rename", nargs="*", default=[], metavar="THEIRS=OURS", help="question=prompt")
     add(
@@ -72,17 +82,20 @@ def parsed(arguments=None):
 def main(arguments=None):
     args = parsed(arguments)
     out = Path(args.out)
-    if out.exists() and not args.overwrite:
-        raise InputError(f"{out} exists: name another file, or --overwrite it.")
     if any(out.resolve() == Path(file).resolve() for file in args.files):
         raise InputError(f"{out} is read, so it cannot be written: name another file.")
-    if not out.absolute().parent.is_dir():
-        raise InputError(f"{out}: there is no folder {out.absolute().parent}: create it first.")
-    kind = args.kind or guess(args.files, args.rename, args.to_messages)
-    rows = read_rows(args.files, args.rename, FORMS[kind], args.to_messages)
+    check_out(out, args.overwrite)
+    files = read_files(args.files)
+    kind = args.kind or guess(files, args.rename, args.to_messages)
+    rows = read_rows(files, args.rename, FORMS[kind], args.to_messages)
+    if kind == "labelled":
+        rows = take_pairs_apart(rows)
+    if not rows:
+        raise InputError(f"none of the rows of {named(files)} is left: give other rows.")
+    lines = "".join(map(written, rows)).encode()
     part = out.with_name(out.name + ".part")
-    part.write_text("".join(map(written, rows)), encoding="utf-8")
     try:
+        part.write_bytes(gzip.compress(lines, mtime=0) if out.suffix == ".gz" else lines)
         _check_read_alike(part, rows, kind)
         os.replace(part, out)
     finally:

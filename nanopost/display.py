@@ -48,8 +48,10 @@ def tokens_of(example: Example, tokenizer: Tokenizer, most: int = SHOWN) -> list
 
 
 def shown(text: str) -> str:
-    r"""On one line: newlines and tabs are written out (\n), as all control characters are."""
-    return harmless(text).replace("\n", "\\n").replace("\t", "\\t")
+    r"""On one line: newlines and tabs are written out (\n), as all control characters are; a
+    backslash of the text is two (\\)."""
+    text = harmless(text.replace("\\", "\\\\"))
+    return text.replace("\n", "\\n").replace("\t", "\\t")
 
 
 def inline(tokens: list[Token | None], colour: bool) -> list[str]:
@@ -68,7 +70,7 @@ def inline(tokens: list[Token | None], colour: bool) -> list[str]:
             style = ";".join(codes)
         else:
             marks = _marks(before, token)
-        text = printable(shown(token.text).replace("\\n", "\\n\n"))
+        text = printable("\\n\n".join(map(shown, token.text.split("\n"))))
         words.append([("", c) for c in printable(marks)] + [(style, c) for c in text])
         before = token
     if not colour and before is not None and before.trained:

@@ -151,7 +151,7 @@ def _one_sentence(kind, error, trace):
     elif issubclass(kind, BrokenPipeError):
         closed = "error: what reads its output has ended (| head, say): let it print to a file"
         print(closed, file=sys.stderr, flush=True)
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
     else:
         sys.__excepthook__(kind, error, trace)
     if last_words is not None:

@@ -31,6 +31,8 @@ from nanopost.terminal import progress, say
 from nanopost.tokenizer import Tokenizer, check_stage
 from nanopost.verify import answer_of
 
+# Flags of files that are read
+READ = ("data", "model", "chat_template", "reward", "against", "reward_model", "kl")
 Z = 1.959964  # 95% of the normal distribution lies within
 
 
@@ -358,7 +360,7 @@ def evaluation(args):
             "--kl needs samples from the whole distribution: drop --temperature, --top_k, "
             "--top_p and --min_p."
         )
-    for read in named_files({**vars(args), "out": None}):  # whatever the flag
+    for read in named_files({name: getattr(args, name) for name in READ}):
         if args.out and Path(args.out).resolve().is_relative_to(Path(read).resolve()):
             raise InputError(
                 f"--out {args.out} would replace what is read, {read}: choose another."

@@ -10,6 +10,7 @@ of the RL scripts; what it writes are rows of train_sft.py.
 import contextlib
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +20,13 @@ from nanopost.cli import Parser, at_least
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.manifest import named_files
 from nanopost.rollout import completion_text
-from nanopost.rows import prompt, read_rows
+from nanopost.rows import check_out, prompt, read_rows
 from nanopost.terminal import printable, progress, say
 from nanopost.tokenizer import Pieces, Tokenizer, check_stage
 
+REPLACED = ("completion", "finish", "tokens", "messages")  # columns of an answer, or read before it
 COMMANDS = "Ctrl-C ends an answer, /clear starts over, /quit or Ctrl-D leaves"
+READ = ("data", "model", "chat_template")  # flags of files that are read
 
 
 # --------------------------------------------------------------------------------------------- chat
@@ -126,6 +129,9 @@ def answer_file(args, engine, tokenizer, positions, write):
     rows = read_rows(args.data, args.rename, prompt, args.to_messages)
     (rows,), _ = tokenizer.with_prompts((rows,), None, args.max_new_tokens, positions, positions)
     say(tokenizer.doubts(rows))
+    for name in REPLACED:
+        if own := sum(row.get(name) is not None for row in rows):
+            say(f"{own:,} rows have a column {name}: it is not kept (--rename {name}=... keeps it)")
     sampling, count = cli.sampling(args, kept=False), 0
     at_once = max(1, args.engine_rows // args.n)
     for first in progress(range(0, len(rows), at_once), "batches of prompts answered"):
@@ -135,7 +141,9 @@ def answer_file(args, engine, tokenizer, positions, write):
         groups = engine.generate(prompts, args.n, sampling, seeds)
         for row, group in zip(some, groups):
             for rollout in group:
-                write(json.dumps(record(row, rollout, tokenizer), ensure_ascii=False) + "\n")
+                line = record(row, rollout, tokenizer)
+                # In a terminal nothing is left for printable to write out, which is no JSON.
+                write(json.dumps(line, ensure_ascii=not args.out) + "\n")
                 count += 1
     return count
 
@@ -144,9 +152,8 @@ def record(row, rollout, tokenizer) -> dict:
     """A row's columns with an answer: a message where the prompt is messages, else text."""
     text = completion_text(rollout, tokenizer)
     is_chat = isinstance(row["prompt"], list)
-    columns = {name: value for name, value in row.items() if value is not None}
-    del columns["prompt_ids"]
-    columns.pop("__line__", None)
+    left_out = ("prompt_ids", "__line__", *REPLACED)
+    columns = {k: v for k, v in row.items() if v is not None and k not in left_out}
     return {
         **columns,
         "completion": [{"role": "assistant", "content": text}] if is_chat else text,
@@ -162,6 +169,7 @@ def parsed(arguments=None):
     add("--model", metavar="DIR", required=True, help="folder of a model or an adapter")
     add("--data", nargs="+", help="prompts, as the RL scripts read them; default: a chat")
     add("--out", metavar="FILE", help="JSONL of the answers to --data; default: the terminal")
+    add("--overwrite", action="store_true", help="replace --out")
     add("--n", type=at_least(1), default=1, help="answers to each prompt of --data")
     add("--system", help="the system message of a chat")
     add("--rename", nargs="*", default=[], metavar="THEIRS=OURS", help="question=prompt")
@@ -185,22 +193,36 @@ def parsed(arguments=None):
 def check(args):
     """InputError for flags that do not go together."""
     if not args.data:
-        for name, given in (("out", args.out), ("n", args.n > 1), ("rename", args.rename)):
-            if given:
+        for name in ("out", "overwrite", "rename", "to_messages"):
+            if getattr(args, name):
                 raise InputError(f"--{name} is about a file of prompts: give --data.")
+        if args.n > 1:
+            raise InputError("--n is about a file of prompts: give --data.")
         return
     if args.system:
         raise InputError("--system is of a chat: write it into the prompts of --data.")
     if args.n > 1 and not args.temperature:
         raise InputError(f"--n {args.n} answers would all be equal at --temperature 0.")
-    for read in named_files({**vars(args), "out": None}):
-        if args.out and Path(args.out).resolve().is_relative_to(Path(read).resolve()):
+    if not args.out:
+        if args.overwrite:
+            raise InputError("--overwrite is about --out: give it too.")
+        return
+    for read in named_files({name: getattr(args, name) for name in READ}):
+        if Path(args.out).resolve().is_relative_to(Path(read).resolve()):
             raise InputError(
                 f"--out {args.out} would replace what is read, {read}: choose another."
             )
-    folder = Path(args.out or ".").absolute().parent
-    if not folder.is_dir():
-        raise InputError(f"--out {args.out}: there is no folder {folder}: create it first.")
+    check_out(Path(args.out), args.overwrite, zips=False)
+    part = part_of(args.out)
+    if part.exists() and not args.overwrite:
+        raise InputError(
+            f"{part} holds the answers of a run that ended early: rename it, or --overwrite it."
+        )
+
+
+def part_of(out) -> Path:
+    """Where the answers are until all prompts have theirs; it becomes --out then."""
+    return Path(f"{out}.part")
 
 
 def main(arguments=None):
@@ -218,8 +240,17 @@ def main(arguments=None):
     elif not args.out:
         answer_file(args, engine, tokenizer, positions, write)
     else:
-        with open(args.out, "w", encoding="utf-8", buffering=1) as file:  # line by line
-            count = answer_file(args, engine, tokenizer, positions, file.write)
+        part = part_of(args.out)
+        with open(part, "w", encoding="utf-8", buffering=1) as file:  # line by line
+            try:
+                count = answer_file(args, engine, tokenizer, positions, file.write)
+            except BaseException:
+                if file.tell():
+                    say(f"{part} holds the answers so far")
+                else:
+                    part.unlink()
+                raise
+        os.replace(part, args.out)
         say(f"{args.out}: {count:,} answers written")
     dist.finish()
 

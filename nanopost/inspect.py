@@ -469,6 +469,9 @@ def checked(args, kind: str):
         raise InputError(f"--overlong split is for sft, and these rows are {kind}: drop them.")
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise InputError(f"--html {args.html}: there is no such folder: create it first.")
+    for read in [*args.data, *(args.eval_data or [])]:
+        if args.html and Path(args.html).resolve() == Path(read).resolve():
+            raise InputError(f"--html {args.html} would replace what is read: choose another.")
 
 
 def positions_of(folder) -> int:
@@ -509,9 +512,10 @@ def chosen(args, items: list) -> list:
 
 def main(arguments=None):
     args = parsed(arguments)
-    kind = args.kind or rows.guess(args.data, args.rename, args.to_messages)
+    files = rows.read_files(args.data)
+    kind = args.kind or rows.guess(files, args.rename, args.to_messages)
     given, held_out = rows.load(
-        args.data, args.eval_data, args.holdout, args.rename, FORMS[kind], args.to_messages
+        files, args.eval_data, args.holdout, args.rename, FORMS[kind], args.to_messages
     )
     checked(args, kind)
     if kind == "labelled":

@@ -17,6 +17,7 @@ What was taken for what, and what was left out, is said once per file.
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from itertools import combinations
 
 from nanopost import InputError
@@ -52,10 +53,19 @@ def normalize(
     counts = Counter()
     if from_arrow or _looks_filled_in(rows):
         rows = [_without_nulls(row, counts) for row in rows]
+    _check_judged(rows, counts)
     found = []
     for row in rows:
         found += _normalized(row, renamed, to_messages, kind, counts)
     return found, [f"{n:,} {sentence}" for sentence, n in counts.items()]
+
+
+def first(rows: Iterable[dict], renamed: dict[str, str], to_messages: bool = False) -> dict | None:
+    """The first row that normalize would give; None if it leaves all of them out."""
+    for row in rows:
+        if found := _normalized(row, renamed, to_messages, "sft", Counter()):
+            return found[0]
+    return None
 
 
 def _normalized(row, renamed, to_messages, kind, counts) -> list[dict]:
@@ -148,13 +158,51 @@ def _from_alpaca(row, renamed, counts):
         counts["of them have an input"] += 1
 
 
+def _votes(row):
+    """-> (the columns of two answers, {judge: 0, 1 or 2}), or None of a row that is not judged."""
+    names = next((names for names in JUDGED if {*names} <= row.keys()), None)
+    votes = {name: row[name] for name in row if re.fullmatch(r"label|annotator\d+", name)}
+    if names is None or not votes or any(vote not in (0, 1, 2) for vote in votes.values()):
+        return None
+    return names, votes
+
+
+def _check_judged(rows, counts):
+    """InputError if the votes of a file may be meant otherwise: an index is 0 or 1, and would be
+    read reversed."""
+    judged = [(row, *found) for row in rows if (found := _votes(row))]
+    for row, names, votes in judged:
+        for judge, vote in votes.items():
+            if isinstance(vote, bool):
+                raise InputError(f"{row.get('__line__', 'row')}: {judge} is {vote}: {_way(names)}")
+    cast = {vote for _, _, votes in judged for vote in votes.values()}
+    if 0 in cast and 2 not in cast:
+        row, names, votes = judged[0]
+        raise InputError(
+            f"{row.get('__line__', 'row')}: in this file {', '.join(votes)} holds 0 but never 2, "
+            f"as an index does: {_way(names)}"
+        )
+    if cast == {1}:
+        counts["rows are judged, all 1: if that is an index, give 2, or they are reversed"] = len(
+            judged
+        )
+
+
+def _way(names):
+    one, two = names
+    return (
+        f"1 is read as {one} being better, 2 as {two}, 0 as a tie. Write it so (to an index, add "
+        f"1), or if one column always holds the better answer, --rename {one}=chosen "
+        f"{two}=rejected, or the other way round."
+    )
+
+
 def _from_judged(row, counts) -> bool:
     """Two answers and what judges say of them: 1 or 2 is better, 0 a tie. False: leave it out."""
-    names = next((names for names in JUDGED if {*names} <= row.keys()), None)
-    judges = [name for name in row if re.fullmatch(r"label|annotator\d+", name)]
-    votes = [row[name] for name in judges]
-    if names is None or not votes or any(vote not in (0, 1, 2) for vote in votes):
+    if not (found := _votes(row)):
         return True
+    names, by_judge = found
+    judges, votes = [*by_judge], [*by_judge.values()]
     if "prompt" not in row:
         row["prompt"] = row.pop("input", None)
     answers = [row.pop(name) for name in names]
@@ -181,12 +229,10 @@ def _from_oasst(row, kind, counts) -> list[dict]:
     """
     columns = {name: value for name, value in row.items() if name != "prompt"}
     counts["rows read as trees of Open Assistant"] += 1
-    rows, todo = [], [(reply, []) for reply in _replies({"replies": [row["prompt"]]})]
+    rows, todo = [], [(reply, []) for reply in _replies({"replies": [row["prompt"]]}, counts)]
     while todo:
         message, before = todo.pop()
-        replies = _replies(message)
-        if deleted := len(message.get("replies") or []) - len(replies):
-            counts["deleted messages in them are left out, with their replies"] += deleted
+        replies = _replies(message, counts)
         path = [*before, _oasst_message(message)]
         answers = [reply for reply in replies if reply.get("role") == "assistant"]
         is_question = path[-1]["role"] == "user"
@@ -208,30 +254,37 @@ def _from_oasst(row, kind, counts) -> list[dict]:
     return rows
 
 
-def _replies(message):
+def _replies(message, counts):
     """The replies to a message that are not deleted."""
     replies = message.get("replies") or []
     if not isinstance(replies, list) or not all(isinstance(reply, dict) for reply in replies):
         raise InputError(f"replies of the tree are {replies!r:.60}: make them a list of messages.")
-    return [reply for reply in replies if not reply.get("deleted")]
+    kept = [reply for reply in replies if not reply.get("deleted")]
+    if len(kept) < len(replies):
+        left_out = "deleted messages in them are left out, with their replies"
+        counts[left_out] += len(replies) - len(kept)
+    return kept
 
 
 def _oasst_message(message):
-    role, text = OASST.get(message.get("role")), message.get("text")
-    if role is None or not isinstance(text, str):
+    speaker, text = message.get("role"), message.get("text")
+    if speaker not in [*OASST] or not isinstance(text, str):
         raise InputError(
-            f"a message of the tree has the role {message.get('role')!r:.60} and the text "
-            f"{text!r:.60}: make them prompter or assistant, and text."
+            f"a message of the tree has the role {speaker!r:.60} and the text {text!r:.60}: make "
+            "them prompter or assistant, and text."
         )
-    return {"role": role, "content": text}
+    return {"role": OASST[speaker], "content": text}
 
 
 def _is_answered(message):
-    return any(reply.get("role") == "assistant" for reply in _replies(message))
+    return any(reply.get("role") == "assistant" for reply in _replies(message, Counter()))
 
 
 def _ranked_pairs(prompt, answers, counts):
     ranked = [answer for answer in answers if answer.get("rank") is not None]
+    for rank in (answer["rank"] for answer in ranked):
+        if isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank != rank:
+            raise InputError(f"a rank of the tree is {rank!r:.60}: make it a number, or null.")
     ranked.sort(key=lambda answer: answer["rank"])
     pairs = [(one, two) for one, two in combinations(ranked, 2) if one["rank"] < two["rank"]]
     alone = len(answers) - len({id(answer) for pair in pairs for answer in pair})

@@ -6,16 +6,16 @@ returns it in the shape that the tokenizer reads.
 """
 
 import gzip
-import io
 import json
 import zlib
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from nanopost import InputError
-from nanopost.normalize import normalize
+from nanopost.normalize import first, normalize
 from nanopost.packing import order
 from nanopost.terminal import say
 
@@ -24,6 +24,17 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "ipython")
 MESSAGES = "a non-empty list of messages"
 
 Form = Callable[[dict], dict]
+
+
+class File(NamedTuple):
+    """A file that has been read. rows: as they are in it."""
+
+    path: Path
+    rows: list[dict]
+    is_parquet: bool
+
+    def __str__(self):
+        return str(self.path)
 
 
 def load(
@@ -55,36 +66,41 @@ def read_rows(
     to_messages: bool = False,
 ) -> list[dict]:
     """Rows of one file or of several, in order: JSONL, JSON (one list) or Parquet; the first two
-    may be gzipped.
+    may be gzipped. paths may be Files (read_files) instead.
 
     The format is read from the content, not the name. rename: {theirs: ours}, or
     ["theirs=ours", ...] as --rename takes them. to_messages: text of prompts and answers becomes
     messages. What is read as another format, and what is not read, is said. InputError names file,
     line and reason.
     """
-    if isinstance(paths, (str, Path)):
-        paths = [paths]
     ours = _renames(rename)
     rows = []
-    for path in map(Path, paths):
-        raw, is_parquet = _read_file(path)
+    for file in _each(paths):
+        path, raw, is_parquet = file if isinstance(file, File) else _read_file(Path(file))
         if ours:
             raw = [_renamed(row, ours) for row in raw]
         marked = _marked_untrained(raw)
         found, sentences = normalize(raw, ours, is_parquet, to_messages, OF_TREES.get(form, "sft"))
         for sentence in [*marked, *sentences, *_unread(found, form)]:
-            say(f"{path}: {sentence}")
+            say(f"{path.name}: {sentence}")
         if not found:
-            raise InputError(f"{path}: none of its {len(raw):,} rows is left: give other rows.")
+            raise InputError(_none_left(path, raw))
         rows += found if form is None else [form(row) for row in found]
     return rows
 
 
-def guess(paths, rename=(), to_messages: bool = False) -> str:
+def read_files(paths) -> list[File]:
+    """Each file, read once: for guess, and then for read_rows or load."""
+    return [_read_file(Path(path)) for path in _each(paths)]
+
+
+def guess(files: list[File], rename=(), to_messages: bool = False) -> str:
     """What the first row of the first file is, by its columns: a key of FORMS."""
-    first = [paths] if isinstance(paths, (str, Path)) else paths[:1]
-    with redirect_stdout(io.StringIO()):  # what is said about them is said when they are read
-        row = read_rows(first, rename, None, to_messages)[0]
+    path, raw, _ = files[0]
+    ours = _renames(rename)
+    row = first((_renamed(row, ours) for row in raw), ours, to_messages)
+    if row is None:
+        raise InputError(_none_left(path, raw))
     if "chosen" in row and "rejected" in row:
         return "pairs"
     if "completion" in row and "label" in row:
@@ -101,11 +117,18 @@ def guess(paths, rename=(), to_messages: bool = False) -> str:
 
 def named(paths) -> str:
     """The files of --data, for a sentence."""
-    return str(paths) if isinstance(paths, (str, Path)) else " ".join(map(str, paths))
+    return " ".join(map(str, _each(paths)))
+
+
+def _each(paths):
+    return [paths] if isinstance(paths, (str, Path)) else paths
+
+
+def _none_left(path, raw):
+    return f"{path}: none of its {len(raw):,} rows is left: give other rows."
 
 
 def _read_file(path):
-    """-> (the rows as they are, whether it is Parquet)."""
     if path.is_dir():
         raise InputError(f"{path} is a folder: give a file in it.")
     if not path.is_file():
@@ -123,7 +146,7 @@ def _read_file(path):
         rows = _read_json(path, open)
     if not rows:
         raise InputError(f"{path}: no rows in it; give a file with one JSON object per line.")
-    return rows, start == PARQUET
+    return File(path, rows, start == PARQUET)
 
 
 def _unread(rows, form):
@@ -366,6 +389,19 @@ def _columns(row):
 
 
 # ------------------------------------------------------------------------------------------- files
+def check_out(out: Path, overwrite: bool, zips: bool = True):
+    """InputError if rows cannot be written to this file as JSONL, or, with zips, as .jsonl.gz."""
+    ends = (".jsonl", ".jsonl.gz") if zips else (".jsonl",)
+    if not out.name.endswith(ends):
+        raise InputError(f"{out}: JSONL is written: give a name that ends in {' or '.join(ends)}.")
+    if not out.absolute().parent.is_dir():
+        raise InputError(f"{out}: there is no folder {out.absolute().parent}: create it first.")
+    if out.exists() and not out.is_file():
+        raise InputError(f"{out} is no file: name another.")
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists: name another file, or --overwrite it.")
+
+
 def _read_json(path, opener):
     """One list if the file begins with [, else one object per line."""
     try:

@@ -314,8 +314,12 @@ class Pieces:
     """Token ids, one after another -> the text that each of them completes.
 
     A character of several tokens is the text of its last one: a part of it would be shown as
-    U+FFFD. The pieces and the rest, joined, are the text of all tokens, as far as that is UTF-8.
+    U+FFFD. What stays U+FFFD, broken or the letter itself, comes as many tokens later as a
+    character has bytes. The pieces and the rest, joined, are the text of all tokens, as far as that
+    is UTF-8.
     """
+
+    BYTES = 4  # of a character, at most; each of its tokens has one or more of them
 
     def __init__(self, decode):
         """decode: ids to text."""
@@ -332,6 +336,22 @@ class Pieces:
         self.given = max(self.given, len(complete))
         if text and complete == text:
             self.before, self.ids, self.given = self.ids, [], 0
+        elif len(self.ids) >= self.BYTES:
+            piece += self._release()
+        return piece
+
+    def _release(self):
+        """The text of tokens too old to be part of a character that is not complete."""
+        past, self.ids = self.ids[: 1 - self.BYTES], self.ids[1 - self.BYTES :]
+        text, start = self.decode(self.before + past + self.ids), len(self.decode(self.before))
+        end = len(self.decode(self.before + past))
+        piece = text[start + self.given : end]
+        self.given = max(0, self.given - max(0, end - start))
+        if end > start or self.decode(past) or not self.before:  # or else they say nothing
+            self.before += past
+        # Its last tokens do as context: a character cut at their start is cut in both decodings.
+        if self.decode(self.before[-self.BYTES :]):
+            self.before = self.before[-self.BYTES :]
         return piece
 
     def rest(self) -> str:

@@ -2966,6 +2966,13 @@ MUTATIONS = [
         "test_normalize.py::test_what_most_judges_say_is_chosen",
     ),
     mutation(
+        "judge-index-taken-for-a-tie",
+        "nanopost/normalize.py",
+        "if 0 in cast and 2 not in cast:",
+        "if False:",
+        "test_normalize.py::test_votes_that_may_be_an_index_are_refused",
+    ),
+    mutation(
         "tree-ranks-reversed",
         "nanopost/normalize.py",
         'if one["rank"] < two["rank"]]',
@@ -2975,8 +2982,8 @@ MUTATIONS = [
     mutation(
         "tree-deleted-kept",
         "nanopost/normalize.py",
-        'return [reply for reply in replies if not reply.get("deleted")]',
-        "return replies",
+        'kept = [reply for reply in replies if not reply.get("deleted")]',
+        "kept = replies",
         "test_normalize.py::test_a_tree_is_conversations_pairs_or_prompts",
     ),
     mutation(
@@ -3001,6 +3008,13 @@ MUTATIONS = [
         "test_tokenizer.py::test_pieces_are_those_of_an_incremental_decoder",
     ),
     mutation(
+        "pieces-released-late",
+        "nanopost/tokenizer.py",
+        "elif len(self.ids) >= self.BYTES:",
+        "elif False:",
+        "test_tokenizer.py::test_pieces_come_on_where_characters_are_broken",
+    ),
+    mutation(
         "pieces-without-context",
         "nanopost/tokenizer.py",
         "self.before, self.ids, self.given = self.ids, [], 0",
@@ -3022,6 +3036,20 @@ MUTATIONS = [
         "test_generate.py::test_a_greedy_chat_is_transformers_greedy_generation_in_every_turn",
     ),
     mutation(
+        "answers-in-place-at-once",
+        "nanopost/generate.py",
+        'return Path(f"{out}.part")',
+        "return Path(out)",
+        "test_generate.py::test_answers_take_the_place_of_a_file_when_they_are_complete",
+    ),
+    mutation(
+        "answers-in-the-terminal-printed-as-they-are",
+        "nanopost/generate.py",
+        "ensure_ascii=not args.out",
+        "ensure_ascii=False",
+        "test_generate.py::test_answers_in_the_terminal_are_json_whatever_is_in_them",
+    ),
+    mutation(
         "chat-prints-as-it-is",
         "nanopost/generate.py",
         "print(printable(piece), end",
@@ -3041,6 +3069,13 @@ MUTATIONS = [
         "return html.escape(harmless(text))",
         "return html.escape(text)",
         "test_display.py::test_a_page_loads_nothing_and_runs_nothing",
+    ),
+    mutation(
+        "inspect-backslashes-as-they-are",
+        "nanopost/display.py",
+        'harmless(text.replace("\\\\", "\\\\\\\\"))',
+        "harmless(text)",
+        "test_display.py::test_a_character_and_its_spelling_look_different",
     ),
     mutation(
         "inspect-masks-inverted",

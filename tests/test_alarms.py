@@ -289,6 +289,13 @@ ILLNESSES = {
         "held_out_falling",
         45,
     ),
+    "a rate that is far too high": (
+        "sft",
+        1,
+        {"loss": lambda s, x: 100 * x},
+        "loss_exploding",
+        5,
+    ),
     "what greedy answers know": (
         "grpo",
         0,
@@ -328,7 +335,8 @@ def test_an_alarm_says_what_is_seen_with_both_numbers_and_which_flag_to_try():
         assert message.endswith(".")
         assert message.count(". ") == 0 and "\n" not in message  # one sentence
         if name not in ("not_finite", "reward_constant"):  # of which there may be one alone
-            assert len(re.findall(r"\d+(?:\.\d+)?", message)) >= 3, message
+            compares = ", and was " in message
+            assert len(re.findall(r"\d+(?:\.\d+)?", message)) >= 2 + compares, message
         named = set(re.findall(r"--(\w+)", message))
         assert named and named <= flags, message
         kinds.add(name)

@@ -9,8 +9,9 @@ import pytest
 from chats import CHATML, SPECIAL, TOOLS, answer, call, make, user
 
 from nanopost import InputError
+from nanopost import rows as rows_module
 from nanopost.convert import main
-from nanopost.rows import FORMS, read_rows
+from nanopost.rows import FORMS, read_rows, take_pairs_apart
 
 TOKENIZER = make(CHATML, SPECIAL, eos="<|im_end|>")
 WHOLE = make("{{ tools }}{{ messages }}<|im_end|>", SPECIAL, eos="<|im_end|>")  # every key of a row
@@ -46,6 +47,7 @@ def converted(files, out, kind, *flags, tokenizer=TOKENIZER, some=20):
     main([*map(str, files), str(out), "--kind", kind, "--overwrite", *flags])
     to_messages = "--to_messages" in flags
     original = read_rows(files, (), FORMS[kind], to_messages)[:some]
+    original = take_pairs_apart(original) if kind == "labelled" else original
     again = read_rows(out, (), FORMS[kind])[:some]
     assert sequences(original, kind, tokenizer) == sequences(again, kind, tokenizer)
     return read(out)
@@ -197,6 +199,45 @@ def test_the_kind_is_guessed_and_columns_are_renamed(tmp_path, capsys):
         main([str(file), str(out), "--rename", "q=prompt"])
     main([str(file), str(out), "--rename", "q=prompt", "--overwrite"])
     assert read(out) == [{"prompt": "x", "a": "y"}]
+
+
+def test_trees_and_pairs_are_written_as_labelled_rows(tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    found = converted([write(tmp_path / "in.json", [TREE])], out, "labelled")
+    assert "out.jsonl: 2 rows of labelled written" in capsys.readouterr().out
+    assert [(row["completion"][0]["content"], row["label"]) for row in found] == [
+        ("better", True),
+        ("worse", False),
+    ]
+    assert not any({"chosen", "rejected"} & row.keys() for row in found)
+    alike = write(tmp_path / "alike.json", [{"prompt": "q", "chosen": "a", "rejected": "a"}])
+    with pytest.raises(InputError, match="none of the rows of .*alike.json is left"):
+        main([str(alike), str(out), "--kind", "labelled", "--overwrite"])
+    assert read(out) == found
+
+
+def test_the_name_says_what_is_written(tmp_path, capsys):
+    file, out = write(tmp_path / "in.json", [{"text": "é" * 999}]), tmp_path / "out.jsonl"
+    main([str(file), str(out)])
+    main([str(file), str(out) + ".gz"])
+    zipped = (tmp_path / "out.jsonl.gz").read_bytes()
+    assert gzip.decompress(zipped) == out.read_bytes() and len(zipped) < 200
+    for name in ("x.json", "x.json.gz", "x.parquet", "x.csv", "x"):
+        with pytest.raises(InputError, match=r"x.*: JSONL is written: give a name that ends in"):
+            main([str(file), str(tmp_path / name), "--overwrite"])
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(InputError, match="folder.jsonl is no file"):
+        main([str(file), str(tmp_path / "folder.jsonl"), "--overwrite"])
+
+
+def test_files_are_read_once(tmp_path, capsys, monkeypatch):
+    reads, read_file = [], rows_module._read_file
+    monkeypatch.setattr(
+        rows_module, "_read_file", lambda path: reads.append(path.name) or read_file(path)
+    )
+    files = [write(tmp_path / name, [{"text": name}]) for name in ("a.json", "b.json")]
+    main([*map(str, files), str(tmp_path / "out.jsonl")])
+    assert reads == ["a.json", "b.json", "out.jsonl.part"]
 
 
 def test_nothing_that_is_read_is_overwritten(tmp_path, capsys):

@@ -40,6 +40,19 @@ def test_trained_tokens_are_between_marks_and_tokens_apart():
     assert shown("aé\t字") == ["a··é·\\t···字"]  # a character is the text of its last token
 
 
+def test_a_character_and_its_spelling_look_different():
+    r"""A newline and the two characters \\n, say: what is written reads back as one text."""
+    for character in "\n\t\x1b\x07\x85\u202e\\":
+        spelt = character.encode("unicode_escape").decode()
+        texts = {character, spelt, f"{spelt}\n", f"\\{character}"}
+        assert len({"".join(shown(text)) for text in texts}) == len(texts)
+        for text in (character, spelt):
+            row = table(tokens_of(example_of(text), TOKENIZER), TOKENIZER)[1:]
+            cells = "".join(re.search("'(.*)'", line)[1] for line in row if "'" in line)
+            assert cells.encode().decode("unicode_escape") == text
+    assert shown("a\\nb") == ["a·\\\\·n·b"]  # no line ends here
+
+
 def test_colours_say_the_same_as_marks():
     """32: trained. 35: special. 1: trained too. 4: every other token."""
     (line,) = shown("<s>ab</s>", slice(2, 4), colour=True)

@@ -18,6 +18,7 @@ from nanopost import InputError, hf
 from nanopost.batch import Example, batch_of
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.eval import (
+    accuracy,
     evaluation,
     main,
     majority,
@@ -408,6 +409,12 @@ def test_out_replaces_nothing_that_any_flag_names(tmp_path, monkeypatch, flags):
     given = ["--model", "x", "--data", "y", "--reward", "exact", *flags.split(), "--out", out]
     with pytest.raises(InputError, match=f"--out {out} would replace what is read"):
         evaluation(parsed(given))
+
+
+def test_a_value_that_happens_to_be_a_path_is_not_a_file_that_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = ["--model", "x", "--data", "y", "--reward", "exact", "--out", "ans.jsonl"]
+    assert evaluation(parsed([*given, "--stop", ".", "--rename", "..", "/"])) is accuracy
 
 
 @pytest.mark.parametrize(

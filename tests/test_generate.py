@@ -189,7 +189,7 @@ def test_a_model_without_a_template_says_so(folder, tmp_path, here, capsys):
 
 # ------------------------------------------------------------------------------------------- a file
 def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def test_answers_to_a_file_are_the_engines_and_rows_of_sft(folder, tmp_path, here, capsys):
@@ -268,6 +268,15 @@ def test_an_adapters_folder_answers_as_pefts_model_does(folder, tmp_path, here, 
     [
         ("--out x", "--out is about a file of prompts: give --data"),
         ("--n 2", "--n is about a file of prompts"),
+        ("--to_messages", "--to_messages is about a file of prompts"),
+        ("--overwrite", "--overwrite is about a file of prompts"),
+        ("--data p.jsonl --overwrite", "--overwrite is about --out"),
+        ("--data p.jsonl --out there.jsonl", "there.jsonl exists: name another file, or --overw"),
+        ("--data p.jsonl --out part.jsonl", "part.jsonl.part holds the answers of a run that end"),
+        ("--data p.jsonl --out o.jsonl.gz", "o.jsonl.gz: JSONL is written: give a name that ends"),
+        ("--data p.jsonl --out o.json", "o.json: JSONL is written"),
+        ("--data p.jsonl --out d.jsonl --overwrite", "d.jsonl is no file"),
+        ("--data bad.jsonl --out there.jsonl --overwrite", "bad.jsonl:1: prompt is 7"),
         ("--data p.jsonl --system s", "--system is of a chat"),
         ("--data p.jsonl --n 2 --temperature 0", "--n 2 answers would all be equal"),
         ("--data p.jsonl --out p.jsonl", "--out p.jsonl would replace what is read, p.jsonl"),
@@ -278,10 +287,86 @@ def test_an_adapters_folder_answers_as_pefts_model_does(folder, tmp_path, here, 
 def test_flags_that_do_not_go_together_say_so(folder, tmp_path, monkeypatch, here, flags, sentence):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.jsonl").write_text('{"prompt": [{"role": "user", "content": "ab"}]}\n')
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 7}')
+    for name in ("there.jsonl", "part.jsonl.part"):
+        (tmp_path / name).write_text("kept")
+    (tmp_path / "d.jsonl").mkdir()
+    before = sorted(tmp_path.iterdir())
     with pytest.raises(InputError, match=sentence):
         here("--model", folder, *flags.split())
     dist.finish()
     assert "ab" in (tmp_path / "p.jsonl").read_text()
+    assert {(tmp_path / name).read_text() for name in ("there.jsonl", "part.jsonl.part")} == {
+        "kept"
+    }
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_answers_take_the_place_of_a_file_when_they_are_complete(
+    folder, tmp_path, here, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    toy.write_rows(tmp_path / "p.jsonl", [{"prompt": "ab"}, {"prompt": "cd"}])
+    (tmp_path / "o.jsonl").write_text("old")
+    # A value of a flag may name a path: the folder that --out is in, say.
+    flags = (
+        "--model",
+        folder,
+        "--data",
+        "p.jsonl",
+        "--out",
+        "o.jsonl",
+        "--stop",
+        ".",
+        "--overwrite",
+    )
+    flags += ("--max_new_tokens", 4, "--engine_rows", 1)
+
+    calls, generate = [], Engine.generate
+
+    def interrupted(*arguments):
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return generate(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Engine, "generate", interrupted)
+        here(*flags)
+    dist.finish()
+    assert (tmp_path / "o.jsonl").read_text() == "old"
+    assert len(read(tmp_path / "o.jsonl.part")) == 1
+    assert "o.jsonl.part holds the answers so far" in capsys.readouterr().out
+    here(*flags)
+    assert len(read(tmp_path / "o.jsonl")) == 2
+    assert not (tmp_path / "o.jsonl.part").exists()
+
+
+def test_answers_in_the_terminal_are_json_whatever_is_in_them(folder, tmp_path, here, capsys):
+    rows = [{"prompt": "é\x7f\x85\u202e字\x1b", "answer": "\x9b🤖"}]
+    toy.write_rows(tmp_path / "p.jsonl", rows)
+    flags = ("--model", folder, "--data", tmp_path / "p.jsonl", "--max_new_tokens", 200)
+    here(*flags, "--temperature", 2)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line[0] == "{"]
+    found = json.loads(line)
+    assert found["prompt"] == rows[0]["prompt"] and found["answer"] == rows[0]["answer"]
+    here(*flags, "--temperature", 2, "--out", tmp_path / "o.jsonl")
+    assert read(tmp_path / "o.jsonl") == [found]
+    assert "字" in (tmp_path / "o.jsonl").read_text(encoding="utf-8")
+
+
+def test_columns_that_an_answer_replaces_are_counted(folder, tmp_path, here, capsys):
+    """With its own messages a row would train these, not the answer."""
+    own = {"completion": "mine", "finish": "never", "messages": [user("x")], "answer": "4"}
+    toy.write_rows(tmp_path / "p.jsonl", [{"prompt": "ab", **own}, {"prompt": "cd", "tokens": -1}])
+    flags = ("--data", tmp_path / "p.jsonl", "--out", tmp_path / "o.jsonl", "--max_new_tokens", 4)
+    here("--model", folder, *flags)
+    said = capsys.readouterr().out
+    for name in ("completion", "finish", "tokens", "messages"):
+        assert f"1 rows have a column {name}: it is not kept" in said
+    one, other = read(tmp_path / "o.jsonl")
+    assert one["answer"] == "4" and "messages" not in one and other["tokens"] > 0
+    assert one["completion"] != "mine" and one["finish"] in ("stop", "length")
 
 
 def test_flags_are_bounded(capsys):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from chats import CHATML, NO_PROMPT, SPECIAL, answer, folder_of, raw_bytes, system, user
 
-from nanopost import InputError
+from nanopost import InputError, rows
 from nanopost.inspect import histogram, main
 from nanopost.tokenizer import Tokenizer
 from runs import toy
@@ -355,3 +355,16 @@ def test_real_files_go_through(shared, real, capsys, name, kind, rows):
     assert f"rows       {rows:,} of {os.path.basename(name)}, read as {kind}\n" in text
     assert "training would stop" not in text
     assert text.count("·") > 50
+
+
+def test_a_page_does_not_replace_the_rows(inspected, tmp_path):
+    with pytest.raises(InputError, match="--html .*rows.jsonl would replace what is read"):
+        inspected(CHATS, "--html", tmp_path / "rows.jsonl")
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == len(CHATS)
+
+
+def test_rows_are_read_once(inspected, monkeypatch):
+    reads, read_file = [], rows._read_file
+    monkeypatch.setattr(rows, "_read_file", lambda path: reads.append(path.name) or read_file(path))
+    inspected(CHATS, "--rows", 0)
+    assert reads == ["rows.jsonl"]

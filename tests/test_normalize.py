@@ -7,7 +7,7 @@ from chats import SPECIAL, answer, call, make, trained, user
 
 from nanopost import InputError
 from nanopost.normalize import normalize
-from nanopost.rows import pair, prompt, read_rows, sft, unpaired
+from nanopost.rows import guess, pair, prompt, read_files, read_rows, sft, unpaired
 
 
 def only(row, renamed=(), **how):
@@ -311,10 +311,13 @@ def test_what_most_judges_say_is_chosen():
     better = judged(2, 1, 2)
     want = {"prompt": "q\n\nx", "chosen": "b", "rejected": "a"}
     assert pair(only(better)) == want
-    assert pair(only(judged(1, 1, 0))) == {**want, "chosen": "a", "rejected": "b"}
+    found, _ = normalize([judged(1, 1, 0), better], {})
+    assert [pair(row)["chosen"] for row in found] == ["a", "b"]
     chat = pair(only(better, to_messages=True))
     assert chat == {"prompt": [user("q\n\nx")], "chosen": [answer("b")], "rejected": [answer("a")]}
     rows = [better, judged(1, 2), judged(1, 0, 0), judged(0, 0, 0), judged(1, 1, two=True)]
+    assert only(judged(1, 1))["chosen"] == "a"
+    assert "1 rows are judged, all 1: if that is an index" in said([judged(1, 1)])[0]
     found, sentences = normalize(rows, {})
     assert found == [want]
     assert "3 of them are left out: no majority is for one of the answers" in sentences
@@ -336,6 +339,32 @@ def test_a_benchmark_of_judges_has_its_prompt_in_input():
     # Without a verdict, or with another one, they are somebody's columns.
     for other in ({**row, "label": "b"}, {k: v for k, v in row.items() if k != "label"}):
         assert only(other) == other
+
+
+def benchmark(*labels):
+    return [{"input": "q", "output_1": "a", "output_2": "b", "label": vote} for vote in labels]
+
+
+def test_votes_that_may_be_an_index_are_refused(tmp_path, capsys):
+    """0 and 1 for the first and the second: half of them would be ties, the others reversed."""
+    path = write(tmp_path / "index.jsonl", benchmark(1, 0, 1))
+    for form in (pair, unpaired, None):
+        with pytest.raises(InputError, match="index.jsonl:1: in this file label holds 0 but never"):
+            read_rows(path, (), form)
+    assert guess(read_files(path)) == "pairs"
+    with pytest.raises(InputError, match="1 is read as output_1 being better.*add 1"):
+        read_rows(path)
+    for rows in ([judged(0, 0), judged(1, 0)], benchmark(0, 0)):
+        with pytest.raises(InputError, match="as an index does"):
+            normalize(rows, {})
+    for rows in (benchmark(2, True), benchmark(False), [judged(1, 2, True)]):
+        with pytest.raises(InputError, match="is (True|False): 1 is read as"):
+            normalize(rows, {})
+    # Both ways out
+    better = write(tmp_path / "better.jsonl", benchmark(2, 1, 2))
+    assert [row["chosen"] for row in read_rows(better, (), pair)] == ["b", "a", "b"]
+    names = ["input=prompt", "output_1=chosen", "output_2=rejected"]
+    assert [row["chosen"] for row in read_rows(path, names, pair)] == ["a"] * 3
 
 
 def reply(role, text, *replies, **more):
@@ -380,6 +409,24 @@ def test_a_tree_is_conversations_pairs_or_prompts():
     rows, sentences = found("prompts")
     assert [prompt(row)["prompt"][-1]["content"] for row in rows] == ["q", "?", "unanswered"]
     assert [len(row["prompt"]) for row in rows] == [1, 3, 3]
+
+
+@pytest.mark.parametrize("kind", ["sft", "pairs", "prompts"])
+def test_a_deleted_root_is_counted_as_any_deleted_message(kind):
+    gone = {"prompt": reply("prompter", "q", reply("assistant", "a"), deleted=True)}
+    rows, sentences = normalize([gone, TREE], {}, kind=kind)
+    assert len(rows) == 3
+    assert "2 deleted messages in them are left out, with their replies" in sentences
+
+
+@pytest.mark.parametrize("rank", ["1", True, [1], {"a": 1}, float("nan")])
+def test_a_rank_that_is_no_number_is_named_with_its_row(rank):
+    answers = [reply("assistant", "a", rank=0), reply("assistant", "b", rank=rank)]
+    row = {"prompt": reply("prompter", "q", *answers), "__line__": "f:3"}
+    with pytest.raises(InputError, match="f:3: a rank of the tree is .*: make it a number, or nul"):
+        normalize([row], {}, kind="pairs")
+    with pytest.raises(InputError, match=r"f:3: a message of the tree has the role \['x'\]"):
+        normalize([{**row, "prompt": reply(["x"], "q")}], {})
 
 
 def test_equal_ranks_give_no_pair():

@@ -12,6 +12,7 @@ from nanopost.rows import (
     number,
     pair,
     prompt,
+    read_files,
     read_rows,
     sft,
     take_pairs_apart,
@@ -177,7 +178,7 @@ def test_columns_that_no_form_reads_are_named_once_with_their_counts(tmp_path, c
         for i in range(3)
     ]
     path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
-    said = f"{path}: columns not read: "
+    said = f"{path.name}: columns not read: "
     read_rows(path, (), sft)
     assert capsys.readouterr().out == f"{said}source (3 rows), id (3 rows), input (1 rows)\n"
     read_rows(path, (), prompt)  # rewards read them
@@ -509,9 +510,41 @@ def test_a_file_that_may_not_be_read_is_a_sentence(tmp_path, monkeypatch):
 )
 def test_what_rows_are_is_guessed_from_the_columns_of_the_first(tmp_path, capsys, row, kind):
     path = write(tmp_path / "rows.jsonl", json.dumps(row))
-    assert guess([path]) == kind and guess(path) == kind
+    assert guess(read_files([path])) == kind and guess(read_files(path)) == kind
     assert capsys.readouterr().out == ""
     path = write(tmp_path / "rows.jsonl", json.dumps({"question": "q"}))
-    assert guess([path], ["question=prompt"]) == "prompts"
+    assert guess(read_files(path), ["question=prompt"]) == "prompts"
     with pytest.raises(InputError, match="rows.jsonl:1: the columns are question; it needs"):
-        guess([path])
+        guess(read_files(path))
+
+
+def test_a_guess_looks_at_no_more_rows_than_it_takes(tmp_path):
+    """The first one that is not left out; the second has JSON text that nobody could read."""
+    judged = {"input": "q", "output_1": "a", "output_2": "b"}
+    rows = [{**judged, "label": 0}, {**judged, "label": 2}, {"prompt": "q", "tools": "{"}]
+    path = write(tmp_path / "rows.jsonl", "\n".join(map(json.dumps, rows)))
+    assert guess(read_files(path)) == "pairs"
+    path = write(tmp_path / "ties.jsonl", json.dumps(rows[0]))
+    with pytest.raises(InputError, match="ties.jsonl: none of its 1 rows is left"):
+        guess(read_files(path))
+
+
+def test_files_that_were_read_give_the_rows_of_their_paths(tmp_path, capsys):
+    one = write(tmp_path / "a.jsonl", '{"q": "x"}')
+    two = write(tmp_path / "b.jsonl", '{"q": "y"}\n{"q": "z"}')
+    files = read_files([one, two])
+    for path in (one, two):
+        path.unlink()
+    assert [row["prompt"] for row in read_rows(files, ["q=prompt"], prompt)] == ["x", "y", "z"]
+    assert [row["prompt"] for row in read_rows(files, ["q=prompt"], prompt)] == ["x", "y", "z"]
+    with pytest.raises(InputError, match="--holdout 3 of the 3 rows of .*a.jsonl .*b.jsonl leaves"):
+        load(files, None, 3, ["q=prompt"], prompt)
+
+
+def test_what_is_said_of_a_file_does_not_name_its_folders(tmp_path, capsys):
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    path = write(folder / "a.json", '[{"instruction": "q", "input": "", "output": "a"}]')
+    read_rows(path, (), sft)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("a.json: 1 rows read as Alpaca") and len(line) <= 100

@@ -713,6 +713,48 @@ def test_pieces_of_any_bytes_are_the_text_of_all(seed):
     assert "".join(pieces_of(tokenizer.decode, ids)) == tokenizer.decode(ids)
 
 
+@pytest.mark.parametrize("text", ["\ufffd", "a\ufffd", "\ufffdé字🤖"])
+def test_pieces_come_on_where_characters_are_broken(text):
+    """Each piece within a character's worth of tokens, for a cost that does not grow."""
+    tokenizer, lengths = make(), []
+
+    def decode(ids):
+        lengths.append(len(ids))
+        return tokenizer.decode(ids)
+
+    ids = tokenizer.encode(text * 100)
+    given, pieces = 0, Pieces(decode)
+    for i, token_id in enumerate(ids, 1):
+        given += len(pieces.push(token_id))
+        assert given >= len(tokenizer.decode(ids[:i])) - 2
+    assert given + len(pieces.rest()) == len(text * 100)
+    assert max(lengths) <= 8 and len(lengths) <= 8 * len(ids)
+    for broken in (b"\xff", b"\xe5\xad", b"\xf0\x9f", b"\xe5\xad\x97\xe5"):
+        bytes_of = broken * 50 + "字".encode() + broken * 50
+        found = pieces_of(lambda ids: bytes(ids).decode(errors="replace"), bytes_of)
+        assert "".join(found) == bytes_of.decode(errors="replace")
+        assert sum(map(bool, found)) >= len(bytes_of) / 4 - 4
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_pieces_of_tokens_across_characters_are_the_text_of_all(seed):
+    """Tokens of one to five bytes, cut anywhere, of text that is broken here and there."""
+    draw = np.random.default_rng(seed)
+    # The words after the text's end are empty, as unknown ids are.
+    letters = [c.encode() for c in "aé字🤖\ufffd"] + [b"\xff", b"\xe5", b"\xad", b"\xf0\x9f"]
+    text = b"".join(letters[i] for i in draw.integers(0, 5 if seed % 2 else 9, 300))
+    cuts = np.cumsum(draw.integers(1, 6 if seed % 4 < 2 else 3, 300))
+    words = [part.tobytes() for part in np.split(np.frombuffer(text, np.uint8), cuts)]
+    sizes = []
+
+    def decode(ids):
+        sizes.append(len(ids))
+        return b"".join(words[i] for i in ids).decode(errors="replace")
+
+    assert "".join(pieces_of(decode, range(len(words)))) == text.decode(errors="replace")
+    assert max(sizes) <= 8
+
+
 def test_pieces_keep_the_spaces_that_sentencepiece_writes():
     """Its decoder trims the first space of what it is given, and joins bytes that have no token."""
     words = ["▁", "▁a", "b", "▁b", "<unk>", *(f"<0x{b:02X}>" for b in range(256))]
