@@ -97,8 +97,8 @@ def test_a_sampled_chat_is_the_engines_rollout_and_stops_are_not_shown(folder):
 
 
 def test_ctrl_c_ends_an_answer_and_keeps_what_was_said(folder, request):
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's & has it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     chat, pieces = chat_of(folder, temperature=0.0), []
 
     def write(piece):
