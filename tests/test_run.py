@@ -252,6 +252,13 @@ def test_links_to_elsewhere_in_a_model_folder_are_not_copied(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------- resuming
+def test_a_resume_says_what_it_does_again(tmp_path, capsys):
+    saved(tmp_path, 4)
+    begun(tmp_path, resume=True)
+    said = "resumed at step 4; what was logged after it, to step 6, is done again\n"
+    assert said in capsys.readouterr().out
+
+
 def test_a_resumed_run_begins_from_its_checkpoint(tmp_path, capsys):
     _, state, (model, optimizer) = begun(tmp_path, lr=1e-3)
     with torch.no_grad():
