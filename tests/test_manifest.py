@@ -87,6 +87,7 @@ def test_changes_to_the_code_are_a_patch_of_the_commit(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(repository / "a.py")])
     assert manifest.code_changes() == ""
     write(repository, after)
+    git(repository, "add", "a.py")  # not yet committed
     changes = manifest.code_changes()
     git(other, "apply", "-", input=changes.encode(errors="surrogateescape"))
     assert {name: (other / name).read_bytes() for name in after} == after

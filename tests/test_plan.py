@@ -25,6 +25,7 @@ from bench.plan import SHAPES
 from nanopost import InputError, dist, footprint, hf, lora, plan
 from nanopost.batch import Example, batch_of
 from nanopost.model import ActorCritic, CausalLM, Config
+from nanopost.tokenizer import Tokenizer
 from runs import toy
 
 REWARD = """
@@ -537,6 +538,20 @@ def test_a_dry_run_checks_everything_and_writes_nothing(script, bare, tmp_path, 
     assert "\n".join(plan.table(args)) in printed
     with pytest.raises(InputError, match="neither model.safetensors nor"):
         run_here(script, *flags, "--out", tmp_path / "out")
+
+
+def test_a_dry_run_plans_with_the_average_length_of_the_rows(bare, tmp_path, capsys):
+    rows = [{"text": "1" * length} for length in (9, 10, 29)]
+    toy.write_rows(tmp_path / "texts.jsonl", rows)
+    tokenizer = Tokenizer.load(bare / "model")
+    lengths = [len(tokenizer.example(row, "all")) for row in rows]
+    average = round(sum(lengths) / 3)
+    assert min(lengths) < average < max(lengths)
+    flags = ["--model", bare / "model", "--data", tmp_path / "texts.jsonl", "--train_on", "all"]
+    with pytest.raises(SystemExit):
+        run_here("train_sft.py", *flags, "--holdout", 0, "--dry_run", "--device", "cpu")
+    said = f"rows of {min(lengths)} to {max(lengths)} tokens, {average} on average"
+    assert said in (printed := capsys.readouterr().out) and f"--length {average}" in printed
 
 
 def test_a_dry_run_names_the_first_mistake(bare, tmp_path):
