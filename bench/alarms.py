@@ -100,6 +100,9 @@ ILL = {
         ("chosen_and_rejected_sinking",),
         40,
     ),
+    "sft at a thousand times the rate": Case(
+        "train_sft.py", "--steps 15 --lr 3", ("loss_exploding",), 10
+    ),
     "sft of twenty rows by heart": Case(
         "train_sft.py",
         "--steps 200 --data {few} --rows 20 --lr 3e-3",
