@@ -158,11 +158,12 @@ def evaluate():
     return {f"eval/{name}": float(total) / len(loss_P) for name, total in sums.items()}
 
 
-# --------------------------------------------------------------------------------------------- loop
-# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 if args.dry_run:
     lengths = [len(e) for pair in train_pairs for e in pair]
     end_dry_run("dpo", vars(args), world, lengths)
+
+# --------------------------------------------------------------------------------------------- loop
+# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)
 if not run.resumed:

@@ -224,11 +224,12 @@ def evaluate():
     return metrics
 
 
-# --------------------------------------------------------------------------------------------- loop
-# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 if args.dry_run:
     lengths = [len(row["prompt_ids"]) for row in train_rows]
     end_dry_run("grpo", vars(args), world, lengths)
+
+# --------------------------------------------------------------------------------------------- loop
+# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 gap = LogpGap(args.max_logp_gap, world.dtype)
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)

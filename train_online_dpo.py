@@ -164,10 +164,11 @@ def evaluate():
     return metrics
 
 
-# --------------------------------------------------------------------------------------------- loop
-# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 if args.dry_run:
     end_dry_run("online_dpo", vars(args), world, [len(row["prompt_ids"]) for row in train_rows])
+
+# --------------------------------------------------------------------------------------------- loop
+# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 engine.sync_weights(dist.full_weights(model), state["step"])
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)

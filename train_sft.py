@@ -112,10 +112,11 @@ def evaluate():
     return meter.means()
 
 
-# --------------------------------------------------------------------------------------------- loop
-# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 if args.dry_run:
     end_dry_run("sft", vars(args), world, lengths)
+
+# --------------------------------------------------------------------------------------------- loop
+# Every rank runs every line, on its share of the data; only `run` asks which rank it is.
 loss_of = {"nll": losses.sft_nll, "dft": losses.sft_dft}[args.loss]
 tape = Tape(args.record)
 standstill = optim.Standstill(0 if run.resumed else args.steps)

@@ -8,8 +8,11 @@ A script declares its own beside them:
 """
 
 import argparse
+import io
 import math
 import re
+import signal
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -94,6 +97,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         self.exit(2, f"error: {message.removeprefix('argument ')} (--help lists all flags)\n")
+
+
+def command(main):
+    """Run a command that is no training script: a mistake is one sentence, and `| head` ends it
+    without one. A letter that the terminal lacks is written as an escape."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
 def parser(

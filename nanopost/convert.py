@@ -11,13 +11,11 @@ import gzip
 import io
 import json
 import os
-import signal
-import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
 from nanopost import InputError
-from nanopost.cli import Parser
+from nanopost.cli import Parser, command
 from nanopost.rows import (
     FORMS,
     check_out,
@@ -116,8 +114,4 @@ def _check_read_alike(path, rows, kind):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)

@@ -19,7 +19,6 @@ tokens.
 import hashlib
 import math
 import os
-import signal
 import sys
 import textwrap
 from collections import Counter
@@ -31,7 +30,7 @@ import numpy as np
 
 from nanopost import InputError, hf, lora, packing, pairs, rows
 from nanopost.batch import Example
-from nanopost.cli import Parser, at_least
+from nanopost.cli import Parser, at_least, command
 from nanopost.display import (
     COLUMNS,
     Facts,
@@ -556,10 +555,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)

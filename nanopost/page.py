@@ -20,8 +20,6 @@ import hashlib
 import json
 import math
 import re
-import signal
-import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -31,7 +29,7 @@ from pathlib import Path
 import numpy as np
 
 from nanopost import InputError
-from nanopost.cli import Parser, above, at_least
+from nanopost.cli import Parser, above, at_least, command
 from nanopost.run import starts_of
 from nanopost.terminal import say
 from nanopost.tokenizer import Tokenizer
@@ -589,8 +587,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)

@@ -14,7 +14,6 @@ shares that UTILISATION and its neighbours state.
 
 import math
 import shlex
-import signal
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ from itertools import combinations, product
 import torch
 
 from nanopost import InputError, hf
-from nanopost.cli import Parser, above, at_least
+from nanopost.cli import Parser, above, at_least, command
 from nanopost.dist import finish
 from nanopost.footprint import (
     NODE,
@@ -542,8 +541,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)

@@ -12,7 +12,6 @@ import importlib.util
 import json
 import math
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nanopost import InputError, alarms, cli
-from nanopost.cli import at_least
+from nanopost.cli import at_least, command
 from nanopost.terminal import say
 
 
@@ -372,8 +371,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # | head
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    command(main)
