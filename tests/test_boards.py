@@ -9,10 +9,10 @@ import time
 
 import pytest
 import torch
-from scripts import ROOT, metrics
+from scripts import ROOT, metrics, parser_of
 from test_run import begun, finish, signals  # noqa: F401
 
-from nanopost import InputError
+from nanopost import InputError, cli
 from nanopost.boards import STEP, Boards, name_of
 from nanopost.dist import World
 from nanopost.run import Run
@@ -368,3 +368,15 @@ def test_other_ranks_open_no_board(tmp_path):
     run = Run(tmp_path, world, 9, {}, [], boards=boards)
     run.log(1, {"loss": 1.0})
     assert boards.open == [] and not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, found", [("", (False, None)), ("--tensorboard --wandb p", (True, "p"))]
+)
+def test_the_flags_of_a_script_reach_its_run(flags, found, tmp_path):
+    words = f"--model m --data d --steps 7 --keep 5 --alarms stop --out {tmp_path} {flags}"
+    args = parser_of("train_sft.py").parse_args(words.split())
+    run = cli.run(args, World(0, 1, torch.device("cpu"), torch.float32), ["loss"])
+    assert (run.boards.tensorboard, run.boards.project) == found
+    assert (run.keep, run.on_alarm, run.steps, run.show) == (5, "stop", 7, ["loss"])
+    assert run.arguments == vars(args) and run.boards.out == run.out == tmp_path
