@@ -1,4 +1,4 @@
-"""What each option that trades memory for time gives and costs -> bench/results/cpu_options.json.
+"""What each option that trades memory for time saves and costs -> bench/results/cpu_options.json.
 
     python -m bench.options                        # on two threads of a CPU, in fp32
     python -m bench.options --try                  # one short round: does the script work?

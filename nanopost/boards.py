@@ -1,5 +1,5 @@
 """TensorBoard and Weights & Biases: what metrics.jsonl has, under the names that TRL's runs have
-there, so that curves of both lie on one another.
+there, so that the curves of both can be overlaid.
 
 Neither package is imported unless it is asked for.
 """

@@ -1,5 +1,5 @@
-"""What run.json says of a start of a run: enough to start the same run again, and to see what was
-different if it then ends otherwise."""
+"""What run.json says about a start of a run: enough to start the same run again, and to see what
+was different if it ends differently."""
 
 import hashlib
 import importlib.metadata
