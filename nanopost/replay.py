@@ -87,6 +87,9 @@ def replayed(run: Recorded, number: int) -> list[Line]:
         note = "of a reward model replay covers the learning rate alone"
         return [*lines, Line("loss and gradient", note=note), updates.of_rate(run, step)]
     parts = updates.optimizer_steps(run, step)
+    count = updates.of_count(step, parts)
+    if not count.holds:  # which of them is missing nothing says
+        return [*lines, count]
     lines += updates.of_passes(step)
     lines += updates.of_divisors(step, parts)
     lines += updates.of_losses(run, step, parts)

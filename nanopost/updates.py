@@ -69,6 +69,13 @@ def optimizer_steps(run, step) -> list[Part]:
     return [Part(units, counts, max(1, divisor), about["divisor"])]
 
 
+def of_count(step, parts: list[Part]) -> Line:
+    """Optimizer steps: as many as the flags ask for."""
+    found, asked = len(step.about["updates"]), len(parts)
+    where = f"the record has {found} optimizer steps, and the flags ask for {asked}"
+    return Line("optimizer steps", found, asked, abs(found - asked), 0.0, where)
+
+
 def _ranked(step):
     """(best, worst) of each group that gave a pair."""
     units = []

@@ -261,6 +261,14 @@ FAULTS = {
         "log-probs",
         "packing leak",
     ),
+    "an optimizer step that is not recorded": Fault(
+        "grpo",
+        "train_grpo.py",
+        "        tape.update(minibatch, grad_norm, lr)\n",
+        "        if k == 0:\n            tape.update(minibatch, grad_norm, lr)\n",
+        "optimizer steps",
+        "the record has 1 optimizer steps, and the flags ask for 2",
+    ),
     "packing leak in SFT": Fault(
         "sft",
         "nanopost/model.py",
