@@ -118,16 +118,22 @@ def _band(length, window, device):
     return (back_LL >= 0) & (back_LL < window)
 
 
-def cached_attention(q_BHK, k_BGTK, v_BGTK, length_B, window: int | None = None):
-    """One query per row over that row's cache -> [B, H, K].
+def seen(length_B, longest: int, window: int | None, dtype):
+    """What one query per row sees of a cache -> [B, T], of a dtype: 0, or -inf where it sees nothing.
 
-    length_B: keys in use, including the query's.
+    length_B: keys in use, including the query's. longest: T, at least their maximum.
     """
-    rows, groups, longest, width = k_BGTK.shape
-    at_T = torch.arange(longest, device=q_BHK.device)
+    at_T = torch.arange(longest, device=length_B.device)
     seen_BT = at_T < length_B[:, None]
     if window is not None:
         seen_BT &= at_T >= length_B[:, None] - window
+    hidden = torch.full((), -torch.inf, dtype=dtype, device=length_B.device)
+    return hidden.masked_fill(seen_BT, 0)
+
+
+def cached_attention(q_BHK, k_BGTK, v_BGTK, seen_BT):
+    """One query per row over that row's cache -> [B, H, K]. seen_BT: of `seen`."""
+    rows, groups, _, width = k_BGTK.shape
     # The R query heads of a key head stand in for query positions, so no key is repeated.
     q_BGRK = q_BHK.reshape(rows, groups, -1, width)
     out_BGRK = F.scaled_dot_product_attention(
@@ -137,40 +143,39 @@ def cached_attention(q_BHK, k_BGTK, v_BGTK, length_B, window: int | None = None)
 
 
 class Cache:
-    """Keys and values of B rows in every layer, `capacity` tokens each.
+    """Keys and values of B rows in every layer, `capacity` tokens each, written in place.
 
-    length_B: tokens in use in each row; at first, those of its prompt. longest: their maximum.
+    length_B: tokens in use in each row. longest: of how many positions attention reads the keys: the
+    caller keeps it above all lengths, and it reaches the capacity at most.
     """
 
-    def __init__(self, layers, lengths: list[int], groups, capacity, width, dtype, device):
-        shape = (len(lengths), groups, capacity, width)
+    def __init__(self, layers, rows, groups, capacity, width, dtype, device):
+        shape = (rows, groups, capacity, width)
         self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
         self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.length_B = torch.tensor(lengths, device=device)
-        self.longest = max(lengths)
+        self.length_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self.longest = 0
 
-    def write_prompts(self, layer, k_NGK, v_NGK, cu_seqlens, max_seqlen, first, prompt_B):
-        """Write packed prompts into the rows from `first` on: prompt_B says which one each gets."""
+    def write_prompts(self, layer, k_NGK, v_NGK, cu_seqlens, max_seqlen, row_A, prompt_A):
+        """Write packed prompts into rows: row_A[i] gets prompt prompt_A[i]."""
         start_P, end_P = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
         at_T = torch.arange(max_seqlen, device=start_P.device)
         index_PT = torch.minimum(start_P[:, None] + at_T, end_P[:, None] - 1)
-        rows = slice(first, first + len(prompt_B))
         for new_NGK, cache_BGTK in ((k_NGK, self.k[layer]), (v_NGK, self.v[layer])):
             new_PGTK = rearrange(new_NGK[index_PT], "p t g k -> p g t k")
-            cache_BGTK[rows, :, :max_seqlen] = new_PGTK[prompt_B]
+            cache_BGTK[row_A, :, :max_seqlen] = new_PGTK[prompt_A]
 
     def append(self, layer, k_BGK, v_BGK):
-        """Write one token per row after those in use -> the part of the cache that is in use."""
+        """Write one token per row after those in use -> the keys and values that attention reads."""
         row_B = torch.arange(len(k_BGK), device=k_BGK.device)
         self.k[layer][row_B, :, self.length_B] = k_BGK
         self.v[layer][row_B, :, self.length_B] = v_BGK
         return self.k[layer][:, :, : self.longest], self.v[layer][:, :, : self.longest]
 
-    def keep(self, row_A, longest: int):
-        """Keep only these rows, of at most `longest` tokens. The memory of the others is freed,
-        layer by layer: old and new never exist twice as a whole."""
+    def keep(self, row_A):
+        """Keep only these rows. The memory of the others is freed, layer by layer: old and new
+        never exist twice as a whole."""
         for layer in range(len(self.k)):
             self.k[layer] = self.k[layer].index_select(0, row_A)
             self.v[layer] = self.v[layer].index_select(0, row_A)
         self.length_B = self.length_B[row_A]
-        self.longest = longest

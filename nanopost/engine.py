@@ -1,12 +1,17 @@
 """The native engine: sampling from the policy over a KV cache.
 
-Shapes: P prompts, B rows (n per prompt), A rows still alive, T sampled positions, V vocabulary.
+Shapes: P prompts, R rollouts (n per prompt), B rows of the cache, A some of these rows, T sampled
+positions, V vocabulary, C blocks of it.
 
 An engine has four calls: generate, sync_weights, sleep, close. Tokens in, tokens out. The log-prob
-of each sampled token is that of the distribution it was drawn from, in fp32. Each row draws its own
-random numbers, from its own seed. So a rollout depends on weights, prompt, sampling and seed, but
-not on its neighbours, the number of ranks, or the order in which rows finish. One thread may sync
+of each sampled token is that of the distribution it was drawn from, in fp32. Each rollout draws its
+own random numbers, from its own seed. So it depends on weights, prompt, sampling and seed, but not
+on its neighbours, the number of ranks, or the order in which rollouts finish. One thread may sync
 the weights, or close the engine, while another one generates.
+
+Batching is continuous: a rollout that ends gives its row of the cache to the next one. A step draws
+one token for each row. It works in place, on shapes that stay the same, and the host reads nothing
+from it, so a GPU can repeat it as a CUDA graph.
 """
 
 import threading
@@ -16,6 +21,7 @@ from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
 from nanopost import InputError, dist, hf, lora
@@ -24,6 +30,8 @@ from nanopost.packing import CHUNK
 from nanopost.rollout import Rollout
 
 PREFILL_TOKENS = 2**14  # of prompts in one pass: their activations are as large as a micro-batch's
+BLOCK = 64  # entries of the vocabulary: a token is drawn from the sums of blocks, then from a block
+LENGTHS = 256  # a graph's attention reads a multiple of so many positions
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Engine:
         self.unused_ids = torch.tensor(sorted(unused_ids), dtype=torch.long, device=self.device)
         # Looking for ends makes the host wait for the device, and the device then for the host.
         self.check_every = 1 if self.device.type == "cpu" else 16
+        self.graphs = self.device.type == "cuda"  # False: no step is captured as a CUDA graph
 
     @classmethod
     def beside(
@@ -173,14 +182,14 @@ class Engine:
                 f"--engine_tokens {self.tokens}: raise it, or lower --max_new_tokens."
             )
         seeds = seeds or [0] * len(prompts)
-        rollouts = []
+        chunk = CHUNK if dist.reproducible else max(1, len(prompts))
+        groups = []
         with self.next:
             self.busy.acquire()
         try:
-            for rows in self._parts(lengths, n, sampling.max_tokens):
-                prompts_B = [prompts[b // n] for b in rows]
-                seeds_B = [seeds[b // n] + b % n for b in rows]
-                rollouts += self._generate(prompts_B, sampling, seeds_B, tell)
+            for i in range(0, len(prompts), chunk):
+                some = slice(i, i + chunk)
+                groups += self._generate(prompts[some], n, sampling, seeds[some], tell)
         except torch.OutOfMemoryError as error:
             raise InputError(
                 f"out of memory while sampling: lower --engine_tokens ({self.tokens}) or "
@@ -188,86 +197,105 @@ class Engine:
             ) from error
         finally:
             self.busy.release()
-        return [rollouts[i : i + n] for i in range(0, len(rollouts), n)]
+        return groups
 
-    def _parts(self, lengths, n, max_tokens) -> Iterator[range]:
-        """Rows to sample at once. Row b is sample b % n of prompt b // n. With --reproducible they
-        are of one chunk of prompts (packing.part)."""
-        first = longest = 0
-        for b in range(len(lengths) * n):
-            longest = max(longest, lengths[b // n])
-            count = b - first + 1
-            full = count > self.rows or count * (longest + max_tokens) > self.tokens
-            if full or (dist.reproducible and b > first and b % (CHUNK * n) == 0):
-                yield range(first, b)
-                first, longest = b, lengths[b // n]
-        if lengths:
-            yield range(first, len(lengths) * n)
+    def _generate(self, prompts, n, sampling, seeds, tell=None) -> list[list[Rollout]]:
+        """n rollouts of each prompt. Rollout r is sample r % n of prompt r // n."""
+        most, total = sampling.max_tokens, len(prompts) * n
+        capacity = max(map(len, prompts)) + most
+        size = max(1, min(total, self.rows, self.tokens // capacity))
+        rows = self._rows(size, capacity, most)
+        # On the host, of each row: its rollout, its tokens, how many are drawn and how many seen.
+        rollout_B = np.full(size, -1)  # -1: the row is free
+        ids_BT = np.zeros((size, most), np.int64)
+        logp_BT = np.zeros((size, most), np.float32)
+        drawn_B, seen_B = np.zeros((2, size), np.int64)
+        rollouts, kept_R = [None] * total, [[] for _ in range(total)]
+        versions, began_R = [], {}  # of each step; of each rollout: its first version and step
+        waiting, graphs = 0, {}  # the next rollout; see _next_tokens
 
-    def _generate(self, prompts_B, sampling, seeds_B, tell=None) -> list[Rollout]:
-        rows, most, device = len(prompts_B), sampling.max_tokens, self.device
-        uniform_BT = torch.stack([_uniforms(seed, most) for seed in seeds_B]).to(device)
-        token_BT = torch.zeros(rows, most, dtype=torch.long, device=device)
-        logp_BT = torch.zeros(rows, most, device=device)
-        # On the host: what was sampled so far, and where each row ends.
-        host_BT = np.zeros((rows, most), np.int64)
-        length_B = np.full(rows, most)
-        stopped_B = np.zeros(rows, bool)
-        kept_B = [[] for _ in range(rows)]
-        prompt_B = np.array([len(prompt) for prompt in prompts_B])
+        while waiting < total or (rollout_B >= 0).any():
+            # Taking in rollouts costs a pass over their prompts, and dropping rows a copy of the
+            # cache. Both wait until an eighth of the rows are free; a graph would be captured anew.
+            free_B = rollout_B < 0
+            taken = 0
+            if waiting < total and (free_B.sum() * 8 >= size or free_B.all()):
+                row_A = free_B.nonzero()[0][: total - waiting]
+                taken = len(row_A)
+                new_R = range(waiting, waiting + taken)
+                waiting += taken
+                prompts_A = [prompts[r // n] for r in new_R]
+                uniform_AT = torch.stack([_uniforms(seeds[r // n] + r % n, most) for r in new_R])
+                kept_AV = self._take_in(rows, row_A, prompts_A, uniform_AT, sampling)
+                rollout_B[row_A], drawn_B[row_A], seen_B[row_A] = new_R, 1, 0
+                began_R |= {r: (self.version, len(versions)) for r in new_R}
+                if kept_AV is not None:
+                    for r, kept in zip(new_R, _ids(kept_AV[:, None])):
+                        kept_R[r] += kept
+            elif waiting == total and free_B.sum() * (2 if self.graphs else 8) >= size:
+                row_A = (~free_B).nonzero()[0]
+                rows.keep(torch.from_numpy(row_A).to(self.device))
+                graphs.clear()
+                rollout_B, ids_BT, logp_BT = rollout_B[row_A], ids_BT[row_A], logp_BT[row_A]
+                drawn_B, seen_B = drawn_B[row_A], seen_B[row_A]
+                size = len(row_A)
 
-        logits_AV, cache = self._prefill(prompts_B, most)
-        row_A = torch.arange(rows, device=device)
-        living_A = np.arange(rows)  # row_A on the host
-        seen, versions = 0, []
-        masks = []  # [A, V] of each token since `seen`, of the ids that a cut kept
-        for t in range(1, most + 1):
-            # What was computed with old weights is computed anew.
-            if self._let_others():
-                sampled_A = token_BT[row_A, : t - 1].tolist()
-                prefixes_A = [prompts_B[b] + ids for b, ids in zip(living_A, sampled_A)]
-                cache = None  # its memory is free before there is another one
-                logits_AV, cache = self._prefill(prefixes_A, most - t + 1)
-            versions.append(self.version)
-            uniform_A = uniform_BT[row_A, t - 1]
-            token_A, logp_A, kept_AV = sample(logits_AV, uniform_A, sampling, self.unused_ids)
-            token_BT[row_A, t - 1] = token_A
-            logp_BT[row_A, t - 1] = logp_A
-            masks.append(kept_AV)
-            if t == most or t % self.check_every == 0:
-                host_BT[living_A, seen:t] = token_BT[row_A, seen:t].cpu().numpy()
-                if sampling.kept and sampling.cuts:
-                    for b, kept in zip(living_A, _ids(torch.stack(masks, 1))):
-                        kept_B[b] += kept
-                masks.clear()
-                open_A = living_A[~stopped_B[living_A]]
-                end_A = self._ends(host_BT[open_A, :t], seen, sampling.stop)
-                length_B[open_A[end_A > 0]] = end_A[end_A > 0]
-                stopped_B[open_A] = end_A > 0
-                if tell is not None:
-                    tell(host_BT[0, seen : min(t, length_B[0])].tolist())
-                seen = t
-                keep_A = (~stopped_B[living_A]).nonzero()[0]
-                if t == most or not len(keep_A):
-                    break
-                # Dropping rows copies the cache, so it waits until an eighth have finished.
-                if len(keep_A) <= len(living_A) * 7 // 8:
-                    living_A = living_A[keep_A]
-                    kept_A = torch.from_numpy(keep_A).to(device)
-                    row_A, token_A = row_A[kept_A], token_A[kept_A]
-                    cache.keep(kept_A, int(prompt_B[living_A].max()) + t - 1)
-            logits_AV = self.model.logits(self.model.decode(token_A, cache))
+            live_A = (rollout_B >= 0).nonzero()[0]
+            length_A = np.array([len(prompts[r // n]) for r in rollout_B[live_A]])
+            masks = []  # [B, V] of each step, of the ids that a cut kept
+            steps = min(self.check_every - (taken > 0), most - drawn_B[live_A].max())
+            for _ in range(steps):
+                if self._let_others():
+                    # What was computed with old weights is computed anew.
+                    drawn_BT = rows.record_2BT[0].long().tolist()
+                    prefixes = [
+                        prompts[rollout_B[b] // n] + drawn_BT[b][: drawn_B[b] - 1] for b in live_A
+                    ]
+                    self._prefill(rows.cache, live_A, prefixes)
+                longest = int((length_A + drawn_B[live_A]).max())
+                if self.graphs:
+                    longest = min(-(-longest // LENGTHS) * LENGTHS, capacity)
+                rows.cache.longest = longest
+                kept_BV = self._next_tokens(rows, sampling, graphs)
+                if kept_BV is not None:
+                    masks.append(kept_BV.clone())
+                drawn_B[live_A] += 1
+                versions.append(self.version)
 
-        logp_BT = logp_BT.cpu().numpy()
-        rollouts = []
-        for b in range(rows):
-            ids = host_BT[b, : length_B[b]].tolist()
-            logp = logp_BT[b, : length_B[b]].copy()
-            finish = "stop" if stopped_B[b] else "length"
-            version_T = np.array(versions[: len(ids)])
-            kept = kept_B[b][: len(ids)] or None
-            rollouts.append(Rollout(prompts_B[b], ids, logp, finish, version_T, kept=kept))
-        return rollouts
+            # The host looks for ends.
+            width = int((drawn_B - seen_B)[live_A].max())
+            at_AW = drawn_B[live_A, None] - np.arange(width, 0, -1)
+            ids_AW, logp_AW = rows.read(live_A, at_AW.clip(0))
+            ids_BT[live_A[:, None], at_AW.clip(0)] = ids_AW
+            logp_BT[live_A[:, None], at_AW.clip(0)] = logp_AW
+            if masks:
+                kept_AT = _ids(torch.stack(masks, 1)[torch.from_numpy(live_A).to(self.device)])
+                for b, kept in zip(live_A, kept_AT):
+                    kept_R[rollout_B[b]] += kept
+            end_A = self._ends(ids_BT[live_A], seen_B[live_A], drawn_B[live_A], sampling.stop)
+            stopped_A = end_A > 0
+            length_A = np.where(stopped_A, end_A, drawn_B[live_A])
+            if tell is not None:
+                for b in (rollout_B == 0).nonzero()[0]:
+                    tell(ids_BT[b, seen_B[b] : length_A[live_A == b].item()].tolist())
+            seen_B[live_A] = drawn_B[live_A]
+            for b, length, stopped in zip(live_A, length_A, stopped_A):
+                if not stopped and length < most:
+                    continue
+                r = rollout_B[b]
+                rollout_B[b] = -1
+                first_version, first_step = began_R[r]
+                version_T = [first_version, *versions[first_step : first_step + length - 1]]
+                rollouts[r] = Rollout(
+                    prompts[r // n],
+                    ids_BT[b, :length].tolist(),
+                    logp_BT[b, :length].copy(),
+                    "stop" if stopped else "length",
+                    np.array(version_T),
+                    kept=kept_R[r][:length] or None,
+                )
+            rows.idle((rollout_B < 0).nonzero()[0])
+        return [rollouts[i : i + n] for i in range(0, total, n)]
 
     def _let_others(self) -> bool:
         """Let a waiting thread sync the weights -> whether one has."""
@@ -280,49 +308,110 @@ class Engine:
             self.busy.acquire()
         return True
 
-    def _prefill(self, prompts_B, max_tokens):
-        """-> logits_BV of the first sampled token, and the cache.
-
-        A prompt that neighbours share is computed once; a pass holds at most PREFILL_TOKENS tokens,
-        or one prompt.
-        """
-        config, model = self.model.config, self.model
-        lengths_B = [len(prompt) for prompt in prompts_B]
+    def _rows(self, size, capacity, most) -> "Rows":
+        config, device = self.model.config, self.device
         cache = Cache(
             config.layers,
-            lengths_B,
+            size,
             config.kv_heads,
-            max(lengths_B) + max_tokens,
+            capacity,
             config.head_dim,
-            model.head_weight.dtype,
-            self.device,
+            self.model.head_weight.dtype,
+            device,
         )
-        logits, first = [], 0
-        for prompts, copies in _passes(prompts_B, min(PREFILL_TOKENS, self.tokens)):
-            token_N, position_N, cu_seqlens, longest = _packed(prompts, self.device)
-            prompt_B = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies))
-            prompt_B = prompt_B.to(self.device)
+        return Rows(
+            cache,
+            token_B=torch.zeros(size, dtype=torch.long, device=device),
+            drawn_B=torch.full((size,), most, device=device),
+            uniform_BT=torch.zeros(size, most + 1, dtype=torch.float64, device=device),
+            record_2BT=torch.zeros(2, size, most + 1, dtype=torch.float64, device=device),
+        )
 
+    def _take_in(self, rows, row_A, prompts_A, uniform_AT, sampling):
+        """Put new rollouts into rows, and draw the first token of each -> kept_AV of `sample`."""
+        hidden_PD, prompt_A = self._prefill(rows.cache, row_A, prompts_A)
+        uniform_AT = uniform_AT.to(self.device)
+        logits_AV = self.model.logits(hidden_PD)[prompt_A]
+        token_A, logp_A, kept_AV = sample(logits_AV, uniform_AT[:, 0], sampling, self.unused_ids)
+        row_A = torch.from_numpy(row_A).to(self.device)
+        rows.token_B[row_A] = token_A
+        rows.drawn_B[row_A] = 1
+        rows.uniform_BT[row_A, :-1] = uniform_AT
+        rows.record_2BT[:, row_A, 0] = torch.stack([token_A.double(), logp_A.double()])
+        return kept_AV
+
+    def _prefill(self, cache, row_A, prompts_A):
+        """Write prompts into rows of the cache -> (hidden_PD of their last tokens, prompt_A).
+
+        A prompt that neighbours share is computed once: prompt_A says which one each row has. A
+        pass holds at most PREFILL_TOKENS tokens, or one prompt.
+        """
+        row_A = torch.from_numpy(row_A).to(self.device)
+        cache.length_B[row_A] = torch.tensor([len(p) for p in prompts_A], device=self.device)
+        hidden, prompt, first = [], [], 0
+        for prompts, copies in _passes(prompts_A, min(PREFILL_TOKENS, self.tokens)):
+            token_N, position_N, cu_seqlens, longest = _packed(prompts, self.device)
+            of_A = torch.arange(len(prompts)).repeat_interleave(torch.tensor(copies))
+            prompt.append(of_A + sum(map(len, hidden)))
             write = partial(
                 cache.write_prompts,
                 cu_seqlens=cu_seqlens,
                 max_seqlen=longest,
-                first=first,
-                prompt_B=prompt_B,
+                row_A=row_A[first : first + len(of_A)],
+                prompt_A=of_A.to(self.device),
             )
-            hidden_PD = model.prefill(token_N, position_N, cu_seqlens, longest, write)
-            logits.append(model.logits(hidden_PD)[prompt_B])
-            first += len(prompt_B)
-        return torch.cat(logits), cache
+            hidden.append(self.model.prefill(token_N, position_N, cu_seqlens, longest, write))
+            first += len(of_A)
+        return torch.cat(hidden), torch.cat(prompt).to(self.device)
 
-    def _ends(self, ids_AT, seen, stop):
-        """How many of its ids each row keeps if it ends among those from `seen` on; else 0."""
-        hits_AT = np.isin(ids_AT[:, seen:], self.stop_ids)
-        end_A = np.where(hits_AT.any(1), seen + hits_AT.argmax(1) + 1, 0)
+    def _step(self, rows, sampling):
+        """Draw the next token of each row, in place -> kept_BV of `sample`."""
+        hidden_BD = self.model.decode(rows.token_B, rows.cache)
+        at_B1 = rows.drawn_B.clamp(max=sampling.max_tokens)[:, None]
+        uniform_B = rows.uniform_BT.gather(1, at_B1)[:, 0]
+        logits_BV = self.model.logits(hidden_BD)
+        token_B, logp_B, kept_BV = sample(logits_BV, uniform_B, sampling, self.unused_ids)
+        rows.token_B.copy_(token_B)
+        drawn_2B1 = torch.stack([token_B.double(), logp_B.double()])[..., None]
+        rows.record_2BT.scatter_(2, at_B1.expand(2, -1, -1), drawn_2B1)
+        rows.drawn_B.add_(1)
+        return kept_BV
+
+    def _next_tokens(self, rows, sampling, graphs):
+        """A step, on CUDA as a graph: kernels are launched once, and then repeated as a whole.
+
+        graphs: positions that attention reads -> None after a first step, which loads the kernels;
+        (graph, its kept_BV) after a second. Weights are synced in place, so a graph sees them;
+        it is void when rows are dropped, whose tensors are new.
+        """
+        longest = rows.cache.longest
+        if not self.graphs or longest not in graphs:
+            graphs[longest] = None
+            return self._step(rows, sampling)
+        if graphs[longest] is None:
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: another thread may train meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                kept_BV = self._step(rows, sampling)
+            graphs[longest] = graph, kept_BV
+        graph, kept_BV = graphs[longest]
+        graph.replay()
+        return kept_BV
+
+    def _ends(self, ids_AT, seen_A, drawn_A, stop):
+        """How many of its ids each row keeps if it ends among those from seen_A on; else 0.
+
+        drawn_A: how many it has.
+        """
+        width = int((drawn_A - seen_A).max())
+        at_AW = drawn_A[:, None] - np.arange(width, 0, -1)
+        hits_AW = np.isin(np.take_along_axis(ids_AT, at_AW.clip(0), 1), self.stop_ids)
+        hits_AW &= at_AW >= seen_A[:, None]
+        end_A = np.where(hits_AW.any(1), drawn_A - width + hits_AW.argmax(1) + 1, 0)
         if not stop:
             return end_A
         for a, ids in enumerate(ids_AT):
-            for t in range(seen + 1, (end_A[a] or len(ids)) + 1):
+            for t in range(seen_A[a] + 1, (end_A[a] or drawn_A[a]) + 1):
                 if self._ends_with(ids[:t], stop):
                     end_A[a] = t
                     break
@@ -341,6 +430,44 @@ class Engine:
             size *= 2
 
 
+@dataclass
+class Rows:
+    """What a step reads and writes, on the device and in place.
+
+    token_B: the last token of each row, which is not in the cache yet. drawn_B: how many tokens it
+    has drawn. uniform_BT: the random numbers of its rollout. record_2BT: its tokens and their
+    log-probs, both exact in float64, so that the host reads them at once. Free rows run on; what
+    they draw goes to the last column, which belongs to no token.
+    """
+
+    cache: Cache
+    token_B: torch.Tensor
+    drawn_B: torch.Tensor
+    uniform_BT: torch.Tensor
+    record_2BT: torch.Tensor
+
+    def read(self, row_A, at_AW):
+        """Tokens and log-probs -> two [A, W] on the host."""
+        row_A1, at_AW = (
+            torch.from_numpy(x).to(self.token_B.device) for x in (row_A[:, None], at_AW)
+        )
+        ids_AW, logp_AW = self.record_2BT[:, row_A1, at_AW].cpu().numpy()
+        return ids_AW, logp_AW
+
+    def idle(self, row_A):
+        """Free these rows."""
+        if len(row_A):
+            row_A = torch.from_numpy(row_A).to(self.token_B.device)
+            self.drawn_B[row_A] = self.record_2BT.shape[2] - 1
+            self.cache.length_B[row_A] = 0
+
+    def keep(self, row_A):
+        """Keep these rows only."""
+        self.cache.keep(row_A)
+        self.token_B, self.drawn_B = self.token_B[row_A], self.drawn_B[row_A]
+        self.uniform_BT, self.record_2BT = self.uniform_BT[row_A], self.record_2BT[:, row_A]
+
+
 def sample(logits_BV, uniform_B, sampling: Sampling, unused_ids=None):
     """Draw one token per row -> (token_B, logp_B in fp32, kept_BV).
 
@@ -352,17 +479,43 @@ def sample(logits_BV, uniform_B, sampling: Sampling, unused_ids=None):
     if sampling.temperature == 0:
         likeliest_B = _without(logits_BV, unused_ids).argmax(-1)
         return likeliest_B, torch.zeros(len(logits_BV), device=logits_BV.device), None
-    log_p_BV = _without((logits_BV / sampling.temperature).log_softmax(-1), unused_ids)
+    if sampling.temperature != 1:
+        logits_BV = logits_BV / sampling.temperature
     kept_BV = None
     if sampling.cuts:
         # Shares of the mass are of what may be drawn.
-        log_p_BV = cut(log_p_BV.log_softmax(-1), sampling.top_k, sampling.top_p, sampling.min_p)
+        log_p_BV = _without(logits_BV, unused_ids).log_softmax(-1)
+        logits_BV = cut(log_p_BV, sampling.top_k, sampling.top_p, sampling.min_p)
         if sampling.kept:
-            kept_BV = log_p_BV > -torch.inf
-    cdf_BV = log_p_BV.exp().double().cumsum(-1)
-    token_B1 = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)
-    token_B1 = token_B1.clamp_(max=cdf_BV.shape[1] - 1)
-    return token_B1[:, 0], log_p_BV.gather(1, token_B1)[:, 0], kept_BV
+            kept_BV = logits_BV > -torch.inf
+    max_B1 = logits_BV.amax(-1, keepdim=True)
+    past_the_end = -logits_BV.shape[1] % BLOCK
+    p_BV = F.pad(logits_BV - max_B1, (0, past_the_end), value=-torch.inf).exp_()
+    p_BCV = p_BV.unflatten(1, (-1, BLOCK))
+    mass_BC = p_BCV.sum(-1).double()  # each row's p is off by the same factor
+    log_mass_B1 = mass_BC.sum(-1, keepdim=True).log()
+    if unused_ids is not None and len(unused_ids):
+        p_BV.index_fill_(1, unused_ids, 0.0)
+        mass_BC = p_BCV.sum(-1).double()
+    block_B1, share_B1 = _invert(mass_BC, uniform_B[:, None])
+    row_B = torch.arange(len(p_BCV), device=p_BCV.device)
+    of_block_B1, _ = _invert(p_BCV[row_B, block_B1[:, 0]].double(), share_B1)
+    token_B1 = block_B1 * BLOCK + of_block_B1
+    logp_B1 = logits_BV.gather(1, token_B1) - max_B1 - log_mass_B1
+    return token_B1[:, 0], logp_B1[:, 0].float(), kept_BV
+
+
+def _invert(mass_BX, share_B1):
+    """Where the sum of the masses first exceeds this share of all, and what share of that entry lies
+    below -> index_B1, share_B1. An entry without mass is never found."""
+    sum_BX = mass_BX.cumsum(-1)
+    whole_B1 = sum_BX[:, -1:]
+    # A product may round up to the whole, which no sum exceeds.
+    wanted_B1 = (share_B1 * whole_B1).minimum(whole_B1.nextafter(torch.zeros_like(whole_B1)))
+    index_B1 = torch.searchsorted(sum_BX, wanted_B1, right=True).clamp_(max=mass_BX.shape[1] - 1)
+    found_B1 = mass_BX.gather(1, index_B1)
+    below_B1 = wanted_B1 - (sum_BX.gather(1, index_B1) - found_B1)
+    return index_B1, (below_B1 / found_B1).clamp_(0, 1)
 
 
 def _without(x_BV, ids):

@@ -24,7 +24,7 @@ from torch.utils.checkpoint import (
 )
 
 from nanopost import InputError
-from nanopost.attention import Cache, Packing, cached_attention, packed_attention
+from nanopost.attention import Cache, Packing, cached_attention, packed_attention, seen
 from nanopost.logprob import logprob, matmul_fp32
 from nanopost.rope import read_rope, rope_frequencies, rotate
 
@@ -349,14 +349,18 @@ class CausalLM(nn.Module):
         return self.model(token_N, position_N, attend)[cu_seqlens[1:].long() - 1]
 
     def decode(self, token_B, cache: Cache):
-        """One more token for each row -> hidden_BD; keys and values are appended to the cache."""
+        """One more token for each row -> hidden_BD. The cache is changed in place, and its `longest`
+        is above all lengths."""
+        seen_by = {}  # window -> what each row sees
 
         def attend(layer, q, k, v, window):
-            return cached_attention(q, *cache.append(layer, k, v), cache.length_B + 1, window)
+            keys, values = cache.append(layer, k, v)
+            if window not in seen_by:
+                seen_by[window] = seen(cache.length_B + 1, cache.longest, window, q.dtype)
+            return cached_attention(q, keys, values, seen_by[window])
 
-        cache.longest += 1
         hidden_BD = self.model(token_B, cache.length_B, attend)
-        cache.length_B = cache.length_B + 1
+        cache.length_B.add_(1)
         return hidden_BD
 
     @torch.no_grad()

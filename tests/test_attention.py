@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanopost.attention import Cache, Packing, _varlen, cached_attention, packed_attention
+from nanopost.attention import Cache, Packing, _varlen, cached_attention, packed_attention, seen
 
 PACKINGS = {
     "one document": [37],
@@ -108,39 +108,41 @@ def test_cached_equals_the_last_row_of_packed(window, heads, groups):
             kept_k.transpose(0, 1),
             kept_v.transpose(0, 1),
         )
-    got = cached_attention(q[last], cache_k, cache_v, torch.tensor(lengths), window)
+    seen_BT = seen(torch.tensor(lengths), longest, window, torch.float64)
+    got = cached_attention(q[last], cache_k, cache_v, seen_BT)
     assert (got - packed_attention(q, k, v, packing(lengths), window)[last]).abs().max() <= 1e-12
 
 
 def test_a_cache_holds_each_prompt_once_a_copy_and_what_is_appended_after_it():
-    lengths, copies = [2, 5], 3
+    lengths = [2, 5]
     k_NGK, v_NGK = torch.randn(2, sum(lengths), 2, 4)
-    cache = Cache(1, [2] * copies + [5] * copies, 2, 8, 4, torch.float32, "cpu")
-    # In two passes, as prompts too long for one would be.
-    for first, prompt, part in ((0, 0, slice(0, 2)), (copies, 1, slice(2, 7))):
-        k, v, length = k_NGK[part], v_NGK[part], lengths[prompt]
-        cu_seqlens = torch.tensor([0, length], dtype=torch.int32)
-        rows = torch.zeros(copies, dtype=torch.long)
-        cache.write_prompts(0, k, v, cu_seqlens, length, first, rows)
-    assert cache.length_B.tolist() == [2, 2, 2, 5, 5, 5] and cache.longest == 5
+    cache = Cache(1, 6, 2, 8, 4, torch.float32, "cpu")
+    # In two passes, into rows in any order.
+    of_row = [0, 1, 0, 1, 1, 0]
+    for rows, prompts in (([5, 1], [0, 1]), ([0, 2, 4, 3], [0, 0, 1, 1])):
+        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
+        given = k_NGK, v_NGK, cu_seqlens, max(lengths)
+        cache.write_prompts(0, *given, torch.tensor(rows), torch.tensor(prompts))
+    cache.length_B.copy_(torch.tensor([lengths[p] for p in of_row]))
     new_k, new_v = torch.randn(2, 6, 2, 4)
-    cache.longest += 1
+    cache.longest = 6
+    places = [x.data_ptr() for x in (*cache.k, *cache.v)]
     seen_k, seen_v = cache.append(0, new_k, new_v)
-    cache.length_B = cache.length_B + 1
-    for seen, given, new in ((seen_k, k_NGK, new_k), (seen_v, v_NGK, new_v)):
-        assert seen.shape == (6, 2, 6, 4)
-        for row, prompt in enumerate(given.split(lengths)[b] for b in (0, 0, 0, 1, 1, 1)):
-            assert torch.equal(seen[row, :, : len(prompt)], prompt.transpose(0, 1))
-            assert torch.equal(seen[row, :, len(prompt)], new[row])
-    cache.keep(torch.tensor([1, 2]), 3)
-    assert (
-        cache.length_B.tolist() == [3, 3]
-        and cache.longest == 3
-        and torch.equal(cache.k[0], cache.k[0][:2])
+    assert places == [x.data_ptr() for x in (*cache.k, *cache.v)]
+    for held, given, new in ((seen_k, k_NGK, new_k), (seen_v, v_NGK, new_v)):
+        assert held.shape == (6, 2, 6, 4)
+        for row, prompt in enumerate(given.split(lengths)[p] for p in of_row):
+            assert torch.equal(held[row, :, : len(prompt)], prompt.transpose(0, 1))
+            assert torch.equal(held[row, :, len(prompt)], new[row])
+    cache.keep(torch.tensor([1, 2]))
+    assert cache.length_B.tolist() == [5, 2] and cache.k[0].shape == cache.v[0].shape == (
+        2,
+        2,
+        8,
+        4,
     )
-    assert torch.equal(cache.k[0][:, :, 2], new_k[1:3]) and torch.equal(
-        cache.v[0][:, :, 2], new_v[1:3]
-    )
+    for held, new in ((cache.k[0], new_k), (cache.v[0], new_v)):
+        assert torch.equal(held[0, :, 5], new[1]) and torch.equal(held[1, :, 2], new[2])
 
 
 def test_the_cuda_kernel_is_called_in_a_way_it_accepts_and_compiles_without_a_break():

@@ -176,7 +176,7 @@ def test_a_sync_between_two_tokens_changes_the_weights_of_the_rest(check_every, 
     rollouts = [r for group in groups for r in group]
     assert tokens[-1] < tokens[0] == len(rollouts)  # some end before others
     for r in rollouts:
-        assert r.versions.tolist() == ([0] * 4 + [1] * 8)[: len(r.ids)]
+        assert r.versions.tolist() == ([0] * 5 + [1] * 7)[: len(r.ids)]
         expected = [trainer_logp(model, r, 0.7) for model in (old, new)]
         expected = np.where(r.versions == 0, *expected)
         np.testing.assert_allclose(r.logp, expected, atol=1e-5)
@@ -303,10 +303,14 @@ def test_a_stop_string_is_found_however_little_its_tokens_say():
     pieces = {0: "", 1: "e", 2: "nd", 3: "x" * 50, 4: "e"}
     engine = Engine(small_model(), [], decode=lambda ids: "".join(pieces[int(i)] for i in ids))
     ids = np.array([[3, 1, *[0] * 40, 2, 3]])
-    assert engine._ends(ids, 0, ("end",)) == ids.size - 1
-    assert engine._ends(ids, 30, ("end",)) == ids.size - 1
-    assert engine._ends(ids, 0, ("ne",)) == 0
-    assert engine._ends(np.array([[1, 2, 3]]), 0, ("end", "e")) == 1
+
+    def end(ids, seen, stop):
+        return engine._ends(ids, np.array([seen]), np.array([ids.size]), stop)
+
+    assert end(ids, 0, ("end",)) == ids.size - 1
+    assert end(ids, 30, ("end",)) == ids.size - 1
+    assert end(ids, 0, ("ne",)) == 0
+    assert end(np.array([[1, 2, 3]]), 0, ("end", "e")) == 1
 
 
 def test_looking_for_a_stop_string_costs_linear_time():
@@ -355,9 +359,9 @@ def test_prefill_and_cache_stay_within_their_tokens(monkeypatch):
     model, held, passes = small_model(), [], []
     prefill = model.prefill
 
-    def new_cache(layers, lengths, groups, capacity, *more):
-        held.append(len(lengths) * capacity)
-        return Cache(layers, lengths, groups, capacity, *more)
+    def new_cache(layers, rows, groups, capacity, *more):
+        held.append(rows * capacity)
+        return Cache(layers, rows, groups, capacity, *more)
 
     def watched(token_N, *more):
         passes.append(len(token_N))
@@ -375,7 +379,7 @@ def test_prefill_and_cache_stay_within_their_tokens(monkeypatch):
 
 
 def test_a_cache_drops_rows_layer_by_layer(monkeypatch):
-    cache = Cache(3, [4] * 6, 2, 8, 4, torch.float32, "cpu")
+    cache = Cache(3, 6, 2, 8, 4, torch.float32, "cpu")
     old, freed, select = [weakref.ref(x) for x in cache.k], [], torch.Tensor.index_select
 
     def watched(*given):
@@ -383,7 +387,7 @@ def test_a_cache_drops_rows_layer_by_layer(monkeypatch):
         return select(*given)
 
     monkeypatch.setattr(torch.Tensor, "index_select", watched)
-    cache.keep(torch.tensor([1, 4]), 4)
+    cache.keep(torch.tensor([1, 4]))
     assert freed == [0, 1, 1, 2, 2, 3] and cache.k[2].shape[0] == 2
 
 

@@ -177,12 +177,14 @@ def prefilled(model, prompts, copies, capacity):
     """-> (logits of each prompt's next token, a cache of so many rows of each)."""
     c = model.config
     lengths = [len(prompt) for prompt in prompts for _ in range(copies)]
-    cache = Cache(c.layers, lengths, c.kv_heads, capacity, c.head_dim, torch.float32, "cpu")
+    cache = Cache(c.layers, len(lengths), c.kv_heads, capacity, c.head_dim, torch.float32, "cpu")
+    cache.length_B.copy_(torch.tensor(lengths))
+    cache.longest = max(lengths)
     token_N, position_N, cu, longest = packed(prompts)
     prompt_B = torch.arange(len(prompts)).repeat_interleave(copies)
 
     def write(layer, k, v):
-        cache.write_prompts(layer, k, v, cu, longest, 0, prompt_B)
+        cache.write_prompts(layer, k, v, cu, longest, torch.arange(len(lengths)), prompt_B)
 
     return model.logits(model.prefill(token_N, position_N, cu, longest, write)), cache
 
@@ -205,8 +207,10 @@ def test_cached_logits_equal_those_of_transformers_while_rows_leave(pair, case):
         if t in (4, 8):
             # First one row each of two prompts leaves, then all but the two of another prompt.
             stay = torch.tensor([0, 2, 4, 5]) if t == 4 else torch.tensor([2, 3])
-            cache.keep(stay, int(cache.length_B[stay].max()))
+            cache.keep(stay)
+            cache.longest = int(cache.length_B.max())
             row_A = row_A[stay]
+        cache.longest += 1
         got = model.logits(model.decode(further_BT[row_A, t], cache))
         for logits, b in zip(got, row_A.tolist()):
             assert (logits - expected[b][len(prompts[b // copies]) + t]).abs().max() <= 1e-4
@@ -224,6 +228,7 @@ def test_greedy_generation_is_token_identical_over_64_tokens(pair, case):
     first, cache = prefilled(model, prompts, 1, 23 + 64)
     tokens = [first.argmax(-1)]
     while len(tokens) < 64:
+        cache.longest += 1
         tokens.append(model.logits(model.decode(tokens[-1], cache)).argmax(-1))
     assert torch.stack(tokens, 1).tolist() == expected
 
