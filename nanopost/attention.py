@@ -2,7 +2,7 @@
 
 Shapes: N packed tokens, S documents, B rows of a cache, T positions of a cache, H query heads,
 G key/value heads, K width of a head; documents stacked for attention: L length, M tokens with
-padding.
+padding; in a cache: R query heads of a key head, E key heads of all rows.
 
 Packed tokens of several documents lie in one stream, cut by `cu_seqlens` [S+1]; no query attends to
 another document. On CUDA in bf16 or fp16 this is one `varlen_attn` kernel. Elsewhere documents
@@ -119,7 +119,7 @@ def _band(length, window, device):
 
 
 def seen(length_B, longest: int, window: int | None, dtype):
-    """What one query per row sees of a cache -> [B, T], of a dtype: 0, or -inf where it sees nothing.
+    """What one query per row sees of a cache -> [B, T] of a dtype: 0, or -inf if it does not.
 
     length_B: keys in use, including the query's. longest: T, at least their maximum.
     """
@@ -127,8 +127,8 @@ def seen(length_B, longest: int, window: int | None, dtype):
     seen_BT = at_T < length_B[:, None]
     if window is not None:
         seen_BT &= at_T >= length_B[:, None] - window
-    hidden = torch.full((), -torch.inf, dtype=dtype, device=length_B.device)
-    return hidden.masked_fill(seen_BT, 0)
+    nothing = torch.full((), -torch.inf, dtype=dtype, device=length_B.device)
+    return nothing.masked_fill(seen_BT, 0)
 
 
 def cached_attention(q_BHK, k_BGTK, v_BGTK, seen_BT):
@@ -136,17 +136,22 @@ def cached_attention(q_BHK, k_BGTK, v_BGTK, seen_BT):
     rows, groups, _, width = k_BGTK.shape
     # The R query heads of a key head stand in for query positions, so no key is repeated.
     q_BGRK = q_BHK.reshape(rows, groups, -1, width)
-    out_BGRK = F.scaled_dot_product_attention(
-        q_BGRK, k_BGTK, v_BGTK, attn_mask=seen_BT[:, None, None]
-    )
+    bias_B11T = seen_BT[:, None, None]
+    if not q_BHK.is_cuda and q_BHK.dtype in (torch.float32, torch.float64):
+        # With so few queries a CPU takes half the time of its fused kernel for plain products.
+        k_EKT, v_ETK = k_BGTK.flatten(0, 1).mT, v_BGTK.flatten(0, 1)
+        score_ERT = torch.bmm(q_BGRK.flatten(0, 1) * width**-0.5, k_EKT)
+        p_BGRT = score_ERT.unflatten(0, (rows, groups)).add_(bias_B11T).softmax(-1)
+        return torch.bmm(p_BGRT.flatten(0, 1), v_ETK).view(q_BHK.shape)
+    out_BGRK = F.scaled_dot_product_attention(q_BGRK, k_BGTK, v_BGTK, attn_mask=bias_B11T)
     return out_BGRK.reshape(q_BHK.shape)  # on CUDA some kernels write [B, R, G, K]
 
 
 class Cache:
     """Keys and values of B rows in every layer, `capacity` tokens each, written in place.
 
-    length_B: tokens in use in each row. longest: of how many positions attention reads the keys: the
-    caller keeps it above all lengths, and it reaches the capacity at most.
+    length_B: tokens in use in each row. longest: how many positions attention reads: the caller
+    keeps it above all lengths, and at most at the capacity.
     """
 
     def __init__(self, layers, rows, groups, capacity, width, dtype, device):
@@ -166,7 +171,7 @@ class Cache:
             cache_BGTK[row_A, :, :max_seqlen] = new_PGTK[prompt_A]
 
     def append(self, layer, k_BGK, v_BGK):
-        """Write one token per row after those in use -> the keys and values that attention reads."""
+        """Write one token per row after those in use -> the keys and values that are read."""
         row_B = torch.arange(len(k_BGK), device=k_BGK.device)
         self.k[layer][row_B, :, self.length_B] = k_BGK
         self.v[layer][row_B, :, self.length_B] = v_BGK

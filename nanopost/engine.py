@@ -506,8 +506,8 @@ def sample(logits_BV, uniform_B, sampling: Sampling, unused_ids=None):
 
 
 def _invert(mass_BX, share_B1):
-    """Where the sum of the masses first exceeds this share of all, and what share of that entry lies
-    below -> index_B1, share_B1. An entry without mass is never found."""
+    """Where the sum of the masses first exceeds this share of all, and which share of that entry
+    lies below -> index_B1, share_B1. An entry without mass is never found."""
     sum_BX = mass_BX.cumsum(-1)
     whole_B1 = sum_BX[:, -1:]
     # A product may round up to the whole, which no sum exceeds.

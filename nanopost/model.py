@@ -349,8 +349,8 @@ class CausalLM(nn.Module):
         return self.model(token_N, position_N, attend)[cu_seqlens[1:].long() - 1]
 
     def decode(self, token_B, cache: Cache):
-        """One more token for each row -> hidden_BD. The cache is changed in place, and its `longest`
-        is above all lengths."""
+        """One more token for each row -> hidden_BD. The cache is changed in place; its `longest` is
+        above all lengths."""
         seen_by = {}  # window -> what each row sees
 
         def attend(layer, q, k, v, window):

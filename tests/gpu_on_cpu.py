@@ -3,6 +3,7 @@
 Only nanopost and kernels see `is_cuda` as true; torch itself does not. The operators that exist on
 CUDA alone get CPU kernels: mm and addmm with out_dtype, which have no derivative there either, and
 varlen_attn, with the signature of either version of torch and with what the CUDA kernel refuses.
+A CUDA graph is a list of operators, run again on the same memory.
 """
 
 import sys
@@ -12,6 +13,9 @@ from unittest.mock import patch
 import torch
 import torch.nn.attention.varlen as varlen
 import torch.nn.functional as F
+from syncs import READS
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import kernels.logprob
 from nanopost.engine import Engine
@@ -99,6 +103,55 @@ def twin_of_the_kernel(hidden_ND, weight_VD, target_N, temperature=1.0, store=No
     return logprob(hidden_ND, weight_VD, target_N, temperature, kernels="torch")
 
 
+class Graph(TorchDispatchMode):
+    """torch.cuda.CUDAGraph, and torch.cuda.graph that captures it: operators with their arguments
+    and the memory of their results. While it captures, nothing happens to any tensor that was there
+    before, and the host may read nothing."""
+
+    captured = []
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.before, self.replays = [], [], 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert str(function) not in READS, f"{function} while a graph is captured"
+        kwargs = kwargs or {}
+        for value, argument in zip(args, function._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before.append((value, value.clone()))
+        results = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, results))
+        return results
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        for tensor, value in reversed(self.before):
+            tensor.copy_(value)
+        self.before.clear()
+        Graph.captured.append(self)
+
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, results in self.calls:
+            given = {x.data_ptr() for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)}
+            for old, new in zip(tree_leaves(results), tree_leaves(function(*args, **kwargs))):
+                if torch.is_tensor(old) and new.data_ptr() != old.data_ptr():
+                    assert new.data_ptr() not in given
+                    old.copy_(new)
+
+
+@contextmanager
+def graphs():
+    """-> list of the graphs that are captured meanwhile."""
+    Graph.captured = []
+    with (
+        patch.object(torch.cuda, "CUDAGraph", Graph),
+        patch.object(torch.cuda, "graph", lambda graph, **_: graph),
+    ):
+        yield Graph.captured
+
+
 @contextmanager
 def pretended(varlen_attn=varlen_attn_2_13):
     """-> the set of names of functions of nanopost that have taken a CUDA branch."""
@@ -115,7 +168,7 @@ def pretended(varlen_attn=varlen_attn_2_13):
 
     def engine(self, *args, **kwargs):
         initialize(self, *args, **kwargs)
-        self.check_every = 16  # as on CUDA
+        self.check_every, self.graphs = 16, True  # as on CUDA
 
     with ExitStack() as stack:
         for replaced in (
@@ -123,6 +176,7 @@ def pretended(varlen_attn=varlen_attn_2_13):
             patch.object(varlen, "varlen_attn", varlen_attn),
             patch.object(kernels.logprob, "logprob_triton", twin_of_the_kernel),
             patch.object(Engine, "__init__", engine),
+            graphs(),
         ):
             stack.enter_context(replaced)
         yield taken

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from gpu_on_cpu import graphs
 from small import random_ids, small_model
 from syncs import counted
 
@@ -445,3 +446,167 @@ def test_what_it_tells_is_the_rollout(every):
             assert rollout.ids == wanted.ids == sum(told, [])
             assert len(told) == -(-len(rollout.ids) // every)
             engine.check_every = 1
+
+
+# ----------------------------------------------------------------------------- rows and their steps
+@pytest.mark.parametrize("every", [1, 5])
+@pytest.mark.parametrize("stop", [(), ("9", "4 5")])
+def test_a_rollouts_row_goes_to_the_next(every, stop, monkeypatch):
+    """Whatever the number of rows: the same tokens, log-probs and ends as of each prompt alone."""
+    model, sampling = small_model(), Sampling(30, stop=stop)
+    engine = Engine(model, range(8), decode=lambda ids: " ".join(map(str, ids)))
+    prompts, seeds = PROMPTS * 3, list(range(0, 1200, 100))
+    alone = [engine.generate([p], 3, sampling, [s])[0] for p, s in zip(prompts, seeds)]
+    decode, in_use = model.decode, []
+
+    def watched(token_B, cache):
+        in_use.append((len(token_B), int((cache.length_B > 0).sum())))
+        return decode(token_B, cache)
+
+    monkeypatch.setattr(model, "decode", watched)
+    for rows in (1, 5, 16):
+        in_use.clear()
+        engine = Engine(model, range(8), decode=lambda ids: " ".join(map(str, ids)), rows=rows)
+        engine.check_every = every
+        groups = engine.generate(prompts, 3, sampling, seeds)
+        for group, others in zip(groups, alone, strict=True):
+            for r, other in zip(group, others, strict=True):
+                assert (r.prompt, r.ids, r.finish) == (other.prompt, other.ids, other.finish)
+                np.testing.assert_allclose(r.logp, other.logp, atol=1e-5)
+        assert max(size for size, _ in in_use) == rows
+        drawn = sum(len(r.ids) for group in groups for r in group) - 36  # one each from its prompt
+        assert sum(used for _, used in in_use) >= drawn
+        if every == 1:
+            assert drawn == sum(used for _, used in in_use)
+        if every == 1 and rows == 5:  # one free row is more than an eighth
+            assert {used for _, used in in_use[: len(in_use) // 2]} == {5}
+            assert len(in_use) < 1.3 * drawn / rows
+
+
+def test_weights_synced_while_rows_are_passed_on(monkeypatch):
+    """Each token has the log-prob, and the version, of the weights that drew it."""
+    models = [small_model(seed) for seed in range(4)]
+    engine = Engine(small_model(0), range(6), rows=5)
+    decode, calls, syncs = engine.model.decode, [], []
+
+    def watched(token_B, cache):
+        calls.append(len(token_B))
+        if len(calls) % 12 == 0 and len(syncs) < 3:
+            version = len(syncs) + 1
+            state = models[version].state_dict().items()
+            syncs.append(threading.Thread(target=engine.sync_weights, args=(state, version)))
+            syncs[-1].start()
+            while not engine.next.locked():
+                time.sleep(0.001)
+        return decode(token_B, cache)
+
+    monkeypatch.setattr(engine.model, "decode", watched)
+    groups = engine.generate(PROMPTS, 6, Sampling(24, 0.8), SEEDS)
+    versions = set()
+    for r in (r for group in groups for r in group):
+        each = np.stack([trainer_logp(model, r, 0.8) for model in models])
+        expected = each[r.versions, np.arange(len(r.ids))]
+        np.testing.assert_allclose(r.logp, expected, atol=1e-5)
+        assert (np.diff(r.versions) >= 0).all()
+        versions.add(tuple(sorted(set(r.versions.tolist()))))
+    assert {v for several in versions for v in several} == {0, 1, 2, 3}
+    assert any(len(several) > 1 for several in versions) and any(v[0] > 0 for v in versions)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(40, 0.7),
+        Sampling(40, temperature=0),
+        Sampling(40, stop=("7", "5 5")),
+        Sampling(40, 0.9, top_k=9, top_p=0.8, kept=True),
+    ],
+)
+@pytest.mark.parametrize("rows", [5, 512])
+def test_a_step_as_a_graph_is_the_step(sampling, rows, monkeypatch):
+    """Captured and repeated on the same memory; attention reads 16 positions more at a time."""
+    monkeypatch.setattr(engine_module, "LENGTHS", 16)
+    found = []
+    for as_graph in (False, True):
+        engine = Engine(
+            small_model(), range(4), lambda ids: " ".join(map(str, ids)), rows, unused_ids=[9, 60]
+        )
+        engine.check_every, engine.graphs = 4, as_graph
+        with graphs() as captured:
+            found.append(engine.generate(PROMPTS, 4, sampling, SEEDS))
+    assert len(captured) > 2 and sum(graph.replays for graph in captured) > 12
+    for eager, group in zip(*found, strict=True):
+        for r, other in zip(eager, group, strict=True):
+            assert (r.ids, r.finish) == (other.ids, other.finish)
+            np.testing.assert_allclose(r.logp, other.logp, atol=1e-5)
+            assert [x.tolist() for x in r.kept or []] == [x.tolist() for x in other.kept or []]
+
+
+def test_a_graph_sees_weights_that_were_synced(monkeypatch):
+    """Between two of its steps: they are copied into the tensors that it reads."""
+    old, new = small_model(0), small_model(1)
+    engine = Engine(small_model(0), [])
+    engine.check_every, engine.graphs = 4, True
+    let_others, tokens = engine._let_others, []
+
+    def watched():
+        tokens.append(1)
+        if len(tokens) != 20:
+            return let_others()
+        engine.busy.release()
+        engine.sync_weights(new.state_dict().items(), 1)
+        engine.busy.acquire()
+        return True
+
+    monkeypatch.setattr(engine, "_let_others", watched)
+    with graphs() as captured:
+        groups = engine.generate(PROMPTS, 2, Sampling(40), SEEDS)
+    assert len(captured) == 1 and captured[0].replays > 30
+    for r in (r for group in groups for r in group):
+        assert r.versions.tolist() == [0] * 20 + [1] * 20
+        expected = np.where(r.versions == 0, *(trainer_logp(m, r, 1.0) for m in (old, new)))
+        np.testing.assert_allclose(r.logp, expected, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ a draw
+@pytest.mark.parametrize("vocab", [1, 5, 63, 64, 65, 1000])
+@pytest.mark.parametrize("unused", [[], [0, 2]])
+def test_a_draw_inverts_the_distribution_function_of_float64(vocab, unused):
+    """The token at which the exact sum first exceeds the random number; but for numbers within
+    rounding of an edge."""
+    if vocab == 1 and unused:
+        return
+    draw = torch.Generator().manual_seed(vocab)
+    logits = torch.randn(400, vocab, generator=draw) * 4
+    uniform = torch.rand(400, dtype=torch.float64, generator=draw)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53])
+    token_B, logp_B, _ = sample(logits, uniform, Sampling(1, 0.7), torch.tensor(unused).long())
+    logits = logits.double() / 0.7
+    exact = logits.log_softmax(-1)
+    gap_B = logp_B - exact.gather(1, token_B[:, None])[:, 0]
+    assert gap_B.abs().max() < 4e-6  # logits of up to 25, in fp32
+    p_BV = exact.exp()
+    p_BV[:, unused] = 0
+    cdf_BV = p_BV.cumsum(-1) / p_BV.sum(-1, keepdim=True)
+    at_B = token_B[:, None]
+    after = cdf_BV.gather(1, at_B)[:, 0]
+    before = after - (p_BV.gather(1, at_B) / p_BV.sum(-1, keepdim=True))[:, 0]
+    assert (uniform < after + 1e-6).all() and (uniform > before - 1e-6).all()
+    assert (p_BV.gather(1, at_B) > 0).all()
+    inside = (uniform < after) & (uniform >= before)
+    assert inside.float().mean() > 0.99
+
+
+def test_draws_over_many_blocks_have_the_frequencies_of_the_distribution():
+    """Pearson's chi-square over 300 tokens in five blocks: within four standard deviations."""
+    draws, vocab = 300_000, 300
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(5))
+    uniform = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    counts = torch.zeros(vocab)
+    for part in uniform.split(30_000):
+        token_B = sample(logits.expand(len(part), -1), part, Sampling(1, 1.3))[0]
+        counts += torch.bincount(token_B, minlength=vocab)
+    expected = draws * (logits / 1.3).double().softmax(-1)
+    assert expected.min() > 5
+    chi_square = ((counts - expected) ** 2 / expected).sum()
+    assert abs(chi_square - (vocab - 1)) < 4 * (2 * (vocab - 1)) ** 0.5
