@@ -32,6 +32,7 @@ from nanopost.rollout import Rollout
 PREFILL_TOKENS = 2**14  # of prompts in one pass: their activations are as large as a micro-batch's
 BLOCK = 64  # entries of the vocabulary: a token is drawn from the sums of blocks, then from a block
 LENGTHS = 256  # a graph's attention reads a multiple of so many positions
+FREE = -1  # the rollout of a row that has none
 
 
 @dataclass(frozen=True)
@@ -204,97 +205,53 @@ class Engine:
         most, total = sampling.max_tokens, len(prompts) * n
         capacity = max(map(len, prompts)) + most
         size = max(1, min(total, self.rows, self.tokens // capacity))
-        rows = self._rows(size, capacity, most)
-        # On the host, of each row: its rollout, its tokens, how many are drawn and how many seen.
-        rollout_B = np.full(size, -1)  # -1: the row is free
-        ids_BT = np.zeros((size, most), np.int64)
-        logp_BT = np.zeros((size, most), np.float32)
-        drawn_B, seen_B = np.zeros((2, size), np.int64)
-        rollouts, kept_R = [None] * total, [[] for _ in range(total)]
-        versions, began_R = [], {}  # of each step; of each rollout: its first version and step
-        waiting, graphs = 0, {}  # the next rollout; see _next_tokens
+        rows = Rows.of(self.model, size, capacity, most)
+        rollouts = [None] * total
+        waiting = 0  # the next rollout
+        graphs = {}  # see _next_tokens
 
-        while waiting < total or (rollout_B >= 0).any():
-            # Taking in rollouts costs a pass over their prompts, and dropping rows a copy of the
-            # cache. Both wait until an eighth of the rows are free; a graph would be captured anew.
-            free_B = rollout_B < 0
-            taken = 0
-            if waiting < total and (free_B.sum() * 8 >= size or free_B.all()):
-                row_A = free_B.nonzero()[0][: total - waiting]
-                taken = len(row_A)
-                new_R = range(waiting, waiting + taken)
-                waiting += taken
+        while waiting < total or rows.taken().any():
+            # Taking rollouts in costs a pass over their prompts, and dropping rows a copy of the
+            # cache: both wait until an eighth of the rows are free. A new shape needs new graphs.
+            free_A = (~rows.taken()).nonzero()[0]
+            new_R = ()
+            if waiting < total and (len(free_A) * 8 >= size or not rows.taken().any()):
+                new_R = range(waiting, min(waiting + len(free_A), total))
+                waiting = new_R.stop
                 prompts_A = [prompts[r // n] for r in new_R]
-                uniform_AT = torch.stack([_uniforms(seeds[r // n] + r % n, most) for r in new_R])
-                kept_AV = self._take_in(rows, row_A, prompts_A, uniform_AT, sampling)
-                rollout_B[row_A], drawn_B[row_A], seen_B[row_A] = new_R, 1, 0
-                began_R |= {r: (self.version, len(versions)) for r in new_R}
-                if kept_AV is not None:
-                    for r, kept in zip(new_R, _ids(kept_AV[:, None])):
-                        kept_R[r] += kept
-            elif waiting == total and free_B.sum() * (2 if self.graphs else 8) >= size:
-                row_A = (~free_B).nonzero()[0]
-                rows.keep(torch.from_numpy(row_A).to(self.device))
+                seeds_A = [seeds[r // n] + r % n for r in new_R]
+                self._take_in(rows, free_A[: len(new_R)], new_R, prompts_A, seeds_A, sampling)
+            elif waiting == total and len(free_A) * (2 if self.graphs else 8) >= size:
+                rows.keep(rows.taken().nonzero()[0])
+                size = len(rows.rollout_B)
                 graphs.clear()
-                rollout_B, ids_BT, logp_BT = rollout_B[row_A], ids_BT[row_A], logp_BT[row_A]
-                drawn_B, seen_B = drawn_B[row_A], seen_B[row_A]
-                size = len(row_A)
 
-            live_A = (rollout_B >= 0).nonzero()[0]
-            length_A = np.array([len(prompts[r // n]) for r in rollout_B[live_A]])
+            live_A = rows.taken().nonzero()[0]
             masks = []  # [B, V] of each step, of the ids that a cut kept
-            steps = min(self.check_every - (taken > 0), most - drawn_B[live_A].max())
+            steps = min(self.check_every - bool(new_R), most - rows.count_B[live_A].max())
             for _ in range(steps):
                 if self._let_others():
                     # What was computed with old weights is computed anew.
-                    drawn_BT = rows.record_2BT[0].long().tolist()
-                    prefixes = [
-                        prompts[rollout_B[b] // n] + drawn_BT[b][: drawn_B[b] - 1] for b in live_A
-                    ]
-                    self._prefill(rows.cache, live_A, prefixes)
-                longest = int((length_A + drawn_B[live_A]).max())
-                if self.graphs:
-                    longest = min(-(-longest // LENGTHS) * LENGTHS, capacity)
-                rows.cache.longest = longest
+                    self._prefill(rows.cache, live_A, rows.prefixes(live_A))
                 kept_BV = self._next_tokens(rows, sampling, graphs)
                 if kept_BV is not None:
                     masks.append(kept_BV.clone())
-                drawn_B[live_A] += 1
-                versions.append(self.version)
+                rows.version_BT[live_A, rows.count_B[live_A]] = self.version
+                rows.count_B[live_A] += 1
 
-            # The host looks for ends.
-            width = int((drawn_B - seen_B)[live_A].max())
-            at_AW = drawn_B[live_A, None] - np.arange(width, 0, -1)
-            ids_AW, logp_AW = rows.read(live_A, at_AW.clip(0))
-            ids_BT[live_A[:, None], at_AW.clip(0)] = ids_AW
-            logp_BT[live_A[:, None], at_AW.clip(0)] = logp_AW
-            if masks:
-                kept_AT = _ids(torch.stack(masks, 1)[torch.from_numpy(live_A).to(self.device)])
-                for b, kept in zip(live_A, kept_AT):
-                    kept_R[rollout_B[b]] += kept
-            end_A = self._ends(ids_BT[live_A], seen_B[live_A], drawn_B[live_A], sampling.stop)
-            stopped_A = end_A > 0
-            length_A = np.where(stopped_A, end_A, drawn_B[live_A])
-            if tell is not None:
-                for b in (rollout_B == 0).nonzero()[0]:
-                    tell(ids_BT[b, seen_B[b] : length_A[live_A == b].item()].tolist())
-            seen_B[live_A] = drawn_B[live_A]
-            for b, length, stopped in zip(live_A, length_A, stopped_A):
-                if not stopped and length < most:
-                    continue
-                r = rollout_B[b]
-                rollout_B[b] = -1
-                first_version, first_step = began_R[r]
-                version_T = [first_version, *versions[first_step : first_step + length - 1]]
-                rollouts[r] = Rollout(
-                    prompts[r // n],
-                    ids_BT[b, :length].tolist(),
-                    logp_BT[b, :length].copy(),
-                    "stop" if stopped else "length",
-                    np.array(version_T),
-                    kept=kept_R[r][:length] or None,
-                )
-            rows.idle((rollout_B < 0).nonzero()[0])
+            rows.read(live_A, masks)
+            seen_A, count_A = rows.seen_B[live_A], rows.count_B[live_A]
+            end_A = self._ends(rows.ids_BT[live_A], seen_A, count_A, sampling.stop)
+            for b, end in zip(live_A, end_A):
+                length = int(end or rows.count_B[b])
+                if tell is not None and rows.rollout_B[b] == 0:
+                    tell(rows.ids_BT[b, rows.seen_B[b] : length].tolist())
+                if end or length == most:
+                    finish = "stop" if end else "length"
+                    rollouts[rows.rollout_B[b]] = rows.rollout(b, length, finish)
+                    rows.rollout_B[b] = FREE
+            rows.seen_B[live_A] = count_A
+            rows.idle()
         return [rollouts[i : i + n] for i in range(0, total, n)]
 
     def _let_others(self) -> bool:
@@ -308,37 +265,25 @@ class Engine:
             self.busy.acquire()
         return True
 
-    def _rows(self, size, capacity, most) -> "Rows":
-        config, device = self.model.config, self.device
-        cache = Cache(
-            config.layers,
-            size,
-            config.kv_heads,
-            capacity,
-            config.head_dim,
-            self.model.head_weight.dtype,
-            device,
-        )
-        return Rows(
-            cache,
-            token_B=torch.zeros(size, dtype=torch.long, device=device),
-            drawn_B=torch.full((size,), most, device=device),
-            uniform_BT=torch.zeros(size, most + 1, dtype=torch.float64, device=device),
-            record_2BT=torch.zeros(2, size, most + 1, dtype=torch.float64, device=device),
-        )
-
-    def _take_in(self, rows, row_A, prompts_A, uniform_AT, sampling):
-        """Put new rollouts into rows, and draw the first token of each -> kept_AV of `sample`."""
+    def _take_in(self, rows, row_A, new_R, prompts_A, seeds_A, sampling):
+        """Give these rows to new rollouts, and draw the first token of each."""
         hidden_PD, prompt_A = self._prefill(rows.cache, row_A, prompts_A)
-        uniform_AT = uniform_AT.to(self.device)
         logits_AV = self.model.logits(hidden_PD)[prompt_A]
+        uniform_AT = torch.stack([_uniforms(seed, sampling.max_tokens) for seed in seeds_A])
+        uniform_AT = uniform_AT.to(self.device)
         token_A, logp_A, kept_AV = sample(logits_AV, uniform_AT[:, 0], sampling, self.unused_ids)
-        row_A = torch.from_numpy(row_A).to(self.device)
-        rows.token_B[row_A] = token_A
-        rows.drawn_B[row_A] = 1
-        rows.uniform_BT[row_A, :-1] = uniform_AT
-        rows.record_2BT[:, row_A, 0] = torch.stack([token_A.double(), logp_A.double()])
-        return kept_AV
+        at_A = torch.from_numpy(row_A).to(self.device)
+        rows.token_B[at_A] = token_A
+        rows.drawn_B[at_A] = 1
+        rows.uniform_BT[at_A, :-1] = uniform_AT
+        rows.record_2BT[:, at_A, 0] = torch.stack([token_A.double(), logp_A.double()])
+
+        rows.rollout_B[row_A] = new_R
+        rows.count_B[row_A], rows.seen_B[row_A] = 1, 0
+        rows.version_BT[row_A, 0] = self.version
+        kept_A1 = [[] for _ in row_A] if kept_AV is None else _ids(kept_AV[:, None])
+        for b, prompt, kept in zip(row_A, prompts_A, kept_A1):
+            rows.prompt_B[b], rows.kept_B[b] = prompt, kept
 
     def _prefill(self, cache, row_A, prompts_A):
         """Write prompts into rows of the cache -> (hidden_PD of their last tokens, prompt_A).
@@ -378,13 +323,16 @@ class Engine:
         return kept_BV
 
     def _next_tokens(self, rows, sampling, graphs):
-        """A step, on CUDA as a graph: kernels are launched once, and then repeated as a whole.
+        """A step; on CUDA as a graph, whose kernels the host launches once and repeats as a whole.
 
         graphs: positions that attention reads -> None after a first step, which loads the kernels;
-        (graph, its kept_BV) after a second. Weights are synced in place, so a graph sees them;
-        it is void when rows are dropped, whose tensors are new.
+        (graph, its kept_BV) after a second. Weights are synced in place, so a graph sees them. It
+        is void once rows are dropped: their tensors are new.
         """
-        longest = rows.cache.longest
+        longest = rows.longest()
+        if self.graphs:
+            longest = min(-(-longest // LENGTHS) * LENGTHS, rows.cache.k[0].shape[2])
+        rows.cache.longest = longest
         if not self.graphs or longest not in graphs:
             graphs[longest] = None
             return self._step(rows, sampling)
@@ -432,12 +380,15 @@ class Engine:
 
 @dataclass
 class Rows:
-    """What a step reads and writes, on the device and in place.
+    """The rows of a cache, each of which samples one rollout or is free.
 
-    token_B: the last token of each row, which is not in the cache yet. drawn_B: how many tokens it
-    has drawn. uniform_BT: the random numbers of its rollout. record_2BT: its tokens and their
-    log-probs, both exact in float64, so that the host reads them at once. Free rows run on; what
-    they draw goes to the last column, which belongs to no token.
+    A step reads and writes the first five, on the device and in place. token_B: the last token,
+    which is not in the cache yet. drawn_B: how many are drawn. uniform_BT: the random numbers of
+    the rollout. record_2BT: its tokens and their log-probs, both exact in float64, so that the host
+    reads them at once. Free rows run on: what they draw goes to the last column, of no token.
+
+    On the host: rollout_B (FREE or its number), prompt_B, count_B (tokens drawn), seen_B (of these,
+    how many the host has looked at), and what it has read.
     """
 
     cache: Cache
@@ -445,27 +396,91 @@ class Rows:
     drawn_B: torch.Tensor
     uniform_BT: torch.Tensor
     record_2BT: torch.Tensor
+    rollout_B: np.ndarray
+    prompt_B: list
+    count_B: np.ndarray
+    seen_B: np.ndarray
+    ids_BT: np.ndarray
+    logp_BT: np.ndarray
+    version_BT: np.ndarray
+    kept_B: list
 
-    def read(self, row_A, at_AW):
-        """Tokens and log-probs -> two [A, W] on the host."""
-        row_A1, at_AW = (
-            torch.from_numpy(x).to(self.token_B.device) for x in (row_A[:, None], at_AW)
+    @classmethod
+    def of(cls, model, size: int, capacity: int, most: int) -> "Rows":
+        """Free rows for a model. capacity: tokens of each; most: tokens to sample."""
+        c, weight = model.config, model.head_weight
+        real = {"dtype": torch.float64, "device": weight.device}
+        cache = (c.layers, size, c.kv_heads, capacity, c.head_dim, weight.dtype, weight.device)
+        return cls(
+            cache=Cache(*cache),
+            token_B=torch.zeros(size, dtype=torch.long, device=weight.device),
+            drawn_B=torch.full((size,), most, device=weight.device),
+            uniform_BT=torch.zeros(size, most + 1, **real),
+            record_2BT=torch.zeros(2, size, most + 1, **real),
+            rollout_B=np.full(size, FREE),
+            prompt_B=[None] * size,
+            count_B=np.zeros(size, np.int64),
+            seen_B=np.zeros(size, np.int64),
+            ids_BT=np.zeros((size, most), np.int64),
+            logp_BT=np.zeros((size, most), np.float32),
+            version_BT=np.zeros((size, most), np.int64),
+            kept_B=[None] * size,
         )
-        ids_AW, logp_AW = self.record_2BT[:, row_A1, at_AW].cpu().numpy()
-        return ids_AW, logp_AW
 
-    def idle(self, row_A):
-        """Free these rows."""
-        if len(row_A):
-            row_A = torch.from_numpy(row_A).to(self.token_B.device)
-            self.drawn_B[row_A] = self.record_2BT.shape[2] - 1
-            self.cache.length_B[row_A] = 0
+    def taken(self) -> np.ndarray:
+        return self.rollout_B != FREE
+
+    def longest(self) -> int:
+        """Tokens of the longest rollout, with its prompt."""
+        return max(len(self.prompt_B[b]) + self.count_B[b] for b in self.taken().nonzero()[0])
+
+    def prefixes(self, row_A) -> list[list[int]]:
+        """What the cache holds of each row."""
+        ids_BT = self.record_2BT[0].long().tolist()
+        return [self.prompt_B[b] + ids_BT[b][: self.count_B[b] - 1] for b in row_A]
+
+    def read(self, row_A, masks):
+        """Copy to the host what these rows have drawn since it last looked."""
+        width = int((self.count_B - self.seen_B)[row_A].max())
+        at_AW = (self.count_B[row_A, None] - np.arange(width, 0, -1)).clip(0)
+        row_A1 = row_A[:, None]
+        device = self.token_B.device
+        where = torch.from_numpy(row_A1).to(device), torch.from_numpy(at_AW).to(device)
+        self.ids_BT[row_A1, at_AW], self.logp_BT[row_A1, at_AW] = (
+            self.record_2BT[:, *where].cpu().numpy()
+        )
+        if masks:
+            for b, kept in zip(row_A, _ids(torch.stack(masks, 1)[where[0][:, 0]])):
+                self.kept_B[b] += kept
+
+    def rollout(self, b: int, length: int, finish: str) -> Rollout:
+        return Rollout(
+            self.prompt_B[b],
+            self.ids_BT[b, :length].tolist(),
+            self.logp_BT[b, :length].copy(),
+            finish,
+            self.version_BT[b, :length].copy(),
+            kept=self.kept_B[b][:length] or None,
+        )
+
+    def idle(self):
+        """Let the free rows run where they do no harm."""
+        if not self.taken().all():
+            free_A = torch.from_numpy((~self.taken()).nonzero()[0]).to(self.token_B.device)
+            self.drawn_B[free_A] = self.record_2BT.shape[2] - 1
+            self.cache.length_B[free_A] = 0
 
     def keep(self, row_A):
         """Keep these rows only."""
-        self.cache.keep(row_A)
-        self.token_B, self.drawn_B = self.token_B[row_A], self.drawn_B[row_A]
-        self.uniform_BT, self.record_2BT = self.uniform_BT[row_A], self.record_2BT[:, row_A]
+        at_A = torch.from_numpy(row_A).to(self.token_B.device)
+        self.cache.keep(at_A)
+        self.record_2BT = self.record_2BT[:, at_A]
+        for name in ("token_B", "drawn_B", "uniform_BT"):
+            setattr(self, name, getattr(self, name)[at_A])
+        for name in ("rollout_B", "count_B", "seen_B", "ids_BT", "logp_BT", "version_BT"):
+            setattr(self, name, getattr(self, name)[row_A])
+        for name in ("prompt_B", "kept_B"):
+            setattr(self, name, [getattr(self, name)[b] for b in row_A])
 
 
 def sample(logits_BV, uniform_B, sampling: Sampling, unused_ids=None):
