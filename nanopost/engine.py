@@ -283,7 +283,7 @@ class Engine:
         rows.version_BT[row_A, 0] = self.version
         kept_A1 = [[] for _ in row_A] if kept_AV is None else _ids(kept_AV[:, None])
         for b, prompt, kept in zip(row_A, prompts_A, kept_A1):
-            rows.prompt_B[b], rows.kept_B[b] = prompt, kept
+            rows.prompt_B[b], rows.start_B[b], rows.kept_B[b] = prompt, len(prompt), kept
 
     def _prefill(self, cache, row_A, prompts_A):
         """Write prompts into rows of the cache -> (hidden_PD of their last tokens, prompt_A).
@@ -387,8 +387,8 @@ class Rows:
     the rollout. record_2BT: its tokens and their log-probs, both exact in float64, so that the host
     reads them at once. Free rows run on: what they draw goes to the last column, of no token.
 
-    On the host: rollout_B (FREE or its number), prompt_B, count_B (tokens drawn), seen_B (of these,
-    how many the host has looked at), and what it has read.
+    On the host: rollout_B (FREE or its number), prompt_B, start_B (tokens of the prompt), count_B
+    (tokens drawn), seen_B (of these, how many the host has looked at), and what it has read.
     """
 
     cache: Cache
@@ -398,6 +398,7 @@ class Rows:
     record_2BT: torch.Tensor
     rollout_B: np.ndarray
     prompt_B: list
+    start_B: np.ndarray
     count_B: np.ndarray
     seen_B: np.ndarray
     ids_BT: np.ndarray
@@ -419,6 +420,7 @@ class Rows:
             record_2BT=torch.zeros(2, size, most + 1, **real),
             rollout_B=np.full(size, FREE),
             prompt_B=[None] * size,
+            start_B=np.zeros(size, np.int64),
             count_B=np.zeros(size, np.int64),
             seen_B=np.zeros(size, np.int64),
             ids_BT=np.zeros((size, most), np.int64),
@@ -432,7 +434,7 @@ class Rows:
 
     def longest(self) -> int:
         """Tokens of the longest rollout, with its prompt."""
-        return max(len(self.prompt_B[b]) + self.count_B[b] for b in self.taken().nonzero()[0])
+        return int((self.start_B + self.count_B)[self.taken()].max())
 
     def prefixes(self, row_A) -> list[list[int]]:
         """What the cache holds of each row."""
@@ -477,7 +479,8 @@ class Rows:
         self.record_2BT = self.record_2BT[:, at_A]
         for name in ("token_B", "drawn_B", "uniform_BT"):
             setattr(self, name, getattr(self, name)[at_A])
-        for name in ("rollout_B", "count_B", "seen_B", "ids_BT", "logp_BT", "version_BT"):
+        numbers = ("rollout_B", "start_B", "count_B", "seen_B", "ids_BT", "logp_BT", "version_BT")
+        for name in numbers:
             setattr(self, name, getattr(self, name)[row_A])
         for name in ("prompt_B", "kept_B"):
             setattr(self, name, [getattr(self, name)[b] for b in row_A])
@@ -505,7 +508,7 @@ def sample(logits_BV, uniform_B, sampling: Sampling, unused_ids=None):
             kept_BV = logits_BV > -torch.inf
     max_B1 = logits_BV.amax(-1, keepdim=True)
     past_the_end = -logits_BV.shape[1] % BLOCK
-    p_BV = F.pad(logits_BV - max_B1, (0, past_the_end), value=-torch.inf).exp_()
+    p_BV = F.pad(logits_BV, (0, past_the_end), value=-torch.inf).sub_(max_B1).exp_()
     p_BCV = p_BV.unflatten(1, (-1, BLOCK))
     mass_BC = p_BCV.sum(-1).double()  # each row's p is off by the same factor
     log_mass_B1 = mass_BC.sum(-1, keepdim=True).log()

@@ -163,7 +163,7 @@ def samples_here(args) -> bool:
 
 
 def rows_at_once(args) -> int:
-    """Completions that a rank samples at once (Engine._parts)."""
+    """Completions that a rank samples at once (Engine._generate)."""
     rows = -(-args.prompts // args.gpus) * args.group
     return max(1, min(rows, args.engine_rows, args.engine_tokens // longest(args)))
 
@@ -397,9 +397,9 @@ def rollout(args) -> dict[str, float]:
     c, b, rows = args.config, compute_bytes(args), rows_at_once(args)
     if args.engine == "colocate":
         return {"vLLM": args.vllm_memory * args.machine.memory}
-    # engine.sample, per entry of the vocabulary: logits and log-probs in fp32, and in fp64 the
-    # probabilities and their cumulative sum.
-    decode = 24 * rows * c.vocab_size
+    # engine.sample, per entry of the vocabulary, in fp32: logits, before and after the division by
+    # the temperature, and probabilities.
+    decode = 12 * rows * c.vocab_size
     # A prompt of several samples is computed once: norms, q, k, v, their fp32 copies, and the MLP.
     prompts = min(PREFILL_TOKENS, -(-rows // args.group) * args.length)
     prefill = prompts * b * (3 * c.width + 3 * c.mlp_width)

@@ -301,8 +301,8 @@ MUTATIONS = [
     mutation(
         "prompts-in-other-rows-of-the-cache",
         "nanopost/attention.py",
-        "= new_PGTK[prompt_B]",
-        "= new_PGTK[prompt_B.flip(0)]",
+        "= new_PGTK[prompt_A]",
+        "= new_PGTK[prompt_A.flip(0)]",
         "test_engine.py::test_a_rollout_depends_on_its_seed_and_not_on_its_neighbours",
     ),
     # ---- the model and its log-probs
@@ -476,22 +476,22 @@ MUTATIONS = [
     mutation(
         "temperature-missing-from-the-log-prob",
         "nanopost/engine.py",
-        "return token_B1[:, 0], log_p_BV.gather(1, token_B1)[:, 0]",
-        "return token_B1[:, 0], logits_BV.log_softmax(-1).gather(1, token_B1)[:, 0]",
+        "logits_BV.gather(1, token_B1) - max_B1 - log_mass_B1",
+        "(logits_BV * sampling.temperature).log_softmax(-1).gather(1, token_B1)",
         "test_engine.py::test_draws_have_the_frequencies_of_the_distribution",
     ),
     mutation(
         "stop-token-thrown-away",
         "nanopost/engine.py",
-        "seen + hits_AT.argmax(1) + 1, 0",
-        "seen + hits_AT.argmax(1), 0",
+        "drawn_A - width + hits_AW.argmax(1) + 1, 0",
+        "drawn_A - width + hits_AW.argmax(1), 0",
         "test_engine.py::test_stop_tokens_end_a_completion_and_stay_in_it",
     ),
     mutation(
         "samples-of-a-group-alike",
         "nanopost/engine.py",
-        "seeds[b // n] + b % n for",
-        "seeds[b // n] for",
+        "seeds[r // n] + r % n for",
+        "seeds[r // n] for",
         "test_engine.py::test_a_rollout_depends_on_its_seed_and_not_on_its_neighbours",
     ),
     mutation(
@@ -560,10 +560,10 @@ MUTATIONS = [
         "test_with_a_cut_engine_and_trainer_are_one_policy_and_ratios_are_finite[train_ppo.py-cut0]",
     ),
     mutation(
-        "kept-ids-of-earlier-tokens-again",
+        "kept-ids-of-earlier-tokens-lost",
         "nanopost/engine.py",
-        "                masks.clear()\n",
-        "                pass\n",
+        "self.kept_B[b] += kept",
+        "self.kept_B[b] = kept",
         "test_engine.py::test_kept_ids_are_those_of_the_cut_whenever_the_host_looks",
     ),
     mutation(
@@ -1090,8 +1090,8 @@ MUTATIONS = [
     mutation(
         "chunks-by-rank",
         "nanopost/engine.py",
-        "b % (CHUNK * n) == 0",
-        "False",
+        "CHUNK if dist.reproducible else max(1, len(prompts))",
+        "max(1, len(prompts))",
         "test_reproducible.py::test_the_engine_samples_by_chunks",
     ),
     mutation(
@@ -1417,15 +1417,15 @@ MUTATIONS = [
     mutation(
         "sync-between-tokens-keeps-old-keys-and-values",
         "nanopost/engine.py",
-        "                logits_AV, cache = self._prefill(prefixes_A, most - t + 1)\n",
-        "                pass\n",
+        "self._prefill(rows.cache, live_A, rows.prefixes(live_A))",
+        "pass",
         "test_engine.py::test_a_sync_between_two_tokens_changes_the_weights_of_the_rest",
     ),
     mutation(
         "sync-between-tokens-keeps-the-old-version",
         "nanopost/engine.py",
-        "versions.append(self.version)",
-        "versions.append(versions[0] if versions else self.version)",
+        "rows.version_BT[live_A, rows.count_B[live_A]] = self.version",
+        "rows.version_BT[live_A, rows.count_B[live_A]] = rows.version_BT[live_A, 0]",
         "test_engine.py::test_a_sync_between_two_tokens_changes_the_weights_of_the_rest",
     ),
     mutation(
@@ -1826,8 +1826,8 @@ MUTATIONS = [
     mutation(
         "a-cache-of-any-size",
         "nanopost/engine.py",
-        "count > self.rows or count * (longest + max_tokens) > self.tokens",
-        "count > self.rows",
+        "min(total, self.rows, self.tokens // capacity)",
+        "min(total, self.rows)",
         "test_engine.py::test_prefill_and_cache_stay_within_their_tokens",
     ),
     mutation(
@@ -1840,8 +1840,8 @@ MUTATIONS = [
     mutation(
         "the-host-waits-at-each-token",
         "nanopost/engine.py",
-        "if t == most or t % self.check_every == 0:",
-        "if True:",
+        "min(self.check_every - bool(new_R), ",
+        "min(1 - bool(new_R), ",
         "test_engine.py::test_the_host_waits_for_the_device_once_in_so_many_tokens",
     ),
     mutation(
@@ -1861,9 +1861,51 @@ MUTATIONS = [
     mutation(
         "a-kept-row-loses-its-last-token",
         "nanopost/engine.py",
-        "int(prompt_B[living_A].max()) + t - 1",
-        "int(prompt_B[living_A].max()) + t - 2",
+        "int((self.start_B + self.count_B)[self.taken()].max())",
+        "int((self.start_B + self.count_B)[self.taken()].max()) - 1",
         "test_engine.py::test_log_probs_are_the_trainers_at_every_temperature",
+    ),
+    mutation(
+        "a-draw-within-a-block-by-the-whole-random-number",
+        "nanopost/engine.py",
+        ".double(), share_B1)",
+        ".double(), uniform_B[:, None])",
+        "test_engine.py::test_a_draw_inverts_the_distribution_function_of_float64[unused0-1000]",
+    ),
+    mutation(
+        "rows-wait-for-all-others",
+        "nanopost/engine.py",
+        "(len(free_A) * 8 >= size or not rows.taken().any())",
+        "not rows.taken().any()",
+        "test_engine.py::test_a_rollouts_row_goes_to_the_next[stop0-1]",
+    ),
+    mutation(
+        "free-rows-run-into-others-tokens",
+        "nanopost/engine.py",
+        "            self.cache.length_B[free_A] = 0\n",
+        "",
+        "test_engine.py::test_a_rollouts_row_goes_to_the_next[stop0-1]",
+    ),
+    mutation(
+        "a-graph-of-rows-that-were-dropped",
+        "nanopost/engine.py",
+        "                graphs.clear()\n",
+        "",
+        "test_engine.py::test_a_step_as_a_graph_is_the_step[512-sampling0]",
+    ),
+    mutation(
+        "a-graph-reads-too-few-positions",
+        "nanopost/engine.py",
+        "-(-longest // LENGTHS) * LENGTHS",
+        "longest // LENGTHS * LENGTHS",
+        "test_engine.py::test_a_step_as_a_graph_is_the_step[512-sampling0]",
+    ),
+    mutation(
+        "a-step-that-is-not-in-place",
+        "nanopost/engine.py",
+        "rows.token_B.copy_(token_B)",
+        "rows.token_B = token_B",
+        "test_engine.py::test_a_step_as_a_graph_is_the_step[512-sampling0]",
     ),
     mutation(
         "both-copies-of-a-cache-at-once",
@@ -2097,8 +2139,8 @@ MUTATIONS = [
     mutation(
         "grpo-ids-that-no-token-has-are-drawn",
         "nanopost/engine.py",
-        "(logits_BV / sampling.temperature).log_softmax(-1), unused_ids)",
-        "(logits_BV / sampling.temperature).log_softmax(-1), None)",
+        "        p_BV.index_fill_(1, unused_ids, 0.0)\n",
+        "",
         "twins/test_grpo.py::test_the_twin_agrees_and_each_flag_matters[other rows]",
     ),
     mutation(
@@ -3024,8 +3066,8 @@ MUTATIONS = [
     mutation(
         "engine-tells-past-the-end",
         "nanopost/engine.py",
-        "tell(host_BT[0, seen : min(t, length_B[0])].tolist())",
-        "tell(host_BT[0, seen:t].tolist())",
+        "tell(rows.ids_BT[b, rows.seen_B[b] : length].tolist())",
+        "tell(rows.ids_BT[b, rows.seen_B[b] : rows.count_B[b]].tolist())",
         "test_engine.py::test_what_it_tells_is_the_rollout",
     ),
     mutation(

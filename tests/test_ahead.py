@@ -279,10 +279,10 @@ def test_an_engine_that_fails_in_the_thread_ends_the_run_with_its_sentence(place
     """And with a checkpoint of the last whole step."""
     folder = forks.patched(tmp_path)
     path = folder / "nanopost/engine.py"
-    head = "        rows, most, device = len(prompts_B), sampling.max_tokens, self.device\n"
+    head = "        most, total = sampling.max_tokens, len(prompts) * n\n"
     assert path.read_text().count(head) == 1
     path.write_text(
-        path.read_text().replace(head, FAILS.replace("rows ==", "len(prompts_B) ==") + head)
+        path.read_text().replace(head, FAILS.replace("rows ==", "len(prompts) * n ==") + head)
     )
     given = flags(place, "train_grpo.py", tmp_path / "out", "--steps", 9, "--max_staleness", 1)
     command = [sys.executable, str(folder / "train_grpo.py"), *map(str, given)]

@@ -88,7 +88,7 @@ def lying_engine(tmp) -> Path:
     """A copy of the scripts whose engine's log-probs are other than those it samples from."""
     folder = forks.patched(tmp)
     path = folder / "nanopost/engine.py"
-    old = "log_p_BV.gather(1, token_B1)[:, 0]"
+    old = "logp_B1[:, 0].float()"
     source = path.read_text()
     assert source.count(old) == 1
     path.write_text(source.replace(old, f"1.15 * {old} + 0.55"))
