@@ -2,11 +2,14 @@
 
     python -m bench.gpu_correctness                             # one GPU, three minutes
     TRITON_INTERPRET=1 python -m bench.gpu_correctness --try    # anywhere: does the script work?
-    python -m bench.gpu_correctness --only scripts              # or: kernels attention resume
+    python -m bench.gpu_correctness --only scripts              # or: decoding, ...
 
 kernels     log-probs, entropies and gradients of the Triton kernel and of its torch twin against
             float64; the same call twice gives the same bits.
 attention   packed and cached attention on the GPU in bf16 against the CPU in fp64.
+decoding    the native engine, with each step repeated as a CUDA graph, against the same steps one
+            kernel at a time (tokens and log-probs), and against the trainer's forward; also with
+            new weights between two tokens, and tokens/s of both.
 scripts     three steps of every script on a small model: on the GPU in fp32, in bf16, and in bf16
             with each of --compile, --checkpointing, --offload and --kernels torch, against the CPU
             in fp32. Where a script samples, also the gap between engine and trainer.
@@ -28,6 +31,7 @@ import traceback
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import torch
 from safetensors.torch import load_file
@@ -35,9 +39,11 @@ from safetensors.torch import load_file
 from bench import common, kernels
 from bench.common import flags
 from bench.train_step import REWARD, shape, write_inputs
-from nanopost.attention import Packing, cached_attention, packed_attention
+from nanopost.attention import Packing, cached_attention, packed_attention, seen
+from nanopost.batch import Example, batch_of
+from nanopost.engine import Engine, Sampling
 from nanopost.logprob import logprob
-from nanopost.model import Config
+from nanopost.model import CausalLM, Config
 
 AT_ONCE = os.cpu_count()
 COMPARED = ("loss", "grad_norm", "entropy", "eval/loss", "rewards/margins", "kl")
@@ -134,11 +140,83 @@ def check_attention(checks: Checks, device: str):
         k_BGTK, v_BGTK = torch.randn(2, 5, 2, 90, 64, generator=draw)
         length_B = torch.tensor([1, 90, 17, 20, 21])
         caches = [x.double() for x in (q_BHK, k_BGTK, v_BGTK)]
-        exact = cached_attention(*caches, length_B, window)
+        seen_BT = seen(length_B, 90, window, torch.float64)
+        exact = cached_attention(*caches, seen_BT)
         for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
             caches = [x.to(device, dtype) for x in (q_BHK, k_BGTK, v_BGTK)]
-            ours = cached_attention(*caches, length_B.to(device), window)
+            ours = cached_attention(*caches, seen(length_B.to(device), 90, window, dtype))
             checks.add(f"cached attention, window {window} {dtype}", relative(ours, exact), limit)
+
+
+# ---------------------------------------------------------------------------------------- decoding
+SAMPLINGS = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 0.7},
+    "top-k and top-p": {"top_k": 40, "top_p": 0.9, "kept": True},
+}
+
+
+def check_decoding(checks: Checks, device: str):
+    """More rollouts than rows, of more tokens than one graph reads positions."""
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 500, (n,), generator=draw).tolist() for n in (5, 40, 17, 90) * 4]
+    tokens, rows = 400, 24
+    if device == "cpu":  # a trial
+        prompts, tokens, rows = prompts[:2], 12, 5
+    for dtype, limit in ((torch.float32, 1e-4), (torch.bfloat16, 0.1)):
+        name, models = str(dtype).removeprefix("torch."), []
+        for seed in (0, 1, 0):  # the old weights, the new ones, and those of the engine
+            models.append(CausalLM(small()).init_weights(seed).to(device, dtype))
+        for kind, more in SAMPLINGS.items():
+            found, speed = [], []
+            for graphs in (False, device == "cuda"):
+                engine = Engine(models[0], stop_ids=[1, 2], rows=rows)
+                engine.graphs = graphs
+                engine.generate(prompts[:2], 1, Sampling(4, **more))  # loads the kernels
+                began = time.perf_counter()
+                groups = engine.generate(prompts, 4, Sampling(tokens, **more), list(range(16)))
+                found.append([r for group in groups for r in group])
+                drawn = sum(len(r.ids) for r in found[-1])
+                speed.append(drawn / (time.perf_counter() - began))
+            rates = "{:.0f} tokens/s, as a graph {:.0f}".format(*speed)
+            print(f"decoding, {name}, {kind}: {rates}", flush=True)
+            differ = sum(a.ids != b.ids for a, b in zip(*found)) / len(found[0])
+            checks.add(f"decoding, {name}, {kind}: rollouts that a graph changes", differ, 0.0)
+            gaps = [abs(a.logp - b.logp).max() for a, b in zip(*found) if a.ids == b.ids]
+            checks.add(f"decoding, {name}, {kind}: log-probs of a graph", max(gaps), 1e-5)
+            if kind == "sampled":
+                gap = max(trainer_gap(models, r, 0.7) for r in found[1])
+                checks.add(f"decoding, {name}: log-probs of the trainer", gap, limit)
+
+        engine = Engine(models[2], stop_ids=[1, 2], rows=rows)
+        other = Thread(target=engine.sync_weights, args=(models[1].state_dict().items(), 1))
+        tell = partial(start_once, other)
+        groups = engine.generate(prompts, 4, Sampling(tokens, 0.7), list(range(16)), tell)
+        other.join()
+        rollouts = [r for group in groups for r in group]
+        if {v for r in rollouts for v in r.versions} != {0, 1}:
+            checks.crashed(f"decoding, {name}", "no token has the new weights, or none the old")
+        gap = max(trainer_gap(models, r, 0.7) for r in rollouts)
+        checks.add(f"decoding, {name}: log-probs of the trainer, synced meanwhile", gap, limit)
+
+
+def start_once(thread, _):
+    """Called whenever the engine has looked at its tokens: the first time, weights are synced."""
+    if thread.ident is None:
+        thread.start()
+
+
+@torch.no_grad()
+def trainer_gap(models, rollout, temperature) -> float:
+    """The largest difference of a rollout's log-probs from those of the weights that drew it."""
+    mask = [i >= len(rollout.prompt) for i in range(len(rollout.prompt) + len(rollout.ids))]
+    batch = batch_of([Example(rollout.prompt + rollout.ids, mask)], models[0].head_weight.device)
+    gaps = []
+    for version in set(rollout.versions.tolist()):
+        logp_N, _ = models[version](batch, temperature)
+        gap_T = abs(logp_N[batch.mask_N].cpu().numpy() - rollout.logp)
+        gaps.append(float(gap_T[rollout.versions == version].max()))
+    return max(gaps)
 
 
 # ----------------------------------------------------------------------------------------- scripts
@@ -341,7 +419,7 @@ def weights(folder: Path) -> torch.Tensor:
 
 def main():
     parser = common.parser(__doc__)
-    parts = ["kernels", "attention", "scripts", "resume"]
+    parts = ["kernels", "attention", "decoding", "scripts", "resume"]
     parser.add_argument("--try", action="store_true", dest="tiny", help="write no results")
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder")
@@ -354,6 +432,7 @@ def main():
         work = {
             "kernels": lambda: check_kernels(checks, device),
             "attention": lambda: check_attention(checks, device),
+            "decoding": lambda: check_decoding(checks, device),
             "scripts": lambda: check_scripts(checks, folder, args.tiny),
             "resume": lambda: check_resume(checks, folder, args.tiny),
         }

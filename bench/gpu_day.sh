@@ -15,7 +15,7 @@ if [[ " $* " == *" --try "* ]]; then
 fi
 case $part in
     correctness)
-        OMP_NUM_THREADS=1 python -m bench.gpu_correctness --only kernels attention scripts "$@"
+        OMP_NUM_THREADS=1 python -m bench.gpu_correctness --only kernels attention decoding scripts "$@"
         ;;
     resume) OMP_NUM_THREADS=1 python -m bench.gpu_correctness --only resume "$@" ;;
     kernels) python -m bench.kernels "$@" ;;

@@ -31,7 +31,6 @@ from nanopost.rollout import Rollout
 
 PREFILL_TOKENS = 2**14  # of prompts in one pass: their activations are as large as a micro-batch's
 BLOCK = 64  # entries of the vocabulary: a token is drawn from the sums of blocks, then from a block
-LENGTHS = 256  # a graph's attention reads a multiple of so many positions
 FREE = -1  # the rollout of a row that has none
 
 
@@ -90,9 +89,13 @@ class Engine:
         self.stop_ids = sorted(stop_ids)
         self.device = model.head_weight.device
         self.unused_ids = torch.tensor(sorted(unused_ids), dtype=torch.long, device=self.device)
+        cuda = self.device.type == "cuda"
         # Looking for ends makes the host wait for the device, and the device then for the host.
-        self.check_every = 1 if self.device.type == "cpu" else 16
-        self.graphs = self.device.type == "cuda"  # False: no step is captured as a CUDA graph
+        self.check_every = 16 if cuda else 1
+        self.graphs = cuda  # False: no step is captured as a CUDA graph
+        # Each shape is captured by itself, so on CUDA there are few: attention reads a multiple of
+        # so many positions, and rows are dropped once one in so many is free.
+        self.positions, self.spare = (256, 2) if cuda else (1, 8)
 
     @classmethod
     def beside(
@@ -212,7 +215,7 @@ class Engine:
 
         while waiting < total or rows.taken().any():
             # Taking rollouts in costs a pass over their prompts, and dropping rows a copy of the
-            # cache: both wait until an eighth of the rows are free. A new shape needs new graphs.
+            # cache: both wait until enough rows are free.
             free_A = (~rows.taken()).nonzero()[0]
             new_R = ()
             if waiting < total and (len(free_A) * 8 >= size or not rows.taken().any()):
@@ -221,7 +224,7 @@ class Engine:
                 prompts_A = [prompts[r // n] for r in new_R]
                 seeds_A = [seeds[r // n] + r % n for r in new_R]
                 self._take_in(rows, free_A[: len(new_R)], new_R, prompts_A, seeds_A, sampling)
-            elif waiting == total and len(free_A) * (2 if self.graphs else 8) >= size:
+            elif waiting == total and len(free_A) * self.spare >= size:
                 rows.keep(rows.taken().nonzero()[0])
                 size = len(rows.rollout_B)
                 graphs.clear()
@@ -329,10 +332,8 @@ class Engine:
         (graph, its kept_BV) after a second. Weights are synced in place, so a graph sees them. It
         is void once rows are dropped: their tensors are new.
         """
-        longest = rows.longest()
-        if self.graphs:
-            longest = min(-(-longest // LENGTHS) * LENGTHS, rows.cache.k[0].shape[2])
-        rows.cache.longest = longest
+        longest = -(-rows.longest() // self.positions) * self.positions
+        rows.cache.longest = longest = min(longest, rows.cache.k[0].shape[2])
         if not self.graphs or longest not in graphs:
             graphs[longest] = None
             return self._step(rows, sampling)

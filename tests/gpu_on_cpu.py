@@ -168,7 +168,8 @@ def pretended(varlen_attn=varlen_attn_2_13):
 
     def engine(self, *args, **kwargs):
         initialize(self, *args, **kwargs)
-        self.check_every, self.graphs = 16, True  # as on CUDA
+        # As on CUDA.
+        self.check_every, self.graphs, self.positions, self.spare = 16, True, 256, 2
 
     with ExitStack() as stack:
         for replaced in (

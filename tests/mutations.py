@@ -1896,8 +1896,8 @@ MUTATIONS = [
     mutation(
         "a-graph-reads-too-few-positions",
         "nanopost/engine.py",
-        "-(-longest // LENGTHS) * LENGTHS",
-        "longest // LENGTHS * LENGTHS",
+        "-(-rows.longest() // self.positions) * self.positions",
+        "max(1, rows.longest() // self.positions) * self.positions",
         "test_engine.py::test_a_step_as_a_graph_is_the_step[512-sampling0]",
     ),
     mutation(

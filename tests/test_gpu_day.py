@@ -11,6 +11,7 @@ EXPECTED = {
     "correctness": [
         *("kernel, stored (33, 265, 72) d_weight:", "attention 14/2x64 window 64 torch.bfloat16,"),
         *("grpo judged, bf16: step 3 engine and trainer:", "sft, bf16: grad_norm"),
+        "decoding, bfloat16, sampled: rollouts that a graph changes: 0.00e+00",
     ],
     "resume": ["resume, grpo: killed and resumed: 0.00e+00"],
     "kernels": ["(64, 257, 32) peaked nanopost kernel, stored {'forward_ms'"],
