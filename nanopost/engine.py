@@ -278,7 +278,7 @@ class Engine:
         at_A = torch.from_numpy(row_A).to(self.device)
         rows.token_B[at_A] = token_A
         rows.drawn_B[at_A] = 1
-        rows.uniform_BT[at_A, :-1] = uniform_AT
+        rows.uniform_BT[at_A] = F.pad(uniform_AT, (0, 1))
         rows.record_2BT[:, at_A, 0] = torch.stack([token_A.double(), logp_A.double()])
 
         rows.rollout_B[row_A] = new_R
