@@ -245,15 +245,15 @@ class Engine:
             rows.read(live_A, masks)
             seen_A, count_A = rows.seen_B[live_A], rows.count_B[live_A]
             end_A = self._ends(rows.ids_BT[live_A], seen_A, count_A, sampling.stop)
-            for b, end in zip(live_A, end_A):
-                length = int(end or rows.count_B[b])
-                if tell is not None and rows.rollout_B[b] == 0:
-                    tell(rows.ids_BT[b, rows.seen_B[b] : length].tolist())
-                if end or length == most:
-                    finish = "stop" if end else "length"
-                    rollouts[rows.rollout_B[b]] = rows.rollout(b, length, finish)
-                    rows.rollout_B[b] = FREE
+            length_A = np.where(end_A, end_A, count_A)
+            if tell is not None and 0 in rows.rollout_B:
+                (a,) = (rows.rollout_B[live_A] == 0).nonzero()[0]
+                tell(rows.ids_BT[live_A[a], seen_A[a] : length_A[a]].tolist())
             rows.seen_B[live_A] = count_A
+            for a in ((end_A > 0) | (count_A == most)).nonzero()[0]:
+                b, finish = live_A[a], "stop" if end_A[a] else "length"
+                rollouts[rows.rollout_B[b]] = rows.rollout(b, length_A[a], finish)
+                rows.rollout_B[b] = FREE
             rows.idle()
         return [rollouts[i : i + n] for i in range(0, total, n)]
 

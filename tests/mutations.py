@@ -3066,8 +3066,8 @@ MUTATIONS = [
     mutation(
         "engine-tells-past-the-end",
         "nanopost/engine.py",
-        "tell(rows.ids_BT[b, rows.seen_B[b] : length].tolist())",
-        "tell(rows.ids_BT[b, rows.seen_B[b] : rows.count_B[b]].tolist())",
+        "seen_A[a] : length_A[a]].tolist())",
+        "seen_A[a] : count_A[a]].tolist())",
         "test_engine.py::test_what_it_tells_is_the_rollout",
     ),
     mutation(
