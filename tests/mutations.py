@@ -949,8 +949,8 @@ MUTATIONS = [
     mutation(
         "no-dummy-for-a-rank-without-data",
         "nanopost/forward.py",
-        "micro_batches(lengths, tokens, at_least) or [[]]",
-        "micro_batches(lengths, tokens, at_least)",
+        "micro_batches([family.tokens for family in families], tokens, at_least) or [[]]",
+        "micro_batches([family.tokens for family in families], tokens, at_least)",
         "test_forward.py::test_single_examples_are_units_too_and_nothing_gives_a_dummy",
     ),
     mutation(
@@ -963,15 +963,15 @@ MUTATIONS = [
     mutation(
         "long-sequences-cost-no-more",
         "nanopost/packing.py",
-        "lengths[i] ** 2 / ATTENTION",
+        "tokens * (tokens + 2 * before) / ATTENTION",
         "0",
         "test_packing.py::test_ranks_run_equally_many_micro_batches_of_similar_cost",
     ),
     mutation(
         "micro-batches-by-who-holds-what",
         "nanopost/forward.py",
-        "mine.append((digest_of(unit), rank, i,",
-        "mine.append((b'', rank, i,",
+        "return Unit(prompt, digest_of(examples), rank, index,",
+        "return Unit(b'', b'', rank, index,",
         "test_forward.py::test_micro_batches_do_not_depend_on_who_holds_what",
     ),
     mutation(
