@@ -212,10 +212,13 @@ def gather_pairs(
 def scores(model, examples: list[Example], tokens: int, device) -> list[float]:
     """A reward model's score of each sequence: its number at the last token."""
     out = [0.0] * len(examples)
-    for part in pack([len(e) for e in examples], max(tokens, *map(len, examples))):
-        batch = batch_of([examples[i] for i in part], device)
+    tokens = max(tokens, *map(len, examples))
+    families = _families(sorted(_unit((e,), 0, i) for i, e in enumerate(examples)), tokens)
+    for part in pack([family.tokens for family in families], tokens):
+        rows = [unit.index for i in part for unit in families[i].units]
+        batch = batch_of([examples[i] for i in rows], device)
         score_S = model(batch)[batch.last_S]
-        for i, score in zip(part, score_S.tolist()):
+        for i, score in zip(rows, score_S.tolist()):
             out[i] = score
     return out
 

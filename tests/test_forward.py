@@ -233,7 +233,7 @@ def test_a_score_is_the_number_at_the_last_token_whatever_the_budget():
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.2, generator=torch.Generator().manual_seed(p.numel()))
-    made = examples(9, 15, 2, 1, 7)
+    made = [*examples(9, 15, 2, 1, 7), *completions(4, 3, 9, 5)]
     expected = [float(model(batch_of([e]))[-1].detach()) for e in made]
     assert max(expected) - min(expected) > 0.1
     for tokens in (4, 16, 1000):  # 4: fewer than the longest example has
