@@ -2017,7 +2017,7 @@ MUTATIONS = [
         "nanopost/engine.py",
         "-(-rows.longest() // self.positions) * self.positions",
         "max(1, rows.longest() // self.positions) * self.positions",
-        "test_engine.py::test_a_step_as_a_graph_is_the_step[512-sampling0]",
+        "test_engine.py::test_a_graph_sees_weights_that_were_synced",
     ),
     mutation(
         "a-step-that-is-not-in-place",
