@@ -111,9 +111,9 @@ def chat(args, engine, tokenizer, positions):
         except EOFError:
             print()
             return
-        if question.strip() == "/quit":
+        if question.rstrip() == "/quit":
             return
-        if question.strip() == "/clear":
+        if question.rstrip() == "/clear":
             talk.messages = system
             say("(cleared)")
         elif question.startswith("/"):

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot
 import numpy as np
 import pytest
 from scripts import ENVIRONMENT, ROOT
@@ -71,6 +71,12 @@ def write(folder, lines, sounded=None):
     if sounded is not None:
         (folder / "alarms.jsonl").write_text("".join(json.dumps(x) + "\n" for x in sounded))
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    matplotlib.pyplot.close("all")
 
 
 @pytest.fixture
@@ -338,7 +344,6 @@ def test_a_picture_of_several_runs_replaces_none_of_one(one, other, tmp_path, ca
     for flags in ([one, other], [one, "--out", str(picture)]):
         main([*flags, "--metrics", "grad_norm"])
         assert f"replaces {picture}, which was there\n" in capsys.readouterr().out
-    matplotlib.pyplot.close("all")
 
 
 def test_runs_in_a_picture_are_smoothed_alike(tmp_path):
