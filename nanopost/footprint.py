@@ -173,15 +173,17 @@ def longest(args) -> int:
     return args.length + (args.max_new_tokens if args.script in SAMPLE else 0)
 
 
+def completions(args) -> int:
+    """Of a prompt, that are trained on: in online DPO the best and the worst of its group."""
+    return 2 if args.script == "online_dpo" else args.group
+
+
 def tokens_of_step(args) -> int:
-    """Tokens that a step trains on, over all ranks, each once."""
-    if args.script == "sft":
-        return args.rows * args.length
-    if args.script == "online_dpo":  # the best and the worst of each group
-        return 2 * args.prompts * longest(args)
-    if args.script in PAIRS:
-        return 2 * args.rows * args.length
-    return args.prompts * args.group * longest(args)
+    """Tokens that a step trains on, over all ranks, each once: prompts too, which all of their
+    completions share. What the sides of a pair share is not known."""
+    if args.script in SAMPLE:
+        return args.prompts * (args.length + completions(args) * args.max_new_tokens)
+    return args.rows * args.length * (2 if args.script in PAIRS else 1)
 
 
 def tokens_of_micro_batch(args) -> int:
@@ -194,6 +196,8 @@ def tokens_of_micro_batch(args) -> int:
 
 def least_tokens(args) -> int:
     """Of a micro-batch: it holds a whole sequence, or a pair."""
+    if args.script == "online_dpo":
+        return args.length + 2 * args.max_new_tokens
     return longest(args) * (2 if args.script in PAIRS else 1)
 
 

@@ -32,6 +32,7 @@ from nanopost.footprint import (
     SCRIPTS,
     asks_reference,
     cache_bytes_per_token,
+    completions,
     compute_bytes,
     cuda,
     gathered_bytes,
@@ -131,9 +132,17 @@ def forward_flops(c: Config, length: int) -> tuple[float, float, float]:
     return matrices, attention, 2 * c.vocab_size * c.width
 
 
+def mean_length(args) -> float:
+    """Twice the keys that a token of a step sees on average."""
+    if args.script not in SAMPLE:
+        return args.length
+    prompt, new, count = args.length, args.max_new_tokens, completions(args)
+    return (prompt**2 + count * new * (2 * prompt + new)) / (prompt + count * new)
+
+
 def update_flops(args) -> float:
     """Of a step's updates, over all GPUs, with what comes before them without gradients."""
-    tokens, length = tokens_of_step(args), longest(args)
+    tokens, length = tokens_of_step(args), mean_length(args)
     epochs = args.ppo_epochs if args.script == "ppo" else 1
     total = 0.0
     for c in (args.config, args.value_config):
@@ -395,7 +404,10 @@ def parsed(arguments=None) -> Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.trained is None:
-        args.trained = args.max_new_tokens / longest(args) if args.script in SAMPLE else 1.0
+        args.trained = 1.0
+        if args.script in SAMPLE:
+            new = completions(args) * args.max_new_tokens
+            args.trained = new / (args.length + new)
     args.config = hf.read_config(args.model)
     args.value_config = None
     if args.script == "ppo" and args.value_model != "head":

@@ -319,8 +319,8 @@ def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
     config = plan_worker.small_config(**sizes)
     model = CausalLM(config).init_weights(0)
     model.model.checkpointing = checkpointing
-    ids = torch.arange(128)
-    batch = batch_of([Example(ids, torch.ones(128, dtype=torch.bool))] * 4)
+    ids, mask = torch.arange(128), torch.ones(128, dtype=torch.bool)
+    batch = batch_of([Example(ids.roll(row), mask) for row in range(4)])
     with FlopCounterMode(display=False) as counter:
         (-model(batch)[0].sum()).backward()
     counted = counter.get_total_flops()
