@@ -1189,8 +1189,8 @@ MUTATIONS = [
     mutation(
         "micro-batches-by-the-number-of-ranks",
         "nanopost/forward.py",
-        "at_least = 1 if dist.reproducible else ranks",
-        "at_least = ranks",
+        "if ranks > 1 and not dist.reproducible:",
+        "if ranks > 1:",
         "test_reproducible.py::test_a_model_has_the_same_weights_on_any_number_of_ranks",
     ),
     mutation(
@@ -1932,8 +1932,8 @@ MUTATIONS = [
     mutation(
         "cuda-keys-of-other-groups",
         "nanopost/attention.py",
-        "k_NGK.repeat_interleave(repeat, 1)",
-        "k_NGK.repeat(1, repeat, 1)",
+        "k_NGK.repeat_interleave(heads, 1)",
+        "k_NGK.repeat(1, heads, 1)",
         "test_rehearsal.py::test_attention_calls_the_cuda_kernel_for_what_the_cpu_computes",
     ),
     mutation(
