@@ -1,14 +1,20 @@
 """Attention over packed documents, and over a KV cache.
 
-Shapes: N packed tokens, S documents, B rows of a cache, T positions of a cache, H query heads,
-G key/value heads, K width of a head; documents stacked for attention: L length, M tokens with
-padding; in a cache: R query heads of a key head, E key heads of all rows.
+Shapes: N packed tokens, S documents, U tokens that are computed, B rows of a cache, T positions of
+a cache, H query heads, G key/value heads, K width of a head; documents stacked for attention: B
+rows, L queries and T keys of each, M tokens with padding, R without it; in a cache: R query heads
+of a key head, E key heads of all rows.
 
 Packed tokens of several documents lie in one stream, cut by `cu_seqlens` [S+1]; no query attends to
 another document. On CUDA in bf16 or fp16 this is one `varlen_attn` kernel. Elsewhere documents
 of similar length are stacked and padded on the right: under a causal mask no real query sees the
 padding, so the result is exact, and a batch of five hundred short documents costs a few calls
 instead of five hundred.
+
+Documents may share what they begin with (batch.Prefixes): then the U tokens are those that are
+computed, and a document's own ones, its last, also see the keys of its prefix. The CUDA kernel gets
+the keys of whole documents, gathered, for the queries of the own tokens. On a CPU attention is
+computed in parts, and no key is repeated.
 """
 
 import inspect
@@ -24,14 +30,13 @@ FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 class Part(NamedTuple):
-    """Queries and the keys they see, stacked: rows of the stream of the U tokens computed."""
+    """Queries and the keys that they see, in rows: where they are among the U tokens."""
 
     query_BL: torch.Tensor  # where a row is padded it repeats its last token
     key_BT: torch.Tensor
     query_R: torch.Tensor  # the queries without the padding,
     real_R: torch.Tensor  # and which of the B L they are
-    # A query sees the keys up to its own place in its row; else, all of the row.
-    causal: bool
+    causal: bool  # a query sees the keys up to its own place in the row; else, the whole row
     real_BT: torch.Tensor | None = None  # which keys are not padding; None: all
 
 
