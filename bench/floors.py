@@ -133,7 +133,9 @@ def record(path: str, command: list[str]):
         def call(*args, **more):
             floats = [x for x in args if is_float(x)]
             grad = torch.is_grad_enabled() and any(x.requires_grad for x in floats)
-            given = tuple(Layout.of(x, grad) if is_float(x) else x for x in args)
+            given = tuple(noted_of(x, grad) for x in args)
+            if any(map(is_float, more.values())):
+                raise ValueError(f"{name} is called with a tensor by keyword")
             recorder.calls.append(Attend(recorder.part, name, given, more, grad))
             return function(*args, **more)
 
@@ -145,6 +147,13 @@ def record(path: str, command: list[str]):
     with recorder:
         run_script(command)
     torch.save(steps, path)
+
+
+def noted_of(x, grad: bool):
+    """An argument as it is now: its Layout, a copy of integers, or itself."""
+    if is_float(x):
+        return Layout.of(x, grad)
+    return x.clone() if isinstance(x, torch.Tensor) else x
 
 
 def is_float(x) -> bool:
