@@ -383,16 +383,31 @@ def measured(name: str, folder: str, steps: int, rounds: int) -> dict:
     return {"job": JOBS[name], "tokens_per_step": tokens, **summary(found)}
 
 
-def print_work(name: str, found: dict):
-    print(f"{name}: {found['tokens_per_step']:,.0f} tokens, {found['step_seconds']:.3f} s")
-    for part, one in found["parts"].items():
-        print(
-            f"  {part:8s} {one['seconds']:.3f} s: matmuls alone {one['matmuls_share']:.0%} "
-            f"({one['gflop']:.0f} GFLOP at {one['gflop_per_second']:.0f} GFLOP/s), attention alone "
-            f"{one['attention_share']:.0%}"
-        )
-    shares = [f"{part} {share:.0%}" for part, share in found["profile"].items()]
-    print(f"  profiled: {', '.join(shares)}", flush=True)
+def table(work: dict[str, dict]) -> str:
+    """The table of docs/results.md."""
+    lines = [
+        "| work | s | matmuls alone | attention alone | the rest of the step, profiled |",
+        "|---|---|---|---|---|",
+    ]
+    for name, found in work.items():
+        shares = found["profile"].items()
+        others = [(part, share) for part, share in shares if part not in ("matmuls", "attention")]
+        rest = ", ".join(f"{part} {share:.0%}" for part, share in others if share >= 0.005)
+        for part, one in found["parts"].items():
+            what = name if part == "train" else f"{name}, rollout"
+            if part == "train" and len(found["parts"]) > 1:
+                what = f"{name}, all but the rollout"
+            speed = f"{one['gflop']:.0f} GFLOP at {one['gflop_per_second']:.0f} a second"
+            cells = [
+                what,
+                f"{one['seconds']:.2f}",
+                f"{one['matmuls_share']:.0%} ({speed})",
+                f"{one['attention_share']:.0%}",
+                rest,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+            rest = ""
+    return "\n".join(lines)
 
 
 def main():
@@ -410,9 +425,10 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name in args.work:
             found = result["work"][name] = measured(name, folder, args.steps, args.rounds)
-            print_work(name, found)
+            print(f"{name}: a step of {found['step_seconds']:.3f} s", flush=True)
             if not args.tiny:
                 common.save(args.out / "floors.json", result)
+    print(table(result["work"]))
 
 
 if __name__ == "__main__":

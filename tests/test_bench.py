@@ -106,6 +106,9 @@ def test_a_run_is_recorded_and_measured(grpo_command, tmp_path, untouched, capsy
     assert sum(parts.values()) == pytest.approx(1)
     assert min(parts[name] for name in (floors.SAMPLING, floors.CACHE, floors.LOGPROBS)) > 0
     assert 0 < parts[floors.OPTIMIZER] < 1 and 0 < parts["matmuls"] < 1
+    *_, training, rollout = floors.table({"grpo": summary}).splitlines()
+    assert training.startswith("| grpo, all but the rollout |") and floors.CACHE in training
+    assert rollout.startswith("| grpo, rollout |") and floors.CACHE not in rollout
 
 
 def config_of(folder):
