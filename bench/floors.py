@@ -421,6 +421,7 @@ def main():
     if args.tiny:
         args.rounds, args.steps = 1, WARM + 3  # one timed, one profiled, and the last
     settings = {"threads": THREADS, "cores": os.cpu_count(), "rounds": args.rounds}
+    settings["load before"] = os.getloadavg()[0]  # by others, if it is not near 0
     result = {**common.origin("torch"), "settings": settings | {"steps": args.steps}, "work": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name in args.work:
