@@ -159,8 +159,7 @@ def evaluate():
 
 
 if args.dry_run:
-    lengths = [len(e) for pair in train_pairs for e in pair]
-    end_dry_run("dpo", vars(args), world, lengths)
+    end_dry_run("dpo", vars(args), world, train_pairs)
 
 # --------------------------------------------------------------------------------------------- loop
 # Every rank runs every line, on its share of the data; only `run` asks which rank it is.

@@ -36,6 +36,7 @@ from bench import common, kernels
 from bench.common import flags
 from bench.train_step import REWARD, shape, write_inputs
 from nanopost.attention import Packing, cached_attention, packed_attention
+from nanopost.batch import Example, batch_of
 from nanopost.logprob import logprob
 from nanopost.model import Config
 
@@ -129,6 +130,7 @@ def check_attention(checks: Checks, device: str):
                 checks.add(name, relative(ours, exact), limit)
                 gaps = [relative(a.grad, b.grad) for a, b in zip(ours_qkv, qkv)]
                 checks.add(f"{name}, gradients", max(gaps), limit)
+    check_prefixes(checks, device, draw)
     for window in (None, 20):
         q_BHK = torch.randn(5, 8, 64, generator=draw)
         k_BGTK, v_BGTK = torch.randn(2, 5, 2, 90, 64, generator=draw)
@@ -139,6 +141,36 @@ def check_attention(checks: Checks, device: str):
             caches = [x.to(device, dtype) for x in (q_BHK, k_BGTK, v_BGTK)]
             ours = cached_attention(*caches, length_B.to(device), window)
             checks.add(f"cached attention, window {window} {dtype}", relative(ours, exact), limit)
+
+
+def check_prefixes(checks, device, draw):
+    """Of a tree of sequences, against whole sequences in float64."""
+    lengths = [40, 300, 7] if device == "cpu" else [700, 1300, 7, 129]
+    prompt, *ends = (torch.randint(97, (n,), generator=draw).tolist() for n in lengths)
+    ids = (
+        [[*prompt, *end] for end in ends] + [[*prompt, *ends[0], *end] for end in ends] + [ends[0]]
+    )
+    batch = batch_of([Example(x, [True] * len(x)) for x in ids])
+    index_N, first_U = batch.prefixes.index_N, batch.prefixes.first_U
+    whole = Packing(batch.cu_seqlens, batch.max_seqlen)
+    there = batch.to(device)
+    shared = Packing(there.cu_seqlens, there.max_seqlen, there.prefixes)
+    for heads, groups, width in [(14, 2, 64), (8, 2, 128)]:
+        tokens, wide = len(first_U), {"generator": draw, "dtype": torch.float64}
+        inputs = [torch.randn(tokens, n, width, **wide) for n in (heads, groups, groups)]
+        upstream = torch.randn(tokens, heads, width, **wide)
+        for window in (None, 64, 4096):
+            for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+                qkv = [x.to(dtype).double().requires_grad_() for x in inputs]
+                exact = packed_attention(*(x[index_N] for x in qkv), whole, window)[first_U]
+                exact.backward(upstream)
+                ours_qkv = [x.to(device, dtype).requires_grad_() for x in inputs]
+                ours = packed_attention(*ours_qkv, shared, window)
+                ours.backward(upstream.to(device, dtype))
+                name = f"shared prefixes {heads}/{groups}x{width} window {window} {dtype}"
+                checks.add(name, relative(ours, exact), limit)
+                gaps = [relative(a.grad, b.grad) for a, b in zip(ours_qkv, qkv)]
+                checks.add(f"{name}, gradients", max(gaps), limit)
 
 
 # ----------------------------------------------------------------------------------------- scripts

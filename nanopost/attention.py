@@ -12,47 +12,54 @@ instead of five hundred.
 """
 
 import inspect
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Part(NamedTuple):
+    """Queries and the keys they see, stacked: rows of the stream of the U tokens computed."""
+
+    query_BL: torch.Tensor  # where a row is padded it repeats its last token
+    key_BT: torch.Tensor
+    query_R: torch.Tensor  # the queries without the padding,
+    real_R: torch.Tensor  # and which of the B L they are
+    # A query sees the keys up to its own place in its row; else, all of the row.
+    causal: bool
+    real_BT: torch.Tensor | None = None  # which keys are not padding; None: all
+
 
 class Packing:
     """Where the documents of a packed stream lie: computed once per batch, used by every layer.
 
-    cu_seqlens: int32 [S+1], starts at 0 and ends at N. max_seqlen: longest document.
+    cu_seqlens: int32 [S+1], starts at 0 and ends at N. max_seqlen: longest document. prefixes: a
+    batch.Prefixes, if documents share what they begin with: then queries, keys and values are those
+    of the U tokens that are computed, not of all N.
     """
 
-    def __init__(self, cu_seqlens, max_seqlen: int):
-        self.cu_seqlens, self.max_seqlen = cu_seqlens, max_seqlen
-        self.stacked = None
+    def __init__(self, cu_seqlens, max_seqlen: int, prefixes=None):
+        self.cu_seqlens, self.max_seqlen, self.prefixes = cu_seqlens, max_seqlen, prefixes
 
+    @cached_property
     def stacks(self):
         """Documents grouped by similar length -> (shapes [(rows, L)], index_M, inverse_N).
 
         x_N[index_M] lays the stacks end to end, and stacked_M[inverse_N] restores the stream. Both
         are None if the stacks already are the stream: one document, or documents of equal length.
         """
-        if self.stacked is None:
-            self.stacked = self._stacks()
-        return self.stacked
-
-    def _stacks(self):
         start_S = self.cu_seqlens.cpu().long()
-        length_S, order_S = start_S.diff().sort(descending=True, stable=True)
-        lengths = length_S.tolist()
-        shapes, index, first = [], [], 0
-        for i in range(1, len(lengths) + 1):
-            # A document joins a stack if padding adds at most a sixteenth to its length.
-            if i < len(lengths) and lengths[i] * 17 >= lengths[first] * 16:
-                continue
-            offset_L = torch.arange(lengths[first])
-            index_BL = start_S[order_S[first:i], None] + offset_L
-            real_BL = offset_L < length_S[first:i, None]
+        length_S = start_S.diff()
+        shapes, index = [], []
+        for alike in _alike(length_S[:, None].tolist()):
+            index_BL, real_BL = _rows(start_S[alike], length_S[alike])
             shapes.append(index_BL.shape)
             index.append(index_BL.where(real_BL, -1).flatten())
-            first = i
         index_M = torch.cat(index)
         if index_M.equal(torch.arange(len(index_M))):
             return shapes, None, None
@@ -60,6 +67,54 @@ class Packing:
         inverse_N = torch.empty_like(real_N).index_copy_(0, index_M[real_N], real_N)
         device = self.cu_seqlens.device
         return shapes, index_M.clamp(min=0).to(device), inverse_N.to(device)
+
+    @cached_property
+    def parts(self) -> list[Part]:
+        """What documents that share prefixes see: each its own tokens up to the query, and all that
+        follow a prefix the whole of that."""
+        index_N, _, cu_own, _ = self.prefixes
+        start_S, own_S = cu_own[:-1].long(), cu_own.diff().long()
+        parts = []
+        for alike in _alike(own_S[:, None].tolist()):
+            index_BL, real_BL = _rows(start_S[alike], own_S[alike])
+            real_R = real_BL.flatten().nonzero()[:, 0]
+            parts.append(Part(index_BL, index_BL, index_BL[real_BL], real_R, causal=True))
+        shared_S = self.cu_seqlens.diff() - own_S
+        # Neighbours that share as much share the same.
+        shared_R, documents_R = shared_S.unique_consecutive(return_counts=True)
+        end_R = documents_R.cumsum(0)
+        first_R = end_R - documents_R
+        following_R = cu_own[end_R].long() - cu_own[first_R]
+        runs = (shared_R > 0).nonzero()[:, 0]
+        sizes = torch.stack([following_R, shared_R], 1)[runs].tolist()
+        for alike in _alike(sizes):
+            first_B = first_R[runs[alike]]
+            query_BL, real_BL = _rows(start_S[first_B], following_R[runs[alike]])
+            at_BT, real_BT = _rows(self.cu_seqlens[first_B].long(), shared_R[runs[alike]])
+            real_R = real_BL.flatten().nonzero()[:, 0]
+            queries = query_BL, index_N[at_BT], query_BL[real_BL], real_R
+            parts.append(Part(*queries, False, None if real_BT.all() else real_BT))
+        return parts
+
+
+def _alike(sizes: list[list[int]]) -> list[list[int]]:
+    """Indices in groups, largest first: padding to the first of a group adds at most a sixteenth to
+    any size."""
+    groups = []
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i], reverse=True):
+        first = sizes[groups[-1][0]] if groups else []
+        if first and all(16 * max(pair) <= 17 * min(pair) for pair in zip(first, sizes[i])):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _rows(start_B, length_B):
+    """Rows of neighbours in a stream -> (index_BL, real_BL); where padded they repeat the last."""
+    offset_L = torch.arange(int(length_B.max()))
+    last_B1 = length_B[:, None] - 1
+    return start_B[:, None] + torch.minimum(offset_L, last_B1), offset_L <= last_B1
 
 
 def packed_attention(q_NHK, k_NGK, v_NGK, packing: Packing, window: int | None = None):
@@ -69,7 +124,87 @@ def packed_attention(q_NHK, k_NGK, v_NGK, packing: Packing, window: int | None =
     """
     if q_NHK.is_cuda and q_NHK.dtype in (torch.bfloat16, torch.float16):
         return _varlen(q_NHK, k_NGK, v_NGK, packing, window)
-    return _stacked(q_NHK, k_NGK, v_NGK, packing, window)
+    if packing.prefixes is None:
+        return _stacked(q_NHK, k_NGK, v_NGK, packing, window)
+    if q_NHK.is_cpu and (window is None or window >= packing.max_seqlen):
+        return _in_parts(q_NHK, k_NGK, v_NGK, packing)
+    whole = [repeat(x, packing.prefixes.index_N) for x in (q_NHK, k_NGK, v_NGK)]
+    return _stacked(*whole, packing, window).index_select(0, packing.prefixes.first_U)
+
+
+@torch.compiler.disable
+def _in_parts(q_UHK, k_UGK, v_UGK, packing):
+    return _InParts.apply(q_UHK, k_UGK, v_UGK, packing.parts)
+
+
+class _InParts(torch.autograd.Function):
+    """Softmax over several sets of keys, each in a call of its own, joined by their log-sum-exps
+    (2402.05099, section 3.1). Given the output and the log-sum-exp of all keys, the backward pass
+    of a call is its share of the gradients (2307.08691, algorithm 2)."""
+
+    @staticmethod
+    def forward(ctx, q_UHK, k_UGK, v_UGK, parts):
+        wide = torch.promote_types(q_UHK.dtype, torch.float32)
+        out_UHK = torch.zeros_like(q_UHK, dtype=wide)
+        lse_UH = torch.full(q_UHK.shape[:2], -torch.inf, dtype=wide)
+        for part in parts:
+            q = _stack(q_UHK, part.query_BL)
+            k, v = (_stack(x, part.key_BT) for x in (k_UGK, v_UGK))
+            out, lse = FLASH(q, k, v, 0.0, part.causal, attn_mask=_bias(part, q.dtype))
+            out_RHK, lse_RH = _unstack(out)[part.real_R], _unstack(lse)[part.real_R]
+            joined_RH = lse_UH[part.query_R].logaddexp(lse_RH)
+            share_RH1 = (lse_RH - joined_RH).exp()[..., None]
+            out_UHK[part.query_R] = out_UHK[part.query_R].lerp(out_RHK.to(wide), share_RH1)
+            lse_UH[part.query_R] = joined_RH
+        out_UHK = out_UHK.to(q_UHK.dtype)
+        ctx.save_for_backward(q_UHK, k_UGK, v_UGK, out_UHK, lse_UH)
+        ctx.parts = parts
+        return out_UHK
+
+    @staticmethod
+    def backward(ctx, g_UHK):
+        q_UHK, k_UGK, v_UGK, out_UHK, lse_UH = ctx.saved_tensors
+        d_UHK = [torch.zeros_like(x, dtype=lse_UH.dtype) for x in (q_UHK, k_UGK, v_UGK)]
+        for part in ctx.parts:
+            rows, length = part.query_BL.shape
+            g_MHK = g_UHK.new_zeros(rows * length, *g_UHK.shape[1:])
+            g_MHK[part.real_R] = g_UHK[part.query_R]
+            g = g_MHK.unflatten(0, (rows, length)).transpose(1, 2)
+            q, out, lse = (_stack(x, part.query_BL) for x in (q_UHK, out_UHK, lse_UH))
+            k, v = (_stack(x, part.key_BT) for x in (k_UGK, v_UGK))
+            given = g, q, k, v, out, lse, 0.0, part.causal
+            gradients = FLASH_BACKWARD(*given, attn_mask=_bias(part, q.dtype))
+            dq, dk, dv = (_unstack(x).to(lse.dtype) for x in gradients)
+            d_UHK[0].index_add_(0, part.query_R, dq[part.real_R])
+            d_UHK[1].index_add_(0, part.key_BT.flatten(), dk)
+            d_UHK[2].index_add_(0, part.key_BT.flatten(), dv)
+        dq_UHK, dk_UGK, dv_UGK = (d.to(q_UHK.dtype) for d in d_UHK)
+        return dq_UHK, dk_UGK, dv_UGK, None
+
+
+def _stack(x_UHK, index_BL):
+    """Rows of a stream -> [B, H, L, K]."""
+    return x_UHK.index_select(0, index_BL.flatten()).unflatten(0, index_BL.shape).transpose(1, 2)
+
+
+def _bias(part, dtype):
+    """What is added to scores [B, 1, 1, T]: -inf where a key is padding."""
+    if part.real_BT is None:
+        return None
+    bias_BT = torch.zeros(part.real_BT.shape, dtype=dtype).masked_fill_(~part.real_BT, -torch.inf)
+    return bias_BT[:, None, None]
+
+
+def _unstack(x_BHLK):
+    """-> [B L, H, K]."""
+    return x_BHLK.transpose(1, 2).flatten(0, 1)
+
+
+def repeat(x_U, index_N):
+    """x_U[index_N], whose gradient is a sum in a fixed order: each way is such on its device."""
+    if x_U.is_cuda:
+        return x_U[index_N]
+    return x_U.index_select(0, index_N)
 
 
 def _varlen(q_NHK, k_NGK, v_NGK, packing, window):
@@ -80,16 +215,23 @@ def _varlen(q_NHK, k_NGK, v_NGK, packing, window):
         if "enable_gqa" in inspect.signature(varlen_attn).parameters:
             gqa = {"enable_gqa": True}
         else:  # torch 2.11: one key head for each query head
-            repeat = q_NHK.shape[1] // k_NGK.shape[1]
-            k_NGK, v_NGK = k_NGK.repeat_interleave(repeat, 1), v_NGK.repeat_interleave(repeat, 1)
-    cu, longest = packing.cu_seqlens, packing.max_seqlen
+            heads = q_NHK.shape[1] // k_NGK.shape[1]
+            k_NGK, v_NGK = k_NGK.repeat_interleave(heads, 1), v_NGK.repeat_interleave(heads, 1)
+    keys = queries = packing.cu_seqlens, packing.max_seqlen
+    if packing.prefixes is not None:
+        index_N, _, *queries = packing.prefixes
+        k_NGK, v_NGK = repeat(k_NGK, index_N), repeat(v_NGK, index_N)
+    (cu_q, longest_q), (cu_k, longest_k) = queries, keys
     left = -1 if window is None else window - 1
-    return varlen_attn(q_NHK, k_NGK, v_NGK, cu, cu, longest, longest, window_size=(left, 0), **gqa)
+    # The last query of a document sees all of its keys, the one before all but one, and so on.
+    return varlen_attn(
+        q_NHK, k_NGK, v_NGK, cu_q, cu_k, longest_q, longest_k, window_size=(left, 0), **gqa
+    )
 
 
 @torch.compiler.disable
 def _stacked(q_NHK, k_NGK, v_NGK, packing, window):
-    shapes, index_M, inverse_N = packing.stacks()
+    shapes, index_M, inverse_N = packing.stacks
     qkv = q_NHK, k_NGK, v_NGK
     if index_M is not None:
         qkv = [x.index_select(0, index_M) for x in qkv]

@@ -10,6 +10,7 @@ batches, where everything is aligned with the position that predicts it.
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ import torch
 from nanopost import InputError, StepError
 
 IGNORED = -100
+# A sequence shares what it begins with if that is this part of it: less is not worth the pieces
+# that attention is then made of. Above 1, nothing is shared.
+SHARED = 1 / 16
 
 
 @dataclass
@@ -53,6 +57,11 @@ class Example:
         return Example(self.ids[part], self.mask[part], columns, kept)
 
     @property
+    def prompt_length(self) -> int:
+        """The number of tokens before the first trained one; 0 if none is."""
+        return int(self.mask.argmax())
+
+    @property
     def num_targets(self) -> int:
         """Trained tokens that something predicts: the first token of a sequence is not a target."""
         return int(self.mask[1:].sum())
@@ -60,6 +69,19 @@ class Example:
     def ended(self) -> "Example":
         """Cut after the last trained token (dropping a template's newline), where rollouts end."""
         return self[: len(self) - self.mask[::-1].argmax()]
+
+
+class Prefixes(NamedTuple):
+    """Which tokens of a stream are computed, where sequences begin alike.
+
+    A sequence takes what it has in common with the one before it from there, and computes its last
+    tokens, one at least. U: tokens that are computed, in their order in the stream.
+    """
+
+    index_N: torch.Tensor  # int64: which of the U tokens each token is
+    first_U: torch.Tensor  # int64: the token that computes each of the U
+    cu_own: torch.Tensor  # int32 [S+1]: sequence s computes U tokens cu_own[s] to cu_own[s+1] - 1
+    max_own: int
 
 
 class Sequences(NamedTuple):
@@ -84,7 +106,11 @@ class Sequences(NamedTuple):
 
 @dataclass
 class Batch:
-    """Sequences in one stream, cut by cu_seqlens. batch["name"] is a column."""
+    """Sequences in one stream, cut by cu_seqlens. batch["name"] is a column.
+
+    Every sequence is there as a whole. Where neighbours begin alike the model computes that once
+    (prefixes): the same numbers for less work, and nobody else needs to know.
+    """
 
     token_N: torch.Tensor  # int64
     position_N: torch.Tensor  # int64, from 0 in each sequence
@@ -98,6 +124,7 @@ class Batch:
     # token_E and id_E, int32: the kept ids of each target, at the position that predicts it
     kept: tuple[torch.Tensor, torch.Tensor] | None = None
     examples: list[Example] = field(default_factory=list)  # none in a dummy
+    prefixes: Prefixes | None = None  # None: no sequence shares anything
 
     @property
     def num_sequences(self) -> int:
@@ -138,6 +165,10 @@ class Batch:
         columns = {k: v.to(device, non_blocking=True) for k, v in self.columns.items()}
         if self.kept is not None:
             moved["kept"] = tuple(x.to(device, non_blocking=True) for x in self.kept)
+        if self.prefixes is not None:
+            *tensors, max_own = self.prefixes
+            on_device = [x.to(device, non_blocking=True) for x in tensors]
+            moved["prefixes"] = Prefixes(*on_device, max_own)
         return replace(self, columns=columns, **moved)
 
 
@@ -169,7 +200,52 @@ def batch_of(examples: list[Example], device="cpu") -> Batch:
         dummy=not given,
         kept=_kept(examples, target_N),
         examples=given,
+        prefixes=_prefixes(examples, length_S),
     ).to(device)
+
+
+def worth_sharing(count: int, example: Example) -> int:
+    """The count, or 0 if so few of its first tokens are not worth sharing."""
+    return count if count >= SHARED * len(example) else 0
+
+
+def shared(examples: list[Example]) -> list[int]:
+    """How many of its first tokens each example takes from the one before it, if worth sharing.
+
+    What they have in common, but the last token of an example is its own. Where that is the prompt
+    and a little more, it is the prompt: completions then share one prefix, not one each.
+    """
+    counts = [0] * len(examples)
+    for s, (before, e) in enumerate(pairwise(examples), 1):
+        counts[s] = _common(before.ids, e.ids[:-1])
+        if e.prompt_length <= counts[s] <= e.prompt_length * 9 // 8:
+            counts[s] = e.prompt_length
+        counts[s] = worth_sharing(counts[s], e)
+    return counts
+
+
+def _common(a, b):
+    """The number of first tokens that two sequences have in common."""
+    length = min(len(a), len(b))
+    differs = a[:length] != b[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
+def _prefixes(examples, length_S):
+    """-> Prefixes, or None where no example begins as the one before it."""
+    shared_S = np.array(shared(examples))
+    if not shared_S.any():
+        return None
+    own_S = length_S - shared_S
+    start_S, cu_own = length_S.cumsum() - length_S, np.concatenate([[0], own_S.cumsum()])
+    index_N = np.empty(length_S.sum(), np.int64)
+    for s, (start, count) in enumerate(zip(start_S, shared_S)):
+        # A prefix is where the sequence before has it, which may be in the one before that.
+        index_N[start : start + count] = index_N[start_S[s - 1] : start_S[s - 1] + count]
+        index_N[start + count : start + length_S[s]] = np.arange(cu_own[s], cu_own[s + 1])
+    first_U = np.arange(cu_own[-1]) + np.repeat(start_S + shared_S - cu_own[:-1], own_S)
+    tensors = map(torch.from_numpy, (index_N, first_U, cu_own.astype(np.int32)))
+    return Prefixes(*tensors, int(own_S.max()))
 
 
 def padded(examples: list[Example], name: str) -> torch.Tensor:

@@ -173,15 +173,30 @@ def longest(args) -> int:
     return args.length + (args.max_new_tokens if args.script in SAMPLE else 0)
 
 
+def completions(args) -> int:
+    """Of a prompt, that are trained on: in online DPO the best and the worst of its group."""
+    return 2 if args.script == "online_dpo" else args.group
+
+
 def tokens_of_step(args) -> int:
-    """Tokens that a step trains on, over all ranks, each once."""
-    if args.script == "sft":
-        return args.rows * args.length
-    if args.script == "online_dpo":  # the best and the worst of each group
-        return 2 * args.prompts * longest(args)
-    if args.script in PAIRS:
-        return 2 * args.rows * args.length
-    return args.prompts * args.group * longest(args)
+    """Tokens that a step computes in its updates, over all ranks: a prompt once for all of its
+    completions."""
+    if args.script in SAMPLE:
+        return args.prompts * (args.length + completions(args) * args.max_new_tokens)
+    return args.rows * tokens_of_row(args)
+
+
+def whole_tokens(args) -> float:
+    """Tokens of whole sequences, for each one that is computed."""
+    if args.script in SAMPLE:
+        count = completions(args)
+        return count * longest(args) / (args.length + count * args.max_new_tokens)
+    return (2 if args.script in PAIRS else 1) * args.length / tokens_of_row(args)
+
+
+def tokens_of_row(args) -> int:
+    """Of a sequence, or of a pair, whose sides share --prompt."""
+    return 2 * args.length - args.prompt if args.script in PAIRS else args.length
 
 
 def tokens_of_micro_batch(args) -> int:
@@ -194,7 +209,9 @@ def tokens_of_micro_batch(args) -> int:
 
 def least_tokens(args) -> int:
     """Of a micro-batch: it holds a whole sequence, or a pair."""
-    return longest(args) * (2 if args.script in PAIRS else 1)
+    if args.script == "online_dpo":
+        return args.length + 2 * args.max_new_tokens
+    return longest(args) if args.script in SAMPLE else tokens_of_row(args)
 
 
 # ------------------------------------------------------------------------------ memory: activations
@@ -207,10 +224,12 @@ def block_activations(args, c: Config) -> float:
     # that reads it.
     norms = 2 * (norm_bytes(args, D) + b * D)
     qk_norms = norm_bytes(args, A + G) + 4 * (c.heads + c.kv_heads - 1) if c.qk_norm else 0
-    # Attention keeps q, k, v, its output, and the logsumexp in fp32. On a CPU, o_proj reads a copy
-    # of the output: the stacks of documents are put together (attention._stacked).
-    attention = b * (A + 2 * G + A) + 4 * c.heads
-    if not cuda(args):
+    # Attention keeps q, k, v, its output, and the logsumexp in fp32; on a GPU, k and v of whole
+    # sequences. On a CPU, where nothing is shared, o_proj reads a copy of the output: the stacks of
+    # documents are put together (attention._stacked).
+    whole = whole_tokens(args)
+    attention = b * (A + 2 * G * (whole if cuda(args) else 1) + A) + 4 * c.heads
+    if not cuda(args) and whole == 1:
         attention += b * A
     mlp = b * 4 * F  # gate, up, silu(gate), and the product, which down_proj reads
     lora = b * 7 * args.lora  # x A^T, of each of seven layers

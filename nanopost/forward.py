@@ -6,14 +6,17 @@ Shapes: N packed tokens, S sequences.
 import hashlib
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from nanopost import StepError, dist
-from nanopost.batch import Batch, Example, batch_of
+from nanopost.batch import Batch, Example, batch_of, shared, worth_sharing
 from nanopost.dist import even, exchange, gather
-from nanopost.packing import deal, micro_batches, pack
+from nanopost.packing import cost, deal, micro_batches, pack
 
 
 def batches(model, items: list, tokens: int, device) -> Iterator[Batch]:
@@ -22,8 +25,9 @@ def batches(model, items: list, tokens: int, device) -> Iterator[Batch]:
 
     items: this rank's examples, or tuples of examples that stay together (a pair). The
     micro-batches are cut from those of all ranks, and a rank runs what others hold too, so that all
-    ranks have as much to do. At least one batch, a dummy if a rank has nothing: each forward and
-    backward pass is a collective.
+    ranks have as much to do. Items with the same prompt come together: `tokens` counts what they
+    share once, as the model computes it once. At least one batch, a dummy if a rank has nothing:
+    each forward and backward pass is a collective.
     """
     units = [(item,) if isinstance(item, Example) else item for item in items]
     parts = _dealt(units, tokens)
@@ -33,37 +37,90 @@ def batches(model, items: list, tokens: int, device) -> Iterator[Batch]:
         dist.after_pass(model)
 
 
+class Unit(NamedTuple):
+    """What all ranks know of examples that stay together, which one of them holds."""
+
+    prompt: bytes  # a digest of what the first of them begins with, up to its first trained token
+    digest: bytes
+    rank: int
+    index: int  # among those of its rank
+    tokens: int  # that the model computes for it
+    cost: float  # packing.cost of these
+    saved: int  # tokens that it takes from a neighbour with the same prompt, or gives to one
+
+
+def _unit(examples: tuple[Example, ...], rank: int, index: int) -> Unit:
+    first, last, shared_S = examples[0], examples[-1], shared(examples)
+    own_S = [len(e) - count for e, count in zip(examples, shared_S)]
+    total = sum(map(cost, own_S, shared_S))
+    prompt = first.ids[: first.prompt_length]
+    saved = worth_sharing(len(prompt), first)
+    if not np.array_equal(prompt, last.ids[: len(prompt)]):
+        saved = 0
+    prompt = hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
+    return Unit(prompt, digest_of(examples), rank, index, sum(own_S), total, saved)
+
+
+@dataclass
+class Family:
+    """Units that compute their prompt once."""
+
+    units: list[Unit]
+    tokens: int
+    cost: float
+
+
+def _families(units: list[Unit], most: int) -> list[Family]:
+    """Neighbours with the same prompt: at most `most` tokens, or one unit."""
+    families = []
+    for unit in units:
+        family = families[-1] if families else Family([], 0, 0.0)
+        tokens = family.tokens + unit.tokens - unit.saved
+        if family.units and tokens <= most and _share(family.units[-1], unit):
+            family.units.append(unit)
+            family.tokens = tokens
+            family.cost += unit.cost - unit.saved
+        else:
+            families.append(Family([unit], unit.tokens, unit.cost))
+    return families
+
+
+def _share(one, other):
+    return one.prompt == other.prompt and one.saved > 0 and other.saved > 0
+
+
 def _dealt(
-    units: list[tuple[Example, ...]], tokens: int, once: bool = False
+    held: list[tuple[Example, ...]], tokens: int, once: bool = False
 ) -> list[list[tuple[bytes, tuple[Example, ...]]]]:
-    """This rank's micro-batches of the units of all ranks, each with its key: equally many on every
-    rank. A collective.
+    """This rank's micro-batches of what all ranks hold, each unit with its digest: equally many on
+    every rank. A collective.
 
     Which units share a micro-batch, and in which order, depends on what they hold and not on who
     holds them. once: units that hold the same are in it once.
     """
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    mine = []
-    for i, unit in enumerate(units):
-        mine.append((digest_of(unit), rank, i, sum(map(len, unit))))
-    held = sorted(gather(mine))
+    units = sorted(gather([_unit(examples, rank, i) for i, examples in enumerate(held)]))
     if once:
-        held = [x for before, x in zip([(None,), *held], held) if x[0] != before[0]]
-    lengths = [length for *_, length in held]
-    at_least = 1 if dist.reproducible else ranks  # so that no rank idles in a small step
-    dealt = deal(micro_batches(lengths, tokens, at_least) or [[]], lengths, ranks)
+        units = [next(same) for _, same in groupby(units, key=lambda unit: unit.digest)]
+    at_least, most = 1, tokens
+    if ranks > 1 and not dist.reproducible:  # so that no rank idles in a small step
+        at_least, most = ranks, sum(unit.tokens for unit in units) // (2 * ranks)
+    families = _families(units, min(most, tokens))
+    parts = micro_batches([family.tokens for family in families], tokens, at_least) or [[]]
+    dealt = deal(parts, [family.cost for family in families], ranks)
+    dealt = [[[u for i in part for u in families[i].units] for part in parts] for parts in dealt]
     sent = []
     for parts in dealt:
-        to_this_rank = [i for part in parts for i in part if held[i][1] == rank]
-        sent.append([(i, units[held[i][2]]) for i in to_this_rank])
-    unit_of = dict(exchange(sent))
-    return [[(held[i][0], unit_of[i]) for i in part] for part in dealt[rank]]
+        here = [unit for part in parts for unit in part if unit.rank == rank]
+        sent.append([(unit.digest, held[unit.index]) for unit in here])
+    examples_of = dict(exchange(sent))
+    return [[(u.digest, examples_of[u.digest]) for u in part] for part in dealt[rank]]
 
 
-def digest_of(unit: tuple[Example, ...]) -> bytes:
+def digest_of(examples: tuple[Example, ...]) -> bytes:
     """A digest of all that the examples hold."""
     digest = hashlib.blake2b(digest_size=16)
-    for e in unit:
+    for e in examples:
         arrays = {"ids": e.ids, "mask": e.mask, **e.columns}
         if e.kept is not None:
             arrays |= {"sizes": [len(ids) for ids in e.kept], "kept": np.concatenate(e.kept)}
@@ -155,10 +212,13 @@ def gather_pairs(
 def scores(model, examples: list[Example], tokens: int, device) -> list[float]:
     """A reward model's score of each sequence: its number at the last token."""
     out = [0.0] * len(examples)
-    for part in pack([len(e) for e in examples], max(tokens, *map(len, examples))):
-        batch = batch_of([examples[i] for i in part], device)
+    tokens = max(tokens, *map(len, examples))
+    families = _families(sorted(_unit((e,), 0, i) for i, e in enumerate(examples)), tokens)
+    for part in pack([family.tokens for family in families], tokens):
+        rows = [unit.index for i in part for unit in families[i].units]
+        batch = batch_of([examples[i] for i in rows], device)
         score_S = model(batch)[batch.last_S]
-        for i, score in zip(part, score_S.tolist()):
+        for i, score in zip(rows, score_S.tolist()):
             out[i] = score
     return out
 

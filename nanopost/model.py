@@ -24,7 +24,7 @@ from torch.utils.checkpoint import (
 )
 
 from nanopost import InputError
-from nanopost.attention import Cache, Packing, cached_attention, packed_attention
+from nanopost.attention import Cache, Packing, cached_attention, packed_attention, repeat
 from nanopost.logprob import logprob, matmul_fp32
 from nanopost.rope import read_rope, rope_frequencies, rotate
 
@@ -288,14 +288,18 @@ class Decoder(nn.Module):
                 x_ND = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
         return self.norm(x_ND)
 
-    def packed(self, token_N, position_N, cu_seqlens, max_seqlen):
-        """Packed documents -> hidden_ND."""
-        packing = Packing(cu_seqlens, max_seqlen)
+    def packed(self, token_N, position_N, cu_seqlens, max_seqlen, prefixes=None):
+        """Packed documents -> hidden_ND. What documents share (batch.Prefixes) is computed once."""
+        packing = Packing(cu_seqlens, max_seqlen, prefixes)
 
         def attend(layer, q, k, v, window):
             return packed_attention(q, k, v, packing, window)
 
-        return self(token_N, position_N, attend)
+        if prefixes is None:
+            return self(token_N, position_N, attend)
+        first_U = prefixes.first_U
+        hidden_UD = self(token_N[first_U], position_N[first_U], attend)
+        return repeat(hidden_UD, prefixes.index_N)
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -432,4 +436,5 @@ def scalar_head(hidden_ND, weight_1D):
 
 
 def _hidden(decoder, batch):
-    return decoder.packed(batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)
+    where = batch.position_N, batch.cu_seqlens, batch.max_seqlen, batch.prefixes
+    return decoder.packed(batch.token_N, *where)

@@ -138,17 +138,23 @@ def micro_batches(lengths, tokens: int, ranks: int = 1) -> list[list[int]]:
     return [sorted(b) for b in (even if fits else bins)]
 
 
-def deal(parts: list[list[int]], lengths, ranks: int) -> list[list[list[int]]]:
+def cost(tokens: int, before: int = 0) -> float:
+    """What some tokens of a sequence cost, which follow `before` others: in tokens."""
+    return tokens + tokens * (tokens + 2 * before) / ATTENTION
+
+
+def deal(parts: list[list[int]], costs, ranks: int) -> list[list[list[int]]]:
     """Micro-batches of micro_batches -> those of each rank, equally many: empty ones fill up.
 
-    Ranks wait for each other in every layer of every micro-batch, so what runs at the same time
-    should cost the same: micro-batches are dealt in rounds, from the most expensive down.
+    costs: of each index. Ranks wait for each other in every layer of every micro-batch, so what
+    runs at the same time should cost the same: micro-batches are dealt in rounds, from the most
+    expensive down.
     """
 
-    def cost(part):
-        return sum(lengths[i] + lengths[i] ** 2 / ATTENTION for i in part)
+    def dearness(part):
+        return sum(costs[i] for i in part)
 
-    dearest_first = sorted(parts, key=cost, reverse=True)
+    dearest_first = sorted(parts, key=dearness, reverse=True)
     dearest_first += [[] for _ in range(-len(parts) % ranks)]
     return [dearest_first[rank::ranks] for rank in range(ranks)]
 

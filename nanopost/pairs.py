@@ -68,7 +68,7 @@ def mismatched(examples: list[Example], max_length: int) -> list[Pair]:
     pairs = [None] * len(examples)
     for i, j in zip(drawn, np.roll(drawn, -1)):
         row, other = examples[i], examples[j]
-        prompt, answer = row.mask.argmax(), other.mask.argmax()
+        prompt, answer = row.prompt_length, other.prompt_length
         ids = np.concatenate([row.ids[:prompt], other.ids[answer:]])
         mask = np.concatenate([row.mask[:prompt], other.mask[answer:]])
         pairs[i] = row, Example(ids, mask, dict(row.columns))[:max_length]

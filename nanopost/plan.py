@@ -23,6 +23,7 @@ from itertools import combinations, product
 import torch
 
 from nanopost import InputError, hf
+from nanopost.batch import shared
 from nanopost.cli import Parser, above, at_least, command
 from nanopost.dist import finish
 from nanopost.footprint import (
@@ -32,6 +33,7 @@ from nanopost.footprint import (
     SCRIPTS,
     asks_reference,
     cache_bytes_per_token,
+    completions,
     compute_bytes,
     cuda,
     gathered_bytes,
@@ -49,6 +51,7 @@ from nanopost.footprint import (
     rows_at_once,
     samples_here,
     tokens_of_micro_batch,
+    tokens_of_row,
     tokens_of_step,
     units_of,
 )
@@ -91,6 +94,7 @@ LAUNCHES = 66e-3 / 28
 
 # Flags that only some scripts have, or that matter to memory and time in these alone.
 ONLY = {
+    "prompt": ("rm", "dpo", "kto"),
     "rows": ("sft", "rm", "dpo", "kto"),
     "reference": ("dpo", "kto"),
     "beta": ("grpo", "ppo"),
@@ -131,9 +135,19 @@ def forward_flops(c: Config, length: int) -> tuple[float, float, float]:
     return matrices, attention, 2 * c.vocab_size * c.width
 
 
+def mean_length(args) -> float:
+    """Twice the keys that a token of a step sees on average."""
+    if args.script in PAIRS and args.script not in SAMPLE:
+        return (2 * args.length**2 - args.prompt**2) / tokens_of_row(args)
+    if args.script not in SAMPLE:
+        return args.length
+    prompt, new, count = args.length, args.max_new_tokens, completions(args)
+    return (prompt**2 + count * new * (2 * prompt + new)) / (prompt + count * new)
+
+
 def update_flops(args) -> float:
     """Of a step's updates, over all GPUs, with what comes before them without gradients."""
-    tokens, length = tokens_of_step(args), longest(args)
+    tokens, length = tokens_of_step(args), mean_length(args)
     epochs = args.ppo_epochs if args.script == "ppo" else 1
     total = 0.0
     for c in (args.config, args.value_config):
@@ -342,6 +356,7 @@ def flags() -> Parser:
     add("--link", type=above(0.0), help="GB/s, one way, within a node")
     add("--network", type=above(0.0), help="GB/s per GPU, one way, between nodes")
     add("--length", type=at_least(1), default=512, help="tokens of a row, or of a prompt")
+    add("--prompt", type=at_least(0), default=0, help="of these, how many a pair's sides share")
     add(
         "--trained",
         type=above(0.0, 1.0),
@@ -395,7 +410,10 @@ def parsed(arguments=None) -> Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.trained is None:
-        args.trained = args.max_new_tokens / longest(args) if args.script in SAMPLE else 1.0
+        args.trained = 1.0
+        if args.script in SAMPLE:
+            new = completions(args) * args.max_new_tokens
+            args.trained = new / (args.length + new)
     args.config = hf.read_config(args.model)
     args.value_config = None
     if args.script == "ppo" and args.value_model != "head":
@@ -491,12 +509,15 @@ def words(change: dict) -> str:
     return " ".join(found)
 
 
-def end_dry_run(script: str, given: dict, world, lengths: list[int]):
+def end_dry_run(script: str, given: dict, world, rows: list):
     """What a step of a script takes of the hardware at hand, and how to ask for other hardware;
-    then the script ends. given: its flags. lengths: of its rows, of each answer of its pairs, or of
-    its prompts. A collective."""
+    then the script ends. given: its flags. rows: the lengths of its rows or of its prompts, or its
+    pairs. A collective."""
+    lengths, words = rows, ["--model", given["model"], "--script", script, "--gpus", world.size]
+    if script in ONLY["prompt"]:
+        lengths = [len(e) for pair in rows for e in pair]
+        words += ["--prompt", sum(shared(pair)[1] for pair in rows) // len(rows)]
     length = round(sum(lengths) / len(lengths))
-    words = ["--model", given["model"], "--script", script, "--gpus", world.size]
     words += ["--length", max(1, length)]
     defaults = vars(flags().parse_args(list(map(str, words))))
     for name in sorted(given.keys() & defaults.keys() - {"model"}):

@@ -7,6 +7,7 @@ varlen_attn, with the signature of either version of torch and with what the CUD
 
 import sys
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from unittest.mock import patch
 
 import torch
@@ -46,10 +47,13 @@ def attend(q_NHK, k_NGK, v_NGK, cu_q, cu_k, max_q, max_k, window, gqa):
     left, right = window
     assert right == 0, "nanopost is causal"
     out = []
-    for first, last in zip(cu_q.tolist(), cu_q.tolist()[1:]):
-        q, k, v = (x[first:last].transpose(0, 1) for x in (q_NHK, k_NGK, v_NGK))
-        at = torch.arange(last - first)
-        back = at[:, None] - at
+    spans_q, spans_k = (pairwise(cu.tolist()) for cu in (cu_q, cu_k))
+    for (first_q, last_q), (first_k, last_k) in zip(spans_q, spans_k, strict=True):
+        q = q_NHK[first_q:last_q].transpose(0, 1)
+        k, v = (x[first_k:last_k].transpose(0, 1) for x in (k_NGK, v_NGK))
+        # Flash attention aligns the mask at the end: the last query sees all keys.
+        at_k = torch.arange(last_k - first_k)
+        back = at_k[len(at_k) - (last_q - first_q) :, None] - at_k
         seen = (back >= 0) & ((left < 0) | (back <= left))
         out.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, enable_gqa=True))
     return torch.cat(out, 1).transpose(0, 1)

@@ -83,7 +83,8 @@ def measured(world, rows: int, length: int, how: dict | None = None, **sizes) ->
     dist.reproducible = how.pop("reproducible", False)
     config = small_config(**{**SIZES, **sizes})
     ids = torch.arange(length) % config.vocab_size
-    batch = batch_of([Example(ids, torch.ones(length, dtype=torch.bool))] * rows)
+    mask = torch.ones(length, dtype=torch.bool)
+    batch = batch_of([Example(ids.roll(row), mask) for row in range(rows)])
     live = []
 
     def run():

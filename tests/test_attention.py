@@ -1,9 +1,12 @@
 """Packed and cached attention against one dense masked softmax in float64."""
 
+import numpy as np
 import pytest
 import torch
 
+from nanopost import batch
 from nanopost.attention import Cache, Packing, _varlen, cached_attention, packed_attention
+from nanopost.batch import Example, Prefixes
 
 PACKINGS = {
     "one document": [37],
@@ -84,7 +87,7 @@ def test_no_document_feels_another_even_through_nan():
 
 def test_stacks_hold_every_token_once_and_little_padding():
     lengths = torch.randint(1, 200, (300,), generator=torch.Generator().manual_seed(0)).tolist()
-    shapes, index_M, inverse_N = packing(lengths).stacks()
+    shapes, index_M, inverse_N = packing(lengths).stacks
     assert index_M[inverse_N].equal(torch.arange(sum(lengths)))
     assert sum(rows * longest for rows, longest in shapes) == len(index_M) < sum(lengths) * 17 / 16
     assert len(shapes) < 80
@@ -92,7 +95,79 @@ def test_stacks_hold_every_token_once_and_little_padding():
 
 def test_one_document_and_equal_lengths_are_not_moved():
     for lengths in ([37], [8] * 6):
-        assert packing(lengths).stacks() == ([(len(lengths), lengths[0])], None, None)
+        assert packing(lengths).stacks == ([(len(lengths), lengths[0])], None, None)
+
+
+# ---------------------------------------------------------------------------------- shared prefixes
+def tree(*parts) -> tuple[Packing, list[int], Prefixes]:
+    """parts: (tokens taken from the sequence before, tokens of its own)."""
+    whole = [shared + own for shared, own in parts]
+    ids = []
+    for s, (shared, own) in enumerate(parts):
+        ids.append(np.concatenate([ids[-1][:shared] if s else [], np.arange(own) + 100 * s]))
+    prefixes = batch._prefixes([Example(x, x >= 0) for x in ids], np.array(whole))
+    assert prefixes.cu_own.diff().tolist() == [own for _, own in parts]
+    cu_seqlens = torch.tensor([0, *whole]).cumsum(0).int()
+    return Packing(cu_seqlens, max(whole), prefixes), whole, prefixes
+
+
+TREES = {
+    "a group": [(0, 30), (20, 5), (20, 17), (20, 1), (20, 16)],
+    "groups of different prompts": [(0, 9), (4, 3), (4, 8), (0, 50), (45, 45), (45, 2), (0, 3)],
+    "three turns": [(0, 10), (10, 12), (22, 7), (7, 3), (2, 30)],
+    "prompts of similar length, padded": [(0, 40), (33, 5), (0, 40), (34, 5), (0, 40), (34, 5)],
+}
+
+
+@pytest.mark.parametrize("heads, groups", [(4, 4), (8, 2), (8, 1)])
+@pytest.mark.parametrize("window", [None, 3, 25, 90])
+@pytest.mark.parametrize("parts", TREES.values(), ids=TREES)
+def test_shared_prefixes_give_what_whole_sequences_give(parts, window, heads, groups):
+    """Against the dense softmax of the whole sequences, forward and backward."""
+    shared, lengths, (index_N, first_U, *_) = tree(*parts)
+    qkv = inputs(len(first_U), heads, groups, 8)
+    expected_N = dense(*(x[index_N] for x in qkv), lengths, window)
+    expected, got = expected_N[first_U], packed_attention(*qkv, shared, window)
+    assert (expected_N - expected[index_N]).abs().max() <= 1e-12  # a prefix does not see its end
+    assert (got - expected).abs().max() <= 1e-12
+    upstream = torch.randn(got.shape, dtype=got.dtype, generator=torch.Generator().manual_seed(1))
+    for a, b in zip(
+        torch.autograd.grad(got, qkv, upstream), torch.autograd.grad(expected, qkv, upstream)
+    ):
+        assert (a - b).abs().max() <= 1e-11
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_shared_prefixes_stay_within_rounding_of_float64(dtype, most):
+    shared, lengths, (index_N, first_U, *_) = tree(*TREES["groups of different prompts"])
+    qkv = inputs(len(first_U), 8, 2, 32, dtype)
+    wide = [x.detach().double().requires_grad_() for x in qkv]
+    expected = dense(*(x[index_N] for x in wide), lengths, None)[first_U]
+    got = packed_attention(*qkv, shared)
+    gradients = zip(
+        torch.autograd.grad(got, qkv, torch.ones_like(got)),
+        torch.autograd.grad(expected, wide, torch.ones_like(expected)),
+    )
+    for ours, exact in [(got, expected), *gradients]:
+        assert ours.dtype == dtype and (ours - exact).norm() <= most * exact.norm()
+
+
+def test_large_scores_of_one_part_do_not_spoil_the_other():
+    """Where a call by itself would overflow in an exponential."""
+    shared, lengths, (index_N, first_U, *_) = tree((0, 12), (8, 3), (8, 9))
+    q, k, v = inputs(len(first_U), 2, 2, 8)
+    for at in (slice(0, 8), slice(8, None)):
+        scaled = k.detach().clone()
+        scaled[at] *= 200
+        qkv = [x.detach().clone().requires_grad_() for x in (q, scaled, v)]
+        expected = dense(*(x[index_N] for x in qkv), lengths, None)[first_U]
+        got = packed_attention(*qkv, shared)
+        upstream = torch.ones_like(got)
+        for a, b in zip(
+            [got, *torch.autograd.grad(got, qkv, upstream)],
+            [expected, *torch.autograd.grad(expected, qkv, upstream)],
+        ):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("heads, groups", [(4, 4), (8, 2), (8, 1)])

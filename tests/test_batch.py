@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nanopost import InputError, StepError, hf
+from nanopost import batch as batch_module
 from nanopost.batch import Example, batch_of
 from runs import toy
 
@@ -196,3 +197,74 @@ def test_a_target_that_is_not_among_its_kept_ids_is_an_error(ids):
     wrong = Example([10, 11, 12], [False, False, True], {}, kept((), (), ids))
     with pytest.raises(StepError, match=f"1 sampled tokens, token 12 .*there are {len(ids)}"):
         batch_of([CUT[0], wrong])
+
+
+# ----------------------------------------------------------------------------------------- prefixes
+def sequences(*ids, prompt=2):
+    return [Example(x, np.arange(len(x)) >= prompt) for x in ids]
+
+
+def test_what_neighbours_begin_with_is_computed_once_token_by_token():
+    first, second, third = [1, 2, 3], [1, 2, 4, 5], [1, 2, 4, 5, 6]
+    batch = batch_of(sequences(first, second, third, [9]))
+    assert batch.token_N.tolist() == [*first, *second, *third, 9]  # all of them, as without
+    index_N, first_U, cu_own, max_own = batch.prefixes
+    assert index_N.tolist() == [0, 1, 2, 0, 1, 3, 4, 0, 1, 3, 4, 5, 6]
+    assert first_U.tolist() == [0, 1, 2, 5, 6, 11, 12]
+    assert cu_own.tolist() == [0, 3, 5, 6, 7] and max_own == 3
+    assert (index_N.dtype, first_U.dtype, cu_own.dtype) == (torch.int64, torch.int64, torch.int32)
+    assert [x.device.type for x in batch.to("meta").prefixes[:3]] == ["meta"] * 3
+
+
+@pytest.mark.parametrize(
+    "ids, prompt, expected",
+    {
+        "two completions": ([[1, 2, 3], [1, 2, 4]], 2, [0, 2]),
+        "the last token is its own": ([[1, 2, 3], [1, 2, 3]], 2, [0, 2]),
+        "a sequence that the one before begins with": ([[1, 2, 3, 4], [1, 2, 3]], 1, [0, 2]),
+        "nothing in common": ([[1, 2, 3], [2, 2, 3]], 2, [0, 0]),
+        "only the one before counts": ([[1, 2, 3], [5, 6], [1, 2, 4]], 2, [0, 0, 0]),
+        "a prompt and little more is the prompt": (
+            [[*range(16), 20, 21], [*range(16), 20, 22], [*range(16), 20, 20, 20, 7]],
+            16,
+            [0, 16, 16],
+        ),
+        "a prompt and much more": ([[*range(16), 20], [*range(16), 21]], 8, [0, 16]),
+        "less than a sixteenth": ([[1, *[2] * 20], [1, *[3] * 20]], 1, [0, 0]),
+        "a sixteenth": ([[1, *[2] * 20], [1, *[3] * 15]], 1, [0, 1]),
+        "without a prompt": ([[1, 2, 3], [1, 2, 4]], 0, [0, 2]),
+    }.values(),
+)
+def test_how_much_a_sequence_shares(ids, prompt, expected):
+    assert batch_module.shared(sequences(*ids, prompt=prompt)) == expected
+
+
+def test_random_trees_are_computed_once_where_each_sequence_says_so():
+    draw = np.random.default_rng(0)
+    for _ in range(200):
+        made = []
+        for _ in range(draw.integers(1, 9)):
+            start = list(made[draw.integers(len(made))]) if made else []
+            start = start[: draw.integers(len(start) + 1)]
+            made.append([*start, *draw.integers(0, 2, draw.integers(1, 9))])
+        examples = sequences(*made, prompt=int(draw.integers(4)))
+        batch, shared = batch_of(examples), batch_module.shared(examples)
+        if batch.prefixes is None:
+            assert not any(shared)
+            continue
+        index_N, first_U, cu_own, max_own = batch.prefixes
+        assert batch.token_N[first_U][index_N].equal(batch.token_N)
+        assert batch.position_N[first_U][index_N].equal(batch.position_N)
+        assert index_N[first_U].equal(torch.arange(len(first_U)))
+        own = [len(ids) - count for ids, count in zip(made, shared)]
+        assert cu_own.diff().tolist() == own and max_own == max(own) and min(own) > 0
+        # What a token is computed from is what comes before it in its own sequence.
+        for ids, index in zip(made, index_N.split(batch.cu_seqlens.diff().tolist())):
+            history = [first_U[u] - batch.position_N[first_U[u]] for u in index]
+            for t, start in enumerate(history):
+                assert batch.token_N[start : start + t + 1].tolist() == ids[: t + 1]
+
+
+def test_nothing_is_shared_where_that_is_switched_off(monkeypatch):
+    monkeypatch.setattr(batch_module, "SHARED", 2)
+    assert batch_of(sequences([1, 2, 3], [1, 2, 4])).prefixes is None

@@ -9,6 +9,7 @@ from ranks import on_ranks
 from small import random_ids, small_config, small_model
 
 from nanopost import StepError, dist
+from nanopost import batch as batch_module
 from nanopost.batch import Example, batch_of
 from nanopost.forward import add_logprobs, add_values, batches, check_finite, logprobs, scores
 from nanopost.model import ActorCritic, ScalarModel
@@ -19,11 +20,16 @@ def examples(*lengths, prompt=1):
 
 
 # ------------------------------------------------------------------------------------ micro-batches
+def computed(batch) -> int:
+    """The number of tokens that go through the model."""
+    return len(batch.token_N if batch.prefixes is None else batch.prefixes.first_U)
+
+
 @pytest.mark.parametrize("tokens", [12, 20, 1000])
 def test_batches_hold_every_unit_once_within_the_budget(alone, tokens):
     pairs = [tuple(examples(a, b)) for a, b in ((3, 9), (2, 2), (5, 1), (4, 4), (1, 6))]
     made = list(batches(small_model(), pairs, tokens, "cpu"))
-    assert max(len(batch.token_N) for batch in made) <= tokens and not made[0].dummy
+    assert max(map(computed, made)) <= tokens and not made[0].dummy
     seen = []
     for batch in made:
         parts = batch.token_N.split(batch.cu_seqlens.diff().tolist())
@@ -32,6 +38,76 @@ def test_batches_hold_every_unit_once_within_the_budget(alone, tokens):
         assert batch.num_examples == len(sides) and len(sides) % 2 == 0
     whole = [tuple(tuple(e.ids.tolist()) for e in pair) for pair in pairs]
     assert sorted(seen) == sorted(whole)
+
+
+def completions(prompt, *lengths, seed=0):
+    """Examples of one prompt, of that many tokens."""
+    start = random_ids(prompt, 100 + seed)
+    ids = [[*start, *random_ids(n, 10 * seed + i)] for i, n in enumerate(lengths)]
+    return [Example(x, np.arange(len(x)) >= prompt) for x in ids]
+
+
+@pytest.mark.parametrize("tokens", [31, 64, 1000])
+def test_completions_of_a_prompt_come_together_and_the_budget_counts_it_once(alone, tokens):
+    groups = [completions(20, 3, 5, 4, 6, seed=s) for s in range(3)]
+    mixed = [e for at_once in zip(*groups) for e in at_once]
+    made = list(batches(small_model(), mixed, tokens, "cpu"))
+    assert sum(batch.num_examples for batch in made) == 12
+    assert max(map(computed, made)) <= tokens
+    # A group is 38 tokens, or two parts with a prompt each; all are 114.
+    assert [len(made), sum(map(computed, made))] == {
+        31: [6, 174],
+        64: [3, 114],
+        1000: [1, 114],
+    }[tokens]
+
+
+def test_pairs_share_their_prompt_and_that_of_other_pairs(alone):
+    a, b, c, d = completions(20, 3, 5, 4, 6)
+    (batch,) = batches(small_model(), [(a, b), (c, d)], 64, "cpu")
+    assert computed(batch) == 20 + 3 + 5 + 4 + 6 and batch.num_examples == 4
+    # The second side has another prompt: what follows it shares nothing.
+    other = examples(30)[0]
+    made = list(batches(small_model(), [(a, other), (c, other)], 79, "cpu"))
+    assert [computed(batch) for batch in made] in ([53, 54], [54, 53])
+
+
+KINDS = {
+    "groups": lambda: [e for s in range(2) for e in completions(20, 3, 9, 4, 6, seed=s)],
+    "pairs": lambda: [tuple(completions(12, 9, 30, seed=s)) for s in range(3)],
+    "turns": lambda: [e[:n] for e in completions(10, 40) for n in (17, 29, 50)],
+    "the same twice": lambda: completions(10, 8) * 2 + completions(10, 5, seed=1),
+}
+
+
+@pytest.mark.parametrize("how", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_prefixes_change_no_number(alone, monkeypatch, kind, how):
+    """Log-probs, entropies and gradients in fp32, of the whole vocabulary's entropy too."""
+    model = small_model()
+    model.model.checkpointing = how
+
+    def numbers():
+        found = {}
+        for batch in batches(model, KINDS[kind](), 1000, "cpu"):
+            logp_N, entropy_N = model(batch, 0.7)
+            (logp_N.sum() + entropy_N.square().sum()).backward()
+            for e, *x in zip(
+                batch.examples, batch.split(logp_N.detach()), batch.split(entropy_N.detach())
+            ):
+                found[e.ids.tobytes()] = x
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        model.zero_grad(set_to_none=True)
+        return computed(batch), found, gradient
+
+    few, ours, gradient = numbers()
+    monkeypatch.setattr(batch_module, "SHARED", 2)
+    many, theirs, expected = numbers()
+    assert few < many and ours.keys() == theirs.keys()
+    for key, (logp, entropy) in ours.items():
+        assert np.abs(logp - theirs[key][0]).max() <= 1e-5
+        assert np.abs(entropy - theirs[key][1]).max() <= 1e-5
+    assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_single_examples_are_units_too_and_nothing_gives_a_dummy(alone):
@@ -157,7 +233,7 @@ def test_a_score_is_the_number_at_the_last_token_whatever_the_budget():
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.2, generator=torch.Generator().manual_seed(p.numel()))
-    made = examples(9, 15, 2, 1, 7)
+    made = [*examples(9, 15, 2, 1, 7), *completions(4, 3, 9, 5)]
     expected = [float(model(batch_of([e]))[-1].detach()) for e in made]
     assert max(expected) - min(expected) > 0.1
     for tokens in (4, 16, 1000):  # 4: fewer than the longest example has

@@ -271,7 +271,7 @@ def test_the_kl_and_the_entropy_are_of_groups_of_equal_rewards_too(place, tmp_pa
         return minibatches(items, *rest)
 
     monkeypatch.setattr(packing, "minibatches", watched)
-    more = ("--reward", "regex:never", "--temperature", 0.8)
+    more = ("--reward", "regex:never", "--temperature", 0.8, "--minibatches", 1)
     run_here("train_grpo.py", *grpo(place, tmp_path / "kl", *more, "--beta", 0.1))
     line = metrics(tmp_path / "kl")[1]
     batch = batch_of(examples)

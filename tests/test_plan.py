@@ -78,13 +78,16 @@ def write_inputs(folder, prompt: int, answer: int, **sizes):
         "prompts": {"prompt": user},
     }
     for name, row in rows.items():
-        (folder / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+        # They begin differently: they share nothing.
+        lines = [json.dumps(row).replace("a" * 9, f"{i:02}aaaaaaa") for i in range(40)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines))
     (folder / "reward.py").write_text(REWARD)
 
 
 DATA = {"sft": "chats", "rm": "pairs", "dpo": "pairs", "grpo": "prompts", "ppo": "prompts"}
 PAIRS = {"rows": 8, "tokens": 1024}
-SAMPLED = {"prompts": 4, "group": 4, "minibatches": 1, "tokens": 1024, "max_new_tokens": 16}
+OF_PAIRS = {"prompt": 64, "trained": 2 / 3}
+SAMPLED = {"prompts": 4, "group": 4, "minibatches": 1, "tokens": 352, "max_new_tokens": 16}
 # name: script, sizes of the model, tokens of prompt and of answer, flags, flags of the plan alone
 RUNS = {
     "sft, tied, qk-norm": (
@@ -114,9 +117,9 @@ RUNS = {
         {},
     ),
     "sft, bf16": ("sft", {}, (64, 64), {"rows": 16, "tokens": 1024, "dtype": "bf16"}, {}),
-    "rm": ("rm", {}, (64, 64), PAIRS, {}),
-    "dpo, a frozen reference": ("dpo", {}, (64, 64), PAIRS, {"trained": 0.5}),
-    "dpo, adapters, one model": ("dpo", {}, (64, 64), {**PAIRS, "lora": 16}, {"trained": 0.5}),
+    "rm": ("rm", {}, (64, 64), PAIRS, {"prompt": 64}),
+    "dpo, a frozen reference": ("dpo", {}, (64, 64), PAIRS, OF_PAIRS),
+    "dpo, adapters, one model": ("dpo", {}, (64, 64), {**PAIRS, "lora": 16}, OF_PAIRS),
     "sft, adapters beside NF4, bf16": (
         "sft",
         {},
@@ -296,11 +299,12 @@ def test_numbers_of_parameters_are_those_of_the_models(tmp_path):
 
 # ------------------------------------------------------------------------------------------- a GPU
 def test_two_runs_on_an_h200_peak_where_the_plan_says(tmp_path):
-    """bench/train_step.py's, whose torch, 2.11, kept keys and values for every query head."""
+    """bench/train_step.py's, of whole sequences, so as if each completion had a prompt of its own.
+    Their torch, 2.11, kept keys and values for every query head."""
     jobs = json.loads((ROOT / "bench/results/train_step.json").read_text())["jobs"]
     folder = write_config(tmp_path / "model", QWEN_1_5B)
     sft = planned(folder, "sft", "--gpu", "h200", "--rows", 64, "--length", 1024)
-    shapes = ["--prompts", 32, "--group", 8, "--length", 190, "--max_new_tokens", 512]
+    shapes = ["--prompts", 256, "--group", 1, "--length", 190, "--max_new_tokens", 512]
     grpo = planned(folder, "grpo", "--gpu", "h200", *shapes)
     for args, name in ((sft, "sft"), (grpo, "grpo")):
         assert 8000 < plan.tokens_of_micro_batch(args) <= 8192
@@ -319,8 +323,8 @@ def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
     config = plan_worker.small_config(**sizes)
     model = CausalLM(config).init_weights(0)
     model.model.checkpointing = checkpointing
-    ids = torch.arange(128)
-    batch = batch_of([Example(ids, torch.ones(128, dtype=torch.bool))] * 4)
+    ids, mask = torch.arange(128), torch.ones(128, dtype=torch.bool)
+    batch = batch_of([Example(ids.roll(row), mask) for row in range(4)])
     with FlopCounterMode(display=False) as counter:
         (-model(batch)[0].sum()).backward()
     counted = counter.get_total_flops()
@@ -433,7 +437,7 @@ def test_flags_have_the_scripts_defaults(script, tmp_path):
             assert args[flag] == default, flag
     assert {"tokens", "kernels", "dtype"} <= shared.keys()
     for flag, scripts in plan.ONLY.items():
-        if flag not in ("server_gpus", "beta"):
+        if flag not in ("server_gpus", "beta", "prompt"):
             assert (flag in shared) == (name in scripts), flag
 
 

@@ -38,6 +38,25 @@ def test_attention_calls_the_cuda_kernel_for_what_the_cpu_computes(version, grou
     assert (ours.float() - exact).norm() < 1e-2 * exact.norm()
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("window", [None, 3, 100])
+def test_the_cuda_kernel_gets_the_keys_of_a_shared_prefix(version, window):
+    ids = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7], [1, 2, 3, 4, 7, 8, 9], [5], [5, 6, 7]]
+    batch = batch_of([Example(x, [True] * len(x)) for x in ids])
+    packing = Packing(batch.cu_seqlens, batch.max_seqlen, batch.prefixes)
+    assert len(batch.prefixes.first_U) == 12
+    draw = torch.Generator().manual_seed(0)
+    qkv = [torch.randn(12, n, 16, generator=draw).bfloat16().requires_grad_() for n in (4, 2, 2)]
+    wide = [x.detach().float().requires_grad_() for x in qkv]
+    exact = packed_attention(*wide, packing, window)
+    with gpu_on_cpu.pretended(version) as taken:
+        ours = packed_attention(*qkv, packing, window)
+        gradients = torch.autograd.grad(ours.float().sum(), qkv)
+    assert {"packed_attention", "repeat"} <= taken
+    for a, b in zip([ours, *gradients], [exact, *torch.autograd.grad(exact.sum(), wide)]):
+        assert (a.float() - b).norm() < 1e-2 * b.norm()
+
+
 def test_products_in_fp32_have_no_derivative_on_cuda_and_nothing_asks_for_one():
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randn(6, 6, generator=draw).bfloat16() for _ in range(2))

@@ -255,9 +255,8 @@ FAULTS = {
     "packing leak": Fault(
         "grpo",
         "nanopost/model.py",
-        '"""Packed documents -> hidden_ND."""\n        packing = Packing(cu_seqlens, max_seqlen)',
-        '"""Packed documents -> hidden_ND."""\n'
-        "        packing = Packing(cu_seqlens[[0, -1]], int(cu_seqlens[-1]))",
+        "packing = Packing(cu_seqlens, max_seqlen, prefixes)",
+        "prefixes = None\n        packing = Packing(cu_seqlens[[0, -1]], int(cu_seqlens[-1]))",
         "log-probs",
         "packing leak",
     ),
@@ -272,9 +271,8 @@ FAULTS = {
     "packing leak in SFT": Fault(
         "sft",
         "nanopost/model.py",
-        '"""Packed documents -> hidden_ND."""\n        packing = Packing(cu_seqlens, max_seqlen)',
-        '"""Packed documents -> hidden_ND."""\n'
-        "        packing = Packing(cu_seqlens[[0, -1]], int(cu_seqlens[-1]))",
+        "packing = Packing(cu_seqlens, max_seqlen, prefixes)",
+        "prefixes = None\n        packing = Packing(cu_seqlens[[0, -1]], int(cu_seqlens[-1]))",
         "log-probs",
         "packing leak",
     ),
