@@ -29,7 +29,7 @@ Unlike the GRPO paper: no KL by default, token-level averaging, old log-probs fr
 variants are in forks/: two-sided clip, overlong masking, top-entropy tokens, GDPO, KL in the
 reward.
 
-    bash runs/toy.sh                                      # on a laptop, four minutes
+    bash runs/toy.sh                                      # on a laptop, two to four minutes
     torchrun --nproc_per_node 8 train_grpo.py --model out/sft --data prompts.jsonl --reward gsm8k
 """
 

@@ -8,6 +8,7 @@ A script declares its own beside them:
 """
 
 import argparse
+import difflib
 import io
 import math
 import re
@@ -95,8 +96,24 @@ class Parser(argparse.ArgumentParser):
             action.help = f"{action.help}; default {shown}" if action.help else f"default {shown}"
         return action
 
+    def parse_known_args(self, args=None, namespace=None):
+        self.given = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(self.given, namespace)
+
     def error(self, message):
+        if message.startswith(("unrecognized", "the following")):
+            message += self._misspelt()
         self.exit(2, f"error: {message.removeprefix('argument ')} (--help lists all flags)\n")
+
+    def _misspelt(self) -> str:
+        """What flags that do not exist may have meant."""
+        hints = []
+        for text in self.given:
+            name = text.partition("=")[0]
+            if name.startswith("-") and name not in self._option_string_actions:
+                meant = difflib.get_close_matches(name, self._option_string_actions, n=1)
+                hints += [f"; for {name}, did you mean {flag}?" for flag in meant]
+        return "".join(hints)
 
 
 def command(main):

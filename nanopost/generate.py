@@ -3,8 +3,9 @@ r"""python -m nanopost.generate: what a model answers, in a chat or to a file of
     --model DIR                                       a chat: each answer appears as it is sampled
     --model DIR --data prompts.jsonl --out FILE       JSONL: rows of prompts, each with its answers
 
-In a chat, Ctrl-C ends an answer, /clear starts over, /quit or Ctrl-D leaves. --data takes the rows
-of the RL scripts; what it writes are rows of train_sft.py.
+In a chat, Ctrl-C ends an answer, /clear forgets the earlier turns, which are part of each prompt,
+/quit or Ctrl-D leaves. --data takes the rows of the RL scripts; what it writes are rows of
+train_sft.py.
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from nanopost.terminal import printable, progress, say
 from nanopost.tokenizer import Pieces, Tokenizer, check_stage
 
 REPLACED = ("completion", "finish", "tokens", "messages")  # columns of an answer, or read before it
-COMMANDS = "Ctrl-C ends an answer, /clear starts over, /quit or Ctrl-D leaves"
+COMMANDS = "Ctrl-C ends an answer, /clear forgets earlier turns, /quit or Ctrl-D leaves"
 READ = ("data", "model", "chat_template")  # flags of files that are read
 
 
@@ -97,6 +98,10 @@ def chat(args, engine, tokenizer, positions):
     talk = Chat(engine, tokenizer, cli.sampling(args, kept=False), positions, args.seed)
     talk.messages = system
     say(COMMANDS)
+    how = "greedy"
+    if args.temperature:
+        how = f"sampled at temperature {args.temperature:g} (--temperature 0: greedy)"
+    say(f"answers are {how}; earlier turns are part of the prompt")
     while True:
         try:
             question = input("> ")
@@ -106,11 +111,15 @@ def chat(args, engine, tokenizer, positions):
         except EOFError:
             print()
             return
-        if question.strip() == "/quit":
+        if question.rstrip() == "/quit":
             return
-        if question.strip() == "/clear":
+        if question.rstrip() == "/clear":
             talk.messages = system
+            say("(cleared)")
+        elif question.startswith("/"):
+            say(f"no such command: {COMMANDS}; to send such a line, put a space before it")
         elif question.strip():
+            question = question[1:] if question.startswith(" /") else question
             try:
                 finish = talk.answer(question, write)
             except InputError as error:

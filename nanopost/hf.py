@@ -51,10 +51,7 @@ def read_config(folder) -> Config:
         return config
     if (folder / "config.json").is_file():
         return Config.of(read_json(folder / "config.json"), str(folder / "config.json"))
-    if (folder / ".saving").is_dir():
-        raise InputError(
-            f"{folder} has no config.json: a save was cut off here; --resume the run that wrote it."
-        )
+    check_is_model(folder)
     if folder.is_dir():
         raise InputError(f"{folder} has no config.json: it is not a Hugging Face model folder.")
     hint = ""
@@ -67,6 +64,44 @@ def read_config(folder) -> Config:
         f"{folder} is not a folder: correct the path, or create it first (python train_sft.py "
         f"writes out/sft){hint}."
     )
+
+
+def check_is_model(folder):
+    """InputError for a folder without config.json that is known to be something else."""
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return
+    if (folder / ".saving").is_dir():
+        raise InputError(
+            f"{folder} has no config.json: a save was cut off here; --resume the run that wrote it."
+        )
+    if (folder / "state.json").is_file():
+        raise InputError(
+            f"{folder} is a run's checkpoint, not a model: --resume the run, which writes its "
+            "model at the end (at once, if --steps is the checkpoint's step)."
+        )
+    if (folder / "run.json").is_file():
+        log = folder / "metrics.jsonl"
+        text = log.read_text(encoding="utf-8") if log.is_file() else ""
+        steps = re.findall(r'^{"step": (\d+)', text, re.M) or [0]
+        raise InputError(
+            f"the run in {folder} is at step {steps[-1]} and has not written its model, which it "
+            "does at its end: --resume it if it has stopped."
+        )
+    if holders := inside(folder, "config.json", lora.CONFIG):
+        raise InputError(f"{folder} holds no model; {holders}: name one of them.")
+
+
+def inside(folder, *names: str) -> str:
+    """The folders in `folder` that hold such a file, or else those in them, as the end of a
+    sentence: "out/a and out/b do"; "" if there are none."""
+    for depth in ("*", "*/*"):
+        paths = [path for name in names for path in Path(folder).glob(f"{depth}/{name}")]
+        found = sorted({str(path.parent) for path in paths})
+        if found:
+            *first, last = [*found[:5], f"{len(found) - 5} more"] if len(found) > 5 else found
+            return f"{', '.join(first)} and {last} do" if first else f"{last} does"
+    return ""
 
 
 def load_model(

@@ -1,7 +1,7 @@
 """python -m nanopost.page: one page that shows a run, or compares several, opened from a file.
 
     out/grpo                                      writes out/grpo/page.html
-    out/grpo out/ppo --out compare.html           both in one page
+    out/grpo out/ppo                              both in one page, out/page.html
     out/grpo --steps 40:60 --rollouts 0 --max_mb 100
                                                   every rollout of these steps
 
@@ -28,8 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
-from nanopost import InputError
+from nanopost import InputError, hf
 from nanopost.cli import Parser, above, at_least, command
+from nanopost.plot import place
 from nanopost.run import starts_of
 from nanopost.terminal import say
 from nanopost.tokenizer import Tokenizer
@@ -409,9 +410,9 @@ def script_of(start: dict) -> str:
 # -------------------------------------------------------------------------------------------- texts
 def tokenizer_of(folder: Path, start: dict) -> Tokenizer | None:
     """That of the trained model, or else of the model that the run began with."""
-    for place in (folder, start["args"].get("model")):
+    for source in (folder, start["args"].get("model")):
         try:
-            return Tokenizer.load(str(place))
+            return Tokenizer.load(str(source))
         except InputError:
             continue
     return None
@@ -450,9 +451,8 @@ def scripts_of(folder: Path, index: int, limits: Limits) -> tuple[dict, list[str
     sentences about what was left out). limits.size: bytes of this run."""
     starts = starts_of(folder)
     if not starts or not isinstance(starts[-1]["args"], dict):
-        raise InputError(
-            f"{folder} holds no run: it has no run.json that can be read; give the --out of a run."
-        )
+        hint = hf.inside(folder, "run.json") or "give the --out of a run"
+        raise InputError(f"{folder} holds no run: it has no run.json that can be read; {hint}.")
     start, left_out = starts[-1], Counter()
     steps, columns, broken = metrics_of(folder, left_out)
     run = {"name": str(folder), "script": script_of(start), "starts": len(starts)}
@@ -547,7 +547,11 @@ def parsed(arguments=None):
     parser = Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="a run's folder, its --out")
-    add("--out", metavar="FILE", help="the page; default: page.html in the first run's folder")
+    add(
+        "--out",
+        metavar="FILE",
+        help="default: page.html in RUN; of several, in the folder of all",
+    )
     add(
         "--steps",
         type=span,
@@ -572,12 +576,14 @@ def _begins_with(path, start) -> bool:
 def main(arguments=None):
     args = parsed(arguments)
     folders = [Path(folder) for folder in dict.fromkeys(args.runs)]
-    out = Path(args.out) if args.out else folders[0] / "page.html"
+    out = Path(args.out or place(folders, "page.html"))
     first = TEMPLATE.read_text(encoding="utf-8").partition("\n")[0]
     if out.exists() and not _begins_with(out, first.encode()):
         raise InputError(f"--out {out} exists and is no page of a run: choose another.")
     limits = Limits(args.steps, args.rollouts, args.max_tokens, args.max_mb * 1e6)
     html, sentences = page(folders, limits)
+    if out.exists() and (args.out or len(folders) > 1):
+        say(f"replaces {out}, which was there")
     try:
         out.write_text(html, encoding="utf-8")
     except OSError as error:

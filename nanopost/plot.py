@@ -4,8 +4,10 @@
     python -m nanopost.plot out/grpo out/ppo --metrics reward kl --smooth 10 --out both.png
 
 Without --metrics there is a panel for each metric that matters for the algorithms there are. A run
-has one colour in all panels. Faint lines are the steps themselves, strong ones a running mean, and
-markers the held-out evaluations. Alarms are ticks at the top, named in the panel at the bottom.
+has one colour in all panels. Faint lines are the steps themselves, strong ones a running mean, over
+as many steps for all runs, and markers the held-out evaluations. Alarms are ticks at the top, named
+in the panel at the bottom. The PNG of one run is OUT/curves.png; that of several, curves.png in the
+folder that holds them all.
 """
 
 import importlib.util
@@ -18,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nanopost import InputError, alarms, cli
+from nanopost import InputError, alarms, cli, hf
 from nanopost.cli import at_least, command
 from nanopost.terminal import say
 
@@ -82,7 +84,8 @@ def read(folder, label: str) -> Curves:
     no run."""
     path = Path(folder) / "metrics.jsonl"
     if not path.is_file():
-        raise InputError(f"{folder} holds no metrics.jsonl: name the --out of a run.")
+        hint = hf.inside(folder, "metrics.jsonl") or "name the --out of a run"
+        raise InputError(f"{folder} holds no metrics.jsonl; {hint}.")
     lines, damaged = _lines(path)
     columns, infinite = {}, {}
     for line in lines:
@@ -137,6 +140,15 @@ def labels(folders: list[str]) -> list[str]:
     if len(paths) == 1:
         return [os.path.basename(paths[0])]
     return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
+
+
+def place(folders: list, name: str) -> Path:
+    """Where what is made of these runs goes: of one, to its folder; of several, to the folder that
+    holds them all, where it replaces no run's own."""
+    if len(folders) == 1:
+        return Path(folders[0], name)
+    parents = [os.path.dirname(os.path.abspath(folder)) for folder in folders]
+    return Path(os.path.commonpath(parents), name)
 
 
 def panels(runs: list[Curves], metrics: list[str] | None) -> list[Panel]:
@@ -195,9 +207,13 @@ def _window_sums(x_N, n: int):
 
 
 def figure_of(runs: list[Curves], chosen: list[Panel], smooth: int | None = None):
-    """-> matplotlib's Figure. smooth: steps of the running mean; None: a fortieth of each run."""
+    """-> matplotlib's Figure. smooth: steps of the running mean; None: a fortieth of the longest
+    run."""
     from matplotlib import pyplot as plt
 
+    if smooth is None:
+        logged = [len(steps) for run in runs for steps in run.columns.values()]
+        smooth = max(1, max(logged) // 40)
     colours = {
         run.label: COLOURS[i] if len(runs) <= len(COLOURS) else plt.cm.turbo(i / (len(runs) - 1))
         for i, run in enumerate(runs)
@@ -300,9 +316,8 @@ def _draw_panel(axis, panel, runs, colours, smooth):
         _as_they_are(legend.get_texts())
 
 
-def _draw_curve(axis, points, style, colour, smooth):
+def _draw_curve(axis, points, style, colour, n):
     steps, values = list(points), list(points.values())
-    n = smooth or max(1, len(steps) // 40)
     if n > 1:
         axis.plot(steps, values, style, color=colour, linewidth=0.8, alpha=0.25)
     few = {"marker": "."} if len(steps) < 3 else {}
@@ -342,12 +357,16 @@ def parsed(arguments=None):
     parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("runs", nargs="+", metavar="OUT", help="folders of runs")
-    add("--out", metavar="FILE.png", help="default: curves.png in the folder that holds them all")
+    add(
+        "--out",
+        metavar="FILE.png",
+        help="default: curves.png in OUT; of several, in the folder of all",
+    )
     add("--metrics", nargs="+", metavar="NAME", help="these alone, a panel each")
     add(
         "--smooth",
         type=at_least(1),
-        help="steps in a running mean; 1: none; default: a fortieth of each run",
+        help="steps in a running mean; 1: none; default: a fortieth of the longest run",
     )
     return parser.parse_args(arguments)
 
@@ -355,7 +374,7 @@ def parsed(arguments=None):
 def main(arguments=None):
     args = parsed(arguments)
     runs = [read(folder, label) for folder, label in zip(args.runs, labels(args.runs))]
-    out = Path(args.out or Path(os.path.commonpath(map(os.path.abspath, args.runs)), "curves.png"))
+    out = Path(args.out or place(args.runs, "curves.png"))
     if out.suffix != ".png":
         raise InputError(f"--out {out}: it is a PNG: end the name in .png.")
     if not out.absolute().parent.is_dir():
@@ -366,7 +385,13 @@ def main(arguments=None):
     import matplotlib
 
     matplotlib.use("Agg")  # no window
-    figure_of(runs, panels(runs, args.metrics), args.smooth).savefig(out, dpi=110)
+    if os.path.exists(out) and (args.out or len(runs) > 1):
+        say(f"replaces {out}, which was there")
+    figure = figure_of(runs, panels(runs, args.metrics), args.smooth)
+    try:
+        figure.savefig(out, dpi=110)
+    except OSError as error:
+        raise InputError(f"--out {out}: {error.strerror}: choose another.") from error
     say(f"the curves are in {out}")
 
 

@@ -116,7 +116,7 @@ class Replay:
         """Nothing to release."""
 
 
-FIELDS = [field.name for field in fields(Rollout) if field.name != "prompt"]
+FIELDS = [field.name for field in fields(Rollout) if field.name not in ("prompt", "answer")]
 
 
 def _path(out, rank):

@@ -40,7 +40,8 @@ class Recorded:
         self.out = Path(out)
         self.starts = starts_of(out)
         if not self.starts:
-            raise InputError(f"{out} is no run's folder: it has no run.json.")
+            hint = hf.inside(out, "run.json") or "give the --out of a run"
+            raise InputError(f"{out} is no run's folder: it has no run.json; {hint}.")
         command = self.starts[-1]["command"]
         self.kind = next(iter(re.findall(r"train_(\w+)\.py", command)), "")
         if self.kind not in KINDS:

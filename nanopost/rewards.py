@@ -318,8 +318,9 @@ def score(
 ):
     """Rewards of the G Rollouts of each row -> float64 reward_FPG, NaN where one does not apply.
 
-    step: the one of training that they are for, or that would follow an evaluation. With
-    --reproducible each call of a reward is for one chunk of prompts (packing.part).
+    Each rollout gets its row's answer, for samples.jsonl. step: the one of training that they are
+    for, or that would follow an evaluation. With --reproducible each call of a reward is for one
+    chunk of prompts (packing.part).
     """
     if dist.reproducible and len(groups) > CHUNK:
         parts = []
@@ -330,6 +331,7 @@ def score(
     flat = [(row, rollout) for row, group in zip(rows_P, groups) for rollout in group]
     completions = []
     for row, rollout in flat:
+        rollout.answer = row.get("answer")
         text = completion_text(rollout, tokenizer)
         if isinstance(row["prompt"], list):
             completions.append([{"role": "assistant", "content": text}])

@@ -35,6 +35,7 @@ class Rollout:
     # none where not sampled. None: nothing was cut, or Sampling.kept did not ask for them.
     kept: list[np.ndarray] | None = None
     arrived: int | None = None  # if it ran ahead: its place in the order in which groups finished
+    answer: object = None  # the column of its row, once it has been rewarded: see rewards.score
 
     def __post_init__(self):
         if np.ndim(self.versions) == 0:
@@ -84,13 +85,15 @@ def completion_text(rollout: Rollout, tokenizer) -> str:
 
 
 def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list[dict]:
-    """Rollouts for samples.jsonl: text, finish reason, and columns of one number per rollout, None
-    where it is NaN."""
+    """Rollouts for samples.jsonl: text, finish reason, the row's answer if it has one, and columns
+    of one number per rollout, None where it is NaN."""
     records = []
     for i, r in enumerate(rollouts):
         numbers = {name: float(values[i]) for name, values in columns.items()}
         numbers = {name: None if math.isnan(x) else x for name, x in numbers.items()}
         record = {"prompt": decode(r.prompt), "completion": decode(r.ids), "finish": r.finish}
+        if r.answer is not None:
+            record["answer"] = str(r.answer)
         records.append(record | numbers)
     return records
 

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from nanopost import InputError
-from nanopost.hf import read_config
+from nanopost.hf import check_is_model, read_config
 
 NAMED_TOKENS = (
     "bos_token",
@@ -90,12 +90,8 @@ def _read_raw(folder):
     path = folder / "tokenizer.json"
     if not folder.is_dir():
         read_config(folder)  # its error says what the folder could be
-    if (folder / "state.json").is_file() and not path.is_file():
-        raise InputError(
-            f"{folder} is a run's checkpoint, not a model: --resume the run, which writes its "
-            "model at the end (at once, if --steps is the checkpoint's step)."
-        )
     if not path.is_file():
+        check_is_model(folder)
         raise InputError(
             f"{folder} has no tokenizer.json: load the tokenizer in transformers and save it there "
             "with save_pretrained."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The toy from start to finish, in about four minutes on two CPU cores: SFT on noisy answers, then
+# The toy from start to finish, in two to four minutes on two CPU cores: SFT on noisy answers, then
 # GRPO, which brings out what the model knows. The last line is held-out exact match (sampled
 # at temperature 1, and greedy) before and after GRPO.
 #

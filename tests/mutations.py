@@ -835,6 +835,21 @@ MUTATIONS = [
         "test_plot.py::test_a_running_mean_is_of_the_last_steps_without_gaps",
     ),
     mutation(
+        "a-picture-of-several-in-the-first",
+        "nanopost/plot.py",
+        "if len(folders) == 1:\n        return Path(folders[0], name)",
+        "if folders:\n        return Path(folders[0], name)",
+        "test_plot.py::test_a_picture_of_several_runs_replaces_none_of_one",
+        "test_page.py::test_the_page_of_a_run_is_in_it_and_that_of_several_in_the_folder_of_all",
+    ),
+    mutation(
+        "runs-smoothed-by-the-shortest",
+        "nanopost/plot.py",
+        "smooth = max(1, max(logged) // 40)",
+        "smooth = max(1, min(logged) // 40)",
+        "test_plot.py::test_runs_in_a_picture_are_smoothed_alike",
+    ),
+    mutation(
         "a-name-is-a-formula",
         "nanopost/plot.py",
         "text.set_parse_math(False)",
@@ -1174,8 +1189,8 @@ MUTATIONS = [
     mutation(
         "micro-batches-by-the-number-of-ranks",
         "nanopost/forward.py",
-        "at_least = 1 if dist.reproducible else ranks",
-        "at_least = ranks",
+        "if ranks > 1 and not dist.reproducible:",
+        "if ranks > 1:",
         "test_reproducible.py::test_a_model_has_the_same_weights_on_any_number_of_ranks",
     ),
     mutation(
@@ -1917,8 +1932,8 @@ MUTATIONS = [
     mutation(
         "cuda-keys-of-other-groups",
         "nanopost/attention.py",
-        "k_NGK.repeat_interleave(repeat, 1)",
-        "k_NGK.repeat(1, repeat, 1)",
+        "k_NGK.repeat_interleave(heads, 1)",
+        "k_NGK.repeat(1, heads, 1)",
         "test_rehearsal.py::test_attention_calls_the_cuda_kernel_for_what_the_cpu_computes",
     ),
     mutation(
@@ -3146,6 +3161,41 @@ MUTATIONS = [
         "tell(host_BT[0, seen : min(t, length_B[0])].tolist())",
         "tell(host_BT[0, seen:t].tolist())",
         "test_engine.py::test_what_it_tells_is_the_rollout",
+    ),
+    mutation(
+        "chat-asks-commands",
+        "nanopost/generate.py",
+        'elif question.startswith("/"):',
+        'elif question.startswith("/help"):',
+        "test_generate.py::test_a_command_that_is_none_is_not_asked",
+    ),
+    mutation(
+        "misspelt-required-flag-untold",
+        "nanopost/cli.py",
+        'message.startswith(("unrecognized", "the following"))',
+        'message.startswith("unrecognized")',
+        "test_cli.py::test_a_misspelt_flag_is_told_what_it_may_have_meant",
+    ),
+    mutation(
+        "time-left-by-the-mean",
+        "nanopost/run.py",
+        "median(self.paces) *",
+        "sum(self.paces) / len(self.paces) *",
+        "test_run.py::test_the_time_left_is_that_of_usual_steps",
+    ),
+    mutation(
+        "a-folder-of-models-has-no-config",
+        "nanopost/hf.py",
+        'if holders := inside(folder, "config.json", lora.CONFIG):',
+        'if holders := inside(folder, "config.json"):',
+        "test_hf.py::test_a_folder_that_holds_models_and_a_run_without_one_say_what_they_are",
+    ),
+    mutation(
+        "rollouts-without-their-rows-answer",
+        "nanopost/rewards.py",
+        'rollout.answer = row.get("answer")',
+        "pass",
+        "test_rewards.py::test_rollouts_get_the_answers_of_their_rows",
     ),
     mutation(
         "chat-forgets",

@@ -8,7 +8,7 @@ import torch
 from scripts import ROOT, SCRIPTS, parser_of
 from small import small_model
 
-from nanopost import InputError, cli
+from nanopost import InputError, cli, generate, plot
 from nanopost.cli import above, at_least
 from nanopost.dist import World
 from nanopost.engine import Sampling
@@ -112,6 +112,30 @@ def test_a_wrong_flag_gets_one_sentence(arguments, sentence, capsys):
     said = refused(parser_of("train_sft.py"), *given, *arguments, capsys=capsys)
     assert said.startswith("error: ") and said.count("\n") == 1 and "usage" not in said
     assert sentence in said and said.endswith("(--help lists all flags)\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ("--model m --data d --step 3", "arguments: --step 3; for --step, did you mean --steps?"),
+        ("--model m --data d -steps 3", "arguments: -steps 3; for -steps, did you mean --steps?"),
+        ("--model m --data d --max-length=9", "; for --max-length, did you mean --max_length?"),
+        ("--modl m --data d", "required: --model; for --modl, did you mean --model?"),
+        ("--modl m --dat d", "did you mean --model?; for --dat, did you mean --data?"),
+        ("--model m --data d --qqqq", "arguments: --qqqq"),
+        ("--model m --data d --steps x --row 3", "--steps: invalid int value: 'x'"),
+    ],
+)
+def test_a_misspelt_flag_is_told_what_it_may_have_meant(arguments, sentence, capsys):
+    said = refused(parser_of("train_sft.py"), *arguments.split(), capsys=capsys)
+    assert f"{sentence} (--help lists all flags)\n" in said and said.count("\n") == 1
+
+
+def test_commands_have_the_parser_that_tells_what_a_flag_may_have_meant(capsys):
+    for command in (generate, plot):
+        with pytest.raises(SystemExit):
+            command.parsed(["x", "--modl", "--smoth"])
+        assert "did you mean --" in capsys.readouterr().err
 
 
 def test_what_is_required_is_asked_for_by_name(capsys):

@@ -133,15 +133,34 @@ def test_a_chat_in_a_terminal(folder, here, capsys):
     flags = ("--model", folder, "--temperature", 0, "--max_new_tokens", 20)
     here(*flags, typed=typed)
     printed = capsys.readouterr().out
-    assert printed.startswith("Ctrl-C ends an answer, /clear starts over, /quit or Ctrl-D leaves\n")
-    answers = [text for text in printed.split("> ")[1:] if text.strip()]
-    assert len(answers) == 3 and answers[0] == answers[1] != answers[2]
+    assert printed.startswith(
+        "Ctrl-C ends an answer, /clear forgets earlier turns, /quit or Ctrl-D leaves\n"
+        "answers are greedy; earlier turns are part of the prompt\n"
+    )
+    said = [text for text in printed.split("> ")[1:] if text.strip()]
+    answers = [text for text in said if text != "(cleared)\n"]
+    assert len(answers) == 3 == len(said) - 1 and answers[0] == answers[1] != answers[2]
     assert all(text.endswith(" [length]\n") for text in answers)
     here(*flags, "--system", "Add.", typed="12+34=?\n")  # the end of the input is Ctrl-D
     other = capsys.readouterr().out
     assert other.split("> ")[1] != answers[0] and other.endswith("> \n")
     here("--model", folder, typed="b" * 600 + "\n/quit\n")
-    assert "error: the conversation has " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "answers are sampled at temperature 1 (--temperature 0: greedy)" in printed
+    assert "error: the conversation has " in printed
+
+
+def test_a_command_that_is_none_is_not_asked(folder, here, capsys, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Chat, "answer", lambda chat, text, write: asked.append(text) or "stop")
+    here("--model", folder, typed="/help\n/ \n /clear\n  /a b\n/clear it\n c\n/quit \n")
+    assert asked == ["/clear", "  /a b", " c"]
+    printed = capsys.readouterr().out
+    line = (
+        "> no such command: Ctrl-C ends an answer, /clear forgets earlier turns, /quit or Ctrl-D "
+    )
+    assert printed.count(f"{line}leaves; to send such a line, put a space before it\n") == 3
+    assert "(cleared)" not in printed
 
 
 def test_what_a_model_says_cannot_steer_a_terminal(folder, here, capsys):
@@ -167,7 +186,7 @@ def test_ctrl_c_in_a_real_chat(folder):
     process.stdin.write(b"Hi\n")
     process.stdin.flush()
     seen = b""
-    while len(seen) < 100:  # the line of commands, and some of the answer
+    while len(seen) < 240:  # what it says of itself, and some of the answer
         seen += os.read(process.stdout.fileno(), 1)
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(b"/quit\n", timeout=60)

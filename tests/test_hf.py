@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 
 from nanopost import InputError, hf
 from nanopost.model import CausalLM
+from nanopost.tokenizer import Tokenizer
 
 SMALL = {
     "hidden_size": 64,
@@ -222,6 +223,35 @@ def test_a_hub_name_is_answered_with_the_command_that_downloads_it():
         "and pass Qwen2.5-0.5B.",
     )
     assert "hf download" not in refused("/nowhere/at/all", "/nowhere/at/all is not a folder")
+
+
+def test_a_folder_that_holds_models_and_a_run_without_one_say_what_they_are(tmp_path):
+    """In the same words wherever a model is loaded: its weights, its tokenizer."""
+    holder, run = tmp_path / "toy", tmp_path / "run"
+    for name in ("sft", "model"):
+        (holder / name).mkdir(parents=True)
+        (holder / name / "config.json").write_text("{}")
+    (holder / "grpo").mkdir()
+    (holder / "grpo/adapter_config.json").write_text("{}")
+    (run / "checkpoints/000003").mkdir(parents=True)
+    (run / "checkpoints/000003/state.json").write_text("{}")
+    (run / "run.json").write_text("[]")
+    begun = f"the run in {run} is at step 0 and has not written its model, which it does at its end"
+    names = f"{holder}/grpo, {holder}/model and {holder}/sft do: name one of them."
+    cases = {holder: f"{holder} holds no model; {names}", run: begun}
+    cases[tmp_path] = f"{tmp_path} holds no model; {names}"
+    cases[run / "checkpoints/000003"] = "is a run's checkpoint, not a model: --resume the run"
+    for folder, sentence in cases.items():
+        refused(folder, sentence)
+        with pytest.raises(InputError) as error:
+            Tokenizer.load(folder)
+        assert sentence in str(error.value)
+    (run / "metrics.jsonl").write_text('{"step": 2, "x": 1}\n{"step": 13, "x": 2}\n{"ste')
+    refused(run, "is at step 13 and has not", ": --resume it if it has stopped.")
+    for i in range(9):
+        (holder / f"a{i}").mkdir()
+        (holder / f"a{i}/config.json").write_text("{}")
+    refused(holder, f"{holder}/a4 and 7 more do: name")
 
 
 def test_folders_that_are_something_else_say_so(tmp_path):

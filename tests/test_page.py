@@ -422,9 +422,10 @@ def test_each_mistake_gets_a_sentence(begin, tmp_path):
     (other / "metrics.jsonl").unlink()
     with pytest.raises(InputError, match="has no metrics.jsonl"):
         main([str(other)])
-    for empty in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match="holds no run"):
-            main([str(folder), str(empty)])
+    with pytest.raises(InputError, match=f"holds no run.*; {folder} and {other} do.$"):
+        main([str(tmp_path)])
+    with pytest.raises(InputError, match="holds no run.*; give the --out of a run.$"):
+        main([str(folder), str(tmp_path / "nowhere")])
     (other / "run.json").write_text('[{"args": 3}]')
     with pytest.raises(InputError, match="holds no run"):
         main([str(other)])
@@ -439,16 +440,27 @@ def test_each_mistake_gets_a_sentence(begin, tmp_path):
     assert not list(folder.glob("*.html"))
 
 
-def test_the_command_writes_beside_the_run_and_again_over_its_own_page(begin, capsys):
+def names_in(page):
+    return [run["name"] for run in read(page.read_text(), "page")[0]["runs"]]
+
+
+def test_the_page_of_a_run_is_in_it_and_that_of_several_in_the_folder_of_all(begin, capsys):
     folder, _ = grpo(begin, "one\x1b[31m")
     other, _ = grpo(begin, "two")
-    for _ in range(2):
-        main([str(folder), str(other), str(folder), "--rollouts", "1"])
+    for _ in range(2):  # again over its own page
+        main([str(folder), "--rollouts", "1"])
         said = capsys.readouterr().out
         assert "\x1b" not in said and "8 of 16 rollouts" in said
-        assert "page.html: 0.1 MB" in said
-    html = (folder / "page.html").read_text()
-    assert [run["name"] for run in read(html, "page")[0]["runs"]] == [str(folder), str(other)]
+        assert "page.html: 0.1 MB" in said and "replaces" not in said
+    both = folder.parent / "page.html"
+    for again in (False, True):
+        main([str(folder), str(other), str(folder)])
+        replaced = f"replaces {both}, which was there\n" in capsys.readouterr().out
+        assert replaced == again
+    assert names_in(folder / "page.html") == [str(folder)]
+    assert names_in(both) == [str(folder), str(other)]
+    main([str(other), "--out", str(folder / "page.html")])
+    assert "page.html, which was there\n" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------- safety
@@ -658,4 +670,54 @@ def test_pointer_and_keys(begin, chrome, tmp_path):
     # A run is switched off by its legend.
     chrome.click(*centre(chrome, ".chip"))
     assert chrome.run("document.querySelectorAll('svg path.curve').length") == 3
+    assert chrome.problems() == []
+
+
+@needs_chromium
+def test_only_flags_that_may_change_the_result_differ(begin, chrome, tmp_path):
+    runs = []
+    for name, device, lr in [("one", "auto", 1.0), ("two", "cpu", 2.0)]:
+        silent = {"overwrite": name == "one", "save_every": len(runs), "record": name == "two"}
+        runs.append(grpo(begin, name, device=device, lr=lr, **silent)[0])
+    path = runs[0] / "run.json"
+    starts = json.loads(path.read_text())
+    starts[-1]["hardware"].pop("gpu", None)
+    path.write_text(json.dumps(starts))
+    cells = "[...document.querySelectorAll('#differences td')].map(each => each.textContent)"
+    chrome.open(written(runs, tmp_path / "page.html"))
+    named = ["", *map(str, runs)]
+    assert chrome.run(cells) == [*named, "--lr", "1", "2"]
+    starts[-1]["hardware"]["gpu"] = "H100"
+    path.write_text(json.dumps(starts))
+    chrome.open(written(runs, tmp_path / "page.html"))
+    assert chrome.run(cells) == [*named, "--device", "cuda", "cpu", "--lr", "1", "2"]
+
+
+@needs_chromium
+def test_without_rollouts_there_is_no_slider_and_a_sentence(begin, chrome, tmp_path):
+    run = begin("sft", "train_sft.py")
+    for step in (1, 2):
+        run.log(step, {"loss": 1.0 / step})
+    chrome.open(written([run.out], tmp_path / "page.html"))
+    assert chrome.run("document.getElementById('slider').checkVisibility()") is False
+    assert "--record" in chrome.run("document.getElementById('groups').innerText")
+    other, _ = grpo(begin)
+    chrome.open(written([run.out, other], tmp_path / "page.html"))
+    assert chrome.run("document.getElementById('slider').checkVisibility()") is True
+    assert chrome.problems() == []
+
+
+@needs_chromium
+@pytest.mark.parametrize("group", [1, 2])
+def test_rollouts_have_the_answer_of_their_row(begin, chrome, tmp_path, group):
+    run = begin("answers", group=group)
+    run.log(1, {"reward": 1.0})
+    rolled = rollouts(1, 1, 2)
+    for rollout in rolled:
+        rollout.answer = f"95 {EVIL}"
+    run.samples(1, sample_records(make().decode, rolled))
+    chrome.open(written([run.out], tmp_path / "page.html"))
+    shown = "[...document.querySelectorAll('.expected')].map(each => each.textContent)"
+    found = chrome.run(shown)
+    assert len(found) == 3 - group and all(x.startswith("expected 95 </script>") for x in found)
     assert chrome.problems() == []

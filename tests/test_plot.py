@@ -7,13 +7,13 @@ import sys
 import time
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot
 import numpy as np
 import pytest
 from scripts import ENVIRONMENT, ROOT
 
 from nanopost import InputError, alarms
-from nanopost.plot import PANELS, Panel, figure_of, labels, main, panels, read, running_mean
+from nanopost.plot import PANELS, Panel, figure_of, labels, main, panels, place, read, running_mean
 
 matplotlib.use("Agg")
 STEPS = 60
@@ -71,6 +71,12 @@ def write(folder, lines, sounded=None):
     if sounded is not None:
         (folder / "alarms.jsonl").write_text("".join(json.dumps(x) + "\n" for x in sounded))
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    matplotlib.pyplot.close("all")
 
 
 @pytest.fixture
@@ -315,10 +321,43 @@ def test_the_command_writes_a_png_where_it_is_told(one, other, tmp_path, capsys)
     main([one, other, "--metrics", "loss"])
     main([one, "--out", str(tmp_path / "mine.png"), "--metrics", "reward", "--smooth", "5"])
     said = capsys.readouterr().out
+    assert "replaces" not in said
     for path in (f"{one}/curves.png", tmp_path / "curves.png", tmp_path / "mine.png"):
         assert f"the curves are in {path}" in said
         pixels = image.imread(path)
         assert min(pixels.shape[:2]) > 200 and pixels[..., :3].std() > 0.02
+
+
+def test_a_picture_of_several_runs_replaces_none_of_one(one, other, tmp_path, capsys):
+    """Not even where a run is in another's folder; and what is replaced is said."""
+    inner = write(Path(one) / "inner", [grpo(1)])
+    assert place([one], "x.png") == Path(one, "x.png")
+    for runs in ([one, other], [one, inner], [f"{other}/", one, inner]):
+        assert place(runs, "x.png") == tmp_path / "x.png"
+    main([one, "--metrics", "reward"])
+    own = Path(one, "curves.png").read_bytes()
+    main([one, inner, "--metrics", "reward"])
+    assert Path(one, "curves.png").read_bytes() == own
+    main([one, "--metrics", "reward"])
+    assert "replaces" not in capsys.readouterr().out
+    picture = tmp_path / "curves.png"
+    for flags in ([one, other], [one, "--out", str(picture)]):
+        main([*flags, "--metrics", "grad_norm"])
+        assert f"replaces {picture}, which was there\n" in capsys.readouterr().out
+
+
+def test_runs_in_a_picture_are_smoothed_alike(tmp_path):
+    """Over a fortieth of the longest one's steps, whatever the length of the others."""
+    draw = np.random.default_rng(0)
+    values = {name: draw.normal(size=size).tolist() for name, size in [("a", 400), ("b", 90)]}
+    folders = []
+    for name, rewards in values.items():
+        lines = [{"step": i + 1, "reward": reward} for i, reward in enumerate(rewards)]
+        folders.append(write(tmp_path / name, lines, []))
+    curves = lines_of(axes_of(drawn(*folders))["reward"])
+    for curve, rewards in zip(curves, values.values(), strict=True):
+        expected = [np.mean(rewards[max(0, i - 9) : i + 1]) for i in range(len(rewards))]
+        assert curve.get_ydata() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +365,7 @@ def test_the_command_writes_a_png_where_it_is_told(one, other, tmp_path, capsys)
     [
         (["--out", "curves.pdf"], "--out curves.pdf: it is a PNG: end the name in .png."),
         (["--out", "no/folder/a.png"], "there is no folder no/folder: create it first."),
+        (["--out", "x" * 300 + ".png"], "File name too long: choose another."),
         (["--smooth", "0"], "--smooth: 0: give 1 or more"),
     ],
 )
@@ -343,8 +383,14 @@ def test_a_folder_that_is_no_run_is_one_sentence_on_stderr(tmp_path):
         capture_output=True,
         text=True,
     )
-    expected = f"error: {tmp_path} holds no metrics.jsonl: name the --out of a run.\n"
+    expected = f"error: {tmp_path} holds no metrics.jsonl; name the --out of a run.\n"
     assert (done.returncode, done.stderr) == (1, expected)
+
+
+def test_a_folder_that_holds_runs_names_them(one, other, tmp_path):
+    with pytest.raises(InputError) as error:
+        main([str(tmp_path)])
+    assert str(error.value) == f"{tmp_path} holds no metrics.jsonl; {other} and {one} do."
 
 
 def test_without_matplotlib_it_is_a_sentence(one, monkeypatch):

@@ -25,7 +25,7 @@ from nanopost.retrace import Recorded
 STEPS = "--save_every 1 --keep 9 --eval_every 0 --record --warmup 0 --device cpu "
 SAMPLED = (
     "--model {place}/model --data {place}/prompts.jsonl --eval_data {place}/prompts_held_out.jsonl "
-    "--eval_rows 1 --prompts 4 --max_new_tokens 6 --temperature 0.8 --tokens 80 --max_logp_gap 99 "
+    "--eval_rows 1 --prompts 4 --max_new_tokens 6 --temperature 0.8 --tokens 40 --max_logp_gap 99 "
     "--reward {place}/reward.py:letters "
 )
 RUNS = {
@@ -52,7 +52,7 @@ MORE = {
     "kto": RUNS["dpo"].replace("train_dpo", "train_kto").replace("pairs", "labelled")
     + "--beta 0.3 --holdout 2",
     "online": "train_online_dpo.py --steps 3 --group 3 --lr 2e-3 --loss sigmoid orpo "
-    + SAMPLED.replace("--max_logp_gap 99 ", "").replace("--tokens 80", "--tokens 120")
+    + SAMPLED.replace("--max_logp_gap 99 ", "").replace("--tokens 40", "--tokens 120")
     + STEPS,
     "rm": RUNS["dpo"].replace("train_dpo", "train_rm"),
     "head": RUNS["ppo"] + "--value_model head --ppo_epochs 2 --score_scale --whiten_rewards "

@@ -732,6 +732,15 @@ def test_a_judge_that_raises_or_gives_no_verdict_is_named(tmp_path):
         judged(load_one(f"{file}:g"), letters, rows_P, groups)
 
 
+def test_rollouts_get_the_answers_of_their_rows():
+    groups = [[rollout(1), rollout(2)], [rollout(1)] * 2, [rollout(3)] * 2]
+    seen_by(
+        [{"prompt": "p", "answer": 4}, {"prompt": "q", "answer": None}, {"prompt": "r"}], groups
+    )
+    shown = [sample_records(letters.decode, group)[-1].get("answer") for group in groups]
+    assert shown == ["4", None, None]
+
+
 def test_a_reward_reads_what_samples_jsonl_shows_but_for_the_token_that_ended_it():
     """The user's own special tokens too; a second end token is text like any other."""
     groups = [[rollout(5, 1, 5, 4), rollout(5, 1)], [rollout(1, 4, 4), rollout(4)]]

@@ -92,6 +92,8 @@ def test_records_are_text_and_a_number_of_each_column():
         {"prompt": "5 6", "completion": "9", "finish": "length", "reward": 1.0, "advantage": 1.0},
     ]
     assert sample_records(decode, [], **columns) == []
+    rollouts[0].answer = "42"
+    assert [record.get("answer") for record in sample_records(decode, rollouts)] == ["42", None]
     (unrewarded,) = sample_records(decode, rollouts[:1], reward=torch.tensor([torch.nan]))
     assert unrewarded["reward"] is None  # NaN is no JSON
 

@@ -384,6 +384,23 @@ def test_a_step_is_a_line_in_the_file_and_one_for_the_reader(tmp_path, capsys):
     assert second == "step 1/4  loss 1,234  eval/loss 0.00123  left 0m00s"
 
 
+def test_the_time_left_is_that_of_usual_steps(tmp_path, capsys, monkeypatch):
+    """Slow first steps and a busy minute do not count; a lasting change does."""
+    run = new_run(tmp_path, steps=1000)
+    run.start(*model_and_optimizer(), {"step": 0}, False, False, ABOUT)
+    now = [100.0]
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "monotonic", lambda: now[0])
+        run.log(0, {})
+        for step, took in enumerate([60.0, 2.0, 2.0] + [2.0] * 18 + [90.0] + [4.0] * 78, 1):
+            now[0] += took
+            run.log(step, {})
+    left = re.findall("left (.+)", capsys.readouterr().out)
+    assert left[0] == "16h39m"  # 999 steps of 60 s
+    assert left[2] == "33m14s" and left[21] == "32m36s"  # 997 and 978 steps of 2 s
+    assert left[-1] == "1h00m"  # 900 steps of 4 s
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_no_line_of_a_step_is_wider_than_100_columns(seed):
     """Of the shown metrics the first ones that fit are there; of the held-out ones all, whole."""
