@@ -1,13 +1,23 @@
 #!/usr/bin/env bash
 # What only a GPU can show, most valuable first; each part runs alone, in three minutes on an H100.
 #
-#     bash bench/gpu_day.sh correctness|resume|kernels|steps [--try] [--out DIR]
+#     bash bench/gpu_day.sh PART [--try] [--out DIR]
+#
+#     correctness  every kernel and script against the CPU
+#     resume       runs killed with -9
+#     kernels      log-probs beside Liger, Cut Cross-Entropy and compiled torch, and the targets
+#     mfu          SFT of a 1.5B shape: share of the matmul rate, beside TRL
+#     grpo         GRPO of a 1.5B shape, end to end: tokens/s, beside TRL
+#     decode       the native engine alone
+#     prefixes     prompts computed once for all their completions: time and memory of a step
+#     steps        whole steps of every script
 #
 # --try: anywhere, tiny, writes no results: does the part work? Results go to bench/results/*.json,
 # with the device, versions, date and commit.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+parts="correctness|resume|kernels|mfu|grpo|decode|prefixes|steps"
 part=${1:-}
 shift || true
 if [[ " $* " == *" --try "* ]]; then
@@ -19,9 +29,13 @@ case $part in
         ;;
     resume) OMP_NUM_THREADS=1 python -m bench.gpu_correctness --only resume "$@" ;;
     kernels) python -m bench.kernels "$@" ;;
+    mfu) TMPDIR=/dev/shm python -m bench.mfu "$@" ;;
+    grpo) TMPDIR=/dev/shm python -m bench.grpo "$@" ;;
+    decode) python -m bench.decode "$@" ;;
+    prefixes) python -m bench.prefixes "$@" ;;
     steps) TMPDIR=/dev/shm python -m bench.train_step --steps 4 --seconds 150 --profile dpo "$@" ;;
     *)
-        echo "usage: bash bench/gpu_day.sh correctness|resume|kernels|steps [--try] [--out DIR]" >&2
+        echo "usage: bash bench/gpu_day.sh $parts [--try] [--out DIR]" >&2
         exit 2
         ;;
 esac

@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -107,13 +108,14 @@ def main():
     parser = common.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--try", dest="tiny", action="store_true")
+    parser.add_argument("--out", default=common.RESULTS, type=Path, help="folder")
     parser.add_argument("--case", type=json.loads, help="used by the script itself")
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(args.case)))
         return
     table = []
-    for size, (prompt, completion) in CASES:
+    for size, (prompt, completion) in CASES[:1] if args.tiny else CASES:
         case = {"size": size, "prompt": prompt, "completion": completion, "tiny": args.tiny}
         found = child({**case, "only": "", "rounds": args.rounds})
         for way in ("whole", "shared"):
@@ -129,7 +131,7 @@ def main():
     if not args.tiny:
         device = "gpu" if torch.cuda.is_available() else "cpu"
         result = {**common.origin("torch"), "cases": table}
-        common.save(common.RESULTS / f"{device}_prefixes.json", result)
+        common.save(args.out / f"{device}_prefixes.json", result)
 
 
 def child(case: dict) -> dict:

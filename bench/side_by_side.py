@@ -1,12 +1,13 @@
 """Our scripts beside TRL on the same model, rows and optimizer -> bench/results/cpu_*.json.
 
-    python -m bench.side_by_side                  # all of it, on two threads of a CPU, in fp32
+    python -m bench.side_by_side                  # all of it, on two threads of a CPU
     python -m bench.side_by_side --work dpo reward --rounds 3
     python -m bench.side_by_side --try --work sft        # one short round: does the script work?
 
 A job is a command line. All jobs take turns, --rounds times, because a machine's speed drifts: only
-the ratios mean something. A step counts from its third on. Peak memory is the largest resident size
-of the process, less that of the same command with --help, which ends after the imports.
+the ratios mean something, and each is printed with its aim (AIMS), met or missed. All compute in
+fp32, but for sft_bf16. A step counts from its third on. Peak memory is the largest resident size of
+the process, less that of the same command with --help, which ends after the imports.
 """
 
 import json
@@ -23,7 +24,21 @@ from bench.common import flags
 
 THREADS, WARM = 2, 2
 RECOMPUTE = ["--checkpointing", "full"]
-WORK = ["sft", "dpo", "reward", "equal", "ragged"]
+WORK = ["sft", "sft_bf16", "dpo", "reward", "equal", "ragged"]
+# Work -> what is compared, and how many times better ours should be.
+AIMS = {
+    "sft": {"tokens_per_second": 2.0, "peak": 2.0},
+    "sft_bf16": {"tokens_per_second": 3.0, "peak": 2.0},
+    "dpo": {
+        "step, frozen": 2.5,
+        "peak, frozen": 2.0,
+        "step, precomputed": 2.5,
+        "peak, precomputed": 2.0,
+    },
+    "reward": {"step": 2.5, "peak": 2.0},
+    "equal": {"step": 3.0, "peak": 2.0},
+    "ragged": {"step": 4.0, "peak": 2.0},
+}
 # A process of its own writes the inputs: a child's resident size begins with its parent's, so this
 # one imports no library.
 MAKE = """
@@ -40,7 +55,7 @@ elif name == "equal":
 elif name == "ragged":
     changes = {"stop_ids": assets.random_stops()}
 tokenizer = assets.make_model(f"{folder}/{name}", **changes)
-if name == "sft":
+if name in ("sft", "sft_bf16"):
     rows = assets.chat_rows(tokenizer, 700)
 elif name in ("dpo", "reward"):
     rows = assets.pair_rows(tokenizer, 256)
@@ -67,13 +82,16 @@ def ours(folder, name, **values):
     )
 
 
-def sft_jobs(folder, steps):
+def sft_jobs(folder, name, steps):
     """Steps of about 4,096 tokens: TRL's in 8 bins of 512, ours in bins of --tokens.
 
-    By default TRL recomputes activations in the backward pass, which is slower and takes less
-    memory: "recompute", which ours does with --checkpointing full.
+    sft_bf16: both compute in bf16 over fp32 weights. By default TRL recomputes activations in the
+    backward pass, which is slower and takes less memory: "recompute", which ours does with
+    --checkpointing full.
     """
-    shared = flags(model=f"{folder}/sft", data=f"{folder}/sft.jsonl", steps=steps, lr=1e-4)
+    shared = flags(model=f"{folder}/{name}", data=f"{folder}/{name}.jsonl", steps=steps, lr=1e-4)
+    if name == "sft_bf16":
+        shared += flags(dtype="bf16")
     theirs = ["-m", "bench.trl_sft", *shared, "--packing"]
     whole = [*theirs, *flags(batch=8)]
     one = [*theirs, *flags(batch=1, accumulate=8)]
@@ -84,7 +102,7 @@ def sft_jobs(folder, steps):
         "trl packed 1 x 512 x 8, recompute": [*one, "--recompute"],
     }
     for tokens in (512, 1024, 2048):
-        own = ours(folder, "sft", tokens=tokens, bins=4096 // tokens, max_length=512)
+        own = ours(folder, name, tokens=tokens, bins=4096 // tokens, max_length=512)
         jobs[f"nanopost --tokens {tokens}"] = ["train_sft.py", *shared, *own]
     jobs["nanopost --tokens 512, recompute"] = [*jobs["nanopost --tokens 512"], *RECOMPUTE]
     return jobs
@@ -161,8 +179,8 @@ def grpo_jobs(folder, name, steps):
 
 def jobs_of(name, folder, steps, grpo_steps):
     """{job: command line}: those of ours begin with nanopost, the others with trl."""
-    if name == "sft":
-        return sft_jobs(folder, steps)
+    if name in ("sft", "sft_bf16"):
+        return sft_jobs(folder, name, steps)
     if name == "dpo":
         return dpo_jobs(folder, steps)
     if name == "reward":
@@ -282,7 +300,7 @@ def ratios(name: str, jobs: dict) -> dict[str, dict]:
             "step, precomputed": ratio(precomputed, "step_seconds"),
             "peak, precomputed": ratio(precomputed, "peak_mb"),
         }
-    if name == "sft":
+    if name in ("sft", "sft_bf16"):
         default = "trl packed 8 x 512, recompute"
         against_default = {
             n: job for n, job in jobs.items() if n.startswith("nanopost") or n == default
@@ -297,6 +315,26 @@ def ratios(name: str, jobs: dict) -> dict[str, dict]:
     if name in ("equal", "ragged"):
         found["generation"] = ratio(jobs, "generate_seconds")
     return found
+
+
+def with_aims(name: str, found: dict[str, dict]) -> dict[str, dict]:
+    """The ratios of a work, those with an aim beside it."""
+    result = {}
+    for what, r in found.items():
+        aim = AIMS[name].get(what)
+        result[what] = r
+        if aim is not None:
+            result[what] = {**r, "aim": aim, "met": r["better_by"] >= aim}
+    return result
+
+
+def print_ratios(found: dict[str, dict]):
+    for what, r in found.items():
+        verdict = ""
+        if "aim" in r:
+            verdict = f", aim {r['aim']:g}: {'met' if r['met'] else 'missed'}"
+        pair = f"({r['ours']}; {r['theirs']})"
+        print(f"  {what}: {r['better_by']:.2f} x better{verdict}  {pair}")
 
 
 def print_table(jobs: dict):
@@ -325,7 +363,6 @@ def main():
         "device": "cpu",
         "threads": THREADS,
         "cores": os.cpu_count(),
-        "precision": "fp32",
         "optimizer": "AdamW (fused), gradient clipped at 1",
         "rounds": args.rounds,
         "warm-up steps": WARM,
@@ -340,12 +377,11 @@ def main():
             run(["-c", MAKE, folder, name])
             jobs = interleaved(jobs_of(name, folder, args.steps, args.grpo_steps), args.rounds)
             print_table(jobs)
-            found = ratios(name, jobs)
-            for what, r in found.items():
-                pair = f"({r['ours']}; {r['theirs']})"
-                print(f"  {what}: {r['better_by']:.2f} x better  {pair}")
+            found = with_aims(name, ratios(name, jobs))
+            print_ratios(found)
             if not args.tiny:
-                result = {**origin, "settings": settings, "ratios": found, "jobs": jobs}
+                own = {"precision": "bf16 over fp32 weights" if name == "sft_bf16" else "fp32"}
+                result = {**origin, "settings": settings | own, "ratios": found, "jobs": jobs}
                 common.save(args.out / f"cpu_{name}.json", result)
 
 

@@ -3,8 +3,8 @@
     python -m bench.train_step                    # one GPU, bf16; --only sft for one of them
     python -m bench.train_step --try              # anywhere, a tiny model: does the script work?
 
-If TRL is installed its trainers take the same steps: in bf16 over fp32 weights like ours, packed
-into the same bins in SFT, with transformers' generate in GRPO.
+If TRL is installed its DPOTrainer takes the same steps, in bf16 over fp32 weights like ours. mfu.py
+has more of SFT, grpo.py of GRPO, both beside TRL.
 
 Model FLOPs: 6 per token and weight of the blocks, 6 per trained token and weight of the head, and
 causal attention; recomputation counts nothing. Utilisation is relative to the rate that a large
@@ -20,6 +20,7 @@ import json
 import os
 import random
 import statistics
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -35,6 +36,8 @@ from nanopost.model import CausalLM, Config
 from runs import toy
 
 WARM = 2
+TIMES = ["time/step", "time/rollout", "time/train", "time/sync"]
+MEASURED = ["tokens_per_second", *TIMES, "frac_reward_zero_std"]  # where a script logs them
 # Of a step: tokens per micro-batch, bins, pairs, prompts, PPO's prompts, and longest completion.
 FULL = {"tokens": 8192, "bins": 8, "pairs": 32, "prompts": 32, "ppo": 256, "completion": 512}
 TINY = {"tokens": 512, "bins": 2, "pairs": 8, "prompts": 4, "ppo": 8, "completion": 16}
@@ -97,13 +100,25 @@ def shape(tiny: bool) -> Config:
     )
 
 
+def tokenizer_files(vocabulary: int) -> dict[str, str]:
+    """The toy's tokenizer, with a token for every id of the model. Text has none of these, but a
+    random model draws from all ids, so few completions end early."""
+    files = toy.tokenizer_files()
+    tokenizer = json.loads(files["tokenizer.json"])
+    vocab = tokenizer["model"]["vocab"]
+    vocab |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    vocab |= {f"w{i}": i for i in set(range(vocabulary)) - set(vocab.values())}
+    return files | {"tokenizer.json": json.dumps(tokenizer)}
+
+
 def write_inputs(
     folder: Path, config: Config, longest: int, device: str = "cpu", num_pairs: int = 1000
 ) -> list[int]:
     """Write a model, chats, pairs and prompts, a byte per token -> tokens of each chat row."""
     with torch.device(device):
         model = CausalLM(config).init_weights(0)
-    hf.save_model(folder / "model", model.state_dict().items(), config, toy.tokenizer_files())
+    files = tokenizer_files(config.vocab_size)
+    hf.save_model(folder / "model", model.state_dict().items(), config, files)
     draw = random.Random(0)
 
     def said(role, log_mean):
@@ -129,10 +144,9 @@ def write_inputs(
 
 
 # ------------------------------------------------------------------------------------ command lines
-def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
-    """name -> command line. Steps of SFT hold 64k tokens in packed bins of 8k."""
-    sizes = TINY if tiny else FULL
-    shared = flags(
+def ours(folder: Path, tiny: bool, **values) -> list[str]:
+    """What our scripts get in all jobs."""
+    return flags(
         model=folder / "model",
         lr=1e-6,
         warmup=0,
@@ -141,69 +155,67 @@ def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
         eval_every=0,
         out=folder / "out",
         overwrite=True,
-        tokens=sizes["tokens"],
+        tokens=(TINY if tiny else FULL)["tokens"],
         device="cpu" if tiny else None,
+        **values,
     )
-    chats, pairs, prompt_file = (folder / f"{n}.jsonl" for n in ("chats", "pairs", "prompts"))
-    sampled = flags(data=prompt_file, max_new_tokens=sizes["completion"], reward=REWARD)
-    sft = ["train_sft.py", *shared, *flags(data=chats, bins=sizes["bins"], train_on="all")]
-    dpo = ["train_dpo.py", *shared, *flags(data=pairs, rows=sizes["pairs"])]
-    kto = ["train_kto.py", *shared, *flags(data=pairs, rows=sizes["pairs"])]
-    rm = ["train_rm.py", *shared, *flags(data=pairs, rows=sizes["pairs"])]
-    online = ["train_online_dpo.py", *shared, *sampled, *flags(prompts=sizes["prompts"], group=4)]
-    grpo = ["train_grpo.py", *shared, *sampled, *flags(prompts=sizes["prompts"], group=8)]
-    ppo = ["train_ppo.py", *shared, *sampled, *flags(prompts=sizes["ppo"])]
+
+
+def trls(folder: Path, tiny: bool, **values) -> list[str]:
+    """What TRL's trainers get in all jobs."""
+    device = "cpu" if tiny else "cuda"
+    return flags(model=folder / "model", lr=1e-6, device=device, dtype="bf16", **values)
+
+
+def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
+    """name -> command line."""
+    sizes = TINY if tiny else FULL
+    chats, pairs, prompts = (folder / f"{n}.jsonl" for n in ("chats", "pairs", "prompts"))
+    sampled = {"data": prompts, "max_new_tokens": sizes["completion"], "reward": REWARD}
+
+    def job(script, **values):
+        return [script, *ours(folder, tiny, **values)]
+
+    sft = job("train_sft.py", data=chats, bins=sizes["bins"], train_on="all")
+    dpo = job("train_dpo.py", data=pairs, rows=sizes["pairs"])
     return {
-        "sft": sft,
         "dpo": dpo,
-        "rm": rm,
-        "kto": kto,
-        "sft, --compile": [*sft, "--compile"],
+        "sft": sft,
+        "rm": job("train_rm.py", data=pairs, rows=sizes["pairs"]),
+        "kto": job("train_kto.py", data=pairs, rows=sizes["pairs"]),
         "sft, --kernels torch": [*sft, "--kernels", "torch"],
-        "sft, --checkpointing": [*sft, "--checkpointing", "full"],
         "dpo, --kernels torch": [*dpo, "--kernels", "torch"],
-        "grpo": grpo,  # the slowest last
-        "ppo": ppo,
-        "online_dpo": online,
+        # the slowest last
+        "grpo": job("train_grpo.py", **sampled, prompts=sizes["prompts"], group=8),
+        "ppo": job("train_ppo.py", **sampled, prompts=sizes["ppo"]),
+        "online_dpo": job("train_online_dpo.py", **sampled, prompts=sizes["prompts"], group=4),
     }
 
 
 def trl_jobs(folder: Path, tiny: bool) -> dict[str, list]:
-    """The same steps by TRL's trainers."""
+    """The same steps by TRL's trainers: for SFT and GRPO see mfu.py and grpo.py."""
     sizes = TINY if tiny else FULL
-    shared = flags(model=folder / "model", lr=1e-6, device="cpu" if tiny else "cuda", dtype="bf16")
-    chats, pairs, prompts = (folder / f"{n}.jsonl" for n in ("chats", "pairs", "prompts"))
-    sft = flags(
-        data=chats,
-        packing=True,
+    dpo = trls(
+        folder,
+        tiny,
+        data=folder / "pairs.jsonl",
         max_length=sizes["tokens"],
-        batch=1,
-        accumulate=sizes["bins"],
-        train_on="all",
+        batch=4,
+        accumulate=sizes["pairs"] // 4,
     )
-    dpo = flags(data=pairs, max_length=sizes["tokens"], batch=4, accumulate=sizes["pairs"] // 4)
-    grpo = flags(
-        data=prompts,
-        max_new_tokens=sizes["completion"],
-        batch=16,
-        accumulate=sizes["prompts"] // 2,
-    )
-    return {
-        "sft, TRL": ["bench/trl_sft.py", *shared, *sft],
-        "dpo, TRL": ["bench/trl_preference.py", "dpo", *shared, *dpo],
-        "grpo, TRL": ["bench/trl_grpo.py", *shared, *grpo],
-    }
+    return {"dpo, TRL": ["bench/trl_preference.py", "dpo", *dpo]}
 
 
 # ---------------------------------------------------------------------------------------- measuring
-def run(folder: Path, command, steps: int, profile="") -> tuple[list[dict], float]:
-    """-> (metrics of each step, peak memory in MB)."""
+def run(folder: Path, command, steps: int, profile="", timeout=None) -> tuple[list[dict], float]:
+    """-> (metrics of each step, peak memory in MB). RuntimeError if it fails."""
     done = common.run(
         ["-c", CHILD, profile, *command, "--steps", steps],
         env=os.environ | common.OFFLINE | {"PYTHONPATH": str(common.ROOT)},
         capture_output=True,
         text=True,
         check=False,
+        timeout=timeout,
     )
     if done.returncode:
         raise RuntimeError(done.stderr[-3000:])
@@ -211,8 +223,12 @@ def run(folder: Path, command, steps: int, profile="") -> tuple[list[dict], floa
     if command[0].startswith("train_"):
         return common.metrics(folder / "out")[1:], float(peak)
     theirs = json.loads(said[-1])
-    speeds = [n / s for n, s in zip(theirs["tokens"], theirs["seconds"])]
-    return [{"tokens_per_second": speed} for speed in speeds], float(peak)
+    lines = []
+    for tokens, whole in zip(theirs["tokens"], theirs["seconds"]):
+        lines.append({"tokens_per_second": tokens / whole, "time/step": whole})
+    for line, rollout in zip(lines, theirs.get("generate_seconds", [])):
+        line |= {"time/rollout": rollout, "time/train": line["time/step"] - rollout}
+    return lines, float(peak)
 
 
 def sft_flops(config: Config, lengths: list[int]) -> float:
@@ -264,72 +280,106 @@ def policy_loss_ms(device: str, tokens: int = 8192) -> dict[str, float]:
     return {"as it is": eager, "compiled": milliseconds(torch.compile(loss_of))}
 
 
-def medians(lines: list[dict], names) -> dict[str, float]:
-    """Of each metric, over the steps after the warm-up."""
+def medians(lines: list[dict], warm: int) -> dict[str, float]:
+    """Of each of MEASURED, over the steps after the warm-up."""
     found = {}
-    for name in names:
-        found[name] = statistics.median(m[name] for m in lines[WARM:])
+    for name in MEASURED:
+        if name in lines[0]:
+            found[name] = statistics.median(m[name] for m in lines[warm:])
     return found
 
 
-def main():
-    parser = common.parser(__doc__)
+# ------------------------------------------------------------------ what mfu.py and grpo.py share
+def arguments(doc: str, steps: int, seconds: int | None, profiled=()):
+    parser = common.parser(doc)
     add = parser.add_argument
     add("--try", action="store_true", dest="tiny", help="write no results")
     add("--only", nargs="+", default=[""], help="jobs whose names begin with one of these")
-    add("--steps", type=int, default=6)
-    add("--seconds", type=int, help="start no further job after so many")
-    add("--profile", nargs="*", default=["sft", "dpo", "grpo"], help="jobs to run once more")
+    add("--steps", type=int, default=steps)
+    add("--seconds", type=int, default=seconds, help="start no further job after so many")
+    add("--profile", nargs="*", default=list(profiled), help="jobs to run once more")
     add("--out", type=Path, default=common.RESULTS, help="folder")
     args = parser.parse_args()
-    config = shape(args.tiny)
-    device, rate, longest = "cuda", None, 4000
     if args.tiny:
-        device, longest = "cpu", 200
-    else:
-        rate = matmul_flops()
-        torch.cuda.empty_cache()
-    result = {"device": "cpu", **common.origin("torch", "triton", "trl"), "steps": args.steps}
-    if not args.tiny:
-        result |= {"device": torch.cuda.get_device_name(), "matmul_tflops": rate / 1e12}
-    found = result["jobs"] = {"policy loss of 8,192 tokens, ms": policy_loss_ms(device)}
-    print(found, flush=True)
+        args.steps, args.seconds = WARM + 1, 30
+    return args
+
+
+def start(args) -> tuple[dict, str]:
+    """-> (where a result comes from, and on a GPU its matmul rate; the device)."""
+    packages = ("torch", "triton", "trl", "transformers", "liger-kernel", "flash-attn")
+    result = {"device": "cpu", **common.origin(*packages), "steps": args.steps}
+    if args.tiny:
+        return result, "cpu"
+    rate = matmul_flops()
+    torch.cuda.empty_cache()
+    result |= {"device": torch.cuda.get_device_name(), "matmul_tflops": rate / 1e12}
+    return result, "cuda"
+
+
+def with_trl(ours: dict, theirs: dict) -> dict:
+    """Jobs of TRL right after the first of ours, if TRL is installed."""
+    if importlib.util.find_spec("trl") is None:
+        print("TRL is not installed: its trainers are skipped")
+        return ours
+    first, *others = ours
+    return {first: ours[first], **theirs, **{name: ours[name] for name in others}}
+
+
+def measure(name: str, jobs: dict, folder: Path, args, result: dict, warm=WARM, flops=None):
+    """Run jobs until --seconds have passed -> result["jobs"]; after each, in results/NAME.json.
+
+    A job that is running then has a fifth of the time more, before it is ended.
+
+    flops: of a token, for the utilisation of jobs of SFT; None: of none.
+    """
+    found = result.setdefault("jobs", {})
+    profiles = folder if args.tiny else args.out
     began = time.perf_counter()
+    for job, command in jobs.items():
+        if not job.startswith(tuple(args.only)):
+            continue
+        spent = time.perf_counter() - began
+        if args.seconds and spent > args.seconds:
+            print(
+                f"{job}: not measured: the time limit (--seconds {args.seconds}) is reached",
+                flush=True,
+            )
+            continue
+        timeout = None
+        if args.seconds and not args.tiny:
+            timeout = 1.2 * args.seconds - spent
+        try:
+            lines, peak = run(folder, command, args.steps, timeout=timeout)
+        except (
+            RuntimeError,
+            subprocess.TimeoutExpired,
+        ) as error:  # out of memory, say: the others are still measured
+            found[job] = {"failed": str(error)[-500:]}
+            print(job, error, flush=True)
+            continue
+        found[job] = medians(lines, warm) | {"peak_mb": peak}
+        if flops and "matmul_tflops" in result and "sft.py" in command[0]:
+            rate = result["matmul_tflops"] * 1e12
+            found[job]["utilisation"] = found[job]["tokens_per_second"] * flops / rate
+        print(job, found[job], flush=True)
+        if job in args.profile:
+            run(folder, command, 2, profiles / f"{name}_{job}.txt")
+        if not args.tiny:
+            common.save(args.out / f"{name}.json", result)
+
+
+def main():
+    args = arguments(__doc__, 6, None, ["sft", "dpo", "grpo"])
+    config = shape(args.tiny)
+    result, device = start(args)
+    result["jobs"] = {"policy loss of 8,192 tokens, ms": policy_loss_ms(device)}
+    print(result["jobs"], flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        profiles = folder if args.tiny else args.out
-        lengths = write_inputs(folder, config, longest, device)
-        jobs = our_jobs(folder, args.tiny)
-        if importlib.util.find_spec("trl") is None:
-            print("TRL is not installed: its trainers are skipped")
-        else:
-            theirs = trl_jobs(folder, args.tiny)
-            jobs = {name: jobs[name] for name in ("sft", "dpo")} | theirs | jobs
-        for name, command in jobs.items():
-            if not name.startswith(tuple(args.only)):
-                continue
-            if args.seconds and time.perf_counter() - began > args.seconds:
-                print(
-                    f"{name}: not measured: the time limit (--seconds {args.seconds}) is reached",
-                    flush=True,
-                )
-                continue
-            try:
-                lines, peak = run(folder, command, args.steps)
-            except RuntimeError as error:  # out of memory, say: the others are still measured
-                found[name] = {"failed": str(error)[-500:]}
-                print(name, error, flush=True)
-                continue
-            times = [key for key in ("time/rollout", "time/step") if key in lines[0]]
-            found[name] = medians(lines, ["tokens_per_second", *times]) | {"peak_mb": peak}
-            if name.startswith("sft") and rate:
-                speed = found[name]["tokens_per_second"]
-                found[name]["utilisation"] = speed * sft_flops(config, lengths) / rate
-            print(name, found[name], flush=True)
-            if name in args.profile:
-                run(folder, command, 2, profiles / f"train_step_{name}.txt")
-            if not args.tiny:
-                common.save(args.out / "train_step.json", result)
+        lengths = write_inputs(folder, config, 200 if args.tiny else 4000, device)
+        jobs = with_trl(our_jobs(folder, args.tiny), trl_jobs(folder, args.tiny))
+        measure("train_step", jobs, folder, args, result, flops=sft_flops(config, lengths))
 
 
 if __name__ == "__main__":

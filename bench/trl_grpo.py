@@ -12,7 +12,7 @@ import time
 from trl import GRPOConfig, GRPOTrainer
 
 from bench.reward import length_modulo_7
-from bench.trl_sft import Recorder, load, parser, rows_of, settings
+from bench.trl_sft import Recorder, load, parser, rows_of, settings, synchronize
 
 
 def record_generation(trainer) -> tuple[list[float], list[int]]:
@@ -21,8 +21,10 @@ def record_generation(trainer) -> tuple[list[float], list[int]]:
     generate = trainer._generate_single_turn
 
     def recorded(*args, **more):
+        synchronize()
         began = time.perf_counter()
         completion_ids, logp = generate(*args, **more)
+        synchronize()
         seconds.append(time.perf_counter() - began)
         tokens.append(sum(map(len, completion_ids)))
         return completion_ids, logp
@@ -36,8 +38,9 @@ def main():
     p.add_argument("--group", type=int, default=8)
     p.add_argument("--max_new_tokens", type=int, default=128)
     p.add_argument("--beta", type=float, default=0.0)
+    p.add_argument("--continuous", action="store_true", help="transformers' continuous batching")
     args = p.parse_args()
-    model, tokenizer = load(args.model)
+    model, tokenizer = load(args.model, attention=args.attention)
     recorder = Recorder()
     config = GRPOConfig(
         **settings(args),
@@ -46,6 +49,7 @@ def main():
         temperature=1.0,
         beta=args.beta,
         loss_type="dapo",
+        use_transformers_continuous_batching=args.continuous,
     )
     trainer = GRPOTrainer(
         model=model,

@@ -23,6 +23,11 @@ from trl import SFTConfig, SFTTrainer
 from bench import common
 
 
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Recorder(TrainerCallback):
     """Seconds of each optimizer step, and what the trainer logs about it."""
 
@@ -31,9 +36,11 @@ class Recorder(TrainerCallback):
         self.logs = []
 
     def on_step_begin(self, *args, **more):
+        synchronize()
         self.began = time.perf_counter()
 
     def on_step_end(self, *args, **more):
+        synchronize()
         self.seconds.append(time.perf_counter() - self.began)
 
     def on_log(self, args, state, control, logs, **more):
@@ -67,6 +74,8 @@ def parser(doc) -> argparse.ArgumentParser:
     add("--device", default="cpu", choices=["cpu", "cuda"])
     add("--lora", type=int, default=0, help="rank of peft's adapters; 0: none")
     add("--quantize", default="none", choices=["none", "nf4"], help="by bitsandbytes")
+    add("--attention", default="sdpa", help="transformers' name: flash_attention_2, flex_attention")
+    add("--liger", action="store_true", help="Liger's kernels")
     return parser
 
 
@@ -86,6 +95,7 @@ def settings(args) -> dict:
         "output_dir": tempfile.mkdtemp(),
         "use_cpu": args.device == "cpu",
         "bf16": args.dtype == "bf16",
+        "use_liger_kernel": args.liger,
         "seed": 0,
         "max_steps": args.steps,
         "per_device_train_batch_size": args.batch,
@@ -109,9 +119,9 @@ def settings(args) -> dict:
     }
 
 
-def load(folder, quantize="none"):
+def load(folder, quantize="none", attention="sdpa"):
     """The model in fp32 as transformers builds it, and its tokenizer."""
-    more = {}
+    more = {"attn_implementation": attention}
     if quantize == "nf4":
         more["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
@@ -136,7 +146,7 @@ def main():
     p.add_argument("--packing", action="store_true")
     p.add_argument("--train_on", default="assistant", choices=["assistant", "all"])
     args = p.parse_args()
-    model, tokenizer = load(args.model, args.quantize)
+    model, tokenizer = load(args.model, args.quantize, args.attention)
     recorder = Recorder()
     config = SFTConfig(
         **settings(args),

@@ -3366,6 +3366,49 @@ MUTATIONS = [
         "False",
         "test_page.py::test_each_mistake_gets_a_sentence",
     ),
+    # ---- benches
+    mutation(
+        "floors-without-biased-products",
+        "bench/floors.py",
+        "PRODUCTS = torch.ops.aten.mm, torch.ops.aten.addmm",
+        "PRODUCTS = (torch.ops.aten.mm,)",
+        "test_bench.py::test_products_are_those_that_torch_counts_in_a_step_and_in_its_replay",
+    ),
+    mutation(
+        "floors-of-rollouts-in-training",
+        "bench/floors.py",
+        'recorder.part = "rollout"',
+        'recorder.part = "train"',
+        "test_bench.py::test_a_run_is_recorded_and_measured",
+    ),
+    mutation(
+        "floors-without-backward-attention",
+        "bench/floors.py",
+        "            torch.autograd.grad(out, inputs, upstream)",
+        "            out.detach()",
+        "test_bench.py::test_a_run_is_recorded_and_measured",
+    ),
+    mutation(
+        "aim-met-from-below",
+        "bench/side_by_side.py",
+        '"met": r["better_by"] >= aim',
+        '"met": r["better_by"] <= aim',
+        "test_bench.py::test_every_work_is_judged_by_its_aims",
+    ),
+    mutation(
+        "sft-bf16-in-fp32",
+        "bench/side_by_side.py",
+        'shared += flags(dtype="bf16")',
+        "shared += []",
+        "test_bench.py::test_both_sides_of_sft_bf16_compute_in_bf16_and_no_other_work_does",
+    ),
+    mutation(
+        "two-tokens-of-one-id",
+        "bench/train_step.py",
+        '    vocab |= {token["content"]: token["id"] for token in tokenizer["added_tokens"]}\n',
+        "",
+        "test_bench.py::test_the_prompts_of_grpo_have_their_length_and_every_id_has_a_token",
+    ),
 ]
 
 

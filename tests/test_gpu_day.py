@@ -14,15 +14,26 @@ EXPECTED = {
         "decoding, bfloat16, sampled: rollouts that a graph changes: 0.00e+00",
     ],
     "resume": ["resume, grpo: killed and resumed: 0.00e+00"],
-    "kernels": ["(64, 257, 32) peaked nanopost kernel, stored {'forward_ms'"],
+    "kernels": [
+        "(64, 257, 32) peaked nanopost kernel, stored {'forward_ms'",
+        "target: times as fast as liger-kernel: not measured",
+    ],
+    "mfu": ["nanopost --checkpointing full {'tokens_per_second'", "full: "],
+    "grpo": ["nanopost {'tokens_per_second'", "'time/rollout'", "'time/train'", "'time/sync'"],
     "steps": ["rm {'tokens_per_second'", "policy loss of 8,192 tokens"],
+}
+SHORT = {
+    "kernels": ["--repeats", "1"],
+    "mfu": ["--only", "nanopost --checkpointing full"],
+    "grpo": ["--only", "nanopost"],
+    "steps": ["--only", "rm", "--profile"],
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", EXPECTED)
 def test_each_part_of_a_gpu_day_works(part, tmp_path):
-    short = {"kernels": ["--repeats", "1"], "steps": ["--only", "rm", "--profile"]}.get(part, [])
+    short = SHORT.get(part, [])
     path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"
     done = subprocess.run(
         ["bash", ROOT / "bench/gpu_day.sh", part, "--try", "--out", tmp_path, *short],
@@ -41,4 +52,4 @@ def test_a_part_that_there_is_not_is_refused(tmp_path):
     done = subprocess.run(
         ["bash", ROOT / "bench/gpu_day.sh", "all"], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 2 and "correctness|resume|kernels|steps" in done.stderr
+    assert done.returncode == 2 and "correctness|resume|kernels|mfu|grpo|" in done.stderr
