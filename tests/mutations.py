@@ -554,8 +554,8 @@ MUTATIONS = [
     mutation(
         "kept-ids-not-given-to-the-head",
         "nanopost/model.py",
-        "kept=batch.kept,",
-        "kept=None,",
+        "kept=batch.kept)",
+        "kept=None)",
         "test_loops.py::"
         "test_with_a_cut_engine_and_trainer_are_one_policy_and_ratios_are_finite[train_ppo.py-cut0]",
     ),
