@@ -77,7 +77,7 @@ class Packing:
     def parts(self) -> list[Part]:
         """What documents that share prefixes see: each its own tokens up to the query, and all that
         follow a prefix the whole of that."""
-        index_N, _, cu_own, _ = self.prefixes
+        index_N, cu_own = self.prefixes.index_N, self.prefixes.cu_own
         start_S, own_S = cu_own[:-1].long(), cu_own.diff().long()
         parts = []
         for alike in _alike(own_S[:, None].tolist()):
@@ -205,6 +205,7 @@ def _unstack(x_BHLK):
     return x_BHLK.transpose(1, 2).flatten(0, 1)
 
 
+@torch.compiler.disable  # compiled for CUDA, the gradient would be added in any order, in bf16
 def repeat(x_U, index_N):
     """x_U[index_N], whose gradient is a sum in a fixed order: each way is such on its device."""
     if x_U.is_cuda:
@@ -224,7 +225,8 @@ def _varlen(q_NHK, k_NGK, v_NGK, packing, window):
             k_NGK, v_NGK = k_NGK.repeat_interleave(heads, 1), v_NGK.repeat_interleave(heads, 1)
     keys = queries = packing.cu_seqlens, packing.max_seqlen
     if packing.prefixes is not None:
-        index_N, _, *queries = packing.prefixes
+        index_N, *_, cu_own, max_own = packing.prefixes
+        queries = cu_own, max_own
         k_NGK, v_NGK = repeat(k_NGK, index_N), repeat(v_NGK, index_N)
     (cu_q, longest_q), (cu_k, longest_k) = queries, keys
     left = -1 if window is None else window - 1

@@ -80,6 +80,7 @@ class Prefixes(NamedTuple):
 
     index_N: torch.Tensor  # int64: which of the U tokens each token is
     first_U: torch.Tensor  # int64: the token that computes each of the U
+    target_M: torch.Tensor  # int64: the tokens that have a target
     cu_own: torch.Tensor  # int32 [S+1]: sequence s computes U tokens cu_own[s] to cu_own[s+1] - 1
     max_own: int
 
@@ -200,7 +201,7 @@ def batch_of(examples: list[Example], device="cpu") -> Batch:
         dummy=not given,
         kept=_kept(examples, target_N),
         examples=given,
-        prefixes=_prefixes(examples, length_S),
+        prefixes=_prefixes(examples, length_S, mask_N),
     ).to(device)
 
 
@@ -231,7 +232,7 @@ def _common(a, b):
     return int(differs.argmax()) if differs.any() else length
 
 
-def _prefixes(examples, length_S):
+def _prefixes(examples, length_S, mask_N):
     """-> Prefixes, or None where no example begins as the one before it."""
     shared_S = np.array(shared(examples))
     if not shared_S.any():
@@ -244,8 +245,8 @@ def _prefixes(examples, length_S):
         index_N[start : start + count] = index_N[start_S[s - 1] : start_S[s - 1] + count]
         index_N[start + count : start + length_S[s]] = np.arange(cu_own[s], cu_own[s + 1])
     first_U = np.arange(cu_own[-1]) + np.repeat(start_S + shared_S - cu_own[:-1], own_S)
-    tensors = map(torch.from_numpy, (index_N, first_U, cu_own.astype(np.int32)))
-    return Prefixes(*tensors, int(own_S.max()))
+    arrays = index_N, first_U, mask_N.nonzero()[0], cu_own.astype(np.int32)
+    return Prefixes(*map(torch.from_numpy, arrays), int(own_S.max()))
 
 
 def padded(examples: list[Example], name: str) -> torch.Tensor:

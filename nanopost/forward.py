@@ -79,7 +79,7 @@ def _families(units: list[Unit], most: int) -> list[Family]:
         if family.units and tokens <= most and _share(family.units[-1], unit):
             family.units.append(unit)
             family.tokens = tokens
-            family.cost += unit.cost - unit.saved
+            family.cost += unit.cost - cost(unit.saved)
         else:
             families.append(Family([unit], unit.tokens, unit.cost))
     return families

@@ -1,7 +1,8 @@
 """One decoder for Llama (2, 3, 3.1, 3.2), Mistral, Qwen2, Qwen2.5 and Qwen3, on packed tokens.
 
-Shapes: N packed tokens, S documents, B rows of a cache, P prompts, D model width, H query heads,
-G key/value heads, K width of a head, V vocabulary.
+Shapes: N packed tokens, U those that are computed (N, a shared prefix once), M those with a target,
+S documents, B rows of a cache, P prompts, D model width, H query heads, G key/value heads, K width
+of a head, V vocabulary.
 
 Parameter names are the checkpoint's. The head and the log-probability lie inside the root module's
 forward, `model(batch) -> logp_N, entropy_N`: outside it, under FSDP2, the head's weight is a shard
@@ -296,17 +297,15 @@ class Decoder(nn.Module):
         return self.norm(x_ND)
 
     def packed(self, token_N, position_N, cu_seqlens, max_seqlen, prefixes=None):
-        """Packed documents -> hidden_ND. What documents share (batch.Prefixes) is computed once."""
+        """Packed documents -> hidden_ND; with batch.Prefixes hidden_UD, of what is computed."""
         packing = Packing(cu_seqlens, max_seqlen, prefixes)
 
         def attend(layer, q, k, v, window):
             return packed_attention(q, k, v, packing, window)
 
-        if prefixes is None:
-            return self(token_N, position_N, attend)
-        first_U = prefixes.first_U
-        hidden_UD = self(token_N[first_U], position_N[first_U], attend)
-        return repeat(hidden_UD, prefixes.index_N)
+        if prefixes is not None:
+            token_N, position_N = token_N[prefixes.first_U], position_N[prefixes.first_U]
+        return self(token_N, position_N, attend)
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -332,15 +331,18 @@ class CausalLM(nn.Module):
         are any, and entropy of the whole distribution; 0 where there is no target."""
         return self.head(_hidden(self.model, batch), batch, temperature)
 
-    def head(self, hidden_ND, batch, temperature):
-        return logprob(
-            hidden_ND,
-            self.head_weight,
-            batch.target_N,
-            temperature,
-            kernels=self.kernels,
-            kept=batch.kept,
-        )
+    def head(self, hidden_UD, batch, temperature):
+        head = partial(logprob, temperature=temperature, kernels=self.kernels)
+        if batch.prefixes is None:
+            return head(hidden_UD, self.head_weight, batch.target_N, kept=batch.kept)
+        # A hidden state for each target: the last of a prompt has one in each completion.
+        at_M, kept = batch.prefixes.target_M, batch.kept
+        hidden_MD = repeat(hidden_UD, batch.prefixes.index_N[at_M])
+        if kept is not None:
+            token_E, id_E = kept
+            kept = (batch.mask_N.cumsum(0) - 1)[token_E].int(), id_E
+        found_M = head(hidden_MD, self.head_weight, batch.target_N[at_M], kept=kept)
+        return tuple(x.new_zeros(len(batch.target_N)).index_copy(0, at_M, x) for x in found_M)
 
     def logits(self, hidden_ND):
         """-> fp32 [N, V], all of them: for a few rows only."""
@@ -399,7 +401,7 @@ class ScalarModel(nn.Module):
 
     def forward(self, batch):
         """A Batch -> fp32 value_N."""
-        return scalar_head(_hidden(self.model, batch), self.score.weight)
+        return whole(scalar_head(_hidden(self.model, batch), self.score.weight), batch)
 
 
 class ActorCritic(nn.Module):
@@ -424,14 +426,14 @@ class ActorCritic(nn.Module):
         value_alone: returns None for the first two, and gives the policy no gradient.
         """
         shared = isinstance(self.value, nn.Linear)
-        hidden_ND = logp_N = entropy_N = None
+        hidden_UD = logp_N = entropy_N = None
         if shared or not value_alone:
             with torch.set_grad_enabled(torch.is_grad_enabled() and not value_alone):
-                hidden_ND = _hidden(self.policy.model, batch)
+                hidden_UD = _hidden(self.policy.model, batch)
         if not value_alone:
-            logp_N, entropy_N = self.policy.head(hidden_ND, batch, temperature)
+            logp_N, entropy_N = self.policy.head(hidden_UD, batch, temperature)
         if shared:
-            value_N = scalar_head(hidden_ND, self.value.weight)
+            value_N = whole(scalar_head(hidden_UD, self.value.weight), batch)
         else:
             value_N = self.value(batch)
         return logp_N, entropy_N, value_N.where(batch.mask_N, 0.0)
@@ -446,6 +448,12 @@ def scalar_head(hidden_ND, weight_1D):
     return hidden_ND.to(precision) @ weight_1D[0].to(precision)
 
 
+def whole(x_U, batch):
+    """A number of each token that is computed -> of each token [N]."""
+    return x_U if batch.prefixes is None else repeat(x_U, batch.prefixes.index_N)
+
+
 def _hidden(decoder, batch):
+    """-> hidden_UD, of the tokens that are computed."""
     where = batch.position_N, batch.cu_seqlens, batch.max_seqlen, batch.prefixes
     return decoder.packed(batch.token_N, *where)

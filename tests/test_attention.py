@@ -105,7 +105,8 @@ def tree(*parts) -> tuple[Packing, list[int], Prefixes]:
     ids = []
     for s, (shared, own) in enumerate(parts):
         ids.append(np.concatenate([ids[-1][:shared] if s else [], np.arange(own) + 100 * s]))
-    prefixes = batch._prefixes([Example(x, x >= 0) for x in ids], np.array(whole))
+    mask_N = np.ones(sum(whole), bool)
+    prefixes = batch._prefixes([Example(x, x >= 0) for x in ids], np.array(whole), mask_N)
     assert prefixes.cu_own.diff().tolist() == [own for _, own in parts]
     cu_seqlens = torch.tensor([0, *whole]).cumsum(0).int()
     return Packing(cu_seqlens, max(whole), prefixes), whole, prefixes
@@ -154,7 +155,8 @@ def test_shared_prefixes_stay_within_rounding_of_float64(dtype, most):
 
 def test_large_scores_of_one_part_do_not_spoil_the_other():
     """Where a call by itself would overflow in an exponential."""
-    shared, lengths, (index_N, first_U, *_) = tree((0, 12), (8, 3), (8, 9))
+    padded = (0, 33), (32, 3), (0, 34), (33, 3)
+    shared, lengths, (index_N, first_U, *_) = tree((0, 12), (8, 3), (8, 9), *padded)
     q, k, v = inputs(len(first_U), 2, 2, 8)
     for at in (slice(0, 8), slice(8, None)):
         scaled = k.detach().clone()

@@ -208,12 +208,13 @@ def test_what_neighbours_begin_with_is_computed_once_token_by_token():
     first, second, third = [1, 2, 3], [1, 2, 4, 5], [1, 2, 4, 5, 6]
     batch = batch_of(sequences(first, second, third, [9]))
     assert batch.token_N.tolist() == [*first, *second, *third, 9]  # all of them, as without
-    index_N, first_U, cu_own, max_own = batch.prefixes
+    index_N, first_U, target_M, cu_own, max_own = batch.prefixes
+    assert target_M.tolist() == [1, 4, 5, 8, 9, 10]  # as the mask, with one for each completion
     assert index_N.tolist() == [0, 1, 2, 0, 1, 3, 4, 0, 1, 3, 4, 5, 6]
     assert first_U.tolist() == [0, 1, 2, 5, 6, 11, 12]
     assert cu_own.tolist() == [0, 3, 5, 6, 7] and max_own == 3
     assert (index_N.dtype, first_U.dtype, cu_own.dtype) == (torch.int64, torch.int64, torch.int32)
-    assert [x.device.type for x in batch.to("meta").prefixes[:3]] == ["meta"] * 3
+    assert [x.device.type for x in batch.to("meta").prefixes[:4]] == ["meta"] * 4
 
 
 @pytest.mark.parametrize(
@@ -252,7 +253,8 @@ def test_random_trees_are_computed_once_where_each_sequence_says_so():
         if batch.prefixes is None:
             assert not any(shared)
             continue
-        index_N, first_U, cu_own, max_own = batch.prefixes
+        index_N, first_U, target_M, cu_own, max_own = batch.prefixes
+        assert target_M.equal(batch.mask_N.nonzero()[:, 0])
         assert batch.token_N[first_U][index_N].equal(batch.token_N)
         assert batch.position_N[first_U][index_N].equal(batch.position_N)
         assert index_N[first_U].equal(torch.arange(len(first_U)))

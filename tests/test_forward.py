@@ -10,8 +10,10 @@ from small import random_ids, small_config, small_model
 
 from nanopost import StepError, dist
 from nanopost import batch as batch_module
+from nanopost import model as model_module
 from nanopost.batch import Example, batch_of
 from nanopost.forward import add_logprobs, add_values, batches, check_finite, logprobs, scores
+from nanopost.logprob import logprob
 from nanopost.model import ActorCritic, ScalarModel
 
 
@@ -77,6 +79,7 @@ KINDS = {
     "pairs": lambda: [tuple(completions(12, 9, 30, seed=s)) for s in range(3)],
     "turns": lambda: [e[:n] for e in completions(10, 40) for n in (17, 29, 50)],
     "the same twice": lambda: completions(10, 8) * 2 + completions(10, 5, seed=1),
+    "kept ids": lambda: with_kept(completions(10, 8, 3, 5)),
 }
 
 
@@ -108,6 +111,79 @@ def test_shared_prefixes_change_no_number(alone, monkeypatch, kind, how):
         assert np.abs(logp - theirs[key][0]).max() <= 1e-5
         assert np.abs(entropy - theirs[key][1]).max() <= 1e-5
     assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["critic", "critic with a head", "reward model"])
+def test_shared_prefixes_change_no_value_and_no_score(alone, monkeypatch, kind):
+    config = small_config()
+    model = {
+        "critic": lambda: ActorCritic(config, config.with_scalar_head(0)),
+        "critic with a head": lambda: ActorCritic(config, None),
+        "reward model": lambda: ScalarModel(config.with_scalar_head(0)),
+    }[kind]()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.2, generator=torch.Generator().manual_seed(p.numel()))
+    found = []
+    for share in (1 / 16, 2):
+        monkeypatch.setattr(batch_module, "SHARED", share)
+        batch = batch_of(completions(20, 3, 9, 4))
+        assert computed(batch) == (36 if share < 1 else 76)
+        outputs = model(batch)
+        if isinstance(outputs, torch.Tensor):
+            outputs = (outputs,)
+        assert {len(x) for x in outputs} == {76}
+        sum(x.square().sum() for x in outputs).backward()
+        gradients = [p.grad.flatten() for p in model.parameters()]
+        found.append([*(x.detach() for x in outputs), torch.cat(gradients)])
+        model.zero_grad(set_to_none=True)
+    for ours, expected in zip(*found):
+        assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_nothing_as_large_as_whole_sequences_goes_through_a_head(monkeypatch):
+    """64 completions of a prompt would be 64 prompts of hidden states."""
+    seen = []
+
+    def watched(hidden, weight, target, **more):
+        seen.append((len(hidden), len(target)))
+        return logprob(hidden, weight, target, **more)
+
+    monkeypatch.setattr(model_module, "logprob", watched)
+    batch = batch_of(completions(30, *[2] * 64))
+    small_model()(batch)
+    assert seen == [(128, 128)] and len(batch.token_N) == 64 * 32
+    monkeypatch.setattr(model_module, "scalar_head", lambda hidden, _: seen.append(len(hidden)))
+    monkeypatch.setattr(model_module, "whole", lambda *_: None)
+    ScalarModel(small_config())(batch)
+    assert seen[-1] == computed(batch) == 30 + 128
+
+
+def test_the_budget_holds_where_a_neighbour_has_only_one_side_of_the_prompt(alone):
+    a, b, c = completions(20, 3, 4, 5)
+    other = examples(30)[0]
+    for units in ([(a, other), (b,), (c,)], [(a,), (b, other), (c,)], [(a,), (c,), (b, other)]):
+        for tokens in range(60, 90):
+            made = list(batches(small_model(), units, tokens, "cpu"))
+            assert max(map(computed, made)) <= tokens
+
+
+def test_the_budget_holds_where_a_prompt_is_not_worth_sharing(alone):
+    units = completions(3, *[97] * 4)
+    made = list(batches(small_model(max_position_embeddings=200), units, 391, "cpu"))
+    assert sorted(map(computed, made)) == [100, 300] or sorted(map(computed, made)) == [200, 200]
+
+
+def test_groups_are_cut_so_that_ranks_have_as_much_to_do(tmp_path):
+    """Three groups cannot be dealt to two ranks otherwise."""
+
+    def task(rank, size):
+        groups = [completions(4, *[30] * 4, seed=s) for s in range(3)]
+        mine = [e for group in groups for e in group] if rank == 0 else []
+        return sum(computed(batch) for batch in batches(small_model(), mine, 1000, "cpu"))
+
+    one, other = on_ranks(2, tmp_path, task)
+    assert max(one, other) <= 1.1 * min(one, other) and one + other <= 3 * 124 + 3 * 4
 
 
 def test_single_examples_are_units_too_and_nothing_gives_a_dummy(alone):

@@ -177,6 +177,15 @@ def test_micro_batches_stay_as_packed_where_an_even_split_does_not_fit():
     ]
 
 
+def test_tokens_cost_themselves_and_the_keys_they_see():
+    for tokens, before in ((1, 0), (5, 0), (7, 100)):
+        # A token in the middle of its own key: half of that counts.
+        keys = sum(before + t + 0.5 for t in range(tokens))
+        assert packing.cost(tokens, before) == pytest.approx(tokens + 2 * keys / 24_576)
+    parts = packing.cost(50) + packing.cost(30, 50)
+    assert parts == pytest.approx(packing.cost(80))
+
+
 def test_few_rows_on_many_ranks_leave_empty_micro_batches():
     assert packing.micro_batches([7, 9], 16, ranks=4) == [[1], [0], [], []]
     assert packing.micro_batches([], 16) == []

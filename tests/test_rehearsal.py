@@ -14,7 +14,7 @@ from test_loops import SAMPLING, flags, place  # noqa: F401 (a fixture)
 
 from kernels.logprob import _add_product
 from nanopost import losses, preference
-from nanopost.attention import Packing, packed_attention
+from nanopost.attention import Packing, packed_attention, repeat
 from nanopost.batch import Example, Sequences, batch_of
 from nanopost.logprob import logprob, matmul_fp32
 from nanopost.model import ActorCritic, CausalLM, ScalarModel
@@ -55,6 +55,15 @@ def test_the_cuda_kernel_gets_the_keys_of_a_shared_prefix(version, window):
     assert {"packed_attention", "repeat"} <= taken
     for a, b in zip([ours, *gradients], [exact, *torch.autograd.grad(exact.sum(), wide)]):
         assert (a.float() - b).norm() < 1e-2 * b.norm()
+
+
+def test_gradients_of_what_is_repeated_are_added_in_a_fixed_order():
+    """On CUDA indexing sorts, and index_select would add atomically; on a CPU it is the other way
+    round."""
+    x, index = torch.ones(3, 2, requires_grad=True), torch.tensor([0, 0, 2])
+    assert repeat(x, index).grad_fn.name() == "IndexSelectBackward0"
+    with gpu_on_cpu.pretended():
+        assert repeat(x, index).grad_fn.name() == "IndexBackward0"
 
 
 def test_products_in_fp32_have_no_derivative_on_cuda_and_nothing_asks_for_one():

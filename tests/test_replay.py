@@ -255,8 +255,9 @@ FAULTS = {
     "packing leak": Fault(
         "grpo",
         "nanopost/model.py",
-        "packing = Packing(cu_seqlens, max_seqlen, prefixes)",
-        "prefixes = None\n        packing = Packing(cu_seqlens[[0, -1]], int(cu_seqlens[-1]))",
+        "    where = batch.position_N, batch.cu_seqlens, batch.max_seqlen, batch.prefixes\n",
+        "    batch.prefixes, end = None, batch.cu_seqlens[-1]\n"
+        "    where = batch.position_N, batch.cu_seqlens[[0, -1]], int(end), None\n",
         "log-probs",
         "packing leak",
     ),
@@ -271,8 +272,9 @@ FAULTS = {
     "packing leak in SFT": Fault(
         "sft",
         "nanopost/model.py",
-        "packing = Packing(cu_seqlens, max_seqlen, prefixes)",
-        "prefixes = None\n        packing = Packing(cu_seqlens[[0, -1]], int(cu_seqlens[-1]))",
+        "    where = batch.position_N, batch.cu_seqlens, batch.max_seqlen, batch.prefixes\n",
+        "    batch.prefixes, end = None, batch.cu_seqlens[-1]\n"
+        "    where = batch.position_N, batch.cu_seqlens[[0, -1]], int(end), None\n",
         "log-probs",
         "packing leak",
     ),
