@@ -3190,6 +3190,13 @@ MUTATIONS = [
         "test_plan.py::test_a_plan_that_no_script_could_run_is_refused_in_a_sentence",
     ),
     mutation(
+        "plan-dry-run-shares-whole-sides",
+        "nanopost/plan.py",
+        "min(prompt, length - 1)",
+        "prompt",
+        "test_plan.py::test_a_dry_run_of_sides_that_differ_in_their_last_token_alone_has_a_plan",
+    ),
+    mutation(
         "plan-prompt-of-the-first-pair",
         "nanopost/plan.py",
         "prompt = sum(shared(pair)[1] for pair in rows) // len(rows)",
