@@ -636,6 +636,7 @@ def test_a_dry_run_of_sides_that_differ_in_their_last_token_alone_has_a_plan(bar
     """4 and 5 tokens, of which 4 are shared: 4 on average, rounded."""
     pair = tuple(Example(range(size), [False] + [True] * (size - 1)) for size in (4, 5))
     world = dist.World(0, 1, torch.device("cpu"), torch.float32)
+    torch.distributed.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
     with pytest.raises(SystemExit):
         plan.end_dry_run("rm", {"model": bare / "model", "device": "cpu"}, world, [pair])
     assert "--length 4 --prompt 3" in capsys.readouterr().out
