@@ -554,10 +554,17 @@ MUTATIONS = [
     mutation(
         "kept-ids-not-given-to-the-head",
         "nanopost/model.py",
-        "kept=batch.kept)",
-        "kept=None)",
+        "at_M, kept = batch.prefixes.target_M, batch.kept",
+        "at_M, kept = batch.prefixes.target_M, None",
         "test_loops.py::"
         "test_with_a_cut_engine_and_trainer_are_one_policy_and_ratios_are_finite[train_ppo.py-cut0]",
+    ),
+    mutation(
+        "kept-ids-not-given-where-nothing-is-shared",
+        "nanopost/model.py",
+        "kept=batch.kept)",
+        "kept=None)",
+        "test_forward.py::test_over_kept_ids_log_probs_are_those_of_each_example_alone",
     ),
     mutation(
         "kept-ids-of-earlier-tokens-lost",
@@ -1114,13 +1121,6 @@ MUTATIONS = [
         "(tokens + 2 * before)",
         "(tokens + before)",
         "test_packing.py::test_tokens_cost_themselves_and_the_keys_they_see",
-    ),
-    mutation(
-        "padded-keys-weigh-a-little",
-        "nanopost/attention.py",
-        ".masked_fill_(~part.real_BT, -torch.inf)",
-        ".masked_fill_(~part.real_BT, -30.0)",
-        "test_attention.py::test_large_scores_of_one_part_do_not_spoil_the_other",
     ),
     mutation(
         "gradients-added-in-any-order",
