@@ -204,14 +204,17 @@ def tokens_of_micro_batch(args) -> int:
     --tokens allows, the same number for each rank, and these filled evenly
     (packing.micro_batches)."""
     each = tokens_of_step(args) / args.minibatches / args.gpus
-    return max(math.ceil(each / math.ceil(each / args.tokens)), least_tokens(args))
+    if args.script == "online_dpo":
+        least = args.length + 2 * args.max_new_tokens
+    else:
+        least = longest(args) if args.script in SAMPLE else tokens_of_row(args)
+    return max(math.ceil(each / math.ceil(each / args.tokens)), least)
 
 
 def least_tokens(args) -> int:
-    """Of a micro-batch: it holds a whole sequence, or a pair."""
-    if args.script == "online_dpo":
-        return args.length + 2 * args.max_new_tokens
-    return longest(args) if args.script in SAMPLE else tokens_of_row(args)
+    """That --tokens has to have room for: a sequence, or both sides of a pair, each with its
+    prompt, since the scripts ask for that, although they compute a shared one once."""
+    return longest(args) * (2 if args.script in PAIRS else 1)
 
 
 # ------------------------------------------------------------------------------ memory: activations

@@ -83,7 +83,7 @@ def check_is_model(folder):
     if (folder / "run.json").is_file():
         log = folder / "metrics.jsonl"
         text = log.read_text(encoding="utf-8") if log.is_file() else ""
-        steps = re.findall(r'^{"step": (\d+)', text, re.M) or [0]
+        steps = re.findall(r'^{"step": (\d+).*\n', text, re.M) or [0]  # of whole lines
         raise InputError(
             f"the run in {folder} is at step {steps[-1]} and has not written its model, which it "
             "does at its end: --resume it if it has stopped."

@@ -7,6 +7,8 @@ DIR needs no more than a config.json: nothing is allocated. Flags have the names
 defaults of the scripts. It prints the memory of a GPU by part, at each moment of a step that may be
 the largest; the time of a step by part; and, if it does not fit, which flags make it fit, all of
 them tried: first those that train all weights, then those with --lora, each by what a token costs.
+Its tokens are those computed, a shared prompt once; the tokens_per_second of train_dpo.py,
+train_kto.py and train_rm.py counts it in both sides of a pair.
 
 The formulas of memory are in footprint.py. Times are estimates: rates by data sheets, times the
 shares that UTILISATION and its neighbours state.
@@ -449,6 +451,11 @@ def check(args):
         raise InputError("--server_gpus and --engine colocate are two engines: give one of them.")
     if args.engine == "colocate" and args.max_staleness:
         raise InputError("--engine colocate sleeps while the model trains: drop --max_staleness.")
+    if args.prompt >= args.length:
+        raise InputError(
+            f"--prompt {args.prompt} is what the sides of a pair share of --length {args.length}: "
+            "give less than that."
+        )
     if args.tokens < least_tokens(args):
         what = "a pair" if args.script in PAIRS else "a sequence"
         raise InputError(
@@ -489,7 +496,7 @@ def table(args) -> list[str]:
     lines.append("seconds per step")
     lines += [f"  {part:24s}{value:10.2f}" for part, value in found.items()]
     lines.append(
-        f"  {'sum':24s}{total:10.2f}: {tokens / total:,.0f} tokens per second, "
+        f"  {'sum':24s}{total:10.2f}: {tokens / total:,.0f} computed tokens per second, "
         f"{tokens / total / (args.gpus + args.server_gpus):,.0f} per {where}"
     )
     return lines
@@ -516,9 +523,11 @@ def end_dry_run(script: str, given: dict, world, rows: list):
     lengths, words = rows, ["--model", given["model"], "--script", script, "--gpus", world.size]
     if script in ONLY["prompt"]:
         lengths = [len(e) for pair in rows for e in pair]
-        words += ["--prompt", sum(shared(pair)[1] for pair in rows) // len(rows)]
-    length = round(sum(lengths) / len(lengths))
-    words += ["--length", max(1, length)]
+    length = max(1, round(sum(lengths) / len(lengths)))
+    words += ["--length", length]
+    if script in ONLY["prompt"]:
+        prompt = sum(shared(pair)[1] for pair in rows) // len(rows)
+        words += ["--prompt", min(prompt, length - 1)]
     defaults = vars(flags().parse_args(list(map(str, words))))
     for name in sorted(given.keys() & defaults.keys() - {"model"}):
         value = given[name]

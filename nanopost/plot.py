@@ -207,13 +207,13 @@ def _window_sums(x_N, n: int):
 
 
 def figure_of(runs: list[Curves], chosen: list[Panel], smooth: int | None = None):
-    """-> matplotlib's Figure. smooth: steps of the running mean; None: a fortieth of the longest
-    run."""
+    """-> matplotlib's Figure. smooth: steps of the running mean, in which a metric that is not
+    logged every step has fewer points; None: a fortieth of the longest run."""
     from matplotlib import pyplot as plt
 
     if smooth is None:
-        logged = [len(steps) for run in runs for steps in run.columns.values()]
-        smooth = max(1, max(logged) // 40)
+        spans = [_span(points) for run in runs for points in run.columns.values()]
+        smooth = max(1, max(spans) // 40)
     colours = {
         run.label: COLOURS[i] if len(runs) <= len(COLOURS) else plt.cm.turbo(i / (len(runs) - 1))
         for i, run in enumerate(runs)
@@ -316,8 +316,14 @@ def _draw_panel(axis, panel, runs, colours, smooth):
         _as_they_are(legend.get_texts())
 
 
-def _draw_curve(axis, points, style, colour, n):
+def _span(points) -> int:
+    """Steps from the first point to the last, both counted."""
+    return max(points) - min(points) + 1
+
+
+def _draw_curve(axis, points, style, colour, smooth):
     steps, values = list(points), list(points.values())
+    n = max(1, round(smooth * len(points) / _span(points)))  # points in so many steps
     if n > 1:
         axis.plot(steps, values, style, color=colour, linewidth=0.8, alpha=0.25)
     few = {"marker": "."} if len(steps) < 3 else {}

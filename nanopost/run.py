@@ -18,7 +18,6 @@ import threading
 import time
 from collections import deque
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -47,7 +46,7 @@ NOT_COMPARED = ("resume", "overwrite")
 AGAIN_AFTER = 2.0  # seconds: an earlier signal is the same one
 SEEN_WITHIN = 10.0  # seconds until what rank 0 writes is seen by all ranks
 WIDTH = 100  # columns of a printed step, at most
-PACES = 50  # steps whose median pace tells the time left
+PACES = 50  # steps whose mean pace tells the time left
 ALARM = 1000  # why a run stops, where it is no signal
 ALARMED = 3  # the exit status then, of which torchrun makes 1
 
@@ -90,8 +89,7 @@ class Run:
         self.rank, self.writes = world.rank, world.rank == 0
         self.steps, self.arguments, self.show, self.keep = steps, arguments, show, keep
         self.resumed = False
-        self.logged = None  # (time, step) of the last line
-        self.paces = deque(maxlen=PACES)  # seconds a step, between the last lines
+        self.logged = deque(maxlen=PACES)  # (time, step) of the last lines
         self.began = self.saved_at = time.monotonic()
         self.signal = 0  # that this process has got
         self.stop = 0  # the signal that all ranks have agreed to stop for, or ALARM
@@ -453,10 +451,12 @@ class Run:
         with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         left = ""
-        if self.logged:  # a median, in which slow first steps and a busy minute do not count
-            self.paces.append((now - self.logged[0]) / max(1, step - self.logged[1]))
-            left = f"left {_duration(median(self.paces) * (self.steps - step))}"
-        self.logged = now, step
+        if self.logged:  # a mean: evaluations and saves count as often as they come
+            began, first = self.logged[0]
+            pace = (now - began) / max(1, step - first)
+            left = f"left {_duration(pace * (self.steps - step))}"
+        if step > 0:  # from the end of this process's first step, whose warm-up is left out
+            self.logged.append((now, step))
         shown = [f"{name} {_number(metrics[name])}" for name in self.show if name in metrics]
         evaluated = [name for name in metrics if name.startswith("eval/") and name not in self.show]
         held_out = [f"{name} {_number(metrics[name])}" for name in evaluated]

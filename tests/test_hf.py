@@ -248,6 +248,8 @@ def test_a_folder_that_holds_models_and_a_run_without_one_say_what_they_are(tmp_
         assert sentence in str(error.value)
     (run / "metrics.jsonl").write_text('{"step": 2, "x": 1}\n{"step": 13, "x": 2}\n{"ste')
     refused(run, "is at step 13 and has not", ": --resume it if it has stopped.")
+    (run / "metrics.jsonl").write_text('{"step": 13, "x": 2}\n{"step": 14, "x": 0.')
+    refused(run, "is at step 13 and has not")
     for i in range(9):
         (holder / f"a{i}").mkdir()
         (holder / f"a{i}/config.json").write_text("{}")

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plan import SHAPES
-from nanopost import InputError, dist, footprint, hf, lora, plan
+from nanopost import InputError, dist, footprint, hf, lora, packing, plan
 from nanopost.batch import Example, batch_of
 from nanopost.model import ActorCritic, CausalLM, Config
 from nanopost.tokenizer import Tokenizer
@@ -337,6 +337,38 @@ def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
     assert plan.update_flops(args) - attention == pytest.approx(counted, rel=1e-9)
 
 
+# script: flags, and of a row or prompt: how many sequences, tokens they share, and their own
+SHARING = {
+    "sft": (["--length", 20], 1, 0, 20),
+    "rm": (["--length", 20, "--prompt", 12], 2, 12, 8),
+    "dpo": (["--length", 20, "--prompt", 0], 2, 0, 20),
+    "kto": (["--length", 20, "--prompt", 19], 2, 19, 1),
+    "online_dpo": (["--length", 12, "--max_new_tokens", 8, "--group", 4], 2, 12, 8),
+    "grpo": (["--length", 12, "--max_new_tokens", 8, "--group", 4], 4, 12, 8),
+    "ppo": (["--length", 12, "--max_new_tokens", 8, "--group", 1], 1, 12, 8),
+}
+
+
+@pytest.mark.parametrize("script", SHARING)
+def test_tokens_and_keys_are_those_of_the_different_beginnings(script, tmp_path):
+    """A token is computed for each different beginning of sequences, and sees all of it."""
+    flags, count, prompt, new = SHARING[script]
+    sequences = [(*range(prompt), *((i, j) for j in range(new))) for i in range(count)]
+    computed = {s[:end] for s in sequences for end in range(1, prompt + new + 1)}
+    folder = write_config(tmp_path / "model", plan_worker.small_config(**PLAIN).hf)
+    of_step = "--prompts" if script in footprint.SAMPLE else "--rows"
+    minibatches = ["--minibatches", 1] if script in ("grpo", "ppo") else []
+    args = planned(folder, script, *flags, *minibatches, of_step, 6)
+    assert plan.tokens_of_step(args) == 6 * len(computed)
+    assert footprint.whole_tokens(args) == sum(map(len, sequences)) / len(computed)
+    # The plan takes a token to see half of itself.
+    keys = sum(len(beginning) - 0.5 for beginning in computed)
+    assert plan.mean_length(args) == pytest.approx(2 * keys / len(computed), rel=1e-12)
+    if script in footprint.PAIRS:  # the smallest micro-batch has one
+        args = planned(folder, script, *flags, of_step, 1, "--gpus", 8)
+        assert plan.tokens_of_micro_batch(args) == len(computed)
+
+
 def test_bytes_that_ranks_exchange_are_those_of_fsdp2(fake, tmp_path, monkeypatch):
     sent = {"gather": 0, "reduce": 0}
 
@@ -452,6 +484,9 @@ BAD = {
     "--engine colocate --max_staleness 1": "--engine colocate sleeps while the model trains: drop",
     "--tokens 512": "--tokens 512 is less than a sequence of 1024 tokens: raise it, or lower",
     "--script dpo --tokens 512": "--tokens 512 is less than a pair of 1024 tokens: raise it, or",
+    "--script dpo --prompt 400 --tokens 1023": "--tokens 1023 is less than a pair of 1024 tokens:",
+    "--script online_dpo --tokens 2047": "--tokens 2047 is less than a pair of 2048 tokens: raise",
+    "--script kto --prompt 512": "--prompt 512 is what the sides of a pair share of --length 512:",
     "--length 40000": "sequences of 40512 tokens exceed the model's 32768 positions: lower",
     "--engine_tokens 100": "sequences of 1024 tokens exceed --engine_tokens 100: raise it.",
 }
@@ -470,6 +505,26 @@ def test_a_plan_that_no_script_could_run_is_refused_in_a_sentence(flags, tmp_pat
     assert str(error.value).startswith(BAD[flags])
 
 
+@pytest.mark.parametrize("tokens", [47, 48])
+def test_the_plan_refuses_the_tokens_that_the_scripts_refuse(tokens, tmp_path):
+    """Pairs that share most of their tokens: the scripts ask for room for both sides, whole."""
+    folder = write_config(tmp_path / "model", SHAPES["0.5B"])
+    toy.write_model(tmp_path / "toy")
+    tokenizer = Tokenizer.load(tmp_path / "toy")
+    prompt = [{"role": "user", "content": "1"}]
+    length = len(tokenizer.prompt_ids(prompt))
+    new = 24 - length
+    online = ["--length", length, "--max_new_tokens", new]
+    for ask in (
+        lambda: packing.pack([24 + 24], tokens),
+        lambda: planned(folder, "dpo", "--length", 24, "--prompt", 20, "--tokens", tokens),
+        lambda: tokenizer.with_prompts([[{"prompt": prompt}]], None, new, tokens, 512, sides=2),
+        lambda: planned(folder, "online_dpo", *online, "--tokens", tokens),
+    ):
+        with pytest.raises(InputError) if tokens < 48 else contextlib.nullcontext():
+            ask()
+
+
 def test_the_command_prints_a_table_and_what_would_fit(tmp_path, monkeypatch, capsys):
     folder = write_config(tmp_path / "model", SHAPES["7B"])
 
@@ -482,6 +537,7 @@ def test_the_command_prints_a_table_and_what_would_fit(tmp_path, monkeypatch, ca
     printed = run("--script", "ppo", "--gpus", 8, "--beta", 0.05)
     for word in ("weights", "reference", "KV cache", "update", "rollout", "does not fit into 80"):
         assert word in printed
+    assert "computed tokens per second" in printed  # the scripts count a shared prompt twice
     assert "--checkpointing full" in printed.split("what would make it fit")[1]
     with pytest.raises(SystemExit, match="^error: --quantize nf4 .* add --lora RANK.$"):
         run("--script", "sft", "--quantize", "nf4")
@@ -556,6 +612,34 @@ def test_a_dry_run_plans_with_the_average_length_of_the_rows(bare, tmp_path, cap
         run_here("train_sft.py", *flags, "--holdout", 0, "--dry_run", "--device", "cpu")
     said = f"rows of {min(lengths)} to {max(lengths)} tokens, {average} on average"
     assert said in (printed := capsys.readouterr().out) and f"--length {average}" in printed
+
+
+def test_a_dry_run_plans_with_what_pairs_share_on_average(bare, tmp_path, capsys):
+    rows = []
+    for length in (9, 30, 90):
+        prompt = [{"role": "user", "content": "1" * length}]
+        sides = ([{"role": "assistant", "content": text}] for text in ("23", "34"))
+        rows.append({"prompt": prompt, **dict(zip(("chosen", "rejected"), sides))})
+    toy.write_rows(tmp_path / "pairs.jsonl", rows)
+    tokenizer, both = Tokenizer.load(bare / "model"), []
+    for row in rows:
+        sides = (tokenizer.pair(row)[k].ids.tolist() for k in (0, 1))
+        both.append(len(os.path.commonprefix([*sides])))
+    assert len({*both}) == 3
+    flags = ["--model", bare / "model", "--data", tmp_path / "pairs.jsonl", "--holdout", 0]
+    with pytest.raises(SystemExit):
+        run_here("train_dpo.py", *flags, "--dry_run", "--device", "cpu")
+    assert f"--prompt {sum(both) // 3} " in capsys.readouterr().out
+
+
+def test_a_dry_run_of_sides_that_differ_in_their_last_token_alone_has_a_plan(bare, capsys):
+    """4 and 5 tokens, of which 4 are shared: 4 on average, rounded."""
+    pair = tuple(Example(range(size), [False] + [True] * (size - 1)) for size in (4, 5))
+    world = dist.World(0, 1, torch.device("cpu"), torch.float32)
+    torch.distributed.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
+    with pytest.raises(SystemExit):
+        plan.end_dry_run("rm", {"model": bare / "model", "device": "cpu"}, world, [pair])
+    assert "--length 4 --prompt 3" in capsys.readouterr().out
 
 
 def test_a_dry_run_names_the_first_mistake(bare, tmp_path):

@@ -360,6 +360,25 @@ def test_runs_in_a_picture_are_smoothed_alike(tmp_path):
         assert curve.get_ydata() == pytest.approx(expected)
 
 
+def test_a_window_is_of_steps_whatever_is_logged_in_them(tmp_path):
+    """Evaluations, of which no two are in a window, stay as they are, as do few late ones."""
+    draw = np.random.default_rng(0)
+    every = {"reward": range(1, 401), "eval/loss": range(0, 401, 40), "loss": range(5, 401, 5)}
+    every["late"] = range(301, 401)
+    values = {name: {step: draw.normal() for step in steps} for name, steps in every.items()}
+    lines = [
+        {"step": step, **{name: at[step] for name, at in values.items() if step in at}}
+        for step in range(401)
+    ]
+    folder = write(tmp_path / "run", lines, [])
+    axes = axes_of(drawn(folder, metrics=list(every), smooth=10))
+    for name, points in {"reward": 10, "eval/loss": 1, "loss": 2, "late": 10}.items():
+        x = list(values[name].values())
+        expected = [np.mean(x[max(0, i - points + 1) : i + 1]) for i in range(len(x))]
+        (curve,) = lines_of(axes[name])
+        assert curve.get_ydata() == pytest.approx(expected), name
+
+
 @pytest.mark.parametrize(
     "flags, said",
     [

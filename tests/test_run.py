@@ -371,34 +371,42 @@ def test_a_step_is_a_line_in_the_file_and_one_for_the_reader(tmp_path, capsys):
     run = new_run(tmp_path, steps=4, show=["loss", "missing"])
     run.start(*model_and_optimizer(), {"step": 0}, False, False, ABOUT)
     run.log(0, {"eval/loss": 2.5})
-    run.log(1, {"loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0})
+    run.log(1, {"loss": 1.0})
+    run.log(2, {"loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0})
     logged = lines(tmp_path / "metrics.jsonl")
     seconds = [line.pop("time/elapsed") for line in logged]
-    assert 0 <= seconds[0] <= seconds[1] < 60
+    assert 0 <= seconds[0] <= seconds[1] <= seconds[2] < 60
     assert logged == [
         {"step": 0, "eval/loss": 2.5},
-        {"step": 1, "loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0},
+        {"step": 1, "loss": 1.0},
+        {"step": 2, "loss": 1234.5, "eval/loss": 0.001234, "hidden": 1.0},
     ]
-    *_, first, second = capsys.readouterr().out.splitlines()
+    *_, first, second, third = capsys.readouterr().out.splitlines()
     assert first == "step 0/4  eval/loss 2.500"
-    assert second == "step 1/4  loss 1,234  eval/loss 0.00123  left 0m00s"
+    assert second == "step 1/4  loss 1.000"  # a first step tells no time left
+    assert third == "step 2/4  loss 1,234  eval/loss 0.00123  left 0m00s"
 
 
-def test_the_time_left_is_that_of_usual_steps(tmp_path, capsys, monkeypatch):
-    """Slow first steps and a busy minute do not count; a lasting change does."""
+@pytest.mark.parametrize("first", [0, 600])  # 600: a resumed run, which logs no step 600
+def test_the_time_left_is_by_the_mean_of_the_last_steps(tmp_path, capsys, monkeypatch, first):
+    """Evaluations count as often as they come. This process's first step does not."""
     run = new_run(tmp_path, steps=1000)
     run.start(*model_and_optimizer(), {"step": 0}, False, False, ABOUT)
-    now = [100.0]
+    now, left = [100.0], {}
     with monkeypatch.context() as patch:
         patch.setattr(time, "monotonic", lambda: now[0])
-        run.log(0, {})
-        for step, took in enumerate([60.0, 2.0, 2.0] + [2.0] * 18 + [90.0] + [4.0] * 78, 1):
-            now[0] += took
+        if not first:
+            run.log(0, {})
+        for step in range(first + 1, 901):
+            now[0] += 60.0 if step == first + 1 else 2.0 if step < 800 else 1.0
+            now[0] += 20.0 * (step % 10 == 0)
+            capsys.readouterr()
             run.log(step, {})
-    left = re.findall("left (.+)", capsys.readouterr().out)
-    assert left[0] == "16h39m"  # 999 steps of 60 s
-    assert left[2] == "33m14s" and left[21] == "32m36s"  # 997 and 978 steps of 2 s
-    assert left[-1] == "1h00m"  # 900 steps of 4 s
+            left[step] = re.findall("left (.+)", capsys.readouterr().out)
+    assert left[first + 1] == []
+    assert left[first + 3] == ["33m14s" if not first else "13m14s"]  # 997 or 397 steps of 2 s
+    assert left[760] == ["16m00s"]  # 240 steps of 2 s, and 24 evaluations of 20 s
+    assert left[900] == ["5m00s"]  # 100 steps of 1 s, and 10 evaluations
 
 
 @pytest.mark.parametrize("seed", range(20))
