@@ -149,17 +149,19 @@ class _InParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q_UHK, k_UGK, v_UGK, parts):
-        wide = torch.promote_types(q_UHK.dtype, torch.float32)
-        out_UHK = torch.zeros_like(q_UHK, dtype=wide)
-        lse_UH = torch.full(q_UHK.shape[:2], -torch.inf, dtype=wide)
+        lse_UH = None
         for part in parts:
             q = _stack(q_UHK, part.query_BL)
             k, v = (_stack(x, part.key_BT) for x in (k_UGK, v_UGK))
             out, lse = FLASH(q, k, v, 0.0, part.causal, attn_mask=_bias(part, q.dtype))
+            if lse_UH is None:  # in fp32 where the rest is in bf16
+                lse_UH = lse.new_full(q_UHK.shape[:2], -torch.inf)
+                out_UHK = lse.new_zeros(q_UHK.shape)
             out_RHK, lse_RH = _unstack(out)[part.real_R], _unstack(lse)[part.real_R]
             joined_RH = lse_UH[part.query_R].logaddexp(lse_RH)
             share_RH1 = (lse_RH - joined_RH).exp()[..., None]
-            out_UHK[part.query_R] = out_UHK[part.query_R].lerp(out_RHK.to(wide), share_RH1)
+            out_RHK = out_RHK.to(lse.dtype)
+            out_UHK[part.query_R] = out_UHK[part.query_R].lerp(out_RHK, share_RH1)
             lse_UH[part.query_R] = joined_RH
         out_UHK = out_UHK.to(q_UHK.dtype)
         ctx.save_for_backward(q_UHK, k_UGK, v_UGK, out_UHK, lse_UH)
