@@ -1144,6 +1144,14 @@ MUTATIONS = [
         "test_forward.py::test_nothing_as_large_as_whole_sequences_goes_through_a_head",
     ),
     mutation(
+        "gradients-of-parts-added-in-bf16",
+        "nanopost/attention.py",
+        "d_UHK[1].index_add_(0, part.key_BT.flatten(), dk)",
+        "d_UHK[1].index_add_(0, part.key_BT.flatten(), dk)\n"
+        "            d_UHK[1] = d_UHK[1].to(q.dtype).to(lse.dtype)",
+        "test_attention.py::test_gradients_of_many_parts_are_added_in_fp32_whatever_the_parts_are_in",
+    ),
+    mutation(
         "no-dummy-for-a-rank-without-data",
         "nanopost/forward.py",
         "micro_batches([family.tokens for family in families], tokens, at_least) or [[]]",

@@ -153,6 +153,21 @@ def test_shared_prefixes_stay_within_rounding_of_float64(dtype, most):
         assert ours.dtype == dtype and (ours - exact).norm() <= most * exact.norm()
 
 
+def test_gradients_of_many_parts_are_added_in_fp32_whatever_the_parts_are_in():
+    """Bf16 sums of 60 of them would be off by more than one rounding."""
+    shared, lengths, (index_N, first_U, *_) = tree(
+        (0, 130), *[(130 - 3 * i, 1 + 7 * i % 29) for i in range(36)]
+    )
+    qkv = inputs(len(first_U), 2, 2, 16, torch.bfloat16)
+    wide = [x.detach().double().requires_grad_() for x in qkv]
+    expected = dense(*(x[index_N] for x in wide), lengths, None)[first_U]
+    got = packed_attention(*qkv, shared)
+    ours = torch.autograd.grad(got, qkv[1:], torch.ones_like(got))
+    exact = torch.autograd.grad(expected, wide[1:], torch.ones_like(expected))
+    for a, b in zip(ours, exact):
+        assert len(shared.parts) > 50 and (a - b)[:20].norm() <= 4e-3 * b[:20].norm()
+
+
 def test_large_scores_of_one_part_do_not_spoil_the_other():
     """Where a call by itself would overflow in an exponential."""
     padded = (0, 33), (32, 3), (0, 34), (33, 3)
