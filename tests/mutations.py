@@ -1152,6 +1152,13 @@ MUTATIONS = [
         "test_attention.py::test_gradients_of_many_parts_are_added_in_fp32_whatever_the_parts_are_in",
     ),
     mutation(
+        "a-family-pays-for-every-prompt",
+        "nanopost/forward.py",
+        "family.cost += unit.cost - cost(unit.saved)",
+        "family.cost += unit.cost",
+        "test_forward.py::test_a_family_costs_what_the_model_computes_for_it",
+    ),
+    mutation(
         "no-dummy-for-a-rank-without-data",
         "nanopost/forward.py",
         "micro_batches([family.tokens for family in families], tokens, at_least) or [[]]",

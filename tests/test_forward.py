@@ -12,9 +12,19 @@ from nanopost import StepError, dist
 from nanopost import batch as batch_module
 from nanopost import model as model_module
 from nanopost.batch import Example, batch_of
-from nanopost.forward import add_logprobs, add_values, batches, check_finite, logprobs, scores
+from nanopost.forward import (
+    _families,
+    _unit,
+    add_logprobs,
+    add_values,
+    batches,
+    check_finite,
+    logprobs,
+    scores,
+)
 from nanopost.logprob import logprob
 from nanopost.model import ActorCritic, ScalarModel
+from nanopost.packing import cost
 
 
 def examples(*lengths, prompt=1):
@@ -172,6 +182,13 @@ def test_the_budget_holds_where_a_prompt_is_not_worth_sharing(alone):
     units = completions(3, *[97] * 4)
     made = list(batches(small_model(max_position_embeddings=200), units, 391, "cpu"))
     assert sorted(map(computed, made)) == [100, 300] or sorted(map(computed, made)) == [200, 200]
+
+
+def test_a_family_costs_what_the_model_computes_for_it():
+    units = [_unit((e,), 0, i) for i, e in enumerate(completions(200, 30, 50, 7))]
+    (family,) = _families(units, 1000)
+    assert family.tokens == 200 + 30 + 50 + 7
+    assert family.cost == pytest.approx(cost(200) + sum(cost(n, 200) for n in (30, 50, 7)))
 
 
 def test_groups_are_cut_so_that_ranks_have_as_much_to_do(tmp_path):
