@@ -123,18 +123,17 @@ def check_attention(checks: Checks, device: str):
                 for n in (heads, groups, groups)
             ]
             upstream = torch.randn(tokens, heads, width, generator=draw, dtype=torch.float64)
-            for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-                qkv = [x.to(dtype).double().requires_grad_() for x in inputs]
-                exact = packed_attention(*qkv, Packing(cu_seqlens, max(lengths)), window)
-                exact.backward(upstream)
-                ours_qkv = [x.to(device, dtype).requires_grad_() for x in inputs]
-                packing = Packing(cu_seqlens.to(device), max(lengths))
-                ours = packed_attention(*ours_qkv, packing, window)
-                ours.backward(upstream.to(device, dtype))
-                name = f"attention {heads}/{groups}x{width} window {window} {dtype}"
-                checks.add(name, relative(ours, exact), limit)
-                gaps = [relative(a.grad, b.grad) for a, b in zip(ours_qkv, qkv)]
-                checks.add(f"{name}, gradients", max(gaps), limit)
+            here = Packing(cu_seqlens, max(lengths))
+            there = Packing(cu_seqlens.to(device), max(lengths))
+            compare_attention(
+                checks,
+                f"attention {heads}/{groups}x{width} window {window}",
+                inputs,
+                upstream,
+                lambda *qkv, at=there, window=window: packed_attention(*qkv, at, window),
+                lambda *qkv, at=here, window=window: packed_attention(*qkv, at, window),
+                device,
+            )
     check_prefixes(checks, device, draw)
     for window in (None, 20):
         q_BHK = torch.randn(5, 8, 64, generator=draw)
@@ -147,6 +146,20 @@ def check_attention(checks: Checks, device: str):
             caches = [x.to(device, dtype) for x in (q_BHK, k_BGTK, v_BGTK)]
             ours = cached_attention(*caches, seen(length_B.to(device), 90, window, dtype))
             checks.add(f"cached attention, window {window} {dtype}", relative(ours, exact), limit)
+
+
+def compare_attention(checks, name, inputs, upstream, ours_of, exact_of, device):
+    """Outputs and gradients of two functions of q, k and v: in fp32 and bf16, and in float64."""
+    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
+        qkv = [x.to(dtype).double().requires_grad_() for x in inputs]
+        exact = exact_of(*qkv)
+        exact.backward(upstream)
+        ours_qkv = [x.to(device, dtype).requires_grad_() for x in inputs]
+        ours = ours_of(*ours_qkv)
+        ours.backward(upstream.to(device, dtype))
+        checks.add(f"{name} {dtype}", relative(ours, exact), limit)
+        gaps = [relative(a.grad, b.grad) for a, b in zip(ours_qkv, qkv)]
+        checks.add(f"{name} {dtype}, gradients", max(gaps), limit)
 
 
 def check_prefixes(checks, device, draw):
@@ -166,17 +179,19 @@ def check_prefixes(checks, device, draw):
         inputs = [torch.randn(tokens, n, width, **wide) for n in (heads, groups, groups)]
         upstream = torch.randn(tokens, heads, width, **wide)
         for window in (None, 64, 4096):
-            for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-                qkv = [x.to(dtype).double().requires_grad_() for x in inputs]
-                exact = packed_attention(*(x[index_N] for x in qkv), whole, window)[first_U]
-                exact.backward(upstream)
-                ours_qkv = [x.to(device, dtype).requires_grad_() for x in inputs]
-                ours = packed_attention(*ours_qkv, shared, window)
-                ours.backward(upstream.to(device, dtype))
-                name = f"shared prefixes {heads}/{groups}x{width} window {window} {dtype}"
-                checks.add(name, relative(ours, exact), limit)
-                gaps = [relative(a.grad, b.grad) for a, b in zip(ours_qkv, qkv)]
-                checks.add(f"{name}, gradients", max(gaps), limit)
+
+            def of_whole(*qkv, window=window):
+                return packed_attention(*(x[index_N] for x in qkv), whole, window)[first_U]
+
+            compare_attention(
+                checks,
+                f"shared prefixes {heads}/{groups}x{width} window {window}",
+                inputs,
+                upstream,
+                lambda *qkv, window=window: packed_attention(*qkv, shared, window),
+                of_whole,
+                device,
+            )
 
 
 # ---------------------------------------------------------------------------------------- decoding

@@ -25,16 +25,6 @@ from nanopost.batch import Example
 from nanopost.model import CausalLM, Config
 
 CASES = [(size, ratio) for size in (8, 2) for ratio in ((1, 4), (1, 1), (4, 1))]
-SMALL = {  # that of bench/side_by_side.py
-    "model_type": "qwen3",
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-}
 LARGE = {  # Qwen2.5-1.5B
     "model_type": "qwen2",
     "vocab_size": 151_936,
@@ -78,7 +68,7 @@ def measure(case: dict) -> dict:
     needs beside the weights."""
     world = dist.init("auto", "auto", 0)
     gpu = world.device.type == "cuda"
-    config = Config.of(LARGE if gpu and not case["tiny"] else SMALL)
+    config = Config.of(LARGE if gpu and not case["tiny"] else common.SMALL)
     model = CausalLM(config).init_weights(0).to(world.device, world.dtype)
     length = 2048 if gpu else 512
     if case["tiny"]:

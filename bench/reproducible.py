@@ -17,17 +17,9 @@ import time
 
 from bench import common
 
-MODEL = {
+MODEL = common.SMALL | {
     "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
     "hidden_act": "silu",
-    "vocab_size": 4096,
-    "hidden_size": 256,
-    "intermediate_size": 768,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
     "tie_word_embeddings": True,
 }
 

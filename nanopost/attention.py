@@ -75,8 +75,8 @@ class Packing:
 
     @cached_property
     def parts(self) -> list[Part]:
-        """What documents that share prefixes see: each its own tokens up to the query, and all that
-        follow a prefix the whole of that."""
+        """Where documents share prefixes: the own tokens of each, causal; then, for all tokens that
+        follow a prefix, the whole prefix."""
         index_N, cu_own = self.prefixes.index_N, self.prefixes.cu_own
         start_S, own_S = cu_own[:-1].long(), cu_own.diff().long()
         parts = []

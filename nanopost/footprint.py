@@ -212,8 +212,8 @@ def tokens_of_micro_batch(args) -> int:
 
 
 def least_tokens(args) -> int:
-    """That --tokens has to have room for: a sequence, or both sides of a pair, each with its
-    prompt, since the scripts ask for that, although they compute a shared one once."""
+    """What --tokens must have room for: a sequence, or both sides of a pair. The scripts count the
+    prompt in both, although they compute it once."""
     return longest(args) * (2 if args.script in PAIRS else 1)
 
 

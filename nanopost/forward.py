@@ -71,7 +71,8 @@ class Family:
 
 
 def _families(units: list[Unit], most: int) -> list[Family]:
-    """Neighbours with the same prompt: at most `most` tokens, or one unit."""
+    """Units in order -> families of neighbours with the same prompt. A family has at most `most`
+    tokens, or one unit."""
     families = []
     for unit in units:
         family = families[-1] if families else Family([], 0, 0.0)

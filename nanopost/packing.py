@@ -139,7 +139,7 @@ def micro_batches(lengths, tokens: int, ranks: int = 1) -> list[list[int]]:
 
 
 def cost(tokens: int, before: int = 0) -> float:
-    """What some tokens of a sequence cost, which follow `before` others: in tokens."""
+    """The cost of tokens that follow `before` others of their sequence, in tokens."""
     return tokens + tokens * (tokens + 2 * before) / ATTENTION
 
 
@@ -151,10 +151,10 @@ def deal(parts: list[list[int]], costs, ranks: int) -> list[list[list[int]]]:
     expensive down.
     """
 
-    def dearness(part):
+    def total(part):
         return sum(costs[i] for i in part)
 
-    dearest_first = sorted(parts, key=dearness, reverse=True)
+    dearest_first = sorted(parts, key=total, reverse=True)
     dearest_first += [[] for _ in range(-len(parts) % ranks)]
     return [dearest_first[rank::ranks] for rank in range(ranks)]
 
