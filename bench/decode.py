@@ -9,6 +9,8 @@ equal    64 rollouts of 128 tokens of side_by_side.py's model, 8 of each prompt
 ragged   the same, of up to 128 tokens
 queue    the same, 16 at once
 smol     16 rollouts of 32 tokens of a SmolLM2-135M shape
+large    on a GPU, in bf16, where it is the only one by default: 64 rollouts of 512 tokens of a
+         Qwen2.5-1.5B shape; instead of shares, what CUDA graphs save. Writes gpu_decode.json
 
 Each tree has a process for each work, and all take turns: one call to generate at a time, --rounds
 times, because a machine's speed drifts. Shares are of another call, in which the parts are timed.
@@ -19,6 +21,7 @@ processor, which others on the machine disturb less.
 import json
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -26,7 +29,7 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-WORK = ["toy", "equal", "ragged", "queue", "smol"]
+WORK = ["toy", "equal", "ragged", "queue", "smol", "large"]
 
 
 # -------------------------------------------------------------------------------- a tree's process
@@ -48,6 +51,8 @@ def shape(vocab, width, mlp, layers, heads, kv_heads, positions=2048) -> dict:
 
 def job(work: str, tiny: bool):
     """-> an engine, prompts, samples of each, tokens of each at most."""
+    import torch
+
     from nanopost.engine import Engine
     from nanopost.model import CausalLM, Config
 
@@ -58,6 +63,8 @@ def job(work: str, tiny: bool):
         stops = draw.sample(range(264), 20)
     elif work == "smol":
         sizes, lengths, count, tokens = (49152, 576, 1536, 30, 9, 3), (30, 60), 2, 32
+    elif work == "large":
+        sizes, lengths, tokens = (151_936, 1536, 8960, 28, 12, 2), (256, 256), 512
     else:
         sizes, lengths, tokens = (4097, 256, 768, 4, 8, 4), (16, 80), 128
     if work in ("ragged", "queue"):
@@ -66,7 +73,11 @@ def job(work: str, tiny: bool):
         rows = 16
     if tiny:
         sizes, count, n, tokens = (sizes[0] // 8, 64, 96, 2, 4, 2), 2, 2, 4
-    model = CausalLM(Config.of(shape(*sizes))).init_weights(0)
+    device, dtype = "cpu", torch.float32
+    if torch.cuda.is_available():
+        device, dtype = "cuda", torch.bfloat16
+    with torch.device(device):
+        model = CausalLM(Config.of(shape(*sizes))).init_weights(0).to(dtype)
     prompts = [draw.choices(range(3, sizes[0]), k=draw.randint(*lengths)) for _ in range(count)]
     return Engine(model, stops, rows=rows), prompts, n, tokens
 
@@ -114,6 +125,16 @@ def timed_parts(engine, call) -> dict[str, float]:
     return {part: round(lasted / total, 3) for part, lasted in seconds.items()}
 
 
+def without_graphs(engine, call) -> dict[str, float]:
+    """A call's time as a multiple of that with CUDA graphs."""
+    seconds = []
+    for engine.graphs in (False, True):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return {"without graphs": round(seconds[0] / seconds[1], 2)}
+
+
 def serve(work: str, tiny: bool, threads: int):
     """For each line of stdin, a call to generate and a line of JSON."""
     import torch
@@ -130,7 +151,8 @@ def serve(work: str, tiny: bool, threads: int):
     call()
     for line in sys.stdin:
         if line.strip() == "parts":
-            print(json.dumps(timed_parts(engine, call)), flush=True)
+            of_call = without_graphs if engine.graphs else timed_parts
+            print(json.dumps(of_call(engine, call)), flush=True)
             continue
         clocks = time.perf_counter, time.process_time
         began = [clock() for clock in clocks]
@@ -145,14 +167,16 @@ def main():
 
     parser = common.parser(__doc__)
     parser.add_argument("--trees", nargs="+", type=Path, default=[common.ROOT], help="checkouts")
-    parser.add_argument("--work", nargs="+", default=WORK, choices=WORK)
+    parser.add_argument("--work", nargs="+", choices=WORK)
+    parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--try", action="store_true", dest="tiny", help="write no results")
     args = parser.parse_args()
-    rounds = 1 if args.tiny else args.rounds
+    rounds, gpu = 1 if args.tiny else args.rounds, shutil.which("nvidia-smi") is not None
+    works = args.work or (["large"] if gpu else WORK[:-1])
     results = {}
-    for work in args.work:
+    for work in works:
         children = []
         for tree in args.trees:
             command = [sys.executable, __file__, "serve", work, str(int(args.tiny))]
@@ -193,7 +217,8 @@ def main():
             print(f"{work}, {tree}: {results[f'{work}, tree {i}']}", flush=True)
     if not args.tiny:
         result = {"threads": args.threads, "rounds": rounds, **common.origin("torch")}
-        common.save(common.RESULTS / "decode.json", {**result, "works": results})
+        name = "gpu_decode.json" if gpu else "decode.json"
+        common.save(args.out / name, {**result, "works": results})
 
 
 if __name__ == "__main__":

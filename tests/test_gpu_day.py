@@ -20,12 +20,15 @@ EXPECTED = {
     ],
     "mfu": ["nanopost --checkpointing full {'tokens_per_second'", "full: "],
     "grpo": ["nanopost {'tokens_per_second'", "'time/rollout'", "'time/train'", "'time/sync'"],
+    "decode": ["large, ", "'tokens_per_second'", "'shares'"],
+    "prefixes": ["8 completions, 1 : 4: time "],
     "steps": ["rm {'tokens_per_second'", "policy loss of 8,192 tokens"],
 }
 SHORT = {
     "kernels": ["--repeats", "1"],
     "mfu": ["--only", "nanopost --checkpointing full"],
     "grpo": ["--only", "nanopost"],
+    "decode": ["--work", "large"],
     "steps": ["--only", "rm", "--profile"],
 }
 
