@@ -34,6 +34,18 @@ TEMPLATE = """\
 ('<|end|>' if message['role'] == 'assistant' else '') }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
+# The same, with the names of tools before the messages, and calls as Qwen's template writes them.
+TOOLS_TEMPLATE = """\
+{%- for tool in tools or [] -%}{{ '<|tool|>' + tool['function']['name'] }}{%- endfor -%}
+{%- for message in messages -%}
+{{ '<|' + message['role'] + '|>' + message['content'] }}
+{%- for call in message['tool_calls'] or [] -%}
+{{ '<tool_call>{"name": "' + call['function']['name'] + '", "arguments": ' + \
+call['function']['arguments'] | tojson + '}</tool_call>' }}
+{%- endfor -%}
+{{ '<|end|>' if message['role'] == 'assistant' else '' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 NEAR_MISS = (1, 2, 9, 10, 11, -1, -2, -9, -10, -11)
 
