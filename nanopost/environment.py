@@ -422,6 +422,8 @@ def doubts(template: Template, parse: Callable | None, schemas: list[dict]) -> s
         message = {"role": "assistant", "content": answer}
         if parse is not None:
             content, calls = parse(answer, schemas)
+            if not calls:  # such an answer ends the episode
+                continue
             message |= {"content": content, "tool_calls": calls}
         messages = [question, message, *reply, message, *reply]
         anew = template.try_render(messages, schemas or None, add_generation_prompt=True)

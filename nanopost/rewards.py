@@ -246,7 +246,8 @@ def check(functions: list[Reward], rows: list[dict]) -> str:
                     f"{place(without[0])}: reward {reward.name} needs the column {name}, which is "
                     f"missing or null in {len(without):,} of {len(rows):,} rows; {way_out}."
                 )
-        _check_arguments(reward, [*columns, *GIVEN])
+        named = _needed(reward.function, known=GIVEN)
+        _check_arguments(reward, [*columns, *GIVEN, *(x for x in OF_EPISODES if x in named)])
         if is_built_in and reward.function is not environment:
             for row in rows:
                 with errors_at(row):
@@ -260,15 +261,14 @@ def check(functions: list[Reward], rows: list[dict]) -> str:
     )
 
 
-def _needed(function):
-    """The columns of the data that a reward cannot be called without."""
+def _needed(function, known=(*GIVEN, *OF_EPISODES)):
+    """The columns, but for known ones, that a reward cannot be called without."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):  # a builtin of C
         return []
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    found = [p.name for p in named if p.default is p.empty]
-    return [name for name in found if name not in (*GIVEN, *OF_EPISODES)]
+    return [p.name for p in named if p.default is p.empty and p.name not in known]
 
 
 def _check_arguments(reward, columns):

@@ -1,9 +1,12 @@
 """Episodes of several turns: ids and masks spelled out, TRL's own loop as an oracle, what goes
 wrong in environments, and what surrounds them: seeds, rewards, records, rollouts ahead."""
 
+import inspect
 import json
 import time
 from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,11 +16,11 @@ import torch
 from chats import make, user
 from small import small_model
 
-from nanopost import InputError, advantages, cli, dist, rewards, tools
+from nanopost import InputError, advantages, cli, dist, packing, rewards, tools
 from nanopost.ahead import Ahead
 from nanopost.batch import padded
 from nanopost.engine import Engine, Sampling
-from nanopost.environment import Environments, answer_once, doubts
+from nanopost.environment import Environments, Episode, answer_once, doubts
 from nanopost.forward import logprobs
 from nanopost.recording import Recording, Replay
 from nanopost.rollout import Rollout, length_metrics, sample_records
@@ -79,7 +82,7 @@ def function():
 '''
 # Of the shape that TRL documents, with a text of its own.
 THEIRS = '''
-
+import asyncio
 import time
 
 
@@ -423,8 +426,8 @@ def test_what_is_no_environment_gets_one_sentence(folder):
 
 
 def trls_loop(tokenizer, methods, prompt, texts) -> SimpleNamespace:
-    """What TRL's trainer makes of one prompt and of these answers, turn by turn: its own methods, on
-    what they read of a trainer."""
+    """What TRL makes of one prompt and these answers, turn by turn: its methods, which get what
+    they read of a trainer."""
     from trl.chat_template_utils import parse_response
     from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -480,7 +483,9 @@ def trls_loop(tokenizer, methods, prompt, texts) -> SimpleNamespace:
 
 
 HERMES = '<tool_call>\n{"name": "NAME", "arguments": {"KEY": VALUE}}\n</tool_call>'
-TAGS = "<tool_call>\n<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>\n</tool_call>"
+TAGS = (
+    "<tool_call>\n<function=NAME>\n<parameter=KEY>\nVALUE\n</parameter>\n</function>\n</tool_call>"
+)
 # Each with how it writes a call, and how an answer begins: one prompt opens the reasoning.
 TRLS_TEMPLATES = {
     "qwen2_5": (HERMES, ""),
@@ -545,3 +550,306 @@ def test_ids_masks_and_replies_are_those_of_trls_loop(real, auto, folder, name):
             assert said == (other.get("content") or "").strip()
             wanted = [c["function"] for c in other.get("tool_calls", [])]
             assert [c["function"] for c in mine.get("tool_calls", [])] == wanted
+
+
+# -------------------------------------------------------------------------------- prefix stability
+def unstable(source, parse, schemas, called) -> list[str]:
+    """What of answers a template would write otherwise in a later prompt: by transformers' own
+    rendering, where that prompt does not begin with the one before it and the answer."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    def text_of(messages):
+        given = {"tools": schemas or None, "chat_template": source, "add_generation_prompt": True}
+        (texts, _) = render_jinja_template(
+            conversations=[messages], bos_token="<s>", eos_token="</s>", **given
+        )
+        return texts[0]
+
+    reply, found = user("R"), []
+    if parse is not None:
+        name = schemas[0]["function"]["name"]
+        reply = {"role": "tool", "name": name, "tool_call_id": "call00000", "content": "R"}
+    opened = text_of([user("Q")]).endswith("<think>\n")
+    closed = "T\n</think>\n\n" if opened else ""
+    thought = closed or "<think>\nT\n</think>\n\n"
+    answers = {"answers": closed + called, "space around them": f" {closed}{called} \n"}
+    answers["reasoning"] = thought + called
+    for what, answer in answers.items():
+        message = {"role": "assistant", "content": answer}
+        if parse is not None:
+            content, calls = parse(answer, schemas)
+            if not calls:  # such an answer ends the episode
+                continue
+            message = {"role": "assistant", "content": content, "tool_calls": calls}
+        messages = [user("Q"), message, reply, message, reply]
+        whole = text_of(messages)
+        before = [text_of(messages[:1]) + answer, text_of(messages[:3]) + answer]
+        if not all(whole.startswith(text) for text in before):
+            found.append(what)
+    return found
+
+
+SCHEMAS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "f",
+            "description": "F.",
+            "parameters": {"type": "object", "properties": {}},
+        },
+    }
+]
+EMPTY_CALLS = {
+    "_hermes": '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>',
+    "_mistral": '[TOOL_CALLS][{"name": "f", "arguments": {}, "id": "call00000"}]',
+    "_llama3": '{"name": "f", "parameters": {}}',
+    "_tags": "<tool_call>\n<function=f>\n</function>\n</tool_call>",
+}
+HERMES_CALLS = next(iter(tools.FORMS.values()))
+KINDS = ["answers", "space around them", "reasoning"]
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>"]
+SPECIAL += ["<|return|>", "<｜end▁of▁sentence｜>", "<|call|>"]
+
+
+def test_a_warning_says_what_templates_write_otherwise_in_later_prompts(shared, frozen_clock):
+    import trl
+
+    sources = {p.stem: p.read_text() for p in (shared / "chat_templates").glob("*.jinja")}
+    for path in (Path(trl.__file__).parent / "chat_templates").glob("qwen3_*.jinja"):
+        sources[path.stem] = path.read_text()
+    seen = {}
+    for name, source in sources.items():
+        template = Template(source, {"bos_token": "<s>", "eos_token": "</s>"}, SPECIAL)
+        schemas, parse, called = [], None, "A"
+        try:
+            parse = tools.parser_of(template)
+        except InputError:
+            pass
+        else:
+            schemas = SCHEMAS
+            called = EMPTY_CALLS[parse.__name__]
+        if not template.turn_end:
+            continue
+        said = doubts(template, parse, schemas)
+        seen[name] = [what for what in KINDS if f"{what}: " in said]
+        assert seen[name] == unstable(source, parse, schemas, called), name
+        assert "which tools there are" not in said
+    assert len(seen) > 20 and seen["phi3.5_mini"] == [] and seen["qwen3"] == ["space around them"]
+    assert seen["llama3.1"] == ["space around them"] and seen["qwen3_training"] == KINDS[:2]
+
+
+def test_reasoning_that_a_template_drops_once_a_user_replies_is_quoted(shared):
+    source = (shared / "chat_templates/qwen3.jinja").read_text()
+    said = doubts(Template(source, {"eos_token": "<|im_end|>"}, SPECIAL), None, [])
+    assert said == (
+        "warning: rendered anew, the chat template changes earlier turns; rollouts keep what was "
+        "sampled (reasoning: 'assistant\\n<think>\\nT\\n</think>\\n\\n' to "
+        "'assistant\\nA<|im_end|>\\n<|im_sta')"
+    )
+    plain = Template(toy.TEMPLATE, {"eos_token": "<|end|>"}, toy.SPECIAL)
+    assert doubts(plain, None, []) == ""
+    hidden = toy.TOOLS_TEMPLATE.replace("for tool in tools or []", "for tool in []")
+    said = doubts(Template(hidden, {"eos_token": "<|end|>"}, toy.SPECIAL), HERMES_CALLS, SCHEMAS)
+    first, second = said.splitlines()
+    assert first == "warning: the chat template does not tell the model which tools there are"
+    assert "sampled (space around them: 'ssistant|> <tool_call>" in second
+
+
+# -------------------------------------------------------------------------- with the engine itself
+class Talk:
+    """Replies with a digit, three times."""
+
+    def reset(self, row):
+        self.turn = 0
+
+    def step(self, completion):
+        self.turn += 1
+        return [{"role": "user", "content": str(self.turn)}], len(completion), self.turn == 3
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory):
+    """-> (model, tokenizer, Environments, rows): a random model whose answers often end."""
+    path = tmp_path_factory.mktemp("talk") / "talk.py"
+    path.write_text(f"class Talk:{inspect.getsource(Talk).partition(':')[2]}")
+    tokenizer = toy_tokenizer()
+    model = small_model(vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
+    environments = Environments(f"{path}:Talk", tokenizer, 10, 5.0, 512)
+    rows = [{"prompt": [user(f"{i}+{i}")]} for i in range(10)]
+    rows = [{**row, "prompt_ids": tokenizer.prompt_ids(row["prompt"])} for row in rows]
+    return model, tokenizer, environments, rows
+
+
+def all_of(groups):
+    return [rollout for group in groups for rollout in group]
+
+
+def same(one, other):
+    for a, b in zip(all_of(one), all_of(other), strict=True):
+        assert a.ids == b.ids and a.finish == b.finish and a.episode.reward == b.episode.reward
+        assert (a.sampled == b.sampled).all() and (a.versions == b.versions).all()
+        assert abs(a.logp - b.logp).max() < 1e-5
+
+
+SAMPLING = Sampling(120, 0.9)
+
+
+def test_the_engines_log_probs_are_the_trainers_over_all_turns(talk, alone):
+    model, tokenizer, environments, rows = talk
+    engine = Engine.of(model, tokenizer, rows=16)
+    groups = environments.play(engine, rows, 3, SAMPLING, list(range(0, 1000, 100)))
+    rollouts = all_of(groups)
+    assert sum(not r.sampled.all() for r in rollouts) > 5
+    assert {r.finish for r in rollouts} == {"stop", "length"}
+    examples = [r.example() for r in rollouts]
+    for e, logp in zip(examples, logprobs(model, examples, 2000, 0.9, "cpu")):
+        assert abs(logp - e.columns["engine_logp"]).max() < 1e-5
+        assert not logp[~e.mask].any()
+    turns = [tokenizer.encode(f"<|user|>{k}<|assistant|>") for k in (1, 2)]
+    for r in rollouts:
+        runs = [[i for i, _ in run] for drawn, run in groupby(zip(r.ids, r.sampled), itemgetter(1))]
+        assert runs[1::2] == turns[: len(runs) // 2]
+        assert all(run[-1] in tokenizer.stop_ids for run in runs[: len(runs) - 1 : 2])
+        assert r.episode.reward > 0 and len(r.episode.messages) == len(runs)
+    drawn = [tuple(r.ids) for r in rollouts]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_episodes_are_the_same_alone_ahead_and_replayed(talk, alone, tmp_path):
+    model, tokenizer, environments, rows = talk
+    seeds = [100 * i for i in range(10)]
+    engine = Engine.of(model, tokenizer)
+    groups = environments.play(engine, rows, 3, SAMPLING, seeds)
+    for p in (2, 7):
+        same(environments.play(engine, rows[p : p + 1], 3, SAMPLING, seeds[p : p + 1]), [groups[p]])
+    world = SimpleNamespace(rank=0, size=1)
+
+    def request(indices, serials):
+        return [rows[i]["prompt_ids"] for i in indices], 3, SAMPLING, [100 * i for i in indices]
+
+    share = partial(packing.share, 10, 0, world=world)
+    recording = Recording(tmp_path, world, 0)
+    ahead = Ahead(engine, share, request, 3, 5, staleness=1, recording=recording)
+    taken, _ = ahead.share(0, 5)
+    ran_ahead = environments.play(
+        ahead, [rows[i] for i in taken], 3, SAMPLING, [100 * i for i in taken]
+    )
+    same(ran_ahead, [groups[i] for i in taken])
+    replay = Replay(tmp_path, world)
+    again = environments.play(
+        replay, [rows[i] for i in taken], 3, SAMPLING, [100 * i for i in taken]
+    )
+    same(again, ran_ahead)
+    ahead.close()
+
+
+def test_with_reproducible_episodes_are_played_by_chunks(talk, monkeypatch):
+    """The rollouts that the engine computes side by side are those of one chunk of prompts: the
+    same on any number of ranks."""
+    _, tokenizer, environments, rows = talk
+    monkeypatch.setattr(dist, "reproducible", True)
+    texts = [["a<|end|>", "b<|end|>", "c<|end|>"]] * 2
+    engine = Says(tokenizer, texts)
+    environments.play(engine, rows, 2, SAMPLING, [0] * 10)
+    assert [len(prompts) for prompts, _, _ in engine.calls] == [8, 16, 16, 2, 4, 4]
+
+
+def test_a_rank_without_prompts_plays_nothing(talk):
+    model, tokenizer, environments, _ = talk
+    assert environments.play(Engine.of(model, tokenizer), [], 3, SAMPLING, []) == []
+
+
+# ---------------------------------------------------------------------------------------- rewards
+def test_rewards_get_the_messages_and_the_environments(folder, alone):
+    """As TRL's do; `exact` and its like read the last answer."""
+    tokenizer = toy_tokenizer()
+    texts = [[call_of("guess", number=7), "7<|end|>"], [call_of("guess", number=1), "7?<|end|>"]]
+    row = {"secret": 7, "answer": "7"}
+    group, _, _ = played(folder / "theirs.py", "Vault", tokenizer, texts, row)
+    specs = ["environment", "exact", f"{folder / 'theirs.py'}:opened"]
+    functions, weights = rewards.load(specs, None)
+    assert rewards.check(functions, [{"prompt": [user("Q")], "answer": "7"}]) == ""
+    row = {"prompt": [user("Q")], "answer": "7"}
+    reward_FPG = rewards.score(functions, tokenizer, [row], [group])
+    assert reward_FPG.tolist() == [[[1.0, 0.0]], [[1.0, 0.0]], [[1.0, 0.0]]]
+    assert [f.name for f in functions] == ["environment", "exact", "opened"]
+    seen = []
+
+    def look(completions, environments, environment_rewards, **columns):
+        seen.extend(zip(completions, environments, environment_rewards))
+        return [0.0] * len(completions)
+
+    rewards.score([rewards.Reward("look", look)], tokenizer, [row], [group])
+    for r, (messages, environment, reward) in zip(group, seen):
+        assert messages == r.episode.messages and messages is not r.episode.messages
+        assert environment is r.episode.environment and reward == r.episode.reward
+    with pytest.raises(InputError, match="missing a required argument: 'environments'"):
+        rewards.score(
+            [rewards.Reward("look", look)],
+            tokenizer,
+            [row],
+            [[Rollout([1], [2], np.zeros(1), "stop", 0)]],
+        )
+
+
+def test_an_environment_that_gave_no_reward_leaves_its_rollout_unrewarded(folder, alone):
+    texts = [["boom<|end|>"], ["fine<|end|>"], ["none<|end|>"]]
+    group, _, _ = played(folder / "own.py", "Countdown", toy_tokenizer(), texts, {"turns": 1})
+    functions, _ = rewards.load(["environment"], None)
+    scores = rewards.score(functions, toy_tokenizer(), [{"prompt": [user("Q")]}], [group])
+    assert scores[0, 0].isnan().tolist() == [True, False, True] and scores[0, 0, 1] == 4
+
+
+def test_without_tools_there_are_no_metrics_of_tools(alone):
+    group = [Rollout([1], [2], np.zeros(1, np.float32), "stop", 0)]
+    assert not [name for name in length_metrics([group]) if name.startswith("tools/")]
+    group[0].episode = Episode(None, calls=0)
+    found = length_metrics([group])
+    assert found["tools/call_frequency"] == 0 and "tools/failure_frequency" not in found
+
+
+# ------------------------------------------------------------------------------------------- flags
+def flags(*given):
+    parser = cli.parser("", out="out", lr=1.0)
+    cli.add_rollout_flags(parser)
+    return parser.parse_args(["--model", "m", "--data", "d", *map(str, given)])
+
+
+def test_flags_say_which_environment(folder):
+    tokenizer, theirs = toy_tokenizer(), folder / "theirs.py"
+    rows = [{"prompt": [user("Q")], "__line__": "f:1"}]
+    assert cli.environment(flags(), tokenizer, 512, rows) is answer_once
+    args = flags("--env", f"{theirs}:Vault", "--tokens", 300, "--max_turns", 3, "--env_timeout", 2)
+    found = cli.environment(args, tokenizer, 512, rows, sides=2).__self__
+    assert args.reward == ["environment"] and rows[0]["tools"] == found.schemas
+    assert (found.turns, found.timeout, found.room) == (3, 2.0, 150)
+    assert [x["function"]["name"] for x in found.schemas] == ["guess", "hang", "rest"]
+    (kept,), _ = tokenizer.with_prompts((rows,), None, 9, 512, 512)
+    assert tokenizer.decode(kept[0]["prompt_ids"]).startswith("<|tool|>guess<|tool|>hang")
+    args = flags("--env", f"{theirs}:Vault", "--reward", "exact", "--engine_tokens", 77)
+    rows = [{"prompt": [user("Q")]}]
+    assert cli.environment(args, tokenizer, 512, rows).__self__.room == 77
+    assert args.reward == ["exact"]
+
+
+@pytest.mark.parametrize(
+    "given, row, said",
+    [
+        (["--reward", "environment"], {}, "needs an environment: --env file.py:Class"),
+        (["--max_turns", "3"], {}, "--max_turns is about an environment"),
+        (["--env_timeout", "3"], {}, "--env_timeout is about an environment"),
+        (["--env", "Bare"], {}, "Bare has no get_reward..: give a --reward too"),
+        (["--env", "Bare", "--reward", "environment"], {}, "has no get_reward..: give another"),
+        (
+            ["--env", "Vault"],
+            {"prompt": "Q"},
+            "f:1: --env needs prompts that are messages: --to_me",
+        ),
+        (["--env", "Vault"], {"tools": [{}]}, "f:1: the row has tools, and so has --env"),
+    ],
+)
+def test_flags_that_do_not_fit_get_one_sentence(folder, given, row, said):
+    given = [f"{folder / 'theirs.py'}:{x}" if x in ("Bare", "Vault") else x for x in given]
+    rows = [{"prompt": [user("Q")], "__line__": "f:1", **row}]
+    with pytest.raises(InputError, match=said):
+        cli.environment(flags(*given), toy_tokenizer(), 512, rows)

@@ -35,6 +35,8 @@ RUNS = {
     "--max_staleness 1 --max_new_tokens 9 --reference_model {place}/near",
     "lora": PLAIN + "--reward {place}/reward.py:letters --steps 3 --prompts 3 --reference_model "
     "{place}/near --lora 3 --lora_alpha 5 --rslora --lora_targets q_proj v_proj --lr 2e-2",
+    "environment": PLAIN + rollouts.TALKS + "--max_turns 2 --loss sigmoid --steps 3 --prompts 3 "
+    "--reference_model {place}/near",
     "orpo": PLAIN + "--reward {place}/reward.py:letters --loss orpo --steps 3 --prompts 2",
 }
 METRICS = {
@@ -64,8 +66,9 @@ def rarely(completions, **columns):
 
 
 def write_more(place):
-    """Add judge.py, puzzled.jsonl and near/ to the tiny place."""
+    """Add judge.py, puzzled.jsonl, near/ and what write_talk does to the tiny place."""
     dpo.write_near(place)
+    rollouts.write_talk(place)
     (place / "judge.py").write_text(JUDGE)
     rows = common.prompt_rows(14)
     rows = [{"puzzle": row["prompt"] if i % 3 else f"{i}, "} for i, row in enumerate(rows)]
