@@ -167,9 +167,7 @@ def from_file(spec: str, flag: str) -> Callable:
         for key, value in vars(module).items():
             if getattr(value, "__module__", "") == spec.name:
                 own.append(key)
-        raise InputError(
-            f"{given}: {path} has no function or class {name!r}; it has {', '.join(own) or 'none'}."
-        )
+        raise InputError(f"{given}: {path} has no {name!r}; it has {', '.join(own) or 'none'}.")
     return found
 
 

@@ -408,7 +408,7 @@ def test_what_is_no_environment_gets_one_sentence(folder):
     tokenizer, own = toy_tokenizer(), folder / "own.py"
     for name, said in (
         ("function", "give a class that has a method reset"),
-        ("Nothing", "has no function or class 'Nothing'; it has Countdown, Broken"),
+        ("Nothing", "has no 'Nothing'; it has Countdown, Broken"),
         ("Stepless", "beside reset.self, row. it needs step.self, completion."),
         ("Unmade", "Unmade.. raised OSError: no server"),
         ("Broken", "row: --env .*: reset raised IndexError: list index out of range"),
