@@ -193,7 +193,7 @@ def _sampled_rows(run, step):
             prompts += [f"example {e.index} of prompt {serial}" for e in wrong]
         for j, e in enumerate(group):
             expected, mask = _conversation(answers, seed, j, f.group)
-            if not expected:
+            if expected is None:
                 continue
             if e.ids != expected:
                 ids.append(f"example {e.index} of prompt {serial}")
@@ -213,20 +213,20 @@ def _sampled_rows(run, step):
     return [*lines, counted("completions", ids, len(step.examples)), _masks(pairs)]
 
 
-def _conversation(answers, seed, sample, group) -> tuple[list[int], list[int]]:
-    """A sample as the engine answered it, turn by turn (see Environments.play), and its mask. None
-    of both if it did not, or if a prompt does not begin with what came before."""
+def _conversation(answers, seed, sample, group):
+    """A sample as the engine answered it turn by turn (see Environments.play) -> its ids and mask.
+    None if the engine did not; [] if a turn's prompt does not begin with what came before it."""
+    ids, mask = None, []
     first = answers.get(seed)
     if first and len(first["ids"]) > sample:
         ids = first["prompt"] + first["ids"][sample]
         mask = [0] * len(first["prompt"]) + _sampled(first, sample)
         seed += group
-    else:
-        ids, mask = [], []
     while answer := answers.get(seed + sample):
-        if len(answer["ids"]) > 1 or answer["prompt"][: len(ids)] != ids:
+        before = ids or []
+        if answer["prompt"][: len(before)] != before:
             return [], []
-        mask += [0] * (len(answer["prompt"]) - len(ids)) + _sampled(answer, 0)
+        mask += [0] * (len(answer["prompt"]) - len(before)) + _sampled(answer, 0)
         ids = answer["prompt"] + answer["ids"][0]
         seed += group
     return ids, mask

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from scripts import ROOT
-from twins import common
+from twins import common, rollouts
 from twins.double import own
 
 from nanopost import InputError, dist, replay
@@ -39,6 +39,10 @@ RUNS = {
     "ppo": "train_ppo.py --steps 3 --group 2 --lr 2e-3 --beta 0.3 --lam 0.7 --gamma 0.9 "
     "--eos_penalty 0.3 --ppo_epochs 1 " + SAMPLED + STEPS,
 }
+EPISODES = (
+    " --model {place}/ends --env {place}/talk.py:Talk --max_turns 3 --max_new_tokens 8 "
+    "--tokens 120 --reward environment "
+)
 # Flags that change a formula, each of them in some run.
 MORE = {
     "dft, lora": RUNS["sft"] + "--loss dft --lora 2 --lora_targets q_proj down_proj",
@@ -48,6 +52,7 @@ MORE = {
     "--minibatches 1 --agg constant --kl k2",
     "gspo, stale": RUNS["grpo"] + "--ratio sequence --adv batch --max_staleness 1 --beta 0 "
     "--clip 3e-4 4e-4",
+    "environment": RUNS["grpo"] + EPISODES + "--beta 0",
     "sapo": RUNS["grpo"] + "--loss sapo --adv mean --agg token --lora 2",
     "kto": RUNS["dpo"].replace("train_dpo", "train_kto").replace("pairs", "labelled")
     + "--beta 0.3 --holdout 2",
@@ -59,7 +64,11 @@ MORE = {
     "--value_warmup 1 --kl k3",
 }
 
-NOT_COVERED = {"kto": {"rows and mask", "loss"}, "rm": {"rows and mask", "loss and gradient"}}
+NOT_COVERED = {
+    "environment": {"prompts"},
+    "kto": {"rows and mask", "loss"},
+    "rm": {"rows and mask", "loss and gradient"},
+}
 
 
 class Planted(SourceFileLoader):
@@ -122,7 +131,9 @@ def run_with(fault, command, place, out):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    return common.write_place(tmp_path_factory.mktemp("place"))
+    place = common.write_place(tmp_path_factory.mktemp("place"))
+    rollouts.write_talk(place)
+    return place
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +246,15 @@ FAULTS = {
         'add_logprobs(examples, "ref_logp", model,',
         "reference's log-probs",
         "the reference is the policy itself",
+    ),
+    "an answer changed before its reply": Fault(
+        "grpo",
+        "nanopost/environment.py",
+        "prompts = [p.rollout.prompt + p.rollout.ids + p.turn_ids for p in live]",
+        "prompts = [p.rollout.prompt + [7] + p.rollout.ids[1:] + p.turn_ids for p in live]",
+        "completions",
+        "",
+        flags=EPISODES + "--beta 0",
     ),
     "sign of the advantage": Fault(
         "grpo",
