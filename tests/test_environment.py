@@ -727,7 +727,7 @@ def same(one, other):
         assert abs(a.logp - b.logp).max() < 1e-5
 
 
-SAMPLING = Sampling(120, 0.9)
+SAMPLING = Sampling(60, 0.9)
 
 
 def test_the_engines_log_probs_are_the_trainers_over_all_turns(talk, alone):
@@ -735,7 +735,7 @@ def test_the_engines_log_probs_are_the_trainers_over_all_turns(talk, alone):
     engine = Engine.of(model, tokenizer, rows=16)
     groups = environments.play(engine, rows, 3, SAMPLING, list(range(0, 1000, 100)))
     rollouts = all_of(groups)
-    assert sum(not r.sampled.all() for r in rollouts) > 5
+    assert sum(not r.sampled.all() for r in rollouts) > 3
     assert {r.finish for r in rollouts} == {"stop", "length"}
     examples = [r.example() for r in rollouts]
     for e, logp in zip(examples, logprobs(model, examples, 2000, 0.9, "cpu")):
