@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nanopost import InputError
-from nanopost.sandbox_worker import VERDICTS, send
+from nanopost.sandbox_worker import NOBODY, VERDICTS, send
 
 WORKER = Path(__file__).with_name("sandbox_worker.py")
 ENVIRONMENT = {
@@ -41,7 +41,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }
-NOBODY = 65534  # what root's programs run as
 # What a program sees, besides the interpreter and its packages.
 SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store"]
 SYSTEM += ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
@@ -129,13 +128,10 @@ def check(isolated: bool = True):
 
 # -------------------------------------------------------------------------------------- one worker
 def _start(limits, isolated, folder):
-    user, group = (os.geteuid(), os.getegid()) if os.geteuid() else (NOBODY, NOBODY)
     packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
     given = {
         **limits._asdict(),
         "isolated": isolated,
-        "user": user,
-        "group": group,
         "packages": packages,
         "visible": _outermost([*SYSTEM, sys.base_prefix, sys.base_exec_prefix, *packages]),
         "temporary": folder,
@@ -153,7 +149,7 @@ def _start(limits, isolated, folder):
     try:
         if isolated:
             _expect(worker, b"unshared\n")
-            _map_user(worker, user, group)
+            _map_user(worker)
         _expect(worker, b"ready\n")
     except BaseException:
         _stop(worker)
@@ -172,14 +168,19 @@ def _outermost(paths):
     return kept
 
 
-def _map_user(worker, user, group):
-    """The worker's user namespace has one user and one group, unprivileged ones outside too."""
+def _map_user(worker):
+    """The one user inside is this one outside; for root it is nobody, since the kernel neither
+    counts nor limits root's processes, or, in a container without such a user, the container's."""
     process = Path("/proc", str(worker.pid))
     try:
         if os.geteuid():
             (process / "setgroups").write_text("deny", encoding="utf-8")
-        (process / "gid_map").write_text(f"{group} {group} 1", encoding="utf-8")
-        (process / "uid_map").write_text(f"{user} {user} 1", encoding="utf-8")
+        for name, own in [("gid_map", os.getegid()), ("uid_map", os.geteuid())]:
+            known = Path("/proc/self", name).read_text(encoding="utf-8").split()
+            ranges = zip(map(int, known[::3]), map(int, known[2::3]))
+            has_nobody = any(first <= NOBODY < first + size for first, size in ranges)
+            outside = NOBODY if not os.geteuid() and has_nobody else own
+            (process / name).write_text(f"{NOBODY} {outside} 1", encoding="utf-8")
     except OSError as error:
         raise _refused(error) from error
     worker.stdin.write(b"\n")
