@@ -26,6 +26,7 @@ from nanopost.boards import Boards
 from nanopost.colocate import Colocated
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.recording import Recording, Replay
+from nanopost.rewards import Reward, load
 from nanopost.run import Run, changed_arguments, starts_of
 from nanopost.terminal import say
 from nanopost.vllm import Servers
@@ -429,8 +430,8 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
         nargs="+",
         required=reward_required,
         default=[],
-        help="exact, gsm8k, boxed, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or "
-        "file.py:function",
+        help="exact, gsm8k, boxed, math_verify, code, format, regex:PATTERN, length:MAX:BUFFER, "
+        "model:FOLDER or file.py:function",
     )
     add("--reward_weights", type=finite, nargs="+", help="one per --reward; default: all 1")
     add(
@@ -438,6 +439,11 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
         type=at_least(0.0),
         default=0.0,
         help="seconds per call of a reward or judge; 0: no limit",
+    )
+    add(
+        "--unsafe_code",
+        action="store_true",
+        help="--reward code without a sandbox: programs run with your rights, under limits alone",
     )
     add(
         "--max_staleness",
@@ -519,6 +525,12 @@ def add_reference_flags(parser: Parser):
     )
     add("--reference_model", help="folder of the reference; default: --model")
     add("--cache", default="out/cache", help="folder of precomputed log-probs")
+
+
+def rewards(args, tokenizer, world) -> tuple[list[Reward], list[float]]:
+    """The rewards that the flags ask for, and their weights. tokenizer: the policy's."""
+    tokens, timeout, isolated = args.tokens, args.reward_timeout, not args.unsafe_code
+    return load(args.reward, args.reward_weights, tokenizer, world, tokens, timeout, isolated)
 
 
 def check_one_each(flag: str, given: list | None, of: str, expected: list):

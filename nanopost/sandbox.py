@@ -58,11 +58,14 @@ class Limits(NamedTuple):
     files: int = 64  # open at once, per process
 
 
+DEFAULT = Limits()
+
+
 class Job(NamedTuple):
     """A program and its tests, which run in another process.
 
-    setup: runs before the tests, and defines names for them. entry: a name that is the program's
-    even if the setup defines it. tests: statements, or functions test_*, that must not raise.
+    tests: statements, or functions test_*, that must not raise. setup: runs before them, and defines
+    names for them. Any other name is Python's, or else the program's; entry is the program's always.
     """
 
     code: str
@@ -71,7 +74,7 @@ class Job(NamedTuple):
     entry: str = ""
 
 
-def run(code: str, limits: Limits = Limits(), isolated: bool = True) -> tuple[str, bool]:
+def run(code: str, limits: Limits = DEFAULT, isolated: bool = True) -> tuple[str, bool]:
     """Run a program -> (stdout and stderr, whether it ended by itself and without an error)."""
     with tempfile.TemporaryDirectory() as folder:
         worker = _start(limits, isolated, folder)
@@ -87,13 +90,14 @@ def run(code: str, limits: Limits = Limits(), isolated: bool = True) -> tuple[st
     return text, verdict == b"+"
 
 
-def passed(jobs: list[Job], limits: Limits = Limits(), isolated: bool = True) -> list[bool]:
+def passed(jobs: list[Job], limits: Limits = DEFAULT, isolated: bool = True) -> list[bool]:
     """Whether each program passes its tests. They run concurrently, one per CPU of this rank.
 
     Tests are run, in a sandbox too, by a process that calls the program's functions over a pipe.
-    None, numbers, text, bytes, lists, tuples, sets, dicts and ranges cross it as copies, so a test
-    cannot see an argument changed in place. Other objects stay in the program: tests can call them,
-    iterate over them and use their attributes, but they equal nothing.
+    None, numbers, text, bytes, lists, tuples, sets, dicts, ranges and Python's own types cross it as
+    copies, so a test cannot see an argument changed in place. Other objects stay in the program:
+    tests can call them, iterate over them and use their attributes, but they equal nothing. Tests
+    cannot give the program functions or objects of their own.
     """
     verdicts = [False] * len(jobs)
     waiting = deque(enumerate(jobs))

@@ -195,13 +195,13 @@ def confine(given):
 def passes(job, peer) -> bool:
     """Whether setup, tests and the tests' functions test_* run without an error.
 
-    A name that tests do not define is Python's, or a standard module of which they use a part, or
-    the program's. `entry`: a name that is the program's even if the setup defines it.
+    A name that they do not define is Python's, or a standard module of which they use a part, or
+    else the program's; `entry` is the program's always.
     """
 
     class Names(dict):
         def __missing__(self, name):
-            if hasattr(builtins, name):
+            if hasattr(builtins, name) and name != job["entry"]:
                 raise KeyError(name)
             if name in sys.stdlib_module_names and f"{name}." in job["setup"] + job["tests"]:
                 return importlib.import_module(name)
@@ -346,6 +346,8 @@ def encode(value, number_of):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+        return {"type": value.__name__}
     return {"object": number_of(value)}
 
 
@@ -364,6 +366,8 @@ def decode(data, object_of):
         return getattr(builtins, kind)(*content)
     if kind in ("tuple", "set", "frozenset", "dict"):
         return getattr(builtins, kind)(decode(x, object_of) for x in content)
+    if kind == "type" and isinstance(found := getattr(builtins, content), type):
+        return found
     raise ValueError(f"{kind!r} is no type of encode's")
 
 
