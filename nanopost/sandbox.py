@@ -64,8 +64,9 @@ DEFAULT = Limits()
 class Job(NamedTuple):
     """A program and its tests, which run in another process.
 
-    tests: statements, or functions test_*, that must not raise. setup: runs before them, and defines
-    names for them. Any other name is Python's, or else the program's; entry is the program's always.
+    tests: statements, or functions test_*, that must not raise. setup: runs before them, and
+    defines names for them. Any other name is Python's, or else the program's; entry is the
+    program's always.
     """
 
     code: str
@@ -94,8 +95,8 @@ def passed(jobs: list[Job], limits: Limits = DEFAULT, isolated: bool = True) -> 
     """Whether each program passes its tests. They run concurrently, one per CPU of this rank.
 
     Tests are run, in a sandbox too, by a process that calls the program's functions over a pipe.
-    None, numbers, text, bytes, lists, tuples, sets, dicts, ranges and Python's own types cross it as
-    copies, so a test cannot see an argument changed in place. Other objects stay in the program:
+    None, numbers, text, bytes, lists, tuples, sets, dicts, ranges and Python's own types cross it
+    as copies, so a test cannot see an argument changed in place. Other objects stay in the program:
     tests can call them, iterate over them and use their attributes, but they equal nothing. Tests
     cannot give the program functions or objects of their own.
     """
@@ -107,7 +108,11 @@ def passed(jobs: list[Job], limits: Limits = DEFAULT, isolated: bool = True) -> 
         try:
             while waiting:
                 i, job = waiting.popleft()
-                verdicts[i] = _ask(worker, job._asdict(), limits)[1] == b"+"
+                verdict = _ask(worker, job._asdict(), limits)[1]
+                verdicts[i] = verdict == b"+"
+                if verdict == b"t":  # the worker has ended too
+                    _stop(worker)
+                    worker = _start(limits, isolated, folder)
         except IndexError:  # another thread was faster
             pass
         finally:
@@ -199,9 +204,9 @@ def _expect(worker, line):
 
 def _refused(why):
     return InputError(
-        f"the sandbox cannot start ({why}): it needs a Linux kernel from 5.12 that allows user "
+        f"the sandbox fails ({why}): it needs Linux from 5.12 on x86_64 or aarch64, and user "
         "namespaces (Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0; Docker: "
-        "--privileged); --unsafe_code runs programs without one, with this user's rights."
+        "--privileged); --unsafe_code runs programs without it, with this user's rights."
     )
 
 

@@ -337,15 +337,15 @@ def job_of(row: dict, prompt: str, text: str) -> sandbox.Job:
     """A program and the tests of its row, or InputError.
 
     The row has test_list (MBPP: statements, with test_setup_code or test_imports), or test and
-    entry_point (HumanEval: a function check(candidate); the prompt defines what it calls besides),
-    or tests: statements or functions test_*, as one text or a list. In a row of HumanEval, a program
+    entry_point (HumanEval: a function check(candidate), which may call what the prompt defines), or
+    tests: statements or functions test_*, as one text or a list. In a row of HumanEval, a program
     that does not define entry_point is the body of the function that the prompt begins.
     """
     if row.get("test_list") is not None:
         setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
         given, entry = row["test_list"], ""
     elif row.get("test") is not None and row.get("entry_point") is not None:
-        setup, entry = [prompt], row["entry_point"]
+        setup, entry = [prompt if _parses(prompt) else ""], row["entry_point"]
         given = [row["test"], f"check({entry})"]
         if not re.search(rf"^(def|class) {re.escape(entry)}\b", text, re.M):
             text = prompt + text
@@ -375,6 +375,14 @@ def job_of(row: dict, prompt: str, text: str) -> sandbox.Job:
     if len(names) == 1:
         entry = names.pop()  # the program's, even if it is called sum
     return sandbox.Job(text, tests, "\n".join(setup), entry)
+
+
+def _parses(text):
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
 
 
 def _runs(statement) -> bool:
