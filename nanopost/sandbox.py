@@ -84,10 +84,11 @@ def run(code: str, limits: Limits = DEFAULT, isolated: bool = True) -> tuple[str
         finally:
             _stop(worker)
     text = output[: limits.output].decode(errors="replace")
-    if len(output) > limits.output:
-        text += f"\n[stopped: more than {limits.output:,} bytes of output]"
-    elif verdict == b"t":
-        text += f"\n[stopped after {limits.seconds:g} seconds]"
+    if verdict == b"t":
+        why = f"after {limits.seconds:g} seconds"
+        if len(output) > limits.output:
+            why = f"after {limits.output:,} bytes of output"
+        text = f"{text.rstrip()}\n[stopped {why}]\n".lstrip()
     return text, verdict == b"+"
 
 

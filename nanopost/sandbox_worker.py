@@ -220,7 +220,8 @@ def judge(given):
     except BaseException:
         passed = False
     if not given["isolated"]:
-        os.killpg(program, signal.SIGKILL)
+        with suppress(ProcessLookupError):
+            os.killpg(program, signal.SIGKILL)
     os._exit(0 if passed else FAILED)
 
 
@@ -320,6 +321,7 @@ class Remote:
 # -------------------------------------------------------------------------------------- the program
 def run(request, reply):
     """Run the code; with tests, then answer their requests."""
+    system("prctl", SET_PDEATHSIG, signal.SIGKILL)
     os.setsid()
     code, has_tests = receive(request)
     null = os.open("/dev/null", os.O_RDWR)
