@@ -125,7 +125,7 @@ eval_rows = eval_rows[: args.eval_rows]
     args.tokens,
     model.config.max_positions,
 )
-reward_functions, reward_weights = cli.rewards(args, tokenizer, world)
+reward_functions, reward_weights = cli.load_rewards(args, tokenizer, world)
 columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay)

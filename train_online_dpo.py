@@ -97,7 +97,7 @@ eval_rows = eval_rows[: args.eval_rows]
 )
 reward_functions, reward_weights = [], []
 if args.reward:
-    reward_functions, reward_weights = cli.rewards(args, tokenizer, world)
+    reward_functions, reward_weights = cli.load_rewards(args, tokenizer, world)
 columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 judge = rewards.load_one(args.judge, timeout=args.reward_timeout) if args.judge else None
 stateful = reward_functions + ([judge] if judge else [])

@@ -19,14 +19,13 @@ from pathlib import Path
 
 import torch
 
-from nanopost import InputError, dist, hf, lora, packing
+from nanopost import InputError, dist, hf, lora, packing, rewards
 from nanopost.ahead import Ahead
 from nanopost.audit import Audit
 from nanopost.boards import Boards
 from nanopost.colocate import Colocated
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.recording import Recording, Replay
-from nanopost.rewards import Reward, load
 from nanopost.run import Run, changed_arguments, starts_of
 from nanopost.terminal import say
 from nanopost.vllm import Servers
@@ -527,10 +526,17 @@ def add_reference_flags(parser: Parser):
     add("--cache", default="out/cache", help="folder of precomputed log-probs")
 
 
-def rewards(args, tokenizer, world) -> tuple[list[Reward], list[float]]:
-    """The rewards that the flags ask for, and their weights. tokenizer: the policy's."""
-    tokens, timeout, isolated = args.tokens, args.reward_timeout, not args.unsafe_code
-    return load(args.reward, args.reward_weights, tokenizer, world, tokens, timeout, isolated)
+def load_rewards(args, tokenizer, world):
+    """The rewards that the flags ask for, and their weights: rewards.load."""
+    return rewards.load(
+        args.reward,
+        args.reward_weights,
+        tokenizer,
+        world,
+        args.tokens,
+        args.reward_timeout,
+        isolated=not args.unsafe_code,
+    )
 
 
 def check_one_each(flag: str, given: list | None, of: str, expected: list):

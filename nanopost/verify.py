@@ -271,20 +271,18 @@ def import_math_verify():
 
 
 def math_verify(completions, answer, **columns):
-    r"""1 where math-verify finds the completion's answer, if possible the last \boxed{}, equal to
-    the column answer, which may be bare or boxed itself.
+    r"""1 where math-verify finds the completion's answer equal to the column answer.
 
-    Unlike boxed it does algebra: 2x + 1 is 1 + 2x. A comparison that takes more than 5 seconds
-    gives 0, by an alarm that replaces that of --reward_timeout. InputError names the first answer
-    without a value.
+    That is the last \boxed{} of a completion, or else what math-verify extracts from it. The column
+    may be bare or boxed. Unlike boxed this does algebra: 2x + 1 is 1 + 2x. A comparison that takes
+    more than 5 seconds gives 0, by an alarm that replaces that of --reward_timeout. InputError
+    names the first answer without a value.
     """
     package = import_math_verify()
-    latex = package.LatexExtractionConfig(boxed_match_priority=0, try_extract_without_anchor=False)
     golds = {}
     for i, text in enumerate(map(str, answer)):
-        if text not in golds:
-            # Bare, 3\sqrt{13} would be read as the number 3.
-            golds[text] = package.parse(f"\\boxed{{{last_boxed(text) or text}}}", [latex])
+        # Bare, 3\sqrt{13} would be read as the number 3.
+        golds[text] = golds.get(text) or package.parse(f"\\boxed{{{last_boxed(text) or text}}}")
         if not golds[text]:
             raise InputError(
                 f"Reward math_verify: the answer {text[:80]!r} to completion {i} has no value; "
@@ -292,7 +290,9 @@ def math_verify(completions, answer, **columns):
             )
     scores = []
     for completion, gold in zip(completions, answer):
-        given = package.parse(text_of(completion), [latex], extraction_mode="first_match")
+        text = text_of(completion)
+        content = last_boxed(text)
+        given = package.parse(text if content is None else f"\\boxed{{{content}}}")
         scores.append(float(package.verify(golds[str(gold)], given)))
     return scores
 

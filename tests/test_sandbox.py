@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from hostile import HOSTILE
 
-from nanopost import InputError, rewards, sandbox, verify
+from nanopost import InputError, cli, rewards, sandbox, verify
 from nanopost.sandbox import Job, Limits
 
 try:
@@ -201,20 +201,23 @@ def test_no_program_forges_a_verdict():
     assert sandbox.passed([*jobs, Job(right, CHECK)], QUICK) == [False] * len(jobs) + [True]
 
 
-def descendants():
-    """Processes below this one, which also gets the orphans among them."""
-    found, new = set(), {os.getpid()}
-    while new:
-        found |= new
-        new = set()
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                parent = int(status.read_text().rpartition(")")[2].split()[1])
-            except (OSError, ProcessLookupError):
-                continue
-            if parent in found:
-                new.add(int(status.parent.name))
-        new -= found
+def descendants() -> set[int]:
+    """The processes below this one that have not ended, if it also gets their orphans."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = status.read_text().rpartition(")")[2].split()[:2]
+        except (OSError, ProcessLookupError):  # it has just ended
+            continue
+        if state not in "ZX":
+            parents[int(status.parent.name)] = int(parent)
+    found = set()
+    for process in parents:
+        line = [process]
+        while line[-1] in parents:
+            line.append(parents[line[-1]])
+        if os.getpid() in line[1:]:
+            found.add(process)
     return found
 
 
@@ -242,36 +245,26 @@ PORT = 47813
 LISTENS = f"import socket\ns = socket.socket()\ns.bind(('', {PORT}))\ns.listen()"
 
 
-@pytest.fixture(scope="module")
-def as_before():
-    """Whatever happens in a test leaves the machine as it was."""
+@pytest.fixture
+def as_before(monkeypatch):
+    """What happens in a test leaves the machine as it was."""
     libc = ctypes.CDLL(None)
     libc.prctl(36, 1, 0, 0, 0)  # orphans among this process's descendants become its children
-    os.environ["NANOPOST_SECRET"] = SECRET
+    monkeypatch.setenv("NANOPOST_SECRET", SECRET)
     before = machine()
-    memory = available()
     yield
-    assert machine() == before
-    assert available() > memory - 2**29
+    after = machine()
     libc.prctl(36, 0, 0, 0, 0)
-    del os.environ["NANOPOST_SECRET"]
-
-
-def available() -> int:
-    """Bytes of memory that a new process can have."""
-    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    return int(found[1]) * 1024
+    assert after == before
 
 
 @isolated
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_program_does_no_harm(name, as_before):
     code, expected = HOSTILE[name]
-    before = machine()
     output, ok = sandbox.run(code, QUICK if "seconds" in expected else sandbox.DEFAULT)
     assert re.fullmatch(expected, output.removesuffix("\n")), output[-2000:]
     assert not (ok and "stopped" in output)
-    assert machine() == before
 
 
 @isolated
@@ -279,9 +272,19 @@ def test_hostile_programs_pass_no_test(as_before):
     ends = [code for code, expected in HOSTILE.values() if "seconds" not in expected]
     jobs = [Job(f"{code}\n{WRONG}", CHECK) for code in [*ends, HOSTILE["fork bomb"][0]]]
     jobs += [Job("\0", CHECK), Job("def f(:", CHECK), Job("", CHECK)]
-    before = machine()
     assert not any(sandbox.passed(jobs, Limits(seconds=0.4)))
-    assert machine() == before
+
+
+@isolated
+def test_the_memory_of_a_folder_is_free_after_its_program(as_before):
+    def shared():
+        return int(re.search(r"Shmem:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024
+
+    code = "import os\nopen('a', 'wb').write(bytes(2**28))\nprint(os.path.getsize('a'))"
+    before = shared()
+    for _ in range(2):
+        assert sandbox.run(code, Limits(folder=2**29, file=2**29)) == (f"{2**28}\n", True)
+    assert shared() < before + 2**27
 
 
 # Programs that define the right functions, but answer the tester's requests themselves: reply N.
@@ -336,34 +339,20 @@ def test_a_program_cannot_reach_a_server_of_this_machine():
 
 
 @isolated
-def test_a_run_that_is_killed_leaves_no_program(tmp_path):
+def test_a_run_that_is_killed_leaves_no_program(as_before):
     """Its worker, keeper and tester die with it, and so all programs."""
     code = "from nanopost import sandbox; sandbox.run('import time; time.sleep(60)')"
+    before = descendants()
     run = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
-    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-    try:
-        deadline = time.monotonic() + 30
-        while len(descendants()) < 6:  # this one, the run, worker, keeper, tester, program
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        family = descendants() - {os.getpid(), run.pid}
-        run.kill()
-        run.wait()
-        while any(alive(pid) for pid in family):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        run.kill()
-        ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)
-        for pid in descendants() - {os.getpid()}:
-            os.waitpid(pid, os.WNOHANG)
-
-
-def alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
+    deadline = time.monotonic() + 30
+    while len(descendants() - before) < 5:  # the run, worker, keeper, tester, program
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    run.kill()
+    run.wait()
+    while descendants() != before:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def without_namespaces(function) -> list[str]:
@@ -504,6 +493,20 @@ def test_a_row_without_tests_is_refused_before_training(columns, error):
     with pytest.raises(InputError, match=error):
         rewards.check([reward], [ROW | columns])
     assert rewards.check([reward], [ROW | {"tests": "assert f(1)"}]) == ""
+
+
+def test_the_flag_unsafe_code_reaches_the_reward(capsys):
+    parser = cli.parser("", out="out", lr=1.0)
+    cli.add_rollout_flags(parser)
+    given = ["--data", "d", "--model", "m", "--reward", "exact", "code"]
+    [_, reward], weights = cli.load_rewards(
+        parser.parse_args([*given, "--unsafe_code"]), None, None
+    )
+    assert reward.function is verify.unsafe_code and weights == [1.0, 1.0]
+    assert "warning: --unsafe_code" in capsys.readouterr().out
+    if not REASON:
+        [_, reward], _ = cli.load_rewards(parser.parse_args(given), None, None)
+        assert reward.function is verify.code
 
 
 def test_unsafe_code_without_code_is_refused():
