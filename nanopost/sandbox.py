@@ -179,21 +179,32 @@ def _outermost(paths):
 
 
 def _map_user(worker):
-    """The one user inside is this one outside; for root it is nobody, since the kernel neither
-    counts nor limits root's processes, or, in a container without such a user, the container's."""
+    """The one user inside is this one outside. For root it is nobody, since the kernel does not
+    limit how many processes root has."""
     process = Path("/proc", str(worker.pid))
     try:
         if os.geteuid():
             (process / "setgroups").write_text("deny", encoding="utf-8")
         for name, own in [("gid_map", os.getegid()), ("uid_map", os.geteuid())]:
-            known = Path("/proc/self", name).read_text(encoding="utf-8").split()
-            ranges = zip(map(int, known[::3]), map(int, known[2::3]))
-            has_nobody = any(first <= NOBODY < first + size for first, size in ranges)
-            outside = NOBODY if not os.geteuid() and has_nobody else own
+            outside = own
+            if not os.geteuid() and _is_mapped(name, NOBODY):
+                outside = NOBODY
             (process / name).write_text(f"{NOBODY} {outside} 1", encoding="utf-8")
     except OSError as error:
         raise _refused(error) from error
+    if not outside and _maps(name)[0][1] == 0:
+        raise _refused("this user namespace has no user but root")
     worker.stdin.write(b"\n")
+
+
+def _maps(name):
+    """The ranges of this process's user namespace: first inside, first outside, size."""
+    lines = Path("/proc/self", name).read_text(encoding="utf-8").splitlines()
+    return [list(map(int, line.split())) for line in lines]
+
+
+def _is_mapped(name, number):
+    return any(first <= number < first + size for first, _, size in _maps(name))
 
 
 def _expect(worker, line):

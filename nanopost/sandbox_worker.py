@@ -148,7 +148,6 @@ def isolate(visible: list[str]):
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
     system("prctl", SET_PDEATHSIG, signal.SIGKILL)  # another user cleared it
-    system("prctl", SET_DUMPABLE, 0)
 
     mount(None, "/", None, REC | PRIVATE)
     mount("tmpfs", "/tmp", "tmpfs", NOSUID | NODEV, "size=1m,mode=755")
