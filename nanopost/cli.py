@@ -27,6 +27,7 @@ from nanopost.colocate import Colocated
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.recording import Recording, Replay
 from nanopost.run import Run, changed_arguments, starts_of
+from nanopost.teacher import Teacher
 from nanopost.terminal import say
 from nanopost.vllm import Servers
 
@@ -344,6 +345,20 @@ def reference(args, folder, model, world):
         return lora.Reference(model)
     found = hf.load_model(folder, world.device, shard=_shard(args, world))
     return found.requires_grad_(False)
+
+
+def teacher(args, model, world, tokenizer) -> Teacher:
+    """The teacher that --teacher names, for the student `model`."""
+    tokenizer.check_same(args.teacher, "--teacher ")
+    found = hf.load_model(args.teacher, world.device, shard=_shard(args, world))
+    vocabulary = model.config.vocab_size
+    if not args.teacher_top_k < vocabulary:
+        raise InputError(
+            f"--teacher_top_k {args.teacher_top_k} of {vocabulary:,} tokens leaves none: give "
+            "less, or 0 for all of them."
+        )
+    how = args.temperature, args.beta, args.teacher_top_k
+    return Teacher(found, vocabulary, world.dtype, *how)
 
 
 def engine(args, folder, model, world, tokenizer):

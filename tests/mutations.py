@@ -554,8 +554,8 @@ MUTATIONS = [
     mutation(
         "kept-ids-not-given-to-the-head",
         "nanopost/model.py",
-        "at_M, kept = batch.prefixes.target_M, batch.kept",
-        "at_M, kept = batch.prefixes.target_M, None",
+        "        kept = batch.kept\n        if kept is not None:\n",
+        "        kept = None\n        if kept is not None:\n",
         "test_loops.py::"
         "test_with_a_cut_engine_and_trainer_are_one_policy_and_ratios_are_finite[train_ppo.py-cut0]",
     ),
@@ -1069,8 +1069,8 @@ MUTATIONS = [
     mutation(
         "a-completions-hidden-states-for-another",
         "nanopost/model.py",
-        "repeat(hidden_UD, batch.prefixes.index_N[at_M])",
-        "repeat(hidden_UD, batch.prefixes.index_N[at_M].sort().values)",
+        "repeat(hidden_UD, batch.prefixes.index_N[batch.at_M])",
+        "repeat(hidden_UD, batch.prefixes.index_N[batch.at_M].sort().values)",
         "test_forward.py::test_shared_prefixes_change_no_number",
     ),
     mutation(
