@@ -150,9 +150,11 @@ def evaluate():
         groups = rollout(rows_P, serials, sampling.held_out(temperature))
         if name == "accuracy":
             examples = [r.example() for (r,) in groups]
+            meter = dist.Meter()
             found = per_token(divergence, examples, args.tokens, world.device)
-            tokens = sum(e.num_targets for e in examples)
-            metrics |= dist.means({"eval/divergence": (sum(map(np.sum, found)), tokens)})
+            for e, divergence_T in zip(examples, found):
+                meter.add(e.num_targets, **{"eval/divergence": divergence_T.sum()})
+            metrics |= meter.means()
         if not reward_functions:
             break
         with rewards.held_out(reward_functions):
