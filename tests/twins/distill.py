@@ -9,7 +9,7 @@ import torch
 from nanopost import plain
 from runs import toy
 from twins import common, rollouts
-from twins.rollouts import GAP, Means, positions, spread
+from twins.rollouts import GAP, Means, positions
 
 SCRIPT = "train_distill.py"
 PLAIN = (
