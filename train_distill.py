@@ -46,8 +46,19 @@ parser = cli.parser(__doc__, out="out/distill", lr=1e-6, warmup=10, eval_every=5
 cli.add_rollout_flags(parser, reward_required=False)
 parser.set_defaults(group=1)
 add = parser.add_argument
-add("--teacher", required=True, metavar="FOLDER", help="the teacher: any size, same tokenizer")
-add("--teacher_top_k", type=at_least(0), default=0, help="of the teacher's tokens; 0: all")
+add(
+    "--teacher",
+    nargs="+",
+    required=True,
+    metavar="FOLDER",
+    help="a model of any size with the same tokenizer, or addresses of vLLM servers that serve it",
+)
+add(
+    "--teacher_top_k",
+    type=at_least(0),
+    default=0,
+    help="its likeliest tokens, the rest as one; 0: all",
+)
 add(
     "--beta",
     type=at_least(0.0, most=1.0),

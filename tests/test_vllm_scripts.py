@@ -1,6 +1,7 @@
 """The scripts on real vLLM servers, by their command lines."""
 
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -76,6 +77,31 @@ def test_a_script_samples_on_servers(place, urls, tmp_path, script, ranks):
         assert len(rollouts) > 0 and {row["rank"] for row in rollouts} == set(range(ranks))
     # What the run has learnt is on the servers, and in the folder that it wrote.
     assert (tmp_path / "out/model.safetensors").stat().st_size > 0
+
+
+def test_a_teacher_on_servers_is_the_one_in_the_folder(place, urls, tmp_path):
+    """Two ranks; the servers get the teacher's weights by a sync of a run that trains nothing."""
+    teach = (*flags(place, tmp_path / "teacher"), *OWN["train_grpo.py"], "--lr", 2e-2)
+    run("train_grpo.py", *teach, "--vllm", *urls)
+    lines = []
+    for teacher in ([tmp_path / "teacher"], urls):
+        out = tmp_path / f"student{len(lines)}"
+        teach = "--teacher", *teacher, "--teacher_top_k", 5, "--beta", 0.5
+        run("train_distill.py", *flags(place, out), *teach, ranks=2)
+        lines.append(metrics(out))
+    for native, served in zip(*lines):
+        for name in native:
+            if name in ("divergence", "eval/divergence", "loss", "entropy", "grad_norm"):
+                assert native[name] == pytest.approx(served[name], rel=1e-3), name
+    assert lines[0][1]["divergence"] > 1e-3
+    for more, error in [
+        ((), "needs --teacher_top_k"),
+        (("--teacher_top_k", 5, "--temperature", 0.7), "needs --temperature 1, not 0.7"),
+        (("--teacher_top_k", 50), "status 400.*start the server with --max-logprobs 50"),
+    ]:
+        command = *flags(place, tmp_path / "out"), "--teacher", urls[0], *more
+        done = run("train_distill.py", *command, ok=False)
+        assert done.returncode and re.search(error, done.stderr), done.stderr
 
 
 def test_servers_get_merged_weights_of_a_run_with_adapters(place, urls, tmp_path):
