@@ -86,6 +86,8 @@ world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dr
 cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 if args.on_policy < 1 and args.max_staleness:
     raise InputError("--on_policy below 1 needs --max_staleness 0: all prompts would run ahead.")
+if 0 < args.on_policy < 1 and args.reproducible:
+    raise InputError("--reproducible samples whole chunks of prompts: give --on_policy 0 or 1.")
 if (args.top_k, args.top_p, args.min_p) != (0, 1.0, 0.0):
     raise InputError("--top_k, --top_p and --min_p cut what the teacher is compared with: none.")
 if args.reward_weights:

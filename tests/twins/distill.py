@@ -142,7 +142,7 @@ def drawn_metrics(s, drawn) -> dict:
 def twin(args):
     s = rollouts.setting(args)
     model = common.with_adapters(common.language_model(args.model), args)
-    teacher = common.language_model(args.teacher)
+    teacher = common.language_model(args.teacher[0])
     optimizer = common.AdamW(model, args.weight_decay)
     records = common.records(args.out)
     ranks = rollouts.num_ranks(records)
