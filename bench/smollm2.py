@@ -65,9 +65,9 @@ def jobs(args) -> dict[str, list[str]]:
     if args.gsm8k:
         asked = sampled(ASKED, None, "format", steps=40, group=4, max_new_tokens=160)
         found["gsm8k"] = ["train_grpo.py", *asked, *flags(holdout=40)]
-    stored = flags(tokens=2048, warmup=2, save_every=10, eval_every=20, holdout=100)
+    stored = flags(rows=8, tokens=2048, warmup=2, save_every=10, eval_every=20, holdout=100)
     if args.messages:
-        found["sft"] = ["train_sft.py", *stored, *flags(data=args.messages, steps=60, lr=2e-5)]
+        found["sft"] = ["train_sft.py", *stored, *flags(data=args.messages, steps=100, lr=2e-5)]
         teach = flags(teacher=args.model, data=ANSWERED, holdout=40, prompts=16, tokens=2048)
         teach += flags(max_prompt=200, max_new_tokens=48, steps=60, warmup=2, eval_every=20)
         on_given = flags(model=STUDENT, on_policy=0, beta=0, lr=3e-4)
@@ -75,7 +75,7 @@ def jobs(args) -> dict[str, list[str]]:
         on_policy = flags(model="out/smollm2/given", beta=1, lr=1e-4)
         found["distill"] = ["train_distill.py", *teach, *on_policy]
     if args.pairs:
-        pairs = [*stored, *flags(data=args.pairs, rows=8, max_length=512, eval_rows=50)]
+        pairs = [*stored, *flags(data=args.pairs, max_length=512, eval_rows=50)]
         found["reward"] = ["train_rm.py", *pairs, *flags(steps=60, lr=2e-5)]
         found["dpo"] = ["train_dpo.py", *pairs, *flags(steps=60, lr=2e-6, beta=0.1)]
     return found
