@@ -142,7 +142,9 @@ class _ByRows(torch.autograd.Function):
         hidden_MD, weight_VD = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         d_hidden_MD = torch.empty_like(hidden_MD)
-        d_weight_VD = torch.zeros_like(weight_VD, dtype=accumulator(weight_VD))
+        d_weight_VD = None
+        if need_weight:
+            d_weight_VD = torch.zeros_like(weight_VD, dtype=accumulator(weight_VD))
         ready_VD = ready(weight_VD)
         for part in _parts(hidden_MD, weight_VD):
             hidden_RD = ready(hidden_MD[part])
@@ -157,10 +159,9 @@ class _ByRows(torch.autograd.Function):
             if need_weight:
                 d_weight_VD += matmul_fp32(d_RV.T, hidden_RD)
             del logit_RV, outputs, used, d_RV  # not to be held beside the next chunk's
-        d_weight_VD = d_weight_VD.to(weight_VD.dtype)
         return (
             d_hidden_MD if need_hidden else None,
-            d_weight_VD if need_weight else None,
+            d_weight_VD.to(weight_VD.dtype) if need_weight else None,
             None,
             None,
         )

@@ -27,7 +27,9 @@ class Teacher:
         """vocabulary: of the student. dtype: of what computes. temperature, beta, top_k: see
         divergence.from_teacher. A collective."""
         self.model = model.requires_grad_(False)
-        self.weight_VE = dist.full_tensor(model.head_weight).to(dtype)[:vocabulary]
+        weight_VE = dist.full_tensor(model.head_weight)
+        device = getattr(model, "runs_on", weight_VE.device)  # with --offload it is held elsewhere
+        self.weight_VE = weight_VE.to(device, dtype)[:vocabulary]
         self.temperature, self.beta, self.top_k = temperature, beta, top_k
         if len(self.weight_VE) < vocabulary:
             raise InputError(
