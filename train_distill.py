@@ -86,6 +86,8 @@ world = dist.init(args.device, args.dtype, args.seed, args.reproducible, args.dr
 cli.check_divides("prompts", args.prompts, ranks=world.size, minibatches=args.minibatches)
 if args.on_policy < 1 and args.max_staleness:
     raise InputError("--on_policy below 1 needs --max_staleness 0: all prompts would run ahead.")
+if 0 < args.on_policy < 1 and args.reproducible:
+    raise InputError("--reproducible samples whole chunks of prompts: give --on_policy 0 or 1.")
 if (args.top_k, args.top_p, args.min_p) != (0, 1.0, 0.0):
     raise InputError("--top_k, --top_p and --min_p cut what the teacher is compared with: none.")
 if args.reward_weights:
@@ -161,9 +163,11 @@ def evaluate():
         groups = rollout(rows_P, serials, sampling.held_out(temperature))
         if name == "accuracy":
             examples = [r.example() for (r,) in groups]
+            meter = dist.Meter()
             found = per_token(divergence, examples, args.tokens, world.device)
-            tokens = sum(e.num_targets for e in examples)
-            metrics |= dist.means({"eval/divergence": (sum(map(np.sum, found)), tokens)})
+            for e, divergence_T in zip(examples, found):
+                meter.add(e.num_targets, **{"eval/divergence": divergence_T.sum()})
+            metrics |= meter.means()
         if not reward_functions:
             break
         with rewards.held_out(reward_functions):

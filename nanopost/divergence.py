@@ -156,6 +156,7 @@ class _ByRows(torch.autograd.Function):
                 d_hidden_MD[part] = matmul_fp32(d_RV, ready_VD)
             if need_weight:
                 d_weight_VD += matmul_fp32(d_RV.T, hidden_RD)
+            del logit_RV, outputs, used, d_RV  # not to be held beside the next chunk's
         d_weight_VD = d_weight_VD.to(weight_VD.dtype)
         return (
             d_hidden_MD if need_hidden else None,

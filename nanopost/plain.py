@@ -190,6 +190,27 @@ def value_loss(value, old, target, clip):
     return (value - target) ** 2 / 2, False
 
 
+# ----------------------------------------------------------------------------------- distillation
+def divergence(flags, logits_V, teacher_V):
+    """Of the distributions of one token, by their logits: over all tokens, or over the teacher's
+    likeliest ones and the rest of them as one."""
+    p = (logits_V / flags.temperature).softmax(-1)
+    q = (teacher_V / flags.temperature).softmax(-1)
+    if flags.teacher_top_k:
+        order = q.argsort(descending=True)
+        likeliest, rest = order[: flags.teacher_top_k], order[flags.teacher_top_k :]
+        p = torch.cat([p[likeliest], p[rest].sum()[None]])
+        q = torch.cat([q[likeliest], q[rest].sum()[None]])
+    if flags.beta == 0:
+        return (q * torch.log(q / p)).sum()
+    if flags.beta == 1:
+        return (p * torch.log(p / q)).sum()
+    m = flags.beta * q + (1 - flags.beta) * p
+    of_teacher = (q * torch.log(q / m)).sum()
+    of_student = (p * torch.log(p / m)).sum()
+    return flags.beta * of_teacher + (1 - flags.beta) * of_student
+
+
 # ------------------------------------------------------------------------------------------ pairs
 def log_sigmoid(z):
     return -torch.logaddexp(torch.zeros_like(z), -z)

@@ -132,7 +132,7 @@ class ServedTeacher:
             if len(places) != len(e):
                 raise ServerError(f"{server.url}: {len(places)} log-probs of {len(e)} tokens")
             ids, logps = [], []
-            for t in e.mask[1:].nonzero()[0] + 1:
+            for t in filter(None, e.mask.nonzero()[0]):  # the first token is no target
                 ranked = sorted((x["rank"], int(v), x["logprob"]) for v, x in places[t].items())
                 ids.append([v for _, v, _ in ranked[: self.top_k]])
                 logps.append([logp for *_, logp in ranked[: self.top_k]])

@@ -30,14 +30,16 @@ OWN = {
     "train_grpo.py": ("--group", 4),
     "train_ppo.py": ("--group", 2, "--value_model", "head", "--beta", 0.05),
     "train_online_dpo.py": ("--group", 3),
+    "train_distill.py": ("--teacher", "{place}/teacher", "--beta", 0.5),
 }
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model, prompts and a reward."""
+    """A model, a teacher, prompts and a reward."""
     folder = tmp_path_factory.mktemp("place")
     vllm_servers.write_model(folder / "model")
+    vllm_servers.write_model(folder / "teacher", seed=1)
     rows = toy.prompt_rows(held_out=False)[:40]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reward.py").write_text(REWARD)
@@ -58,11 +60,16 @@ def flags(place, out):
     return "--model", place / "model", "--out", out, *data, *reward, *SHARED
 
 
+def own_flags(place, script):
+    return [str(x).format(place=place) for x in OWN[script]]
+
+
 @pytest.mark.parametrize(
     "script, ranks", [*((s, r) for s in OWN for r in (1, 2)), ("train_grpo.py", 4)]
 )
 def test_a_script_samples_on_servers(place, urls, tmp_path, script, ranks):
-    arguments = (*flags(place, tmp_path / "out"), *OWN[script], "--record", "--vllm", *urls)
+    own = own_flags(place, script)
+    arguments = (*flags(place, tmp_path / "out"), *own, "--record", "--vllm", *urls)
     done = run(script, *arguments, ranks=ranks)
     assert "warning" not in done.stdout + done.stderr
     lines = metrics(tmp_path / "out")
@@ -167,7 +174,7 @@ def test_a_recorded_run_on_servers_replays_to_the_same_bytes(
     place, urls, tmp_path, script, staleness
 ):
     """The replay has no thread and no server: it is the synchronous loop."""
-    own = *OWN[script], "--max_staleness", staleness
+    own = *own_flags(place, script), "--max_staleness", staleness
     own += ("--max_logp_gap", 9) if script != "train_online_dpo.py" else ()
     run(script, *flags(place, tmp_path / "out"), *own, "--record", "--vllm", *urls)
     run(script, *flags(place, tmp_path / "again"), *own, "--replay", tmp_path / "out")
