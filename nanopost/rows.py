@@ -1,8 +1,8 @@
 """Files -> rows, in TRL's formats.
 
 A row is a dict. Its "__line__" says where it comes from, "file:line", for error messages. Rows of
-other formats become TRL's in normalize.py. A form (sft, prompt, answered, pair, unpaired) checks a row and
-returns it in the shape that the tokenizer reads.
+other formats become TRL's in normalize.py. A form (sft, prompt, answered, pair, unpaired) checks a
+row and returns it in the shape that the tokenizer reads.
 """
 
 import gzip
