@@ -100,7 +100,7 @@ teacher = cli.teacher(args, model, world, tokenizer)
 engine = cli.engine(args, args.model, model, world, tokenizer)
 
 train_rows, eval_rows = rows.load(
-    args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
+    args.data, args.eval_data, args.holdout, args.rename, rows.answered, args.to_messages
 )
 eval_rows = eval_rows[: args.eval_rows]
 (train_rows, eval_rows), report = tokenizer.with_prompts(

@@ -131,11 +131,16 @@ def policy_loss(flags, log_ratio, logp, adv):
         return -adv * 4 / tau / (1 + torch.exp(-tau * (ratio - 1))), {}
     low, high = flags.clip
     too_low, too_high = ratio < 1 - low and adv < 0, ratio > 1 + high and adv > 0
+    if flags.loss == "dppo":
+        moved = math.exp(logp.item()) - math.exp((logp - log_ratio).item())
+        too_low, too_high = moved < -low and adv < 0, moved > high and adv > 0
     cut = {
         "clip_ratio/low_mean": too_low,
         "clip_ratio/high_mean": too_high,
         "clip_ratio/region_mean": too_low or too_high,
     }
+    if flags.loss == "dppo":
+        return -ratio * adv * (not (too_low or too_high)), cut
     if too_low:
         return 0 * ratio - (1 - low) * adv, cut
     if too_high:

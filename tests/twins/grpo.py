@@ -36,6 +36,7 @@ RUNS = {
     "rloo": PLAIN + SCALED + "--adv loo --ratio sequence_sum --agg sequence --clip 0.1 0.3",
     "luspo": PLAIN + SCALED + "--ratio sequence --agg sequence_sum --clip 0.003 0.004",
     "cispo": PLAIN + TWO + GAPS + "--loss cispo --cispo_cap 1.3",
+    "dppo": PLAIN + TWO + GAPS + "--loss dppo --clip 0.0004 0.0007",
     "sapo": PLAIN + TWO + GAPS + "--loss sapo --sapo_tau 0.6 1.7 --agg constant "
     "--data {place}/puzzles.jsonl --eval_data {place}/puzzles.jsonl --rename puzzle=prompt "
     "weight=scale --to_messages",
