@@ -720,8 +720,8 @@ def test_of_right_answers_the_shorter_are_worth_more():
 
 # ------------------------------------------------------------------------------------------- ECHO
 def test_echo_adds_the_cross_entropy_of_what_the_environment_said(alone):
-    """2605.24517: the gradient of - coef sum log p / n over the tokens of a completion that were not
-    sampled, by the whole logits of each episode alone."""
+    """2605.24517: the gradient of - coef sum log p / n over what was not sampled of a completion,
+    by the whole logits of each episode alone."""
     model, examples = small_model(3), []
     for seed, sampled in enumerate(("0011100110", "00010", "000110001")):
         mask = np.array([x == "1" for x in sampled])
