@@ -22,6 +22,7 @@ COMBINED = [
     ("two_sided_clip", "overlong_mask", "entropy_bonus"),
     ("overlong_mask", "top_entropy", "off_policy_mask", "kl_reward", "median_baseline"),
     ("gdpo", "two_sided_clip", "entropy_bonus", "top_entropy"),
+    ("multi_turn", "echo", "length_penalty"),
     ("multi_turn", "curriculum", "two_sided_clip", "overlong_mask", "entropy_bonus"),
 ]
 REWARD = """
@@ -139,8 +140,8 @@ def test_a_fork_runs_by_the_command_line_of_its_header(name, place, tmp_path):
 
 
 @pytest.mark.slow
-def test_forks_run_together(place, tmp_path):
-    names = COMBINED[-1]
+@pytest.mark.parametrize("names", COMBINED[-2:], ids="+".join)
+def test_forks_run_together(place, tmp_path, names):
     flags = [*flags_of("multi_turn"), *small_run(place, "train_grpo.py")]
     flags += ["--model", place / "model", "--out", tmp_path / "out", "--stop", *"abcdefghijklmnop"]
     flags += ["--steps", 3, "--save_every", 0, "--lr", 1e-3, "--warmup", 0, "--device", "cpu"]

@@ -716,3 +716,39 @@ def test_of_right_answers_the_shorter_are_worth_more():
     expected[2][1] *= 1 - 0.3 / 2  # it is its own mean
     close(names["adv_PG"], torch.tensor(expected, dtype=torch.float64), **TIGHT)
     assert names["adv_PG"][0, 0] > names["adv_PG"][0, 2] / 2 > 0
+
+
+# ------------------------------------------------------------------------------------------- ECHO
+def test_echo_adds_the_cross_entropy_of_what_the_environment_said(alone):
+    """2605.24517: the gradient of - coef sum log p / n over what was not sampled of a completion,
+    by the whole logits of each episode alone."""
+    model, examples = small_model(3), []
+    for seed, sampled in enumerate(("0011100110", "00010", "000110001")):
+        mask = np.array([x == "1" for x in sampled])
+        examples.append(Example(random_ids(len(mask), seed), mask))
+    names = run_lines(
+        patched_source(SCRIPT, "echo"),
+        "turns = []",
+        "# If the policy loss",
+        args=SimpleNamespace(echo_coef=0.3, tokens=14),
+        world=SimpleNamespace(device="cpu"),
+        model=model,
+        minibatch=examples,
+        meter=SimpleNamespace(add=lambda *_, **__: None),
+    )
+    assert names["heard"] == 3 + 1 + 3
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss = 0.0
+    for e in examples:
+        first = int(e.mask.argmax())
+        cu = torch.tensor([0, len(e)], dtype=torch.int32)
+        ids = torch.from_numpy(e.ids).long()
+        logit_TV = model.model.packed(ids, torch.arange(len(e)), cu, len(e)) @ model.head_weight.T
+        for t in range(first, len(e)):
+            if not e.mask[t]:
+                loss = loss - 0.3 * logit_TV[t - 1].log_softmax(-1)[ids[t]] / 7
+    loss.backward()
+    for name, p in model.named_parameters():
+        largest = float(p.grad.abs().max())
+        close(found[name], p.grad, rtol=1e-4, atol=1e-5 * largest)
