@@ -108,7 +108,7 @@ eval_rows = eval_rows[: args.eval_rows]
     args.max_prompt,
     args.max_new_tokens,
     args.tokens,
-    model.config.max_positions,
+    min(model.config.max_positions, teacher.max_positions),
 )
 stored, cut = [], 0
 if args.on_policy < 1:

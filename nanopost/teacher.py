@@ -27,6 +27,7 @@ class Teacher:
         """vocabulary: of the student. dtype: of what computes. temperature, beta, top_k: see
         divergence.from_teacher. A collective."""
         self.model = model.requires_grad_(False)
+        self.max_positions = model.config.max_positions
         weight_VE = dist.full_tensor(model.head_weight)
         device = getattr(model, "runs_on", weight_VE.device)  # with --offload it is held elsewhere
         self.weight_VE = weight_VE.to(device, dtype)[:vocabulary]
@@ -70,11 +71,13 @@ class ServedTeacher:
         differently, or does not give that many log-probs."""
         self.servers = [Server(url, timeout) for url in dict.fromkeys(urls)]
         self.beta, self.top_k, self.vocabulary = beta, top_k, vocabulary
-        self.names = {}
+        self.names, self.max_positions = {}, 2**31
         ids = tokenizer.encode(TEXT)
         for server in self.servers:
             try:
-                self.names[server] = server.get("/v1/models")["data"][0]["id"]
+                served = server.get("/v1/models")["data"][0]
+                self.names[server] = served["id"]
+                self.max_positions = min(self.max_positions, served["max_model_len"] - 1)
                 body = {"prompt": TEXT, "add_special_tokens": False}
                 theirs = server.post("/tokenize", {"model": self.names[server], **body})["tokens"]
                 self._judge(server, Example(ids, [True] * len(ids)))

@@ -2163,14 +2163,14 @@ MUTATIONS = [
         "twins/test_distill.py::test_the_twin_agrees_and_each_flag_matters[mixed]",
     ),
     mutation(
-        "distill-held-out-divergence-per-sequence-token",
+        "distill-held-out-divergence-over-prompts-too",
         "train_distill.py",
         "meter.add(e.num_targets, **",
         "meter.add(len(e), **",
         "twins/test_distill.py::test_the_twin_agrees_and_each_flag_matters[mixed]",
     ),
     mutation(
-        "distill-resumed-at-the-rate-of-another-step",
+        "distill-minibatches-at-one-rate",
         "train_distill.py",
         "update = (step - 1) * args.minibatches + k + 1",
         "update = (step - 1) * args.minibatches + 1",
@@ -2402,8 +2402,8 @@ MUTATIONS = [
     mutation(
         "grpo-clip-low-and-high-swapped",
         "train_grpo.py",
-        "low=args.clip[0], high=args.clip[1]",
-        "low=args.clip[1], high=args.clip[0]",
+        "policy_loss_clip, low=args.clip[0], high=args.clip[1]",
+        "policy_loss_clip, low=args.clip[1], high=args.clip[0]",
         "twins/test_grpo.py::test_the_twin_agrees_and_each_flag_matters[grpo]",
     ),
     mutation(

@@ -3,6 +3,7 @@ what is sampled with which weights, and what a sampled token is credited with.""
 
 import inspect
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -283,6 +284,7 @@ REFUSED = {
     "--teacher_top_k 264": "--teacher_top_k 264 of 264 tokens leaves no rest: give less, or 0",
     "--teacher {place}/toy {place}/teacher": "--teacher takes one folder, or the addresses of",
     "--teacher {place}/other": "--teacher .*/other: its tokenizer is not the policy's",
+    "--teacher {place}/short": "and 6 new ones exceed the model's 10 positions",
     "--teacher http://localhost:1": "--teacher URL needs --teacher_top_k: a server names",
     "--teacher http://localhost:1 --teacher_top_k 5 --temperature 0.7": "needs --temperature 1, "
     "not 0.7: a server gives log-probs at 1",
@@ -297,6 +299,11 @@ def test_what_no_student_can_learn_from_is_refused(place, tmp_path, given):
         toy.write_model(place / "other")
         text = (place / "other/tokenizer.json").read_text()
         (place / "other/tokenizer.json").write_text(text.replace("<answer>", "<reply>"))
+    if "short" in given and not (place / "short").exists():
+        shutil.copytree(place / "teacher", place / "short")
+        config = json.loads((place / "short/config.json").read_text())
+        config |= {"max_position_embeddings": 10}
+        (place / "short/config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=REFUSED[given]):
         more = given.format(place=place).split()
         run_here("train_distill.py", *distill(place, tmp_path / "x", *more))
