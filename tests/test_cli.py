@@ -239,7 +239,7 @@ def test_every_command_that_is_written_down_is_understood(path):
 
 def test_every_row_of_grpos_table_is_understood():
     table = re.findall(r"^    .+ \d{4}\.\d{5} +(--.+)$", (ROOT / "train_grpo.py").read_text(), re.M)
-    assert len(table) == 8
+    assert len(table) == 9
     for row in table:
         parser_of("train_grpo.py").parse_args(["--data", "d", "--reward", "exact", *row.split()])
 
