@@ -27,6 +27,7 @@ from nanopost.colocate import Colocated
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.recording import Recording, Replay
 from nanopost.run import Run, changed_arguments, starts_of
+from nanopost.teacher import ServedTeacher, Teacher
 from nanopost.terminal import say
 from nanopost.vllm import Servers
 
@@ -344,6 +345,34 @@ def reference(args, folder, model, world):
         return lora.Reference(model)
     found = hf.load_model(folder, world.device, shard=_shard(args, world))
     return found.requires_grad_(False)
+
+
+def teacher(args, model, world, tokenizer) -> Teacher | ServedTeacher:
+    """The teacher that --teacher names, for the student `model`."""
+    vocabulary, top_k = model.config.vocab_size, args.teacher_top_k
+    if top_k >= vocabulary:
+        raise InputError(
+            f"--teacher_top_k {top_k} of {vocabulary:,} tokens leaves no rest: give less, or 0 for "
+            "all of them."
+        )
+    if args.teacher[0].startswith("http"):
+        if not top_k:
+            raise InputError(
+                "--teacher URL needs --teacher_top_k: a server names its likeliest tokens alone."
+            )
+        if args.temperature != 1:
+            raise InputError(
+                f"--teacher URL needs --temperature 1, not {args.temperature:g}: a server gives "
+                "log-probs at 1."
+            )
+        how = args.vllm_timeout, args.beta, top_k
+        return ServedTeacher(args.teacher, tokenizer, vocabulary, *how)
+    if len(args.teacher) > 1:
+        raise InputError("--teacher takes one folder, or the addresses of servers.")
+    (folder,) = args.teacher
+    tokenizer.check_same(folder, "--teacher ")
+    found = hf.load_model(folder, world.device, shard=_shard(args, world))
+    return Teacher(found, vocabulary, world.dtype, args.temperature, args.beta, top_k)
 
 
 def engine(args, folder, model, world, tokenizer):

@@ -75,6 +75,14 @@ class Rollout:
         return Example(self.prompt + self.ids, mask, columns, kept)
 
 
+def unsampled(e: Example, max_new_tokens: int) -> Example:
+    """A prompt and a completion that nobody sampled, cut to so many tokens, with the columns of a
+    rollout's example: engine_logp 0 and version -1."""
+    e = e[: e.prompt_length + max_new_tokens]
+    e.columns |= {"engine_logp": np.zeros(len(e), np.float32), "version": np.full(len(e), -1)}
+    return e
+
+
 def completion_text(rollout: Rollout, tokenizer) -> str:
     """The text of a completion as samples.jsonl shows it, special tokens too, but without the token
     that ended it: what rewards and judges read."""
@@ -100,7 +108,8 @@ def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list
 
 def length_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
     """completions/*: sampled tokens, the share cut off at the length limit, and the share of
-    completions that repeat, token by token, an earlier one of their group. A collective."""
+    completions that repeat, token by token, an earlier one of their group; {} if there are none. A
+    collective."""
     rollouts = [r for group in groups for r in group]
     distinct = sum(len({tuple(r.ids) for r in group}) for group in groups)
     length_B = [r.length for r in rollouts]
@@ -113,6 +122,8 @@ def length_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
             "completions/duplicate_ratio": (len(rollouts) - distinct, len(rollouts)),
         }
     )
+    if not means:
+        return {}
     return means | {"completions/min_length": -shortest, "completions/max_length": longest}
 
 

@@ -554,8 +554,8 @@ MUTATIONS = [
     mutation(
         "kept-ids-not-given-to-the-head",
         "nanopost/model.py",
-        "at_M, kept = batch.prefixes.target_M, batch.kept",
-        "at_M, kept = batch.prefixes.target_M, None",
+        "        kept = batch.kept\n        if kept is not None:\n",
+        "        kept = None\n        if kept is not None:\n",
         "test_loops.py::"
         "test_with_a_cut_engine_and_trainer_are_one_policy_and_ratios_are_finite[train_ppo.py-cut0]",
     ),
@@ -1069,8 +1069,8 @@ MUTATIONS = [
     mutation(
         "a-completions-hidden-states-for-another",
         "nanopost/model.py",
-        "repeat(hidden_UD, batch.prefixes.index_N[at_M])",
-        "repeat(hidden_UD, batch.prefixes.index_N[at_M].sort().values)",
+        "repeat(hidden_UD, batch.prefixes.index_N[batch.at_M])",
+        "repeat(hidden_UD, batch.prefixes.index_N[batch.at_M].sort().values)",
         "test_forward.py::test_shared_prefixes_change_no_number",
     ),
     mutation(
@@ -2203,6 +2203,99 @@ MUTATIONS = [
         "        old = self.k[:]\n        for layer in range(len(old)):\n",
         "test_engine.py::test_a_cache_drops_rows_layer_by_layer",
     ),
+    # ---- distillation
+    mutation(
+        "distill-teacher-at-temperature-1",
+        "nanopost/teacher.py",
+        "                self.temperature,\n                teacher_hidden_ME,\n",
+        "                1.0,\n                teacher_hidden_ME,\n",
+        "twins/test_distill.py::test_the_twin_agrees_and_each_flag_matters[mixed]",
+    ),
+    mutation(
+        "distill-answers-sampled-or-not-by-the-step",
+        "train_distill.py",
+        "np.random.default_rng((args.seed, serial))",
+        "np.random.default_rng((args.seed, serial // args.prompts))",
+        "twins/test_distill.py::test_the_twin_agrees_and_each_flag_matters[mixed]",
+    ),
+    mutation(
+        "distill-answer-of-another-row",
+        "train_distill.py",
+        "else stored[i])",
+        "else stored[k])",
+        "twins/test_distill.py::test_the_twin_agrees_and_each_flag_matters[mixed]",
+    ),
+    mutation(
+        "distill-loss-a-mean-over-sequences",
+        "train_distill.py",
+        "divisor = max(1, dist.all_sum(sum(e.num_targets for e in minibatch)))",
+        "divisor = max(1, dist.all_sum(len(minibatch)))",
+        "twins/test_distill.py::test_the_twin_agrees_and_each_flag_matters[given]",
+    ),
+    mutation(
+        "distill-gap-of-answers-that-no-engine-drew",
+        "train_distill.py",
+        'drawn_N = batch.mask_N & (batch["version"] >= 0)',
+        "drawn_N = batch.mask_N",
+        "twins/test_distill.py::test_the_twin_agrees_and_each_flag_matters[mixed]",
+    ),
+    mutation(
+        "distill-held-out-divergence-over-prompts-too",
+        "train_distill.py",
+        "meter.add(e.num_targets, **",
+        "meter.add(len(e), **",
+        "twins/test_distill.py::test_the_twin_agrees_and_each_flag_matters[mixed]",
+    ),
+    mutation(
+        "distill-minibatches-at-one-rate",
+        "train_distill.py",
+        "update = (step - 1) * args.minibatches + k + 1",
+        "update = (step - 1) * args.minibatches + 1",
+        "twins/test_distill.py::test_the_twin_agrees_and_each_flag_matters[mixed]",
+    ),
+    mutation(
+        "distill-rows-not-cut",
+        "nanopost/rollout.py",
+        "e = e[: e.prompt_length + max_new_tokens]",
+        "e = e[:]",
+        "test_loops.py::test_completions_of_the_rows_are_cut_and_counted",
+    ),
+    mutation(
+        "distill-a-teacher-of-another-tokenizer",
+        "nanopost/cli.py",
+        'tokenizer.check_same(folder, "--teacher ")',
+        "pass",
+        "test_loops.py::test_what_no_student_can_learn_from_is_refused",
+    ),
+    mutation(
+        "distill-two-chunks-held",
+        "nanopost/divergence.py",
+        "del logit_RV, outputs, used, d_RV",
+        "pass",
+        "test_plan.py::test_a_script_peaks_where_the_plan_says"
+        "[distill, two chunks of a Jensen-Shannon divergence]",
+    ),
+    mutation(
+        "distill-a-plan-without-its-teacher",
+        "nanopost/footprint.py",
+        "    return 4 * numbers(args.teacher_units, 0, ranks(args)).trained\n",
+        "    return 0\n",
+        "test_plan.py::test_a_script_peaks_where_the_plan_says[distill, a large head]",
+    ),
+    mutation(
+        "distill-a-student-that-learns-is-ill",
+        "nanopost/alarms.py",
+        'differ(first, m.last("divergence")) < -GAIN',
+        'differ(first, m.last("divergence")) > GAIN',
+        "test_alarms.py::test_a_healthy_run_has_no_alarm",
+    ),
+    mutation(
+        "distill-replay-of-answers-that-no-engine-drew",
+        "nanopost/links.py",
+        '    if run.kind in ("online_dpo", "distill"):\n        examples',
+        '    if run.kind == "online_dpo":\n        examples',
+        "test_replay.py::test_every_step_of_a_healthy_run_holds[distill]",
+    ),
     # ---- slow twins of train_dpo.py, train_kto.py and train_online_dpo.py
     mutation(
         "dpo-order-begins-anew-on-resume",
@@ -2386,8 +2479,8 @@ MUTATIONS = [
     mutation(
         "grpo-clip-low-and-high-swapped",
         "train_grpo.py",
-        "low=args.clip[0], high=args.clip[1]",
-        "low=args.clip[1], high=args.clip[0]",
+        "policy_loss_clip, low=args.clip[0], high=args.clip[1]",
+        "policy_loss_clip, low=args.clip[1], high=args.clip[0]",
         "twins/test_grpo.py::test_the_twin_agrees_and_each_flag_matters[grpo]",
     ),
     mutation(
