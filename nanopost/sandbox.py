@@ -109,15 +109,16 @@ def passed(jobs: list[Job], limits: Limits = DEFAULT, isolated: bool = True) -> 
     def work(_):
         worker = _start(limits, isolated, folder)
         try:
-            while waiting:
-                i, job = waiting.popleft()
+            while True:
+                try:
+                    i, job = waiting.popleft()
+                except IndexError:
+                    return
                 verdict = _ask(worker, job._asdict(), limits)[1]
                 verdicts[i] = verdict == b"+"
                 if verdict == b"t":  # the worker has ended too
                     _stop(worker)
                     worker = _start(limits, isolated, folder)
-        except IndexError:  # another thread was faster
-            pass
         finally:
             _stop(worker)
 
