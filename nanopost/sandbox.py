@@ -51,7 +51,7 @@ class Limits(NamedTuple):
 
     seconds: float = 10.0  # of wall-clock time, and of CPU time of each process
     memory: int = 2**29  # address space of each process
-    processes: int = 16  # and threads, at once, with two of the sandbox
+    processes: int = 16  # and threads, at once; three are the sandbox's own
     output: int = 2**16  # that is read of stdout and stderr
     file: int = 2**24  # largest file
     folder: int = 2**26  # all of /tmp
@@ -101,27 +101,30 @@ def passed(jobs: list[Job], limits: Limits = DEFAULT, isolated: bool = True) -> 
     tests can call them, iterate over them and use their attributes, but they equal nothing. Tests
     cannot give the program functions or objects of their own.
     """
+    if not jobs:
+        return []
     verdicts = [False] * len(jobs)
     waiting = deque(enumerate(jobs))
 
     def work(_):
         worker = _start(limits, isolated, folder)
         try:
-            while waiting:
-                i, job = waiting.popleft()
+            while True:
+                try:
+                    i, job = waiting.popleft()
+                except IndexError:
+                    return
                 verdict = _ask(worker, job._asdict(), limits)[1]
                 verdicts[i] = verdict == b"+"
                 if verdict == b"t":  # the worker has ended too
                     _stop(worker)
                     worker = _start(limits, isolated, folder)
-        except IndexError:  # another thread was faster
-            pass
         finally:
             _stop(worker)
 
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     workers = min(len(jobs), max(1, len(os.sched_getaffinity(0)) // ranks))
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, workers)) as pool:
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         try:
             list(pool.map(work, range(workers)))
         finally:
@@ -216,7 +219,7 @@ def _expect(worker, line):
 
 def _refused(why):
     return InputError(
-        f"the sandbox fails ({why}): it needs Linux from 5.12 on x86_64 or aarch64, and user "
+        f"the sandbox fails ({why}): it needs Linux from 5.14 on x86_64 or aarch64, and user "
         "namespaces (Ubuntu: sysctl kernel.apparmor_restrict_unprivileged_userns=0; Docker: "
         "--privileged); --unsafe_code runs programs without it, with this user's rights."
     )

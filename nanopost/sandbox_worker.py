@@ -250,7 +250,7 @@ def confine(given):
 
 
 def passes(job, peer) -> bool:
-    """Whether setup, tests and the tests' functions test_* run without an error.
+    """Whether program, setup, tests and the tests' functions test_* run without an error.
 
     A name that they do not define is Python's, or a standard module of which they use a part, or
     else the program's; `entry` is the program's always.
@@ -264,6 +264,7 @@ def passes(job, peer) -> bool:
                 return importlib.import_module(name)
             return peer.ask("name", name)
 
+    peer.ask("name", "__name__")  # an error if the program has raised one
     names = Names(__name__="tests")
     exec(job["setup"], names)
     names.pop(job["entry"], None)

@@ -157,7 +157,7 @@ for path in glob.glob("/dev/*"):
 #: /tmp/nanopost_was_here
 
 #### looks around
-for path in ["/proc", "/sys", "/run", "/etc/passwd", "/etc/shadow", "/var", "/home", *sys.argv[1:]]:
+for path in ["/proc", "/sys", "/run", "/etc/passwd", "/etc/shadow", "/var", "/home", HERE]:
     if os.path.exists(path):
         print(path)
 print([name for name in os.environ if "SECRET" in name], sys.argv, os.listdir("/tmp"))
@@ -309,4 +309,5 @@ for part in TEXT.split("\n#### ")[1:]:
     name, *lines = part.split("\n")
     code = [line for line in lines if not line.startswith("#:")]
     pattern = [line[3:] for line in lines if line.startswith("#:")]
-    HOSTILE[name] = PRELUDE + "\n".join(code), "\n".join(pattern)
+    code = "\n".join(code).replace("HERE", repr(__file__))
+    HOSTILE[name] = PRELUDE + code, "\n".join(pattern)

@@ -1435,6 +1435,13 @@ MUTATIONS = [
         "test_sandbox.py::test_no_program_forges_a_verdict",
     ),
     mutation(
+        "program-that-raises-passes",
+        "nanopost/sandbox_worker.py",
+        '    peer.ask("name", "__name__")  # an error if the program has raised one\n',
+        "",
+        "test_sandbox.py::test_tests_use_functions_objects_and_errors_of_the_program",
+    ),
+    mutation(
         "prompt-s-stub-is-tested",
         "nanopost/sandbox_worker.py",
         '    names.pop(job["entry"], None)\n',

@@ -16,9 +16,11 @@ from pathlib import Path
 
 import pytest
 from hostile import HOSTILE
+from inprocess import run_here
 
 from nanopost import InputError, cli, rewards, sandbox, verify
 from nanopost.sandbox import Job, Limits
+from runs import toy
 
 try:
     sandbox.check()
@@ -131,6 +133,8 @@ def test_that_is_called():
     assert not passed(code.replace("LIMIT = 7", "LIMIT = 8"), tests)
     assert not passed(code, tests.replace("(LIMIT, 7.0)", "(LIMIT, 7.1)"))  # in the function
     assert not passed(code, tests + "assert no_such_name(1)")
+    assert not passed(code + "1 / 0", tests)
+    assert passed(code, "assert True") and not passed(code + "1 / 0", "assert True")
 
 
 @isolated
@@ -507,6 +511,34 @@ def test_the_flag_unsafe_code_reaches_the_reward(capsys):
     if not REASON:
         [_, reward], _ = cli.load_rewards(parser.parse_args(given), None, None)
         assert reward.function is verify.code
+
+
+@isolated
+def test_grpo_trains_on_what_programs_are_worth(tmp_path):
+    """A random model continues one program in a comment, where little is wrong, and one not."""
+    toy.write_model(tmp_path / "model")
+    row = {"test": "def check(f):\n    assert f(-2) == 2", "entry_point": "f"}
+    prompts = [f"f = abs{end}" for end in ("  # ", "") for _ in range(4)]
+    toy.write_rows(tmp_path / "rows.jsonl", [{"prompt": prompt, **row} for prompt in prompts])
+    files = ("--model", tmp_path / "model", "--data", tmp_path / "rows.jsonl", "--out", tmp_path)
+    size = ("--steps", 4, "--prompts", 2, "--group", 4, "--max_new_tokens", 2, "--eval_every", 0)
+    size += ("--holdout", 1, "--minibatches", 1)
+    run_here("train_grpo.py", *files, *size, "--reward", "code", "--device", "cpu", "--overwrite")
+    scores = set()
+    for line in (tmp_path / "samples.jsonl").read_text().splitlines():
+        sample = json.loads(line)
+        scores.add(sample["reward"])
+        assert sample["reward"] == float(is_right(sample["prompt"] + sample["completion"])), sample
+    assert scores == {0.0, 1.0}
+
+
+def is_right(program):
+    names = {}
+    try:
+        exec(program, names)
+        return names["f"](-2) == 2
+    except Exception:
+        return False
 
 
 def test_unsafe_code_without_code_is_refused():
