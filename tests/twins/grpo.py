@@ -58,6 +58,8 @@ RUNS = {
     "--beta 0.3 --lr 2e-2",
     "lora, stale": PLAIN + TWO + "--lora 2 --lr 2e-2 --max_staleness 1 --max_logp_gap 5 "
     "--old_logp trainer --correct token-truncate --beta 0.2",
+    "environment": PLAIN + rollouts.TALKS + "--max_turns 2 --agg sequence "
+    "--reward environment {place}/rewards.py:letters",
     "fork curriculum": PLAIN + TWO,
     "fork distill": PLAIN + TWO + "--teacher {place}/other --beta 0.1 --clip 0.02 0.05",
     "fork entropy_bonus": PLAIN + TWO + "--entropy_coef 0.2 --agg sequence",
