@@ -10,7 +10,7 @@ public methods are tools, told to the model by their types and docstrings, and a
 call ends the episode. The reward of an episode is the sum of its steps' (which may be None), plus
 that of get_reward(), if there is such a method. Methods may be async.
 
-An instance lives in a thread of its own, and plays one episode after another. Those of a rollout
+An instance lives in a thread of its own, and plays one episode after another. All rollouts of a
 batch play at the same time.
 
 Shapes: P prompts, G completions per prompt.
@@ -60,7 +60,7 @@ class Worker:
         self.calls = queue.SimpleQueue()
         threading.Thread(target=self._work, daemon=True).start()
 
-    def begin(self, function: Callable, *args, **named) -> Future:
+    def begin(self, function: Callable, /, *args, **named) -> Future:
         future = Future()
         self.calls.put((future, function, args, named))
         return future
@@ -105,7 +105,7 @@ class Player:
         self.last = None  # Future
         self.environment = None
 
-    def run(self, method: Callable, *args, **named):
+    def run(self, method: Callable, /, *args, **named):
         """Call a method of the instance. TimeoutError if it does not return in time."""
         if self.is_busy:
             raise TimeoutError("an earlier call has not returned")
@@ -135,7 +135,7 @@ class Player:
         self.environment = self.run(self.kind)
 
     def reset(self, row: dict):
-        """Begin an episode -> what the prompt gains, and an error."""
+        """Begin an episode -> what the prompt gains."""
         self.episode = Episode(self.environment)
         columns = {name: value for name, value in row.items() if name not in HIDDEN}
         return self.safely(self._reset, copy.deepcopy(columns))
@@ -292,11 +292,17 @@ class Environments:
     def _players(self, count) -> list[Player]:
         """Idle ones, and new ones as far as they do not suffice."""
         new = []
-        while len(self.idle) + len(new) < count:
-            if self.is_own:
-                new.append(Player(self.kind, self.timeout))
-            else:
-                new.append(ToolPlayer(self.kind, self.timeout, self.parse))
+        try:
+            while len(self.idle) + len(new) < count:
+                if self.is_own:
+                    new.append(Player(self.kind, self.timeout))
+                else:
+                    new.append(ToolPlayer(self.kind, self.timeout, self.parse))
+        except RuntimeError as error:  # no new thread
+            raise InputError(
+                f"{self.name}: {error} for {count} environments, each of which takes two: lower "
+                "--prompts, --group or --eval_rows, or raise the limit (ulimit -u)."
+            ) from error
         try:
             at_once(new, lambda player: player.make())
         except InputError:  # of a tool's schema

@@ -28,7 +28,7 @@ class Rollout:
     prompt: list[int]
     ids: list[int]
     logp: np.ndarray  # fp32 [T], of the distribution it was drawn from; 0 where not sampled
-    finish: str  # "stop": a stop token or string; "length": max_tokens reached
+    finish: str  # "stop": a stop token or string; "length": a limit of tokens, or of turns
     versions: np.ndarray | int  # int64 [T]: of the weights that each token was sampled with
     sampled: np.ndarray | None = None  # bool [T]: drawn from the policy; default: all of ids
     # [T] of int32 arrays: the ids that top-k, top-p or min-p kept, of which the token was drawn,

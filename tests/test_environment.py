@@ -83,6 +83,7 @@ def function():
 # Of the shape that TRL documents, with a text of its own.
 THEIRS = '''
 import asyncio
+import threading
 import time
 
 
@@ -94,10 +95,12 @@ class Vault:
     def __init__(self):
         Vault.made += 1
         self.tries = -1
+        self.threads = [threading.get_ident()]
 
     def reset(self, secret=7, **kwargs) -> str | None:
         self.secret, self.tries, self.open = secret, 0, False
         self.columns = sorted(kwargs)
+        self.threads.append(threading.get_ident())
         return kwargs.get("hint")
 
     def guess(self, number: int) -> str:
@@ -127,6 +130,7 @@ class Vault:
         Args:
             seconds: How long
         """
+        self.threads.append(threading.get_ident())
         time.sleep(seconds)
         return "done"
 
@@ -139,7 +143,16 @@ class Vault:
 
 class Bare:
     def reset(self, **kwargs):
-        self.said = []
+        self.said, self.columns = [], kwargs
+
+    def name(self, method: str, function: str) -> str:
+        """Joins.
+
+        Args:
+            method: How
+            function: What
+        """
+        return method + function
 
     def say(self, text: str):
         """Says a text.
@@ -382,22 +395,43 @@ def test_errors_of_calls_are_told_to_the_model_and_counted(folder, alone):
     assert found["tools/call_frequency"] == 2 and found["tools/failure_frequency"] == 0.9
 
 
+def test_environments_play_at_the_same_time_each_in_a_thread_of_its_own(folder):
+    texts = [[call_of("hang", seconds=0.3), "<|end|>"]] * 8
+    began = time.monotonic()
+    group, _, _ = played(folder / "theirs.py", "Vault", toy_tokenizer(), texts)
+    assert time.monotonic() - began < 8 * 0.3 / 2
+    assert [r.episode.messages[1]["content"] for r in group] == ["done"] * 8
+    threads = [r.episode.environment.threads for r in group]
+    assert [len(set(x)) for x in threads] == [1] * 8 and len({x[0] for x in threads}) == 8
+    assert [len(x) for x in threads] == [3] * 8  # made, reset, and the tool
+
+
+def test_arguments_and_columns_may_have_any_name(folder):
+    """Those of the library's own parameters too."""
+    row = {"method": 1, "function": 2, "future": 3, "row": 4}
+    texts = [[call_of("name", method="a", function="b"), "<|end|>"]]
+    ((r,), _, _) = played(folder / "theirs.py", "Bare", toy_tokenizer(), texts, row)
+    assert r.episode.messages[1]["content"] == "ab" and r.episode.failures == 0
+    assert r.episode.environment.columns == {"prompt": [user("Q")], **row}
+
+
 def test_failing_environments_end_their_episodes_and_it_is_said(folder, capsys):
     texts = [[f"{word}<|end|>", "x<|end|>"] for word in ("boom", "sleep", "exit", "none", "fine")]
+    texts.append(["fine<|end|>", "boom<|end|>"])
     began = time.monotonic()
     group, engine, found = played(
         folder / "own.py", "Countdown", toy_tokenizer(), texts, {"turns": 2}, timeout=0.3
     )
     assert time.monotonic() - began < 3
-    assert [r.episode.reward for r in group] == [None, None, None, 1.0, 5.0]
+    assert [r.episode.reward for r in group] == [None, None, None, 1.0, 5.0, None]
     errors = [r.episode.error for r in group]
     assert "KeyError: 'boom' (" in errors[0] and "own.py:" in errors[0]
     assert "it takes more than 0.3 s" in errors[1] and "it called exit" in errors[2]
     said = capsys.readouterr().out
     assert (
-        "own.py:Countdown: 3 of 5 episodes failed, and have no reward of it; the first: Key" in said
+        "own.py:Countdown: 4 of 6 episodes failed, and have no reward of it; the first: Key" in said
     )
-    assert [r.finish for r in group] == ["stop"] * 5 and len(found.idle) == 4
+    assert [r.finish for r in group] == ["stop"] * 6 and len(found.idle) == 5
     with pytest.raises(
         InputError, match="all 2 episodes failed: TypeError: step returned '.', not"
     ):
@@ -638,8 +672,10 @@ def test_a_warning_says_what_templates_write_otherwise_in_later_prompts(shared, 
     assert seen["llama3.1"] == ["space around them"] and seen["qwen3_training"] == KINDS[:2]
 
 
-def test_reasoning_that_a_template_drops_once_a_user_replies_is_quoted(shared):
-    source = (shared / "chat_templates/qwen3.jinja").read_text()
+def test_reasoning_that_a_template_drops_once_a_user_replies_is_quoted():
+    import trl
+
+    source = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
     said = doubts(Template(source, {"eos_token": "<|im_end|>"}, SPECIAL), None, [])
     assert said == (
         "warning: rendered anew, the chat template changes earlier turns; rollouts keep what was "
