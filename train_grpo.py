@@ -24,6 +24,7 @@ Related methods, as flags:
     LUSPO     2602.05261    --ratio sequence --agg sequence_sum --clip 3e-4 4e-4
     CISPO     2506.13585    --loss cispo
     SAPO      2511.20347    --loss sapo --agg sequence
+    DPPO      2602.04879    --loss dppo --clip 0.15 0.15
 
 Unlike the GRPO paper: no KL by default, token-level averaging, old log-probs from the engine. More
 variants are in forks/: two-sided clip, overlong masking, top-entropy tokens, GDPO, KL in the
@@ -70,8 +71,15 @@ add(
     choices=["token", "sequence", "sequence_sum"],
     help="level of the ratio pi / pi_old",
 )
-add("--loss", default="clip", choices=["clip", "cispo", "sapo"])
-add("--clip", type=at_least(0.0), nargs=2, default=[0.2, 0.2], metavar=("LOW", "HIGH"))
+add("--loss", default="clip", choices=["clip", "cispo", "sapo", "dppo"])
+add(
+    "--clip",
+    type=at_least(0.0),
+    nargs=2,
+    default=[0.2, 0.2],
+    metavar=("LOW", "HIGH"),
+    help="trust region: of the ratio around 1, under dppo of the probability",
+)
 add("--cispo_cap", type=at_least(1.0), default=5.0, help="largest ratio under cispo")
 add("--sapo_tau", type=above(0.0), nargs=2, default=[1.0, 1.05], metavar=("POSITIVE", "OTHER"))
 add(
@@ -126,9 +134,7 @@ play = cli.environment(args, tokenizer, model.config.max_positions, train_rows +
     args.tokens,
     model.config.max_positions,
 )
-reward_functions, reward_weights = rewards.load(
-    args.reward, args.reward_weights, tokenizer, world, args.tokens, args.reward_timeout
-)
+reward_functions, reward_weights = cli.load_rewards(args, tokenizer, world)
 columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay)
@@ -156,6 +162,7 @@ policy_loss = {
     "clip": partial(losses.policy_loss_clip, low=args.clip[0], high=args.clip[1]),
     "cispo": partial(losses.policy_loss_cispo, cap=args.cispo_cap),
     "sapo": partial(losses.policy_loss_sapo, tau=args.sapo_tau),
+    "dppo": partial(losses.policy_loss_dppo, low=args.clip[0], high=args.clip[1]),
 }[args.loss]
 kl_estimate = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}[args.kl]
 correction = losses.no_correction
@@ -164,6 +171,8 @@ if args.loss == "clip" and args.ratio == "sequence" and min(args.clip) > 0.02:
         f"warning: --clip {args.clip[0]:g} {args.clip[1]:g} never clips at --ratio sequence, a "
         "mean over tokens that hardly leaves 1: GSPO has --clip 3e-4 4e-4."
     )
+if args.loss == "dppo" and args.ratio != "token":
+    raise InputError(f"--loss dppo is about tokens: give --ratio token, not {args.ratio}.")
 if args.correct != "none":
     if args.old_logp != "trainer":
         raise InputError("--correct needs --old_logp trainer.")

@@ -98,9 +98,7 @@ play = cli.environment(args, tokenizer, model.config.max_positions, train_rows +
 )
 reward_functions, reward_weights = [], []
 if args.reward:
-    reward_functions, reward_weights = rewards.load(
-        args.reward, args.reward_weights, tokenizer, world, args.tokens, args.reward_timeout
-    )
+    reward_functions, reward_weights = cli.load_rewards(args, tokenizer, world)
 columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 judge = rewards.load_one(args.judge, timeout=args.reward_timeout) if args.judge else None
 stateful = reward_functions + ([judge] if judge else [])

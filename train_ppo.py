@@ -135,9 +135,7 @@ play = cli.environment(args, tokenizer, model.config.max_positions, train_rows +
     args.tokens,
     model.config.max_positions,
 )
-reward_functions, reward_weights = rewards.load(
-    args.reward, args.reward_weights, tokenizer, world, args.tokens, args.reward_timeout
-)
+reward_functions, reward_weights = cli.load_rewards(args, tokenizer, world)
 columns_report = rewards.check(reward_functions, train_rows + eval_rows)
 
 optimizer = optim.adamw(model, args.weight_decay, value=value_rate)

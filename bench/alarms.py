@@ -60,6 +60,8 @@ HEALTHY = {
     "grpo, gspo": Case(
         "train_grpo.py", "--steps 60 --ratio sequence --agg sequence --clip 0.03 0.04"
     ),
+    "distill": Case("train_distill.py", "--steps 80 --teacher {teacher}"),
+    "distill, forward kl": Case("train_distill.py", "--steps 80 --teacher {teacher} --beta 0"),
     "ppo": Case("train_ppo.py", "--steps 80"),
     "ppo, kl": Case("train_ppo.py", "--steps 80 --beta 0.02"),
     "ppo, head": Case("train_ppo.py", "--steps 80 --value_model head"),
@@ -101,6 +103,12 @@ ILL = {
         ("chosen_and_rejected_sinking",),
         40,
     ),
+    "distillation at fifty times the rate": Case(
+        "train_distill.py",
+        "--steps 40 --teacher {teacher} --lr 5e-2",
+        ("loss_exploding", "entropy_collapsed"),
+        30,
+    ),
     "sft at a thousand times the rate": Case(
         "train_sft.py", "--steps 15 --lr 3", ("loss_exploding",), 10
     ),
@@ -122,7 +130,8 @@ def train(runs: Path, name: str, case: Case, seed: int) -> list[dict]:
     if case.script == "train_sft.py":
         data = runs / "toy/sft"
         model = sft if "heart" in name else runs / "toy/model"
-    own = case.flags.format(rewards=runs / "rewards.py", few=runs / "few.jsonl").split()
+    files = {"rewards": runs / "rewards.py", "few": runs / "few.jsonl"}
+    own = case.flags.format(**files, teacher=runs / f"teacher{seed}").split()
     out = runs / "alarms" / f"{name.replace(' ', '_').replace(',', '')}-{seed}"
     toy.train(case.script, model, data, out, seed, [*EVALUATED.split(), *own])
     log = out / "alarms.jsonl"
@@ -158,6 +167,7 @@ def main():
     failed, table = 0, []
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(lambda seed: toy.make_models(runs, seed, None), args.seeds))
+        list(pool.map(lambda seed: toy.make_teacher(runs, seed), args.seeds))
         jobs = {
             (name, seed): pool.submit(train, runs, name, case, seed)
             for seed in args.seeds

@@ -304,6 +304,10 @@ def script_jobs(folder: Path) -> dict[str, list]:
             *("train_grpo.py", *rl),
             *flags(group=4, beta=0.04, old_logp="trainer", correct="sequence-mask", resample=1),
         ],
+        "distill": [
+            *("train_distill.py", *rl),
+            *flags(teacher=folder / "model_sft", beta=0.5, minibatches=2),
+        ],
         "ppo": ["train_ppo.py", *rl, *flags(beta=0.05, score_scale=True, value_warmup=1)],
         "ppo head": [
             *("train_ppo.py", *rl),
@@ -345,10 +349,11 @@ def run_quietly(command, **options):
 
 
 def check_scripts(checks: Checks, folder: Path, tiny: bool):
-    judge = ["train_rm.py", *script_jobs(folder)["rm"][1:], "--device", "cpu"]
-    done = run_quietly([*judge, "--out", folder / "model_rm"])
-    if done.returncode:
-        checks.crashed("the judge", done.stderr)
+    for name, more in (("rm", []), ("sft", flags(lr=1e-3))):  # a judge and a teacher
+        train = [*script_jobs(folder)[name], "--device", "cpu", *more]
+        done = run_quietly([*train, "--out", folder / f"model_{name}"])
+        if done.returncode:
+            checks.crashed(f"model_{name}", done.stderr)
     jobs = []
     for name, command in script_jobs(folder).items():
         if tiny and name not in ("sft", "grpo", "grpo nf4", "grpo judged", "eval kl"):

@@ -4,6 +4,7 @@
     python -m bench.toy preference      # DPO and its family, KTO, online DPO
     python -m bench.toy grpo            # GRPO and its family
     python -m bench.toy ppo             # rewarded for the right sum, or by the reward model
+    python -m bench.toy distill         # the SFT model learns from one that GRPO has made sure
 
 A run is one process of one thread; --jobs of them run side by side. What --runs already holds is
 not repeated. A variant that is a fork runs in a copy of the repository, with forks/NAME.diff
@@ -100,8 +101,25 @@ PPO = {
     "reward model": ppo(f"{FROM_REWARD_MODEL} --score_scale --beta 0.4"),
     "reward model, no KL": ppo(FROM_REWARD_MODEL),
 }
-FAMILIES = {"preference": PREFERENCE, "grpo": GRPO, "ppo": PPO}
-STEPS = {"preference": 120, "grpo": 60, "ppo": 80}
+TEACHER = "--teacher {teacher}"
+
+
+def distill(flags: str = "") -> Variant:
+    return Variant(f"{TEACHER} {flags}", "train_distill.py")
+
+
+DISTILL = {
+    "reverse KL": distill(),
+    "forward KL": distill("--beta 0"),
+    "JSD, beta 0.5": distill("--beta 0.5"),
+    "reverse KL, top 8": distill("--teacher_top_k 8"),
+    "forward KL, on given answers": distill(
+        "--beta 0 --on_policy 0 --data {toy}/sft.jsonl --eval_data {toy}/sft_heldout.jsonl"
+    ),
+    "policy gradient": grpo(f"{TEACHER} --prompts 32 --minibatches 1", fork="distill"),
+}
+FAMILIES = {"preference": PREFERENCE, "grpo": GRPO, "ppo": PPO, "distill": DISTILL}
+STEPS = {"preference": 120, "grpo": 60, "ppo": 80, "distill": 80}
 # The toy's settings, as in runs/toy*.sh; a variant's own flags override them.
 PAIRS = "--rows 64 --lr 2e-4 --warmup 20 --beta 1"
 SAMPLED = "--reward exact --max_new_tokens 8"
@@ -112,6 +130,7 @@ SETTINGS = {
     "train_kto.py": PAIRS,
     "train_online_dpo.py": f"{SAMPLED} --prompts 64 --group 4 --lr 5e-4 --warmup 20 --beta 0.1",
     "train_grpo.py": f"{SAMPLED} --prompts 64 --group 8 --minibatches 2 --lr 1e-3 --warmup 10",
+    "train_distill.py": "--max_new_tokens 8 --prompts 256 --lr 1e-3 --warmup 5",
     "train_ppo.py": f"{SAMPLED} --prompts 256 --ppo_epochs 2 --minibatches 2 --lr 5e-4 --warmup 10",
 }
 
@@ -156,6 +175,19 @@ def make_models(runs: Path, seed: int, steps: int | None):
     train("train_rm.py", sft, pairs / "pairs", rm, seed, more)
 
 
+def make_teacher(runs: Path, seed: int):
+    """What GRPO makes of a seed's SFT model."""
+    more = flags(steps=100)
+    train(
+        "train_grpo.py",
+        runs / f"sft{seed}",
+        runs / "toy/prompts",
+        runs / f"teacher{seed}",
+        seed,
+        more,
+    )
+
+
 def forked(runs: Path, fork: str) -> Path:
     """A copy of what the scripts need, with a fork's patch applied -> its folder."""
     tree = runs / "forks" / fork
@@ -181,7 +213,8 @@ def run_variant(runs: Path, name: str, variant: Variant, seed: int, steps: int) 
     root = ROOT
     if variant.fork:
         root = runs / "forks" / variant.fork
-    more = variant.flags.format(rm=runs / f"rm{seed}").split()
+    places = {"rm": runs / f"rm{seed}", "teacher": runs / f"teacher{seed}", "toy": runs / "toy"}
+    more = variant.flags.format(**places).split()
     train(variant.script, sft, data, out, seed, [*more, *flags(steps=steps)], root)
     lines = common.metrics(out)
     if variant.script not in ("train_grpo.py", "train_ppo.py"):  # these evaluate themselves
@@ -339,7 +372,10 @@ def main():
     steps = args.steps or STEPS[args.what]
     for fork in {variants[name].fork for name in names} - {""}:
         forked(runs, fork)
-    if args.what == "preference":
+    if args.what == "distill":
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda seed: make_teacher(runs, seed), args.seeds))
+    if args.what in ("preference", "distill"):
         for seed in args.seeds:  # before the pool, where all variants would ask for it at once
             held_out(runs, runs / f"sft{seed}", runs / f"sft{seed}", seed)
     found = {name: {} for name in names}
@@ -365,7 +401,7 @@ def main():
     }
     common.save(args.out / f"toy_{args.what}.json", result)
     (args.out / f"toy_{args.what}.md").write_text(table(rows) + "\n")
-    if args.what != "preference":
+    if args.what in ("grpo", "ppo"):
         plot(found, args.out / f"toy_{args.what}.png")
 
 

@@ -172,6 +172,7 @@ def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
     sizes = TINY if tiny else FULL
     chats, pairs, prompts = (folder / f"{n}.jsonl" for n in ("chats", "pairs", "prompts"))
     sampled = {"data": prompts, "max_new_tokens": sizes["completion"], "reward": REWARD}
+    teacher = {"teacher": folder / "model"}  # as large as the student
 
     def job(script, **values):
         return [script, *ours(folder, tiny, **values)]
@@ -185,6 +186,7 @@ def our_jobs(folder: Path, tiny: bool) -> dict[str, list]:
         "kto": job("train_kto.py", data=pairs, rows=sizes["pairs"]),
         "sft, --kernels torch": [*sft, "--kernels", "torch"],
         "dpo, --kernels torch": [*dpo, "--kernels", "torch"],
+        "distill": job("train_distill.py", **sampled, prompts=sizes["ppo"], **teacher),
         # the slowest last
         "grpo": job("train_grpo.py", **sampled, prompts=sizes["prompts"], group=8),
         "ppo": job("train_ppo.py", **sampled, prompts=sizes["ppo"]),

@@ -100,10 +100,18 @@ def stands(m: Metrics, then: list[float], now: list[float]) -> bool:
     return differ(then, now) <= STILL * abs(fmean(then))
 
 
+def distils(m: Metrics) -> bool:
+    """Whether a student learns from a teacher: its divergence tells, and no reward."""
+    return m.named("divergence") is not None
+
+
 def learnt(m: Metrics) -> bool:
     """Whether the reward is higher than in the first steps, by GAIN of the spread in a group, or of
-    itself where no spread is logged."""
+    itself where no spread is logged; or a student's divergence lower, by GAIN of itself."""
     name = reward_name(m)
+    if distils(m):
+        first = m.first("divergence")
+        return differ(first, m.last("divergence")) < -GAIN * fmean(first)
     if not name:
         return False
     first = m.first(name)
@@ -244,12 +252,15 @@ def truncated_rising(m):
         return None
     now, then = fmean(m.last(CUT_OFF)), fmean(m.first(CUT_OFF))
     rising = m.count(CUT_OFF) >= 2 * WINDOW and now >= CUT and now >= then + CUT_MORE
-    if not rising and now < CUT_MOST:
+    if not rising and (now < CUT_MOST or distils(m)):  # a teacher judges fragments too
         return None
+    harm = "end, so rewards judge fragments"
+    reward = "a reward length:MAX:BUFFER, "
+    if distils(m):
+        harm, reward = "end, as a student does that repeats itself", ""
     return m.since(CUT_OFF), (
-        f"{since_first(m, CUT_OFF)}: answers reach the limit of their length before they "
-        "end, so rewards judge fragments; try a larger --max_new_tokens, a reward "
-        "length:MAX:BUFFER, or warm up with train_sft.py on answers that end"
+        f"{since_first(m, CUT_OFF)}: answers reach the limit of their length before they {harm}; "
+        f"try a larger --max_new_tokens, {reward}or warm up with train_sft.py on answers that end"
     )
 
 
@@ -258,10 +269,18 @@ ENTROPY_LEFT = 0.1  # a tenth of the entropy: hardly a token is still a choice
 
 def entropy_collapsed(m):
     name = m.named("policy/entropy_avg", "entropy")
-    if not name or not reward_name(m) or m.count(name) < 2 * WINDOW or learnt(m):
+    if not name or m.count(name) < 2 * WINDOW or learnt(m):
         return None
     now, then = fmean(m.last(name)), fmean(m.first(name))
     if now >= ENTROPY_LEFT * then:
+        return None
+    if distils(m):
+        return m.since(name), (
+            f"{said(name, now, then)} at first, but the divergence has not fallen: the student has "
+            "settled on answers that are not its teacher's; try a lower --lr, --beta below 1, or "
+            "--on_policy below 1"
+        )
+    if not reward_name(m):
         return None
     return m.since(name), (
         f"{said(name, now, then)} at first, but the reward has not risen: the policy has settled "
@@ -312,7 +331,7 @@ def loss_exploding(m):
     """Of losses that begin above 0: those of RL are about 0 and say nothing."""
     if reward_name(m) or m.count("loss") < LOSS_STEPS:
         return None
-    then = max(m.first("loss", 1) + m.first("eval/loss", 1))
+    then = max(m.first("loss", 1) + m.first("eval/loss", 1) + m.first("eval/divergence", 1))
     now = m.last("loss", LOSS_STEPS)
     if not (then > 0 and min(now) > then and median(now) >= LOSS_GROWS * then):
         return None
@@ -429,6 +448,7 @@ HELD_OUT = [
     ("accuracy", "eval/accuracy", 1),
     ("rewards/accuracies", "eval/rewards/accuracies", 1),
     ("loss", "eval/loss", -1),
+    ("divergence", "eval/divergence", -1),
 ]
 FALL, FALL_SHARE = 0.08, 0.05  # of an accuracy, two standard errors of 100 rows; of a loss
 
@@ -460,7 +480,7 @@ def greedy_far_from_sampled(m):
     """At the start that is what RL begins with, as greedy answers know what samples have to learn:
     an illness only if it stays so."""
     greedy, sampled = "eval/greedy", "eval/accuracy"
-    if min(m.count(greedy), m.count(sampled)) < 4:
+    if min(m.count(greedy), m.count(sampled)) < 4 or distils(m):  # the gap may be the teacher's
         return None
     gaps = [abs(x - y) for x, y in zip(m.last(greedy, 3), m.last(sampled, 3))]
     first = abs(m.first(greedy, 1)[0] - m.first(sampled, 1)[0])

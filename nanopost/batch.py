@@ -148,6 +148,15 @@ class Batch:
         """int64: the index of each sequence's last token."""
         return self.cu_seqlens[1:].long() - 1
 
+    @property
+    def at_M(self) -> torch.Tensor:
+        """int64: the tokens that have a target."""
+        return self.mask_N.nonzero()[:, 0] if self.prefixes is None else self.prefixes.target_M
+
+    def spread(self, x_M: torch.Tensor) -> torch.Tensor:
+        """A number of each target -> of each token [N], 0 where there is no target."""
+        return x_M.new_zeros(len(self.token_N)).index_copy(0, self.at_M, x_M)
+
     def __getitem__(self, name: str) -> torch.Tensor:
         if self.dummy:
             return torch.zeros_like(self.token_N, dtype=torch.float32)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from nanopost import InputError, dist, hf, lora, packing
+from nanopost import InputError, dist, hf, lora, packing, rewards
 from nanopost.ahead import Ahead
 from nanopost.audit import Audit
 from nanopost.boards import Boards
@@ -30,6 +30,7 @@ from nanopost.environment import Environments, answer_once, doubts
 from nanopost.recording import Recording, Replay
 from nanopost.rows import place
 from nanopost.run import Run, changed_arguments, starts_of
+from nanopost.teacher import ServedTeacher, Teacher
 from nanopost.terminal import say
 from nanopost.vllm import Servers
 
@@ -349,6 +350,34 @@ def reference(args, folder, model, world):
     return found.requires_grad_(False)
 
 
+def teacher(args, model, world, tokenizer) -> Teacher | ServedTeacher:
+    """The teacher that --teacher names, for the student `model`."""
+    vocabulary, top_k = model.config.vocab_size, args.teacher_top_k
+    if top_k >= vocabulary:
+        raise InputError(
+            f"--teacher_top_k {top_k} of {vocabulary:,} tokens leaves no rest: give less, or 0 for "
+            "all of them."
+        )
+    if args.teacher[0].startswith("http"):
+        if not top_k:
+            raise InputError(
+                "--teacher URL needs --teacher_top_k: a server names its likeliest tokens alone."
+            )
+        if args.temperature != 1:
+            raise InputError(
+                f"--teacher URL needs --temperature 1, not {args.temperature:g}: a server gives "
+                "log-probs at 1."
+            )
+        how = args.vllm_timeout, args.beta, top_k
+        return ServedTeacher(args.teacher, tokenizer, vocabulary, *how)
+    if len(args.teacher) > 1:
+        raise InputError("--teacher takes one folder, or the addresses of servers.")
+    (folder,) = args.teacher
+    tokenizer.check_same(folder, "--teacher ")
+    found = hf.load_model(folder, world.device, shard=_shard(args, world))
+    return Teacher(found, vocabulary, world.dtype, args.temperature, args.beta, top_k)
+
+
 def engine(args, folder, model, world, tokenizer):
     """The engine that the flags ask for. model: the policy, loaded from `folder`, or an ActorCritic
     that holds it."""
@@ -403,12 +432,15 @@ def ahead(args, engine, world, rows: list[dict], sampling, step: int) -> Ahead:
     )
 
 
-def environment(args, tokenizer, positions: int, rows: list[dict], sides: int = 1) -> Callable:
+def environment(
+    args, tokenizer, positions: int, rows: list[dict], sides: int = 1, needs_reward: bool = True
+) -> Callable:
     """How rollouts are made: f(engine, rows, n, sampling, seeds) -> groups of them, each with one
     answer, or with an episode of --env.
 
     Where --env has tools, `rows` get the column tools, and where it has a reward and there is no
     --reward, that is the reward. positions: of the model. sides: 2 if pairs are trained.
+    needs_reward: without one there is nothing to learn.
     """
     if not args.env:
         if "environment" in args.reward:
@@ -426,7 +458,7 @@ def environment(args, tokenizer, positions: int, rows: list[dict], sides: int = 
         raise InputError(f"--reward environment: {args.env} has no get_reward(): give another one.")
     if not args.reward and found.has_reward:
         args.reward = ["environment"]
-    if not args.reward and not getattr(args, "judge", None):
+    if needs_reward and not args.reward and not getattr(args, "judge", None):
         raise InputError(f"--env {args.env} has no get_reward(): give a --reward too.")
     for row in rows:
         if not isinstance(row["prompt"], list):
@@ -472,8 +504,8 @@ def add_rollout_flags(parser: Parser):
         "--reward",
         nargs="+",
         default=[],
-        help="exact, gsm8k, boxed, format, environment, regex:PATTERN, length:MAX:BUFFER, "
-        "model:FOLDER or file.py:function",
+        help="exact, gsm8k, boxed, math_verify, code, format, environment, regex:PATTERN, "
+        "length:MAX:BUFFER, model:FOLDER or file.py:function",
     )
     add("--reward_weights", type=finite, nargs="+", help="one per --reward; default: all 1")
     add(
@@ -481,6 +513,11 @@ def add_rollout_flags(parser: Parser):
         type=at_least(0.0),
         default=0.0,
         help="seconds per call of a reward or judge; 0: no limit",
+    )
+    add(
+        "--unsafe_code",
+        action="store_true",
+        help="--reward code without a sandbox: programs run with your rights, under limits alone",
     )
     add(
         "--env",
@@ -575,6 +612,19 @@ def add_reference_flags(parser: Parser):
     )
     add("--reference_model", help="folder of the reference; default: --model")
     add("--cache", default="out/cache", help="folder of precomputed log-probs")
+
+
+def load_rewards(args, tokenizer, world):
+    """The rewards that the flags ask for, and their weights: rewards.load."""
+    return rewards.load(
+        args.reward,
+        args.reward_weights,
+        tokenizer,
+        world,
+        args.tokens,
+        args.reward_timeout,
+        isolated=not args.unsafe_code,
+    )
 
 
 def check_one_each(flag: str, given: list | None, of: str, expected: list):

@@ -282,14 +282,14 @@ class FullWeights:
         for name, p in held.items():
             if lora.is_adapter(name) or nf4.is_scale(name):
                 continue
-            whole = _whole(p)
+            whole = full_tensor(p)
             path, _, kind = name.rpartition(".")
             layer = layers[path]
             if kind == "weight" and nf4.is_packed(layer):
-                packed = nf4.Packed(*(_whole(held[f"{path}.{part}"]) for part in nf4.PARTS))
+                packed = nf4.Packed(*(full_tensor(held[f"{path}.{part}"]) for part in nf4.PARTS))
                 whole = nf4.dequantize(packed, layer.in_features, layer.stored_dtype)
             if kind == "weight" and isinstance(layer, lora.LoRALinear):
-                a, b = _whole(held[f"{path}.lora_A"]), _whole(held[f"{path}.lora_B"])
+                a, b = full_tensor(held[f"{path}.lora_A"]), full_tensor(held[f"{path}.lora_B"])
                 whole = lora.merged(whole, a, b, layer.scale)
             yield name, whole
 
@@ -303,7 +303,7 @@ class FullWeights:
         """(name in peft's format, whole tensor) of adapters and scalar heads. A collective."""
         for name, p in self.held():
             if lora.is_trained(name):
-                yield lora.peft_name(name), _whole(p)
+                yield lora.peft_name(name), full_tensor(p)
 
     @property
     def adapted(self) -> bool:
@@ -316,7 +316,8 @@ class FullWeights:
         return self.model.get_submodule(self.part.removesuffix("."))
 
 
-def _whole(p):
+def full_tensor(p) -> torch.Tensor:
+    """A parameter whole, if it is held in shards. A collective then."""
     return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from nanopost import divergence
 from nanopost.engine import PREFILL_TOKENS
 from nanopost.logprob import CHUNK_ELEMENTS, CHUNK_ENTRIES, SAVED_ELEMENTS
 from nanopost.lora import HEADS
@@ -29,8 +30,8 @@ RESERVED = 3e9  # assumed: CUDA's context, NCCL's buffers, and what the allocato
 NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8  # bytes: 4 bits, a scale per 64, a scale per 256 of these
 
 PAIRS = ("rm", "dpo", "kto", "online_dpo")
-SAMPLE = ("online_dpo", "grpo", "ppo")
-SCRIPTS = ("sft", *PAIRS, "grpo", "ppo")
+SAMPLE = ("online_dpo", "grpo", "ppo", "distill")
+SCRIPTS = ("sft", *PAIRS, "grpo", "ppo", "distill")
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -98,12 +99,12 @@ class Numbers(NamedTuple):
     linear: int  # linear layers of blocks
 
 
-def unit(args, kind: str) -> Numbers:
+def unit(units: tuple[Unit, ...], kind: str, rank: int = 0) -> Numbers:
     """Of one unit; of the largest of its blocks, for "block"."""
     sizes = []
-    for u in args.units:
+    for u in units:
         if u.kind.endswith(kind):
-            sizes.append(numbers((replace(u, count=1),), args.lora))
+            sizes.append(numbers((replace(u, count=1),), rank))
     return max(sizes, key=sum)
 
 
@@ -155,6 +156,11 @@ def asks_reference(args) -> bool:
     if args.script in ("grpo", "ppo"):
         return args.beta > 0
     return args.script in ("dpo", "kto", "online_dpo")
+
+
+def teacher_is_sharded(args) -> bool:
+    """Whether FSDP2 holds the teacher: it has no adapters, and its weights are in fp32."""
+    return args.gpus > 1 or args.offload or compute_bytes(args) != 4
 
 
 def samples_here(args) -> bool:
@@ -301,6 +307,33 @@ def logprob_bytes(args, c: Config) -> tuple[float, float, float]:
     return kept, forward, backward
 
 
+# Buffers of a chunk of logits at the peaks of the forward and of the backward pass of
+# divergence.from_teacher, as the profiler counts them: of a KL, of a Jensen-Shannon divergence, and
+# of either over the teacher's likeliest tokens. AFTER: what the gradients of the weights wait with.
+KL, JENSEN_SHANNON, LIKELIEST, AFTER = (6, 7), (7, 11), (5, 8), 4
+
+
+def divergence_bytes(args, c: Config) -> tuple[float, float, float]:
+    """As logprob_bytes, of a student and its teacher. What the teacher gave for the micro-batch
+    before is there until the next forward pass ends."""
+    N, D, V, b = tokens_of_micro_batch(args), c.width, c.vocab_size, compute_bytes(args)
+    E = args.teacher_config.width if args.teacher_config else 0  # or it is on servers
+    M = max(1, math.ceil(N * args.trained))
+    chunk = divergence.CHUNK_ELEMENTS["cuda" if cuda(args) else "cpu"]
+    buffer = 4 * V * min(M, max(16, chunk // V))
+    of_forward, of_backward = KL if args.beta in (0, 1) else JENSEN_SHANNON
+    if args.teacher_top_k:
+        of_forward, of_backward = LIKELIEST
+    head, of_teacher = 0, b * M * E
+    if b == 2 and not cuda(args):  # both heads are converted to fp32, for a CPU's matmuls
+        head, of_teacher = 4 * V * D, of_teacher + 4 * V * E
+    total = 0 if args.lora else 4 * V * D  # the gradient of the head, which adds up in fp32
+    beyond = total if b == 2 else 0  # or else it is the gradient in flight itself
+    forward = of_forward * buffer + head + of_teacher + b * N * D
+    backward = max(of_backward * buffer, AFTER * buffer + total) + head + beyond + b * M * D
+    return b * M * D + of_teacher, forward, backward
+
+
 # ----------------------------------------------------------------------------------- memory: update
 def held(args) -> dict[str, float]:
     """Bytes of a rank from step to step."""
@@ -335,6 +368,31 @@ def reference_bytes(args) -> float:
     return 4 * numbers(args.policy, 0, ranks(args)).trained
 
 
+def teacher_bytes(args) -> float:
+    """A language model in fp32, in shards of its own."""
+    if not args.teacher_config:
+        return 0
+    return 4 * numbers(args.teacher_units, 0, ranks(args)).trained
+
+
+def teacher_head_bytes(args) -> float:
+    """Its head, whole, in the dtype that computes, unless the model itself holds it so."""
+    if not args.teacher_config or not teacher_is_sharded(args):
+        return 0
+    return compute_bytes(args) * args.teacher_config.vocab_size * args.teacher_config.width
+
+
+def teacher_pass(args) -> tuple[float, float]:
+    """Bytes of activations in a block of the teacher's forward pass, and of gathered weights: the
+    root, a block, and the next one as it arrives."""
+    c, b = args.teacher_config, compute_bytes(args)
+    activations = tokens_of_micro_batch(args) * b * (3 * c.width + 3 * c.mlp_width)
+    if not teacher_is_sharded(args):
+        return activations, 0
+    root, block = unit(args.teacher_units, "root"), unit(args.teacher_units, "block")
+    return activations, b * (root.trained + 2 * block.trained)
+
+
 def engine_weights(args) -> float:
     """The native engine's copy, whole, in the dtype that computes: none on one rank that holds the
     weights in it (Engine.beside)."""
@@ -350,12 +408,13 @@ def update(args) -> dict[str, float]:
     there are gradients already. {part: bytes}"""
     c, v, b, N = args.config, args.value_config, compute_bytes(args), tokens_of_micro_batch(args)
     sharded, full = is_sharded(args), not args.lora
-    block, root = unit(args, "block"), unit(args, "root")
+    block, root = (unit(args.units, kind, args.lora) for kind in ("block", "root"))
     one, whole = gathered_bytes(args, block), gathered_bytes(args, root)
     inside, blocks = inside_a_block(args, c), blocks_activations(args, c)
     last, forward, backward = N * norm_bytes(args, c.width), 0, 0
     if args.script != "rm":
-        kept, forward, backward = logprob_bytes(args, c)
+        of_head = divergence_bytes if args.script == "distill" else logprob_bytes
+        kept, forward, backward = of_head(args, c)
         last += kept
 
     # Gradients of weights are new tensors. Without FSDP2 they are added to those of the
@@ -402,6 +461,9 @@ def update(args) -> dict[str, float]:
                 instants = [(*others, flight + more) for *others, flight in instants[:-1]]
                 instants.append(("the root's end", 0, 0, 0, of_root))
         instants.append(("the value model", waits, 0, whole + 2 * one, down + buffer))
+    if args.teacher_config:
+        activations, gathered = teacher_pass(args)
+        instants.append(("the teacher's forward pass", activations, 0, gathered, 0))
     name, *parts = max(instants, key=lambda parts: sum(parts[1:]))
     names = ("activations", "log-prob buffers", "gathered weights", "gradients in flight")
     return {"gradients": gradient_bytes(args), **dict(zip(names, parts))}
@@ -442,13 +504,14 @@ def sync(args) -> dict[str, float]:
 
 def memory(args) -> dict[str, dict[str, float]]:
     """{moment of a step: {part: bytes per GPU}}."""
-    always = {**held(args), "reference": reference_bytes(args)}
+    always = {**held(args), "reference": reference_bytes(args), "teacher": teacher_bytes(args)}
+    always["teacher's head"] = teacher_head_bytes(args)
     always["engine weights"] = engine_weights(args)
     if cuda(args):
         always["reserved"] = RESERVED
     training = update(args)
     if args.offload:  # on the host
-        always |= {"weights": 0, "moments": 0, "reference": 0}
+        always |= {"weights": 0, "moments": 0, "reference": 0, "teacher": 0}
         training["gradients"] = 0
     moments = {"update": {**always, **training}}
     if samples_here(args):
@@ -467,5 +530,6 @@ def host_bytes(args) -> float:
     """Of a node's memory, with --offload."""
     if not args.offload:
         return 0
-    mine = sum(held(args).values()) + gradient_bytes(args) + reference_bytes(args)
+    mine = sum(held(args).values()) + gradient_bytes(args)
+    mine += reference_bytes(args) + teacher_bytes(args)
     return mine * min(args.gpus, NODE)

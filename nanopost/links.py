@@ -129,7 +129,7 @@ def _largest_logit(run, step) -> float:
 # -------------------------------------------------------------------------------------------- rows
 def of_rows(run, step) -> list[Line]:
     """Are the ids and masks those of the data?"""
-    if run.kind in ("grpo", "ppo", "online_dpo"):
+    if run.kind in ("grpo", "ppo", "online_dpo", "distill"):
         return _sampled_rows(run, step)
     if run.changed:
         return [Line("rows and mask", note=run.changed)]
@@ -191,6 +191,12 @@ def _sampled_rows(run, step):
             prompt = run.rows[run.row_of(serial)]["prompt_ids"]
             wrong = [e for e in group if e.ids[: len(prompt)] != prompt]
             prompts += [f"example {e.index} of prompt {serial}" for e in wrong]
+        if group[0].finish == "row" and not run.changed:
+            expected, mask = run.completed(serial)
+            if group[0].ids != expected:
+                ids.append(f"example {group[0].index}, the answer of the row of prompt {serial}")
+            else:
+                pairs.append((group[0], [int(x) for x in mask]))
         for j, e in enumerate(group):
             expected, mask = _conversation(answers, seed, j, f.group)
             if expected is None:
@@ -247,7 +253,7 @@ def groups_of(step) -> dict[int, list]:
 # ---------------------------------------------------------------------------------------- log-probs
 def temperature_of(run, f) -> float:
     """That of the trainer's log-probs. Online DPO samples with its own."""
-    return f.temperature if run.kind in ("grpo", "ppo") else 1.0
+    return f.temperature if run.kind in ("grpo", "ppo", "distill") else 1.0
 
 
 def column(examples, name) -> list[float]:
@@ -264,7 +270,7 @@ def of_sampling(run, step, allowed) -> list[Line]:
     f, n = step.flags, step.number
     examples = [e for e in step.examples if e.at]
     lines = [_by_engine(run, step, examples, allowed)]
-    if run.kind == "online_dpo":
+    if run.kind in ("online_dpo", "distill"):
         return lines
     if f.old_logp == "engine":
         given = column(examples, "engine_logp")
@@ -311,6 +317,7 @@ def _by_engine(run, step, examples, allowed):
     if run.kind == "online_dpo":
         if f.top_k or f.top_p < 1 or f.min_p:
             return Line(what, note="train_online_dpo.py does not record what a cut kept")
+    if run.kind in ("online_dpo", "distill"):
         examples = [_as_sampled(e) for e in examples]
     versions = sorted({e.version[t] for e in examples for t in e.at})
     missing = [v for v in versions if not run.has_weights(v)]
@@ -326,7 +333,7 @@ def _by_engine(run, step, examples, allowed):
 
 
 def _as_sampled(e):
-    """ORPO trains the prompt too."""
+    """ORPO trains the prompt too, and distillation answers of rows."""
     return Namespace(**{**vars(e), "at": [t for t in e.at if e.version[t] >= 0]})
 
 
@@ -419,6 +426,8 @@ def weights_of(f) -> list[float]:
 def of_group_advantages(step) -> list[Line]:
     """GRPO's, from the recorded rewards."""
     f, groups = step.flags, list(groups_of(step).values())
+    if hasattr(f, "teacher"):
+        return [Line("advantages", note="replay has no formula for those of forks/distill.diff")]
     if f.adv not in ("group", "mean", "loo", "batch"):
         return [Line("advantages", note=f"replay has no formula for --adv {f.adv}")]
     totals = [[plain.total(e.rewards, weights_of(f)) for e in group] for group in groups]

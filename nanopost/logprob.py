@@ -79,18 +79,18 @@ def matmul_fp32(a, b):
     """
     if a.is_cuda and a.dtype in HALF:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.to(_accumulator(a)) @ b.to(_accumulator(b))
+    return a.to(accumulator(a)) @ b.to(accumulator(b))
 
 
-def _accumulator(x):
+def accumulator(x):
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _ready(x):
+def ready(x):
     """Convert once what matmul_fp32 would convert in each chunk."""
     if x.is_cuda:
         return x
-    return x.to(_accumulator(x))
+    return x.to(accumulator(x))
 
 
 def _chunks(weight_VD, target_M, chunk):
@@ -101,7 +101,7 @@ def _chunks(weight_VD, target_M, chunk):
         at_M = target_M - first
         inside_M = (at_M >= 0) & (at_M < len(weight_CD))
         at_M1 = at_M.clamp(0, len(weight_CD) - 1)[:, None]
-        yield _ready(weight_CD), part, inside_M, at_M1
+        yield ready(weight_CD), part, inside_M, at_M1
 
 
 def _logits(hidden_MD, weight_CD, temperature):
@@ -145,10 +145,10 @@ class _LogProb(torch.autograd.Function):
             chunk = vocabulary
         elif chunk is None:
             chunk = max(CHUNK_ENTRIES, CHUNK_ELEMENTS[hidden_ND.device.type] // tokens)
-        ready_MD = _ready(hidden_MD)
+        ready_MD = ready(hidden_MD)
         lse_JM, entropy_JM = [], []
         # Log-prob of each target within its chunk.
-        log_p_M = torch.zeros(tokens, dtype=_accumulator(hidden_ND), device=hidden_ND.device)
+        log_p_M = torch.zeros(tokens, dtype=accumulator(hidden_ND), device=hidden_ND.device)
         kept_lse_JM, z_y_M = [], log_p_M
         if kept is not None:
             kept = _by_chunk(kept, target_N, vocabulary, chunk)
@@ -190,10 +190,10 @@ class _LogProb(torch.autograd.Function):
         h_M = h_N if h_N is None else h_N.index_select(0, keep_M)
         d_hidden_ND = d_hidden_MD = d_weight_VD = None
         if need_hidden:
-            d_hidden_MD = torch.zeros_like(hidden_MD, dtype=_accumulator(hidden_MD))
+            d_hidden_MD = torch.zeros_like(hidden_MD, dtype=accumulator(hidden_MD))
         if need_weight:
             d_weight_VD = torch.empty_like(weight_VD)
-        ready_MD = _ready(hidden_MD)
+        ready_MD = ready(hidden_MD)
         for weight_CD, part, inside_M, at_M1 in _chunks(weight_VD, target_M, ctx.chunk):
             log_p_MC = saved_MV
             if saved_MV is None:

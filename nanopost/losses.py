@@ -88,7 +88,7 @@ def log_ratio(logp_N, old_logp_N, sequences, level: str):
 
 
 # The policy losses share one signature, so that a loop can pick one before it starts:
-# (log_ratio_N, logp_N, adv_N, weight_N) -> (sum, metrics). Only CISPO reads logp_N.
+# (log_ratio_N, logp_N, adv_N, weight_N) -> (sum, metrics). CISPO and DPPO read logp_N.
 def policy_loss_clip(log_ratio_N, logp_N, adv_N, weight_N, low: float, high: float):
     """- sum_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t), r_t = exp(log_ratio_t).
 
@@ -136,6 +136,27 @@ def policy_loss_sapo(log_ratio_N, logp_N, adv_N, weight_N, tau: tuple[float, flo
     tau_N = torch.where(adv_N > 0, *tau)
     gate_N = torch.sigmoid(tau_N * torch.expm1(log_ratio_N))
     return (weight_N * -adv_N * gate_N * 4 / tau_N).sum(), {}
+
+
+def policy_loss_dppo(log_ratio_N, logp_N, adv_N, weight_N, low: float, high: float):
+    """- sum_t w_t M_t r_t A_t, DPPO 2602.04879: a trust region in probability, not in its ratio.
+
+    M_t is 0 where the token's probability has already moved by more than high (A > 0: up) or low
+    (A < 0: down), the total variation of "this token, or another", and 1 elsewhere. A rare token
+    may thus become a hundred times as likely, and a sure one may not fall from 0.99 to 0.8. For
+    ratios of tokens. Metrics as of policy_loss_clip.
+    """
+    ratio_N = log_ratio_N.exp()
+    moved_N = (logp_N.exp() - (logp_N - log_ratio_N).exp()).detach()
+    too_low_N = (moved_N < -low) & (adv_N < 0)
+    too_high_N = (moved_N > high) & (adv_N > 0)
+    loss_N = -ratio_N * adv_N * ~(too_low_N | too_high_N)
+    too_low, too_high = too_low_N.sum(), too_high_N.sum()
+    return (weight_N * loss_N).sum(), {
+        "clip_ratio/low_mean": too_low,
+        "clip_ratio/high_mean": too_high,
+        "clip_ratio/region_mean": too_low + too_high,
+    }
 
 
 def value_loss(value_N, old_value_N, ret_N, mask_N, clip: float):

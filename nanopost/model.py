@@ -326,23 +326,29 @@ class CausalLM(nn.Module):
             return self.model.embed_tokens.weight
         return self.lm_head.weight
 
-    def forward(self, batch, temperature: float = 1.0):
+    def forward(self, batch, temperature: float = 1.0, head=None):
         """A Batch -> (logp_N, entropy_N), fp32: log-prob of each target, over its kept ids if there
-        are any, and entropy of the whole distribution; 0 where there is no target."""
-        return self.head(_hidden(self.model, batch), batch, temperature)
+        are any, and entropy of the whole distribution; 0 where there is no target.
+
+        head: what to compute in their place from (hidden_MD of the M targets, head_weight). The
+        weight is whole here alone.
+        """
+        hidden_UD = _hidden(self.model, batch)
+        if head is not None:
+            return head(_at_targets(hidden_UD, batch), self.head_weight)
+        return self.head(hidden_UD, batch, temperature)
 
     def head(self, hidden_UD, batch, temperature):
         head = partial(logprob, temperature=temperature, kernels=self.kernels)
         if batch.prefixes is None:
             return head(hidden_UD, self.head_weight, batch.target_N, kept=batch.kept)
-        # A hidden state for each target: the last of a prompt has one in each completion.
-        at_M, kept = batch.prefixes.target_M, batch.kept
-        hidden_MD = repeat(hidden_UD, batch.prefixes.index_N[at_M])
+        kept = batch.kept
         if kept is not None:
             token_E, id_E = kept
             kept = (batch.mask_N.cumsum(0) - 1)[token_E].int(), id_E
-        found_M = head(hidden_MD, self.head_weight, batch.target_N[at_M], kept=kept)
-        return tuple(x.new_zeros(len(batch.target_N)).index_copy(0, at_M, x) for x in found_M)
+        hidden_MD, target_M = _at_targets(hidden_UD, batch), batch.target_N[batch.at_M]
+        found_M = head(hidden_MD, self.head_weight, target_M, kept=kept)
+        return tuple(map(batch.spread, found_M))
 
     def logits(self, hidden_ND):
         """-> fp32 [N, V], all of them: for a few rows only."""
@@ -451,6 +457,13 @@ def scalar_head(hidden_ND, weight_1D):
 def whole(x_U, batch):
     """A number of each token that is computed -> of each token [N]."""
     return x_U if batch.prefixes is None else repeat(x_U, batch.prefixes.index_N)
+
+
+def _at_targets(hidden_UD, batch):
+    """-> hidden_MD. The last token of a prompt has a target in each completion."""
+    if batch.prefixes is None:
+        return hidden_UD[batch.at_M]
+    return repeat(hidden_UD, batch.prefixes.index_N[batch.at_M])
 
 
 def _hidden(decoder, batch):

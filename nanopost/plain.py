@@ -131,11 +131,16 @@ def policy_loss(flags, log_ratio, logp, adv):
         return -adv * 4 / tau / (1 + torch.exp(-tau * (ratio - 1))), {}
     low, high = flags.clip
     too_low, too_high = ratio < 1 - low and adv < 0, ratio > 1 + high and adv > 0
+    if flags.loss == "dppo":
+        moved = math.exp(logp.item()) - math.exp((logp - log_ratio).item())
+        too_low, too_high = moved < -low and adv < 0, moved > high and adv > 0
     cut = {
         "clip_ratio/low_mean": too_low,
         "clip_ratio/high_mean": too_high,
         "clip_ratio/region_mean": too_low or too_high,
     }
+    if flags.loss == "dppo":
+        return -ratio * adv * (not (too_low or too_high)), cut
     if too_low:
         return 0 * ratio - (1 - low) * adv, cut
     if too_high:
@@ -183,6 +188,27 @@ def value_loss(value, old, target, clip):
     if abs(near - target) > abs(value.item() - target):
         return 0 * value + (near - target) ** 2 / 2, True
     return (value - target) ** 2 / 2, False
+
+
+# ----------------------------------------------------------------------------------- distillation
+def divergence(flags, logits_V, teacher_V):
+    """Of the distributions of one token, by their logits: over all tokens, or over the teacher's
+    likeliest ones and the rest of them as one."""
+    p = (logits_V / flags.temperature).softmax(-1)
+    q = (teacher_V / flags.temperature).softmax(-1)
+    if flags.teacher_top_k:
+        order = q.argsort(descending=True)
+        likeliest, rest = order[: flags.teacher_top_k], order[flags.teacher_top_k :]
+        p = torch.cat([p[likeliest], p[rest].sum()[None]])
+        q = torch.cat([q[likeliest], q[rest].sum()[None]])
+    if flags.beta == 0:
+        return (q * torch.log(q / p)).sum()
+    if flags.beta == 1:
+        return (p * torch.log(p / q)).sum()
+    m = flags.beta * q + (1 - flags.beta) * p
+    of_teacher = (q * torch.log(q / m)).sum()
+    of_student = (p * torch.log(p / m)).sum()
+    return flags.beta * of_teacher + (1 - flags.beta) * of_student
 
 
 # ------------------------------------------------------------------------------------------ pairs

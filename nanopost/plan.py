@@ -2,6 +2,7 @@
 
     --model DIR --script grpo --gpus 64 --tokens 32768 --checkpointing full --server_gpus 16
     --model DIR --script sft --gpus 8 --gpu a100 --lora 16 --quantize nf4
+    --model DIR --script distill --gpus 8 --teacher DIR
 
 DIR needs no more than a config.json: nothing is allocated. Flags have the names, values and
 defaults of the scripts. It prints the memory of a GPU by part, at each moment of a step that may be
@@ -99,15 +100,17 @@ ONLY = {
     "prompt": ("rm", "dpo", "kto"),
     "rows": ("sft", "rm", "dpo", "kto"),
     "reference": ("dpo", "kto"),
-    "beta": ("grpo", "ppo"),
+    "beta": ("grpo", "ppo", "distill"),
     "old_logp": ("grpo", "ppo"),
-    "minibatches": ("grpo", "ppo"),
+    "minibatches": ("grpo", "ppo", "distill"),
+    "group": ("online_dpo", "grpo", "ppo"),
+    "teacher": ("distill",),
+    "teacher_top_k": ("distill",),
     "ppo_epochs": ("ppo",),
     "value_model": ("ppo",),
     **dict.fromkeys(
         (
             "prompts",
-            "group",
             "max_new_tokens",
             "max_staleness",
             "engine",
@@ -124,6 +127,7 @@ DEFAULTS = {
     "online_dpo": {"prompts": 64, "group": 4, "minibatches": 1},
     "grpo": {"prompts": 64, "group": 8, "minibatches": 2},
     "ppo": {"prompts": 256, "group": 1, "minibatches": 2},
+    "distill": {"prompts": 64, "group": 1, "minibatches": 1},
 }
 
 
@@ -168,11 +172,14 @@ def update_flops(args) -> float:
             2 * tokens_of_micro_batch(args) * args.trained * c.vocab_size
             <= args.machine.memory / 16
         )
-        if not (stored and cuda(args)):
+        if not (stored and cuda(args)) or args.script == "distill":
             again += head
         total += epochs * (passes * (matrices + head) + 3 * attention + again)
         forward = matrices + attention + head
         total += forward * passes_without_gradient(args, is_policy)
+    if args.teacher_config:  # its head again in the backward pass
+        matrices, attention, head = forward_flops(args.teacher_config, length)
+        total += matrices + attention + 2 * head * args.trained
     return total * tokens
 
 
@@ -212,6 +219,8 @@ def collective_seconds(args) -> float:
     weights, gradients = gathered_bytes(args, every), 4 * every.trained
     policy = gathered_bytes(args, numbers(args.policy, args.lora))
     without = passes_without_gradient(args, True) * policy
+    if args.teacher_config:
+        without += compute_bytes(args) * numbers(args.teacher_units).trained
     epochs = args.ppo_epochs if args.script == "ppo" else 1
     gathers = count * 2 * weights + count / epochs * without
     reductions = optimizer_steps(args) if args.reduce == "step" else count
@@ -377,6 +386,13 @@ def flags() -> Parser:
     add("--rows", type=at_least(1), default=64, help="rows or pairs of a step")
     add("--reference", default="frozen", choices=["frozen", "precomputed"], help="of DPO and KTO")
     add("--beta", type=at_least(0.0), default=0.0, help="of GRPO and PPO; 0: no reference model")
+    add(
+        "--teacher",
+        nargs="+",
+        metavar="FOLDER",
+        help="of distillation, or addresses of servers; default: as large as --model",
+    )
+    add("--teacher_top_k", type=at_least(0), default=0, help="its likeliest tokens; 0: all")
     add("--prompts", type=at_least(1), help="of a step; default: the script's")
     add("--group", type=at_least(1), help="samples per prompt; default: the script's")
     add("--minibatches", type=at_least(1), help="of a step; default: the script's")
@@ -399,8 +415,9 @@ def flags() -> Parser:
 
 
 def parsed(arguments=None) -> Namespace:
-    """The flags, and beside them what is derived from files: config,
-    value_config, units (of what trains), policy (units of the language model) and machine.
+    """The flags, and beside them what is derived from files: config, value_config and
+    teacher_config, units (of what trains), policy (units of the language model), teacher_units and
+    machine.
 
     InputError for what no script could run."""
     parser = flags()
@@ -420,9 +437,14 @@ def parsed(arguments=None) -> Namespace:
     args.value_config = None
     if args.script == "ppo" and args.value_model != "head":
         args.value_config = hf.read_config(args.value_model or args.model).with_scalar_head(None)
+    args.teacher_config = None
+    if args.script == "distill" and not (args.teacher or [""])[0].startswith("http"):
+        args.teacher_config = hf.read_config((args.teacher or [args.model])[0])
     check(args)
     args.units = units_of(args.script, args.config, args.value_config)
     args.policy = units_of("grpo", args.config)
+    if args.teacher_config:
+        args.teacher_units = units_of("grpo", args.teacher_config)
     sheet = GPUS[args.gpu]
     given = {
         "memory": args.memory and args.memory * 1e9,
@@ -533,7 +555,8 @@ def end_dry_run(script: str, given: dict, world, rows: list):
         value = given[name]
         if script not in ONLY.get(name, SCRIPTS) or value in (None, defaults[name]):
             continue
-        words += [f"--{name}"] if value is True else [f"--{name}", value]
+        several = value if isinstance(value, list) else [value]
+        words += [f"--{name}"] if value is True else [f"--{name}", *several]
     here = ["--gpu", "cpu"]
     if torch.cuda.is_available() and given["device"] != "cpu":
         name = torch.cuda.get_device_name().lower()

@@ -43,6 +43,7 @@ PANELS = [
     Panel(("rewards/margins", "margin"), (), ("eval/rewards/margins", "eval/margin")),
     Panel(("reward_std",)),
     Panel(("frac_reward_zero_std", "ties"), ("completions/duplicate_ratio",)),
+    Panel(("divergence",), (), ("eval/divergence",)),
     Panel(("loss",), (), ("eval/loss",)),
     Panel(("kl", "objective/kl", "policy/approxkl_avg"), (), ("eval/kl",), log=True),
     Panel(("policy/entropy_avg", "entropy"), (), ("eval/entropy",)),

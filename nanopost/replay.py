@@ -74,7 +74,7 @@ def replayed(run: Recorded, number: int) -> list[Line]:
     kind, step = run.kind, run.step(number)
     allowed = links.rounding(run, step)
     lines = links.of_rows(run, step)
-    if kind in ("grpo", "ppo", "online_dpo"):
+    if kind in ("grpo", "ppo", "online_dpo", "distill"):
         lines += links.of_sampling(run, step, allowed)
     if kind == "grpo":
         lines += links.of_group_advantages(step)

@@ -22,8 +22,9 @@ from nanopost.packing import order
 from nanopost.run import starts_of
 from nanopost.tokenizer import Tokenizer
 
-KINDS = "sft", "dpo", "grpo", "ppo", "online_dpo", "kto", "rm"
+KINDS = "sft", "dpo", "grpo", "ppo", "online_dpo", "kto", "rm", "distill"
 FORMS = {"sft": rows.sft, "dpo": rows.pair, "kto": rows.unpaired, "rm": rows.pair}
+FORMS |= {"distill": rows.answered}
 HELD = 3  # models in memory
 
 
@@ -136,6 +137,14 @@ class Recorded:
         (given, _), _ = tokenizer.with_prompts(parts, *room)
         return given
 
+    def completed(self, serial: int) -> tuple[list[int], list[bool]]:
+        """Ids and mask of the prompt that was drawn as number `serial`, with its row's answer."""
+        row = self.rows[self.row_of(serial)]
+        e = self.tokenizer.example(row, "completion").ended()
+        e = e[: len(row["prompt_ids"]) + self.flags(1).max_new_tokens]
+        ids = e.ids.tolist()
+        return ids, turns_of(self.tokenizer, row, "completion", ids) or e.mask.tolist()
+
     def _pieces(self, given, limit):
         flags, found = self.flags(1), []
         for row in given:
@@ -217,6 +226,14 @@ class Recorded:
         folder = getattr(f, "reference_model", None) or f.model
         return hf.load_model(folder, "cpu").double().requires_grad_(False)
 
+    @cached_property
+    def teacher(self):
+        """Of distillation, in float64."""
+        folder = self.flags(1).teacher[0]
+        if folder.startswith("http"):
+            raise InputError("replay does not cover a --teacher on servers.")
+        return hf.load_model(folder, "cpu").double().requires_grad_(False)
+
 
 def _start(f, kind):
     """The model that a run begins with, in fp32."""
@@ -294,6 +311,13 @@ def passed(model, e, temperature, kept=True):
     policy = getattr(model, "policy", model)
     logits_TV = hidden(policy.model, e.ids) @ policy.head_weight.T
     return plain.logp_and_entropy(logits_TV, e.ids, temperature, e.kept if kept else None)
+
+
+def divergences(model, teacher, e, flags) -> list:
+    """Of a student from its teacher, at each trained token."""
+    student_TV, teacher_TV = (hidden(m.model, e.ids) @ m.head_weight.T for m in (model, teacher))
+    teacher_TV = teacher_TV[:, : student_TV.shape[1]]
+    return [plain.divergence(flags, student_TV[t - 1], teacher_TV[t - 1]) for t in e.at]
 
 
 def values(model, e):

@@ -40,13 +40,26 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nanopost import InputError, dist, forward
+from nanopost import InputError, dist, forward, sandbox
 from nanopost.batch import Example
 from nanopost.hf import load_scalar_model
 from nanopost.packing import CHUNK
 from nanopost.rollout import completion_text
 from nanopost.rows import errors_at, place
-from nanopost.verify import boxed, exact, full_match, gsm8k, gsm8k_format, length_limit, text_of
+from nanopost.terminal import say
+from nanopost.verify import (
+    boxed,
+    code,
+    exact,
+    full_match,
+    gsm8k,
+    gsm8k_format,
+    import_math_verify,
+    length_limit,
+    math_verify,
+    text_of,
+    unsafe_code,
+)
 
 
 def environment(completions, environment_rewards, **columns):
@@ -57,6 +70,8 @@ def environment(completions, environment_rewards, **columns):
 BUILT_IN = {
     "gsm8k": gsm8k,
     "boxed": boxed,
+    "math_verify": math_verify,
+    "code": code,
     "exact": exact,
     "format": gsm8k_format,
     "environment": environment,
@@ -80,12 +95,14 @@ def load(
     world=None,
     tokens: int = 8192,
     timeout: float = 0.0,
+    isolated: bool = True,
 ):
     """The values of --reward and --reward_weights -> (list[Reward], list[float]).
 
     Weights are 1 by default. Each reward gets its own name, and so its own metrics. tokenizer: the
     policy's. world, tokens: device, dtype and maximum tokens per micro-batch of reward models.
-    timeout: seconds per call of a reward, 0 for no limit; see guarded.
+    timeout: seconds per call of a reward, 0 for no limit; see guarded. isolated: whether the reward
+    code runs programs in a sandbox.
     """
     if not specs:
         raise InputError("--reward is missing: say what scores the answers (see --help).")
@@ -93,9 +110,11 @@ def load(
         raise InputError(
             f"--reward_weights has {len(weights)} values for {len(specs)} rewards; give one each."
         )
+    if not isolated and "code" not in specs:
+        raise InputError("--unsafe_code is about --reward code: give both, or neither.")
     rewards = []
     for spec in specs:
-        reward = load_one(spec, tokenizer, world, tokens, timeout)
+        reward = load_one(spec, tokenizer, world, tokens, timeout, isolated)
         taken = [other.name for other in rewards]
         rewards.append(reward._replace(name=_unused_name(reward.name, taken)))
     return rewards, weights or [1.0] * len(rewards)
@@ -112,14 +131,26 @@ def _unused_name(name, taken):
 
 
 def load_one(
-    spec: str, tokenizer=None, world=None, tokens: int = 8192, timeout: float = 0.0
+    spec: str,
+    tokenizer=None,
+    world=None,
+    tokens: int = 8192,
+    timeout: float = 0.0,
+    isolated: bool = True,
 ) -> Reward:
     """One value of --reward, with the arguments of load.
 
-    That is gsm8k, boxed, exact, format, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or
-    file.py:function. A class in place of the function can keep state between calls: it is
-    instantiated once, without arguments.
+    That is a name of BUILT_IN, regex:PATTERN, length:MAX:BUFFER, model:FOLDER or file.py:function.
+    A class in place of the function can keep state between calls: it is instantiated once, without
+    arguments.
     """
+    if spec == "math_verify":
+        import_math_verify()
+    if spec == "code":
+        sandbox.check(isolated)
+        if not isolated:
+            say("warning: --unsafe_code: sampled programs run with this user's rights")
+            return Reward(spec, unsafe_code, timeout)
     if spec in BUILT_IN:
         return Reward(spec, BUILT_IN[spec], timeout)
     kind, _, argument = spec.partition(":")
@@ -233,7 +264,7 @@ def check(functions: list[Reward], rows: list[dict]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     columns = [name for name in names if name not in ("prompt", "__line__", *GIVEN)]
     for reward in functions:
-        is_built_in = reward.function in BUILT_IN.values()
+        is_built_in = reward.function in (*BUILT_IN.values(), unsafe_code)
         for name in _needed(reward.function):
             without = [row for row in rows if row.get(name) is None]
             if without and (is_built_in or len(without) == len(rows)):

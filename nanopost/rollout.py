@@ -76,6 +76,14 @@ class Rollout:
         return Example(self.prompt + self.ids, mask, columns, kept)
 
 
+def unsampled(e: Example, max_new_tokens: int) -> Example:
+    """A prompt and a completion that nobody sampled, cut to so many tokens, with the columns of a
+    rollout's example: engine_logp 0 and version -1."""
+    e = e[: e.prompt_length + max_new_tokens]
+    e.columns |= {"engine_logp": np.zeros(len(e), np.float32), "version": np.full(len(e), -1)}
+    return e
+
+
 def completion_text(rollout: Rollout, tokenizer) -> str:
     """The text of a completion as samples.jsonl shows it, special tokens too, but without the token
     that ended it: what rewards and judges read."""
@@ -102,7 +110,8 @@ def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list
 def length_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
     """completions/*: sampled tokens, the share cut off at the length limit, and the share of
     completions that repeat, token by token, an earlier one of their group. tools/*, of an
-    environment that has tools: calls per completion, and the share that failed. A collective."""
+    environment that has tools: calls per completion, and the share that failed. {} if there are no
+    completions. A collective."""
     rollouts = [r for group in groups for r in group]
     distinct = sum(len({tuple(r.ids) for r in group}) for group in groups)
     length_B = [r.length for r in rollouts]
@@ -119,6 +128,8 @@ def length_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
             "tools/failure_frequency": (sum(episode.failures for episode in played), calls),
         }
     )
+    if not means:
+        return {}
     return means | {"completions/min_length": -shortest, "completions/max_length": longest}
 
 

@@ -1,8 +1,8 @@
 """Files -> rows, in TRL's formats.
 
 A row is a dict. Its "__line__" says where it comes from, "file:line", for error messages. Rows of
-other formats become TRL's in normalize.py. A form (sft, prompt, pair, unpaired) checks a row and
-returns it in the shape that the tokenizer reads.
+other formats become TRL's in normalize.py. A form (sft, prompt, answered, pair, unpaired) checks a
+row and returns it in the shape that the tokenizer reads.
 """
 
 import gzip
@@ -230,6 +230,22 @@ def prompt(row: dict) -> dict:
             "remove it."
         )
     return row
+
+
+def answered(row: dict) -> dict:
+    """As prompt, or {"messages"}, of which the last answer becomes the completion."""
+    if "messages" in row and "prompt" not in row:
+        _check_messages(row, "messages")
+        *before, last = row["messages"]
+        if not before or last["role"] != "assistant":
+            raise InputError(
+                f"{place(row)}: messages end with a {last['role']} message after {len(before)} "
+                "others: make them a prompt and an answer, or rename them (--rename "
+                "messages=prompt)."
+            )
+        row = {name: value for name, value in row.items() if name != "messages"}
+        row |= {"prompt": before, "completion": [last]}
+    return prompt(row)
 
 
 def pair(row: dict) -> dict:

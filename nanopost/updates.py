@@ -28,10 +28,11 @@ from nanopost.links import (
     temperature_of,
     under,
 )
-from nanopost.retrace import leaking, passed, value_rate, values
+from nanopost.retrace import divergences, leaking, passed, value_rate, values
 
 MARGIN = 8  # an allowance over the difference of two replays, of which one is disturbed
 CLEAR = 0.01  # a weight is compared if two replays are closer, as a share of its move
+IN_ORDER = "grpo", "distill"  # minibatches by serial, each with a learning rate of its own
 
 
 # ------------------------------------------------------------------------------- optimizer steps
@@ -47,7 +48,7 @@ class Part(NamedTuple):
 
 def optimizer_steps(run, step) -> list[Part]:
     f, about = step.flags, step.about
-    if run.kind in ("grpo", "ppo"):
+    if run.kind in ("grpo", "ppo", "distill"):
         return _minibatches(run, step)
     examples = [e for e in step.examples if e.minibatch]
     units = [(e,) for e in examples]
@@ -93,7 +94,7 @@ def _ranked(step):
 def _minibatches(run, step):
     f, groups = step.flags, groups_of(step)
     serials = sorted(groups)
-    if run.kind == "grpo":
+    if run.kind in IN_ORDER:
         cuts = np.array_split(serials, f.minibatches)
     else:
         cuts = []
@@ -183,7 +184,8 @@ def have_numbers(e) -> list[int]:
 
 
 # ------------------------------------------------------------------------------------------- losses
-# loss of a unit: (flags, unit, log-probs of each example's trained tokens, values) -> tensor
+# loss of a unit: (flags, unit, log-probs of each example's trained tokens, values or divergences)
+# -> tensor
 def sft_loss(f, unit, logps_of, values_of):
     loss = 0.0
     for logp in logps_of[0]:
@@ -220,6 +222,10 @@ def ppo_loss(f, unit, logps_of, values_of):
     return loss
 
 
+def distill_loss(f, unit, logps_of, divergences_of):
+    return sum(divergences_of[0])
+
+
 def pair_loss(f, unit, logps_of, values_of):
     sides = []
     for e, logp in zip(unit, logps_of):
@@ -239,6 +245,7 @@ LOSSES = {
     "sft": sft_loss,
     "grpo": grpo_loss,
     "ppo": ppo_loss,
+    "distill": distill_loss,
     "dpo": pair_loss,
     "online_dpo": pair_loss,
     "kto": kto_loss,
@@ -277,6 +284,12 @@ def variants(run, f) -> list[tuple[str, dict]]:
         found.append(("--value_coef is ignored", {"value_coef": 1.0}))
         found.append(("the value loss is not halved", {"value_coef": 2 * f.value_coef}))
         found.append(("the value loss is left out", {"value_coef": 0.0}))
+    if run.kind == "distill":
+        found.append(("student and teacher are swapped", {"beta": 1 - f.beta}))
+        for beta, name in ((1, "the reverse KL"), (0, "the forward KL")):
+            found.append((f"it is {name}", {"beta": beta}))
+        found.append(("it is over the whole vocabulary", {"teacher_top_k": 0}))
+        found.append(("the temperature was forgotten", {"temperature": 1.0}))
     if run.kind in ("dpo", "online_dpo"):
         found.append(("beta is ignored", {"beta": 1.0}))
         found.append(("chosen and rejected are swapped", {"beta": -f.beta}))
@@ -331,6 +344,8 @@ def _from_record(run, f, part) -> float:
             values_of = [
                 torch.tensor([e.new_value[t] for t in e.at], dtype=torch.float64) for e in unit
             ]
+        if run.kind == "distill":
+            values_of = [torch.tensor(column(unit, "divergence"), dtype=torch.float64)]
         found += float(LOSSES[run.kind](f, unit, logps_of, values_of))
     return found
 
@@ -367,7 +382,7 @@ def _logged_loss(run, step, parts):
 def rate_of(run, f, number, k, parts) -> float:
     """The learning rate of optimizer step k, of `parts` in a step; k may be out of range: nan
     before the first one of all."""
-    if run.kind == "grpo":
+    if run.kind in IN_ORDER:
         update = (number - 1) * parts + k + 1
         if update < 1:
             return math.nan
@@ -383,7 +398,7 @@ def of_rate(run, step) -> Line:
     given = [x["lr"] for x in updates]
 
     def rates(number=n, shift=0, flags=f):
-        if run.kind == "grpo":
+        if run.kind in IN_ORDER:
             return [rate_of(run, flags, number, k + shift, parts) for k in range(parts)]
         return [rate_of(run, flags, number + shift, 0, parts)] * parts
 
@@ -406,6 +421,7 @@ class Replica:
         self.model, self.adamw = run.copy(step.number - 1)
         self.f = flags_of_loss(step)
         self.logps, self.entropies = {}, {}  # index of an example -> those of its first pass
+        self.steps = 0  # so far
         self.draw = torch.Generator().manual_seed(0)
         if run.kind == "ppo":
             for p in self.model.policy.parameters():
@@ -423,7 +439,7 @@ class Replica:
         for e in unit:
             logp_T, entropy_T = passed(self.model, e, temperature)
             logps_of.append([logp_T[t] for t in e.at])
-            if remember and e.index not in self.logps:
+            if remember and e.minibatch[0] == self.steps:
                 self.logps[e.index] = [logp_T[t].item() for t in e.at]
                 self.entropies[e.index] = [entropy_T[t].item() for t in e.at]
         if self.run.kind == "ppo":
@@ -431,6 +447,8 @@ class Replica:
             for e in unit:
                 value_T = values(self.model, e)
                 values_of.append([value_T[t] for t in e.at])
+        if self.run.kind == "distill":
+            values_of = [divergences(self.model, self.run.teacher, e, f) for e in unit]
         return LOSSES[self.run.kind](f, unit, logps_of, values_of)
 
     def gradients(self, units, divisor, changes=None, remember=True):
@@ -454,6 +472,7 @@ class Replica:
         """One optimizer step -> (norm of the gradient, sum of the units' norms, factor of the
         clipping)."""
         total, squares, norms = self.gradients(part.units, part.divisor)
+        self.steps += 1
         for p, g, square in zip(self.trained, total, squares):
             p.grad = g
             if self.disturbed:
@@ -534,7 +553,23 @@ def _first_passes(run, step, replica, allowed) -> list[Line]:
     entropies = [x for e in examples for x in replica.entropies[e.index]]
     most = 2 * allowed.logp * max([1.0, *entropies])
     given = column(examples, "entropy")
-    return [line, compared("entropies", given, entropies, most, (), at_token(examples))]
+    lines = [line, compared("entropies", given, entropies, most, (), at_token(examples))]
+    return lines + (_divergences(run, step, examples, allowed) if run.kind == "distill" else [])
+
+
+def _divergences(run, step, examples, allowed) -> list[Line]:
+    """Those of the first optimizer step."""
+    model, _ = run.model(step.number - 1)
+
+    @torch.no_grad()
+    def by(changes):
+        f = with_flags(step.flags, changes)
+        return [float(x) for e in examples for x in divergences(model, run.teacher, e, f)]
+
+    given, expected = column(examples, "divergence"), by({})
+    most = 4 * allowed.logp * max([1.0, *expected])
+    causes = [(said, partial(by, changes)) for said, changes in variants(run, step.flags)]
+    return [compared("divergences", given, expected, most, causes, at_token(examples))]
 
 
 def _later_passes(step, replica, other, allowed) -> Line:
@@ -720,7 +755,7 @@ def _why_weights(run, step, factor) -> str:
     updates = step.about["updates"]
     rates = [x["lr"] for x in updates]
     for said, shift in (("before", -1), ("after", 1)):
-        if run.kind == "grpo":
+        if run.kind in IN_ORDER:
             other = [
                 rate_of(run, step.flags, step.number, k + shift, len(rates))
                 for k in range(len(rates))

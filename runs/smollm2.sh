@@ -20,20 +20,7 @@ model=$1
 shift
 out=out/smollm2
 
-mkdir -p $out
-python - $out <<'PYTHON'
-import json, random, sys
-
-draw = random.Random(0)
-pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-draw.shuffle(pairs)
-for name, part in (("train", pairs[:-200]), ("held_out", pairs[-200:])):
-    with open(f"{sys.argv[1]}/{name}.jsonl", "w") as file:
-        for a, b in part:
-            text = f"What is {a}+{b}? Answer with the number only."
-            row = {"prompt": [{"role": "user", "content": text}], "answer": str(a + b)}
-            file.write(json.dumps(row) + "\n")
-PYTHON
+python runs/smollm2_sums.py $out
 
 python train_grpo.py --model "$model" --out $out/grpo \
     --data $out/train.jsonl --eval_data $out/held_out.jsonl --eval_rows 100 --reward gsm8k \

@@ -43,11 +43,13 @@ OWN = {
     "train_online_dpo.py": (*SAMPLES, "--group", 2),
     "train_grpo.py": (*SAMPLES, "--group", 4, "--resample", 1, "--beta", 0.05),
     "train_ppo.py": (*SAMPLES, "--group", 2, "--score_scale", "--beta", 0.05),
+    "train_distill.py": (*SAMPLES, "--beta", 0.4),
 }
 
 
 def write_data(folder):
     toy.write_model(folder / "model")
+    toy.write_model(folder / "teacher", seed=1)
     prompts = toy.prompt_rows(held_out=False)[:64]
     said = [{"role": "assistant", "content": row["answer"]} for row in prompts]
     wrong = [{"role": "assistant", "content": row["answer"] + "7"} for row in prompts]
@@ -76,6 +78,8 @@ def start(folder, script, ranks, out, *more):
     flags += ("--holdout", 8, "--out", out, *SHARED, *OWN[script], *SAVES, *more)
     if OWN[script][: len(SAMPLES)] == SAMPLES:
         flags += ("--reward", f"{folder}/reward.py:ids")
+    if script == "train_distill.py":
+        flags += ("--teacher", folder / "teacher")
     log = open(f"{out}.log", "a")
     return subprocess.Popen(
         command(script, *flags, ranks=0 if ranks == 1 else ranks),

@@ -103,7 +103,29 @@ def sft_line(rng, step):
     return evaluated(line, step, loss=loss + rng.gauss(0, 0.01))
 
 
-LINES = {"grpo": grpo_line, "ppo": ppo_line, "dpo": dpo_line, "sft": sft_line}
+def distill_line(rng, step):
+    """A student that becomes as sure as its teacher, in answers that were mostly cut off before."""
+    divergence = ramp(0.4, 0.02)(step)
+    line = {
+        "step": step,
+        "divergence": noisy(rng, divergence, 0.1),
+        "loss": noisy(rng, divergence, 0.1),
+        "entropy": noisy(rng, ramp(0.5, 0.02)(step), 0.05),
+        "grad_norm": rng.lognormvariate(0, 0.5),
+        "completions/mean_length": noisy(rng, 200, 0.03),
+        "completions/clipped_ratio": abs(rng.gauss(0.7, 0.02)),
+    }
+    greedy = {"accuracy": ramp(0.2, 0.5)(step), "greedy": 0.9}  # so is the teacher
+    return evaluated(line, step, divergence=noisy(rng, divergence, 0.02), **greedy)
+
+
+LINES = {
+    "grpo": grpo_line,
+    "ppo": ppo_line,
+    "dpo": dpo_line,
+    "sft": sft_line,
+    "distill": distill_line,
+}
 
 
 def series(kind, seed, steps=120, start=0, changes=None):
@@ -295,6 +317,34 @@ ILLNESSES = {
         {"loss": lambda s, x: 100 * x},
         "loss_exploding",
         5,
+    ),
+    "a student at too high a rate": (
+        "distill",
+        1,
+        {"loss": lambda s, x: 2.0, "divergence": lambda s, x: 2.0},
+        "loss_exploding",
+        5,
+    ),
+    "a student that settles on its own answers": (
+        "distill",
+        20,
+        {"divergence": lambda s, x: 0.3 + x / 10, "entropy": lambda s, x: 0.4 * 0.8**s},
+        "entropy_collapsed",
+        20,
+    ),
+    "a student that repeats itself": (
+        "distill",
+        40,
+        {"completions/clipped_ratio": lambda s, x: min(1.0, 0.7 + 0.02 * s)},
+        "truncated_rising",
+        20,
+    ),
+    "prompts by heart": (
+        "distill",
+        39,
+        {"eval/divergence": lambda s, x: 0.2 + 0.002 * s},
+        "held_out_falling",
+        45,
     ),
     "what greedy answers know": (
         "grpo",

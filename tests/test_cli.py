@@ -24,6 +24,16 @@ def refused(parser, *arguments, capsys):
     return err
 
 
+def required(script) -> list[str]:
+    """The flags that a script cannot do without."""
+    given = ["--model", "m", "--data", "d"]
+    if script in ("train_grpo.py", "train_ppo.py"):
+        given += ["--reward", "exact"]
+    if script == "train_distill.py":
+        given += ["--teacher", "t"]
+    return given
+
+
 def one_flag(**options):
     parser = cli.Parser("doc")
     parser.add_argument("--x", **options)
@@ -87,9 +97,7 @@ def test_a_number_out_of_bounds_says_what_would_fit(kind, text, sentence, capsys
 )
 def test_numbers_that_mean_nothing_are_refused(script, name, value, capsys):
     parser = parser_of(script)
-    given = ["--model", "m", "--data", "d", "--reward", "exact"]
-    if "--reward" not in parser._option_string_actions:
-        given = given[:4]
+    given = required(script)
     if f"--{name}" in parser._option_string_actions:
         said = refused(parser, *given, f"--{name}={value}", capsys=capsys)
         assert f"--{name}: {value}: give " in said
@@ -231,7 +239,7 @@ def test_every_command_that_is_written_down_is_understood(path):
 
 def test_every_row_of_grpos_table_is_understood():
     table = re.findall(r"^    .+ \d{4}\.\d{5} +(--.+)$", (ROOT / "train_grpo.py").read_text(), re.M)
-    assert len(table) == 8
+    assert len(table) == 9
     for row in table:
         parser_of("train_grpo.py").parse_args(["--data", "d", "--reward", "exact", *row.split()])
 
@@ -274,13 +282,14 @@ def test_what_ranks_cannot_do_together_is_one_sentence(more, said):
         ("train_ppo.py", "--gamma 2"),
         ("train_online_dpo.py", "--reward_weights inf"),
         ("train_grpo.py", "--reward_timeout -1"),
+        ("train_distill.py", "--beta 1.1"),
+        ("train_distill.py", "--on_policy -0.1"),
+        ("train_distill.py", "--teacher_top_k -1"),
     ],
 )
 def test_numbers_that_cannot_be_meant_are_refused(script, flags, capsys):
     parser = parser_of(script)
-    given = ["--model", "m", "--data", "d"]
-    if script in ("train_grpo.py", "train_ppo.py"):
-        given += ["--reward", "exact"]
+    given = required(script)
     parser.parse_args(given)
     error = refused(parser, *given, *flags.split(), capsys=capsys)
     assert error.startswith(f"error: {flags.split()[0]}: ")
@@ -290,8 +299,6 @@ def test_numbers_that_cannot_be_meant_are_refused(script, flags, capsys):
 def test_flags_are_not_abbreviated(script, capsys):
     """--step would be --steps today, and perhaps another flag tomorrow."""
     parser = parser_of(script)
-    given = ["--model", "m", "--data", "d"]
-    if script in ("train_grpo.py", "train_ppo.py"):
-        given += ["--reward", "exact"]
+    given = required(script)
     assert parser.parse_args([*given, "--steps", "3"]).steps == 3
     assert "--step 3" in refused(parser, *given, "--step", 3, capsys=capsys)

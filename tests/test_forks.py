@@ -5,12 +5,16 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from scripts import metrics, run
 
 from forks import NAMES, ROOT, apply, files, flags_of, header, patched, rows_of, script_of, text
+from nanopost import hf
+from nanopost.batch import Example
+from nanopost.forward import logprobs
 from runs import toy
 
 # Forks that people combine, in the order in which they are applied.
@@ -18,6 +22,7 @@ COMBINED = [
     ("two_sided_clip", "overlong_mask", "entropy_bonus"),
     ("overlong_mask", "top_entropy", "off_policy_mask", "kl_reward", "median_baseline"),
     ("gdpo", "two_sided_clip", "entropy_bonus", "top_entropy"),
+    ("multi_turn", "echo", "length_penalty"),
     ("multi_turn", "curriculum", "two_sided_clip", "overlong_mask", "entropy_bonus"),
 ]
 REWARD = """
@@ -88,6 +93,7 @@ def place(tmp_path_factory):
     """The toy's model, rows of every format and a reward."""
     folder = tmp_path_factory.mktemp("forks")
     toy.write_model(folder / "model")
+    toy.write_model(folder / "teacher", seed=1)
     (folder / "reward.py").write_text(REWARD)
     prompts = toy.prompt_rows(held_out=False)[:12]
     chats = toy.sft_rows(copies=1)[:12]
@@ -125,6 +131,8 @@ def test_a_fork_runs_by_the_command_line_of_its_header(name, place, tmp_path):
         rows = (tmp_path / "rows.jsonl").read_text() * 8
         (tmp_path / "rows.jsonl").write_text(rows)
         flags += ["--data", tmp_path / "rows.jsonl"]
+    if "--teacher" in flags:
+        flags += ["--teacher", place / "teacher"]
     flags += ["--model", place / "model", "--out", tmp_path / "out", "--holdout", 2]
     flags += ["--steps", 3, "--save_every", 0, "--lr", 1e-3, "--warmup", 0, "--device", "cpu"]
     run(patched(tmp_path, name) / script, *flags)
@@ -132,13 +140,30 @@ def test_a_fork_runs_by_the_command_line_of_its_header(name, place, tmp_path):
 
 
 @pytest.mark.slow
-def test_forks_run_together(place, tmp_path):
-    names = COMBINED[-1]
+@pytest.mark.parametrize("names", COMBINED[-2:], ids="+".join)
+def test_forks_run_together(place, tmp_path, names):
     flags = [*flags_of("multi_turn"), *small_run(place, "train_grpo.py")]
     flags += ["--model", place / "model", "--out", tmp_path / "out", "--stop", *"abcdefghijklmnop"]
     flags += ["--steps", 3, "--save_every", 0, "--lr", 1e-3, "--warmup", 0, "--device", "cpu"]
     run(patched(tmp_path, *names) / "train_grpo.py", *flags, "--holdout", 2)
     check_run(tmp_path / "out", place)
+
+
+def test_distillation_credits_a_token_by_how_much_likelier_it_is_for_the_teacher(
+    place, tmp_path, alone
+):
+    flags = [*flags_of("distill"), *small_run(place, "train_grpo.py"), "--group", 2]
+    flags += ["--teacher", place / "teacher", "--model", place / "model", "--holdout", 2]
+    flags += ["--out", tmp_path / "out", "--steps", 1, "--record", "--device", "cpu"]
+    run(patched(tmp_path, "distill") / "train_grpo.py", *flags)
+    _, *lines = map(json.loads, (tmp_path / "out/records/000001.jsonl").read_text().splitlines())
+    assert len(lines) == 16
+    examples = [Example(line["ids"], line["mask"]) for line in lines]
+    of_teacher = logprobs(hf.load_model(place / "teacher"), examples, 1000, 1.0, "cpu")
+    for line, e, logp_T in zip(lines, examples, of_teacher):
+        expected_T = (logp_T - np.array(line["engine_logp"])) * e.mask
+        assert np.abs(expected_T).max() > 0.01
+        np.testing.assert_allclose(line["adv"], expected_T, atol=1e-5)
 
 
 def check_run(out, place):

@@ -690,3 +690,67 @@ def test_a_folder_that_a_forks_flag_names_is_not_replaced(alone, tmp_path):
                 None, None, {"step": 0}, resume=False, overwrite=True, about={}
             )
     assert not list(folder.iterdir())
+
+
+# --------------------------------------------------------------------------------- length penalty
+def test_of_right_answers_the_shorter_are_worth_more():
+    """2502.04463, by hand; a group without a right answer, and one with a single one."""
+    rewards_PG = torch.tensor([[1.0, 0.0, 2.0, 1.0], [0.0, -1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
+    lengths = [[4, 1, 10, 4], [3, 5, 7, 9], [2, 8, 2, 2]]
+    rollouts = [SimpleNamespace(length=n) for row in lengths for n in row]
+    names = run_lines(
+        patched_source(SCRIPT, "length_penalty"),
+        "reward_PG = rewards.total(",
+        "for e, adv in zip(",
+        args=SimpleNamespace(length_penalty=0.3),
+        rewards=SimpleNamespace(total=lambda *_: rewards_PG.double()),
+        reward_FPG=None,
+        reward_weights=None,
+        rollouts=rollouts,
+        advantage=lambda reward_PG: reward_PG,
+    )
+    expected = rewards_PG.tolist()
+    right = [4, 10, 4]
+    mean = sum(right) / 3
+    std = math.sqrt(sum((n - mean) ** 2 for n in right) / 3)
+    for i, n in ((0, 4), (2, 10), (3, 4)):
+        expected[0][i] *= 1 - 0.3 / (1 + math.exp(-(n - mean) / (std + 1e-4)))
+    expected[2][1] *= 1 - 0.3 / 2  # it is its own mean
+    close(names["adv_PG"], torch.tensor(expected, dtype=torch.float64), **TIGHT)
+    assert names["adv_PG"][0, 0] > names["adv_PG"][0, 2] / 2 > 0
+
+
+# ------------------------------------------------------------------------------------------- ECHO
+def test_echo_adds_the_cross_entropy_of_what_the_environment_said(alone):
+    """2605.24517: the gradient of - coef sum log p / n over what was not sampled of a completion,
+    by the whole logits of each episode alone."""
+    model, examples = small_model(3), []
+    for seed, sampled in enumerate(("0011100110", "00010", "000110001")):
+        mask = np.array([x == "1" for x in sampled])
+        examples.append(Example(random_ids(len(mask), seed), mask))
+    names = run_lines(
+        patched_source(SCRIPT, "echo"),
+        "turns = []",
+        "# If the policy loss",
+        args=SimpleNamespace(echo_coef=0.3, tokens=14),
+        world=SimpleNamespace(device="cpu"),
+        model=model,
+        minibatch=examples,
+        meter=SimpleNamespace(add=lambda *_, **__: None),
+    )
+    assert names["heard"] == 3 + 1 + 3
+    found = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss = 0.0
+    for e in examples:
+        first = int(e.mask.argmax())
+        cu = torch.tensor([0, len(e)], dtype=torch.int32)
+        ids = torch.from_numpy(e.ids).long()
+        logit_TV = model.model.packed(ids, torch.arange(len(e)), cu, len(e)) @ model.head_weight.T
+        for t in range(first, len(e)):
+            if not e.mask[t]:
+                loss = loss - 0.3 * logit_TV[t - 1].log_softmax(-1)[ids[t]] / 7
+    loss.backward()
+    for name, p in model.named_parameters():
+        largest = float(p.grad.abs().max())
+        close(found[name], p.grad, rtol=1e-4, atol=1e-5 * largest)

@@ -3,6 +3,7 @@ what is sampled with which weights, and what a sampled token is credited with.""
 
 import inspect
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -18,15 +19,17 @@ from nanopost.run import Run
 from nanopost.tokenizer import Tokenizer
 from runs import toy
 
-SAMPLING = ["train_grpo.py", "train_ppo.py", "train_online_dpo.py"]
+SAMPLING = ["train_grpo.py", "train_ppo.py", "train_online_dpo.py"]  # and learn from rewards
+ROLLOUTS = [*SAMPLING, "train_distill.py"]  # sample
 LETTERS = "abcdefghijklmnopqrst"  # end about half of the answers
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a random toy model, 12 rows of each kind, and a reward that varies."""
+    """A folder with two random toy models, 12 rows of each kind, and a reward that varies."""
     folder = tmp_path_factory.mktemp("loops")
     toy.write_model(folder / "toy")
+    toy.write_model(folder / "teacher", seed=1)
     toy.write_rows(folder / "sft.jsonl", toy.sft_rows()[:12])
     prompts = toy.prompt_rows(held_out=False)[:12]
     toy.write_rows(folder / "prompts.jsonl", prompts)
@@ -50,9 +53,10 @@ def flags(place, script, out, *more):
     data, step = "pairs", ("--rows", 4)
     if script == "train_sft.py":
         data = "sft"
-    if script in SAMPLING:
-        data, step = "prompts", ("--prompts", 4, "--group", 2, "--max_new_tokens", 6)
+    if script in ROLLOUTS:
+        data, step = "prompts", ("--prompts", 4, "--max_new_tokens", 6)
         step += ("--reward", f"{place}/reward.py:ids", "--stop", *LETTERS)
+        step += ("--group", 2) if script in SAMPLING else ("--teacher", place / "teacher")
     return (
         *("--model", place / "toy", "--data", place / f"{data}.jsonl", "--holdout", 4),
         *("--out", out, "--steps", 2, "--lr", 3e-3, "--warmup", 0, "--save_every", 0),
@@ -163,7 +167,7 @@ def test_a_step_of_sft_is_a_mean_over_its_trained_tokens(place, tmp_path, gradie
 
 
 # ----------------------------------------------------------------------------------------- sampling
-@pytest.mark.parametrize("script", SAMPLING)
+@pytest.mark.parametrize("script", ROLLOUTS)
 def test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer(
     place, tmp_path, monkeypatch, script
 ):
@@ -191,7 +195,7 @@ def test_an_engine_of_its_own_samples_with_the_weights_of_the_trainer(
     assert current == [True] * (2 + 3 + 2 + 1 + 2)
 
 
-@pytest.mark.parametrize("script", SAMPLING)
+@pytest.mark.parametrize("script", ROLLOUTS)
 def test_held_out_prompts_are_answered_once_at_temperature_1_and_once_greedily(
     place, tmp_path, monkeypatch, script
 ):
@@ -200,7 +204,7 @@ def test_held_out_prompts_are_answered_once_at_temperature_1_and_once_greedily(
     training, held_out, generate = [], [], Engine.generate
 
     def watched(engine, prompts, n, sampling, seeds):
-        calls = held_out if n == 1 else training
+        calls = training if sampling.temperature == 0.8 else held_out
         how = sampling.temperature, sampling.cuts
         calls.append(([tuple(ids) for ids in prompts], n, how, seeds))
         return generate(engine, prompts, n, sampling, seeds)
@@ -209,16 +213,17 @@ def test_held_out_prompts_are_answered_once_at_temperature_1_and_once_greedily(
         return {x for call in calls for x in call[i]}
 
     monkeypatch.setattr(Engine, "generate", watched)
-    cut = "--top_k", 40, "--top_p", 0.9, "--min_p", 0.01
+    learns_cut = script in SAMPLING
+    cut = ("--top_k", 40, "--top_p", 0.9, "--min_p", 0.01) if learns_cut else ()
     run_here(script, *flags(place, script, tmp_path, "--temperature", 0.8, *cut))
-    assert [call[1:3] for call in training] == [(2, (0.8, True))] * 2
+    assert [call[1:3] for call in training] == [(1 + learns_cut, (0.8, learns_cut))] * 2
     assert [call[1:3] for call in held_out] == [(1, (1.0, False)), (1, (0.0, False))] * 2
     assert len(of(training, 0)) == 8 and len(of(held_out, 0)) == 4
     assert not of(training, 0) & of(held_out, 0)
     assert len(of(training, 3)) == 8 and not of(training, 3) & of(held_out, 3)
 
 
-@pytest.mark.parametrize("script", ["train_grpo.py", "train_ppo.py"])
+@pytest.mark.parametrize("script", ["train_grpo.py", "train_ppo.py", "train_distill.py"])
 def test_an_engine_that_is_not_the_trainer_stops_the_run(place, tmp_path, script):
     """Rounding is enough at a tiny limit; the step is in the log, so that one can look at it."""
     with pytest.raises(RuntimeError, match="step 1: before the first .*--max_logp_gap 1e-12"):
@@ -245,6 +250,64 @@ def test_the_nll_of_online_pairs_is_a_mean_over_the_tokens_of_the_best(
     loss = -float(logp_N.sum()) / batch.num_targets
     assert metrics(tmp_path)[1]["loss"] == pytest.approx(loss, rel=1e-5)
     assert len({e.num_targets for pair in step_pairs for e in pair}) > 1
+
+
+# ------------------------------------------------------------------------------------- distillation
+def distill(place, out, *more):
+    return flags(place, "train_distill.py", out, *more)
+
+
+def test_completions_of_the_rows_are_cut_and_counted(place, tmp_path, capsys):
+    """Answers of seven characters or more, and of two, each with the token that ends it."""
+    prompts = toy.prompt_rows(held_out=False)[:8]
+    for i, row in enumerate(prompts):
+        text = "123" if i < 3 else "123456789"
+        row["completion"] = [{"role": "assistant", "content": text}]
+    toy.write_rows(tmp_path / "rows.jsonl", prompts)
+    more = ("--data", tmp_path / "rows.jsonl", "--holdout", 0, "--on_policy", 0, "--prompts", 8)
+    run_here("train_distill.py", *distill(place, tmp_path / "out", *more, "--steps", 1))
+    assert "5 completions of the rows are cut to --max_new_tokens 6" in capsys.readouterr().out
+    line = metrics(tmp_path / "out")[1]
+    assert line["num_tokens"] == 3 * 4 + 5 * 6 and line["on_policy"] == 0
+
+
+REFUSED = {
+    "--prompts 7 --minibatches 3": "--prompts 7 does not divide into 1 ranks x 3 minibatches",
+    "--on_policy 0.5 --max_staleness 1": "--on_policy below 1 needs --max_staleness 0",
+    "--on_policy 0.5 --reproducible": "--reproducible samples whole chunks of prompts: give "
+    "--on_policy 0 or 1",
+    "--on_policy 0.5": "prompts.jsonl:.* completion",
+    "--top_k 5": "--top_k, --top_p and --min_p cut what the teacher is compared with",
+    "--top_p 0.9": "--top_k, --top_p and --min_p cut what the teacher is compared with",
+    "--min_p 0.1": "--top_k, --top_p and --min_p cut what the teacher is compared with",
+    "--reward_weights 2": "--reward_weights: here rewards train nothing",
+    "--teacher_top_k 264": "--teacher_top_k 264 of 264 tokens leaves no rest: give less, or 0",
+    "--teacher {place}/toy {place}/teacher": "--teacher takes one folder, or the addresses of",
+    "--teacher {place}/other": "--teacher .*/other: its tokenizer is not the policy's",
+    "--teacher {place}/short": "and 6 new ones exceed the model's 10 positions",
+    "--teacher http://localhost:1": "--teacher URL needs --teacher_top_k: a server names",
+    "--teacher http://localhost:1 --teacher_top_k 5 --temperature 0.7": "needs --temperature 1, "
+    "not 0.7: a server gives log-probs at 1",
+    "--teacher http://localhost:1 --teacher_top_k 5": "--teacher: .*localhost:1.*: is it up, and "
+    "vLLM's",
+}
+
+
+@pytest.mark.parametrize("given", REFUSED)
+def test_what_no_student_can_learn_from_is_refused(place, tmp_path, given):
+    if "other" in given and not (place / "other").exists():
+        toy.write_model(place / "other")
+        text = (place / "other/tokenizer.json").read_text()
+        (place / "other/tokenizer.json").write_text(text.replace("<answer>", "<reply>"))
+    if "short" in given and not (place / "short").exists():
+        shutil.copytree(place / "teacher", place / "short")
+        config = json.loads((place / "short/config.json").read_text())
+        config |= {"max_position_embeddings": 10}
+        (place / "short/config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=REFUSED[given]):
+        more = given.format(place=place).split()
+        run_here("train_distill.py", *distill(place, tmp_path / "x", *more))
+    assert not (tmp_path / "x").exists()
 
 
 # --------------------------------------------------------------------------------------------- GRPO
@@ -736,7 +799,7 @@ def test_flags_that_say_how_reach_what_they_are_for(place, tmp_path, monkeypatch
         "export": {("bf16",)},
         "shard": {("full", False, "torch", "step", 1, True)},
     }
-    if script in SAMPLING:
+    if script in ROLLOUTS:
         more += ("--engine_rows", 9, "--engine_tokens", 800, "--reward_timeout", 30)
         expected |= {"beside": {(9, 800)}, "load": {(900, 30.0)}}
     run_here(script, *flags(place, script, tmp_path, *more))

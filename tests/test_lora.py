@@ -22,6 +22,7 @@ from nanopost.engine import Engine, Sampling
 from nanopost.eval import main as eval_main
 from nanopost.forward import batches, logprobs
 from nanopost.model import ScalarModel
+from nanopost.teacher import Teacher
 from nanopost.tokenizer import Tokenizer, tokenizer_files
 from runs import toy
 
@@ -457,9 +458,10 @@ def test_ranks_change_nothing_and_a_run_goes_on_with_any_number_of_them(base, tm
 # ----------------------------------------------------------------------------------------- scripts
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a random toy model, a reward model, pairs and prompts."""
+    """A folder with two random toy models, pairs, prompts, chats and a reward."""
     folder = tmp_path_factory.mktemp("place")
     toy.write_model(folder / "toy")
+    toy.write_model(folder / "teacher", seed=1)
     rows = []
     for a in range(10, 34):
         chosen, rejected = f"<answer>{a + 17}</answer>", f"{a}" * (1 + a % 3)
@@ -481,11 +483,13 @@ def place(tmp_path_factory):
 
 
 def train(script, place, out, *more, model="toy", rank=4):
-    data = {"sft": "chats", "grpo": "prompts", "ppo": "prompts", "online_dpo": "prompts"}
+    sampled = ("grpo", "ppo", "online_dpo", "distill")
+    data = {"sft": "chats", **dict.fromkeys(sampled, "prompts")}
     size = ["--rows", 6]
-    if script in ("grpo", "ppo", "online_dpo"):
-        size = ["--prompts", 4, "--group", 2, "--max_new_tokens", 6]
+    if script in sampled:
+        size = ["--prompts", 4, "--max_new_tokens", 6]
         size += ["--reward", f"{place / 'reward.py'}:letters"]
+        size += ["--teacher", place / "teacher"] if script == "distill" else ["--group", 2]
     flags = ("--model", place / model, "--data", place / f"{data.get(script, 'pairs')}.jsonl")
     flags += ("--holdout", 2, "--out", out, "--steps", 4, "--lr", 1e-2, "--warmup", 0)
     run_here(f"train_{script}.py", *flags, *size, "--lora", rank, *more)
@@ -510,6 +514,7 @@ def parameters_alive() -> int:
         ("online_dpo", [], 1),
         ("ppo", ["--beta", 0.1, "--value_model", "head"], 1),
         ("ppo", ["--beta", 0.1], 2),  # and its value model
+        ("distill", [], 2),  # and its teacher
         ("dpo", ["--lora", 0], 2),
         ("grpo", ["--beta", 0.1, "--lora", 0], 2),
     ],
@@ -599,6 +604,25 @@ def test_a_model_learns_with_adapters_alone(place, tmp_path, more):
     assert losses[-1] < losses[0] / 4
 
 
+@pytest.mark.parametrize("more", [[], ["--quantize", "nf4"]])
+def test_a_teacher_has_neither_adapters_nor_4_bits_and_stays_as_it_is(
+    place, tmp_path, monkeypatch, more
+):
+    teachers, made = [], Teacher.__init__
+
+    def watched(self, model, *given):
+        teachers.append(model)
+        made(self, model, *given)
+
+    monkeypatch.setattr(Teacher, "__init__", watched)
+    train("distill", place, tmp_path / "out", "--steps", 9, "--eval_every", 0, *more, rank=8)
+    (teacher,), stored = teachers, hf.load_model(place / "teacher").state_dict()
+    for name, x in teacher.state_dict().items():
+        assert torch.equal(x, stored[name]), name
+    first, *_, last = metrics(tmp_path / "out")
+    assert last["eval/divergence"] < 0.9 * first["eval/divergence"]
+
+
 class Stopped(BaseException):
     """As by a kill."""
 
@@ -614,7 +638,7 @@ def stopped_after(step, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", save_and_stop)
 
 
-@pytest.mark.parametrize("script", ["sft", "rm", "dpo", "grpo", "ppo"])
+@pytest.mark.parametrize("script", ["sft", "rm", "dpo", "grpo", "ppo", "distill"])
 def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(
     place, tmp_path, monkeypatch, script
 ):

@@ -493,6 +493,32 @@ def test_a_cispo_cap_below_one_says_what_the_paper_means():
         )
 
 
+def test_dppo_trusts_a_region_of_probability():
+    """2602.04879, by hand: a rare token learns on when it is a hundred times as likely; a sure one
+    that has lost 0.24 falls no further, but may rise; within the region the loss is - r A."""
+    old = torch.tensor([1e-4, 0.99, 0.99, 0.5, 0.5, 0.3], dtype=torch.float64)
+    new = torch.tensor([1e-2, 0.75, 0.75, 0.7, 0.7, 0.3], dtype=torch.float64)
+    adv_N = torch.tensor([1.0, -1.0, 1.0, 2.0, -2.0, 0.5], dtype=torch.float64)
+    keep_N = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0, 1.0], dtype=torch.float64)
+    logp_N, weight_N = new.log().requires_grad_(), torch.arange(1.0, 7.0, dtype=torch.float64)
+    found, metrics = losses.policy_loss_dppo(
+        logp_N - old.log(), logp_N, adv_N, weight_N, low=0.15, high=0.15
+    )
+    expected = -(weight_N * keep_N * (logp_N - old.log()).exp() * adv_N).sum()
+    close(found, expected, **TIGHT)
+    close(gradient(found, logp_N), gradient(expected, logp_N), **TIGHT)
+    assert {name: int(x) for name, x in metrics.items()} == {
+        "clip_ratio/low_mean": 1,
+        "clip_ratio/high_mean": 1,
+        "clip_ratio/region_mean": 2,
+    }
+    # Each side has its own threshold: here only the fall of the second token is within.
+    wider, _ = losses.policy_loss_dppo(
+        logp_N - old.log(), logp_N, adv_N, weight_N, low=0.25, high=0.15
+    )
+    close(wider - found, 2 * (new[1] / old[1]), **TIGHT)
+
+
 @pytest.mark.parametrize("tau", [(1.0, 0.0), (-1.0, 1.0)])
 def test_a_sapo_gate_without_a_slope_is_refused(tau):
     zero_N = torch.zeros(1)

@@ -85,9 +85,12 @@ def write_inputs(folder, prompt: int, answer: int, **sizes):
 
 
 DATA = {"sft": "chats", "rm": "pairs", "dpo": "pairs", "grpo": "prompts", "ppo": "prompts"}
+DATA |= {"distill": "prompts"}
+WIDER = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3}  # a teacher
 PAIRS = {"rows": 8, "tokens": 1024}
 OF_PAIRS = {"prompt": 64, "trained": 2 / 3}
 SAMPLED = {"prompts": 4, "group": 4, "minibatches": 1, "tokens": 352, "max_new_tokens": 16}
+DISTILLED = {"prompts": 32, "minibatches": 1, "tokens": 512, "max_new_tokens": 16}
 # name: script, sizes of the model, tokens of prompt and of answer, flags, flags of the plan alone
 RUNS = {
     "sft, tied, qk-norm": (
@@ -144,6 +147,34 @@ RUNS = {
         {},
     ),
     "ppo, a value model": ("ppo", {}, (112, 1), {**SAMPLED, "ppo_epochs": 1}, {}),
+    "distill, a large head": (
+        "distill",
+        {"vocab_size": 8192, "num_hidden_layers": 2},
+        (16, 1),
+        DISTILLED,
+        {},
+    ),
+    "distill, two chunks of a Jensen-Shannon divergence": (
+        "distill",
+        {"vocab_size": 16384, "num_hidden_layers": 1},
+        (16, 1),
+        {**DISTILLED, "beta": 0.3},
+        {},
+    ),
+    "distill, the teacher's likeliest, adapters": (
+        "distill",
+        {"vocab_size": 8192, "num_hidden_layers": 2},
+        (16, 1),
+        {**DISTILLED, "teacher_top_k": 8, "lora": 4},
+        {},
+    ),
+    "distill, bf16": (
+        "distill",
+        {"num_hidden_layers": 2},
+        (16, 1),
+        {**DISTILLED, "tokens": 384, "max_new_tokens": 8, "dtype": "bf16"},
+        {},
+    ),
     "ppo, a value head": (
         "ppo",
         {},
@@ -164,14 +195,18 @@ def words(flags) -> list[str]:
 @pytest.mark.parametrize("name", RUNS)
 def test_a_script_peaks_where_the_plan_says(name, tmp_path):
     script, sizes, (prompt, answer), flags, of_plan = RUNS[name]
+    of_plan = dict(of_plan)
     write_inputs(tmp_path, prompt, answer, **sizes)
     run = {"model": tmp_path / "model", "data": tmp_path / f"{DATA[script]}.jsonl"}
     run |= {"out": tmp_path / "out", "device": "cpu", "steps": 2, "holdout": 1}
     run |= {"save_every": 0, "eval_every": 0, **flags}
     if script == "sft":
         run["train_on"] = "all"
-    if DATA[script] == "prompts":
+    if script in ("grpo", "ppo"):
         run["reward"] = f"{tmp_path}/reward.py:uneven"
+    if script == "distill":
+        write_inputs(tmp_path / "other", prompt, answer, **{**sizes, **WIDER})
+        run["teacher"] = of_plan["teacher"] = tmp_path / "other" / "model"
 
     def train():
         with contextlib.redirect_stdout(io.StringIO()):
@@ -346,6 +381,7 @@ SHARING = {
     "online_dpo": (["--length", 12, "--max_new_tokens", 8, "--group", 4], 2, 12, 8),
     "grpo": (["--length", 12, "--max_new_tokens", 8, "--group", 4], 4, 12, 8),
     "ppo": (["--length", 12, "--max_new_tokens", 8, "--group", 1], 1, 12, 8),
+    "distill": (["--length", 12, "--max_new_tokens", 8], 1, 12, 8),
 }
 
 
@@ -357,7 +393,7 @@ def test_tokens_and_keys_are_those_of_the_different_beginnings(script, tmp_path)
     computed = {s[:end] for s in sequences for end in range(1, prompt + new + 1)}
     folder = write_config(tmp_path / "model", plan_worker.small_config(**PLAIN).hf)
     of_step = "--prompts" if script in footprint.SAMPLE else "--rows"
-    minibatches = ["--minibatches", 1] if script in ("grpo", "ppo") else []
+    minibatches = ["--minibatches", 1] if script in plan.ONLY["minibatches"] else []
     args = planned(folder, script, *flags, *minibatches, of_step, 6)
     assert plan.tokens_of_step(args) == 6 * len(computed)
     assert footprint.whole_tokens(args) == sum(map(len, sequences)) / len(computed)
@@ -462,7 +498,7 @@ def test_flags_have_the_scripts_defaults(script, tmp_path):
     name = script.removeprefix("train_").removesuffix(".py")
     args, theirs = vars(planned(folder, name)), parser_of(script)
     shared = {action.dest: action.default for action in theirs._actions if action.dest in args}
-    if name in ("dpo", "kto", "online_dpo"):
+    if name in ("dpo", "kto", "online_dpo", "distill"):
         del shared["beta"]  # of another meaning
     for flag, default in shared.items():
         if flag != "model":
@@ -477,6 +513,8 @@ BAD = {
     "--gpus 6 --replicas 4": "--gpus 6 does not divide into 4 replicas: change --replicas.",
     "--reproducible --reduce step": "--reproducible takes neither --reduce step nor --replicas:",
     "--quantize nf4": "--quantize nf4 is of weights that --lora freezes: add --lora RANK.",
+    "--script grpo --teacher there": "--script grpo has no --teacher: leave it out.",
+    "--script distill --group 2": "--script distill has no --group: leave it out.",
     "--script sft --server_gpus 8": "--script sft has no --server_gpus: leave it out.",
     "--script dpo --group 8": "--script dpo has no --group: leave it out.",
     "--script grpo --rows 8": "--script grpo has no --rows: leave it out.",
@@ -553,6 +591,7 @@ DRY = {
     "train_grpo.py": "--data {prompts} --reward exact --max_new_tokens 8 --vllm http://nowhere:1 "
     "--beta 0.1 --record",
     "train_ppo.py": "--data {prompts} --reward model:{scorer} --max_new_tokens 8",
+    "train_distill.py": "--data {prompts} --teacher {teacher} --max_new_tokens 8 --beta 0.5",
 }
 
 
@@ -562,6 +601,7 @@ def bare(tmp_path_factory):
     place = tmp_path_factory.mktemp("bare")
     toy.write_model(place / "model")
     (place / "model" / "model.safetensors").unlink()
+    shutil.copytree(place / "model", place / "teacher")
     shutil.copytree(place / "model", place / "scorer")
     config = json.loads((place / "model" / "config.json").read_text())
     config |= {"architectures": ["Qwen3ForSequenceClassification"], "num_labels": 1}
@@ -582,7 +622,8 @@ def bare(tmp_path_factory):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_dry_run_checks_everything_and_writes_nothing(script, bare, tmp_path, capsys):
     paths = {name: bare / f"{name}.jsonl" for name in ("prompts", "chats", "pairs")}
-    flags = DRY[script].format(scorer=bare / "scorer", **paths).split()
+    models = {name: bare / name for name in ("scorer", "teacher")}
+    flags = DRY[script].format(**models, **paths).split()
     flags += ["--model", bare / "model", "--device", "cpu", "--tokens", 640, "--cache", tmp_path]
     if "--reference" not in DRY[script]:
         flags = flags[:-2]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from inprocess import run_here
 from scripts import ENVIRONMENT, command, metrics, run, weights
-from test_loops import SAMPLING, flags, place
+from test_loops import ROLLOUTS, flags, place
 
 from nanopost import InputError, checkpoint
 from nanopost.engine import Engine, Sampling, prompt_seed
@@ -118,7 +118,7 @@ def seeds_taken(out) -> list[int]:
     return [line["seed"] for line in lines if line["step"] == line["version"] + 1]
 
 
-@pytest.mark.parametrize("script", SAMPLING)
+@pytest.mark.parametrize("script", ROLLOUTS)
 def test_a_run_that_ran_ahead_replays_to_the_same_bytes(
     place, tmp_path, monkeypatch, capsys, script
 ):
@@ -176,7 +176,7 @@ def test_a_run_that_is_killed_and_resumed_loses_and_doubles_no_prompt_and_replay
 
 @pytest.mark.slow
 def test_a_run_on_two_ranks_replays_to_the_same_bytes_and_on_no_other_number(place, tmp_path):
-    for script in SAMPLING:
+    for script in ROLLOUTS:
         out, again = tmp_path / script / "out", tmp_path / script / "again"
         run(script, *ahead(place, script, out, "--record"), ranks=2)
         run(script, *ahead(place, script, again, "--replay", out), ranks=2)

@@ -10,7 +10,7 @@ from inprocess import run_here
 from safetensors.torch import load_file
 from scripts import SCRIPTS, metrics
 from small import small_config
-from test_loops import SAMPLING, flags, place  # noqa: F401 (a fixture)
+from test_loops import ROLLOUTS, flags, place  # noqa: F401 (a fixture)
 
 from kernels.logprob import _add_product
 from nanopost import losses, preference
@@ -132,7 +132,7 @@ def test_every_script_takes_two_steps_as_on_a_gpu(place, tmp_path, script, versi
     with gpu_on_cpu.pretended(version) as taken:
         run_here(script, *flags(place, script, tmp_path / "bf16", *more, "--dtype", "bf16"))
     assert "packed_attention" in taken
-    assert script == "train_rm.py" or "logprob" in taken
+    assert script in ("train_rm.py", "train_distill.py") or "logprob" in taken
     exact, ours = metrics(tmp_path / "fp32"), metrics(tmp_path / "bf16")
     # A mean of nothing is no metric: of answers that ended, or of a minibatch of equal rewards.
     for line, other in zip(ours, exact, strict=True):
@@ -141,7 +141,7 @@ def test_every_script_takes_two_steps_as_on_a_gpu(place, tmp_path, script, versi
         if f"{GAP}/mean" in line:
             assert 1e-5 < line[f"{GAP}/mean"] < 2e-2
     names = ["entropy"]
-    if script not in SAMPLING:  # a token may be drawn otherwise
+    if script not in ROLLOUTS:  # a token may be drawn otherwise
         names += ["loss", "eval/loss"]
     for name in names:
         if name in exact[1]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from scripts import ROOT
-from twins import common, rollouts
+from twins import common, distill, rollouts
 from twins.double import own
 
 from nanopost import InputError, dist, replay
@@ -38,6 +38,10 @@ RUNS = {
     + STEPS,
     "ppo": "train_ppo.py --steps 3 --group 2 --lr 2e-3 --beta 0.3 --lam 0.7 --gamma 0.9 "
     "--eos_penalty 0.3 --ppo_epochs 1 " + SAMPLED + STEPS,
+    "distill": "train_distill.py --steps 3 --lr 2e-3 --teacher {place}/teacher --beta 0.3 "
+    "--minibatches 2 --on_policy 0.6 "
+    + SAMPLED.replace("/prompts", "/answers").replace("--prompts 4", "--prompts 8")
+    + STEPS,
 }
 EPISODES = (
     " --model {place}/ends --env {place}/talk.py:Talk --max_turns 3 --max_new_tokens 8 "
@@ -59,6 +63,7 @@ MORE = {
     "online": "train_online_dpo.py --steps 3 --group 3 --lr 2e-3 --loss sigmoid orpo "
     + SAMPLED.replace("--max_logp_gap 99 ", "").replace("--tokens 40", "--tokens 120")
     + STEPS,
+    "likeliest": RUNS["distill"] + "--beta 0 --teacher_top_k 5 --lora 2 --minibatches 1",
     "rm": RUNS["dpo"].replace("train_dpo", "train_rm"),
     "head": RUNS["ppo"] + "--value_model head --ppo_epochs 2 --score_scale --whiten_rewards "
     "--value_warmup 1 --kl k3",
@@ -131,9 +136,10 @@ def run_with(fault, command, place, out):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    place = common.write_place(tmp_path_factory.mktemp("place"))
-    rollouts.write_talk(place)
-    return place
+    found = common.write_place(tmp_path_factory.mktemp("place"))
+    distill.write_more(found)
+    rollouts.write_talk(found)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -348,6 +354,22 @@ FAULTS = {
         "train_grpo.py",
         "logp_N, entropy_N = model(batch, args.temperature)",
         "logp_N, entropy_N = model(batch)",
+        "log-probs",
+        "the trainer forgot the temperature",
+    ),
+    "student and teacher swapped": Fault(
+        "distill",
+        "nanopost/teacher.py",
+        "                self.weight_VE,\n                self.beta,\n",
+        "                self.weight_VE,\n                1 - self.beta,\n",
+        "divergences",
+        "student and teacher are swapped",
+    ),
+    "temperature of a student forgotten": Fault(
+        "distill",
+        "nanopost/divergence.py",
+        "    logp_RV = logit_RV.log_softmax(-1)\n        teacher_RV = ",
+        "    logp_RV = (logit_RV * temperature).log_softmax(-1)\n        teacher_RV = ",
         "log-probs",
         "the trainer forgot the temperature",
     ),

@@ -250,6 +250,8 @@ OWN = {
     "train_online_dpo.py": SAMPLES.replace("--minibatches 2", "--reference_model {place}/other"),
     "train_grpo.py": SAMPLES + " --resample 1 --beta 0.05 --old_logp trainer --adv batch",
     "train_ppo.py": SAMPLES + " --beta 0.05 --score_scale --whiten_rewards",
+    "train_distill.py": "--teacher {place}/other --beta 0.4 --prompts 24 --max_new_tokens 5 "
+    "--minibatches 2 --reward model:{place}/rm --tokens 200",
 }
 DATA = {"train_sft.py": "sft", "train_rm.py": "pairs", "train_dpo.py": "pairs"}
 DATA |= {"train_kto.py": "labelled"}

@@ -7,6 +7,7 @@ import pytest
 
 from nanopost import InputError, packing
 from nanopost.rows import (
+    answered,
     guess,
     load,
     number,
@@ -548,3 +549,21 @@ def test_what_is_said_of_a_file_does_not_name_its_folders(tmp_path, capsys):
     read_rows(path, (), sft)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("a.json: 1 rows read as Alpaca") and len(line) <= 100
+
+
+# ----------------------------------------------------------------------------------------- answered
+def test_the_last_answer_of_a_conversation_is_its_completion():
+    said = [{"role": r, "content": c} for r, c in (("user", "1"), ("assistant", "2"))]
+    more = [{"role": "user", "content": "3"}, {"role": "assistant", "content": "4"}]
+    row = {"messages": said + more, "source": "here", "__line__": ("f", 1)}
+    found = answered(row)
+    assert found == {
+        "source": "here",
+        "__line__": ("f", 1),
+        "prompt": [*said, more[0]],
+        "completion": [more[1]],
+    }
+    assert answered({"prompt": "a", "completion": "b"}) == {"prompt": "a", "completion": "b"}
+    for messages in (said[1:], [*said, more[0]]):
+        with pytest.raises(InputError, match="make them a prompt and an answer"):
+            answered({"messages": messages})

@@ -232,6 +232,7 @@ DIVIDE = "--prompts 7 does not divide into 1 ranks x 3 minibatches: 6 or 9 would
         ("train_dpo.py", "--loss_weights 1 2", "2 values for 1 --loss"),
         ("train_kto.py", "", "nowhere"),
         ("train_online_dpo.py", "", "give --reward or --judge"),
+        ("train_distill.py", "--teacher t --prompts 7 --minibatches 3", DIVIDE),
     ],
 )
 def test_what_a_person_gets_wrong_is_answered_with_one_sentence(tmp_path, script, flags, sentence):

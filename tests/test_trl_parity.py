@@ -23,6 +23,7 @@ from bench.reward import length_modulo_7  # noqa: E402
 from nanopost import hf, losses, optim, packing  # noqa: E402
 from nanopost.batch import Example, batch_of  # noqa: E402
 from nanopost.engine import Engine, Sampling, prompt_seed  # noqa: E402
+from nanopost.teacher import Teacher  # noqa: E402
 from nanopost.tokenizer import Tokenizer  # noqa: E402
 
 SMALL = dict(
@@ -319,3 +320,53 @@ def test_two_optimizer_steps_of_train_grpo_are_those_of_trl(folder, tmp_path):
 
 def all_weights(model):
     return torch.cat([p.detach().flatten() for _, p in sorted(model.named_parameters())])
+
+
+# ------------------------------------------------------------------------------------ distillation
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_loss_and_gradient_of_a_batch_are_those_of_trls_gkd(tmp_path, alone, beta):
+    """A student and a wider teacher of one vocabulary; rows of uneven length, padded for TRL and
+    packed for us, where two of them share their prompt."""
+    from trl.experimental.gkd import GKDTrainer
+
+    for name, changes in (("student", {}), ("teacher", {"width": 96, "scale": 0.15})):
+        assets.make_model(tmp_path / name, **{**SMALL, **changes})
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(400, (9,), generator=generator).tolist()
+    examples = []
+    for start, new in ((prompt, 7), (prompt, 12), (prompt[:4], 3)):
+        ids = [*start, *torch.randint(400, (new,), generator=generator).tolist()]
+        examples.append(Example(ids, np.arange(len(ids)) >= len(start)))
+
+    student, teacher = (hf.load_model(tmp_path / name) for name in ("student", "teacher"))
+    judge = Teacher(teacher, 400, torch.float32, TEMPERATURE, beta, top_k=0)
+    batch = batch_of(examples)
+    assert batch.prefixes is not None
+    *_, divergence_N = student(batch, head=judge(batch))
+    (divergence_N.sum() / batch.num_targets).backward()
+
+    longest = max(map(len, examples))
+    ids_BT, label_BT = torch.zeros(2, len(examples), longest, dtype=torch.long)
+    label_BT -= 100
+    for i, e in enumerate(examples):
+        ids_BT[i, : len(e)] = torch.from_numpy(e.ids)
+        label_BT[i, : len(e)] = torch.from_numpy(np.where(e.mask, e.ids, -100))
+    theirs, of_teacher = (
+        Qwen3ForCausalLM.from_pretrained(tmp_path / name) for name in ("student", "teacher")
+    )
+    with torch.no_grad():
+        teacher_BTV = of_teacher(ids_BT).logits
+    loss = GKDTrainer.generalized_jsd_loss(
+        theirs(ids_BT).logits[:, :-1],
+        teacher_BTV[:, :-1],
+        label_BT[:, 1:],
+        beta=beta,
+        temperature=TEMPERATURE,
+    )
+    loss.backward()
+    found = divergence_N.sum().item() / batch.num_targets
+    assert loss > 0.01 and abs(found - loss.item()) < 1e-5 * loss.item()
+    grads = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, p in student.named_parameters():
+        largest = grads[name].abs().max()
+        torch.testing.assert_close(p.grad, grads[name], rtol=1e-4, atol=1e-5 * largest)

@@ -1,6 +1,7 @@
 """The scripts on real vLLM servers, by their command lines."""
 
 import json
+import re
 import subprocess
 import sys
 from argparse import Namespace
@@ -29,14 +30,16 @@ OWN = {
     "train_grpo.py": ("--group", 4),
     "train_ppo.py": ("--group", 2, "--value_model", "head", "--beta", 0.05),
     "train_online_dpo.py": ("--group", 3),
+    "train_distill.py": ("--teacher", "{place}/teacher", "--beta", 0.5),
 }
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model, prompts and a reward."""
+    """A model, a teacher, prompts and a reward."""
     folder = tmp_path_factory.mktemp("place")
     vllm_servers.write_model(folder / "model")
+    vllm_servers.write_model(folder / "teacher", seed=1)
     rows = toy.prompt_rows(held_out=False)[:40]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "reward.py").write_text(REWARD)
@@ -57,11 +60,16 @@ def flags(place, out):
     return "--model", place / "model", "--out", out, *data, *reward, *SHARED
 
 
+def own_flags(place, script):
+    return [str(x).format(place=place) for x in OWN[script]]
+
+
 @pytest.mark.parametrize(
     "script, ranks", [*((s, r) for s in OWN for r in (1, 2)), ("train_grpo.py", 4)]
 )
 def test_a_script_samples_on_servers(place, urls, tmp_path, script, ranks):
-    arguments = (*flags(place, tmp_path / "out"), *OWN[script], "--record", "--vllm", *urls)
+    own = own_flags(place, script)
+    arguments = (*flags(place, tmp_path / "out"), *own, "--record", "--vllm", *urls)
     done = run(script, *arguments, ranks=ranks)
     assert "warning" not in done.stdout + done.stderr
     lines = metrics(tmp_path / "out")
@@ -76,6 +84,31 @@ def test_a_script_samples_on_servers(place, urls, tmp_path, script, ranks):
         assert len(rollouts) > 0 and {row["rank"] for row in rollouts} == set(range(ranks))
     # What the run has learnt is on the servers, and in the folder that it wrote.
     assert (tmp_path / "out/model.safetensors").stat().st_size > 0
+
+
+def test_a_teacher_on_servers_is_the_one_in_the_folder(place, urls, tmp_path):
+    """Two ranks; the servers get the teacher's weights by a sync of a run that trains nothing."""
+    teach = (*flags(place, tmp_path / "teacher"), *OWN["train_grpo.py"], "--lr", 2e-2)
+    run("train_grpo.py", *teach, "--vllm", *urls)
+    lines = []
+    for teacher in ([tmp_path / "teacher"], urls):
+        out = tmp_path / f"student{len(lines)}"
+        teach = "--teacher", *teacher, "--teacher_top_k", 5, "--beta", 0.5
+        run("train_distill.py", *flags(place, out), *teach, ranks=2)
+        lines.append(metrics(out))
+    for native, served in zip(*lines):
+        for name in native:
+            if name in ("divergence", "eval/divergence", "loss", "entropy", "grad_norm"):
+                assert native[name] == pytest.approx(served[name], rel=1e-3), name
+    assert lines[0][1]["divergence"] > 1e-3
+    for more, error in [
+        ((), "needs --teacher_top_k"),
+        (("--teacher_top_k", 5, "--temperature", 0.7), "needs --temperature 1, not 0.7"),
+        (("--teacher_top_k", 50), "status 400.*start the server with --max-logprobs 50"),
+    ]:
+        command = *flags(place, tmp_path / "out"), "--teacher", urls[0], *more
+        done = run("train_distill.py", *command, ok=False)
+        assert done.returncode and re.search(error, done.stderr), done.stderr
 
 
 def test_servers_get_merged_weights_of_a_run_with_adapters(place, urls, tmp_path):
@@ -141,7 +174,7 @@ def test_a_recorded_run_on_servers_replays_to_the_same_bytes(
     place, urls, tmp_path, script, staleness
 ):
     """The replay has no thread and no server: it is the synchronous loop."""
-    own = *OWN[script], "--max_staleness", staleness
+    own = *own_flags(place, script), "--max_staleness", staleness
     own += ("--max_logp_gap", 9) if script != "train_online_dpo.py" else ()
     run(script, *flags(place, tmp_path / "out"), *own, "--record", "--vllm", *urls)
     run(script, *flags(place, tmp_path / "again"), *own, "--replay", tmp_path / "out")

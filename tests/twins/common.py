@@ -231,6 +231,7 @@ PLUMBING = {
     "save_dtype": "test_run.py",
     "quantize": "test_nf4.py",
     "reward_timeout": "test_rewards.py",
+    "unsafe_code": "test_sandbox.py",
     "env_timeout": "test_environment.py",
     "engine": "test_vllm_scripts.py",
     "vllm": "test_vllm_scripts.py",
@@ -473,7 +474,8 @@ def write_model(folder, seed=0, scalar=False, **changes):
     """A random Qwen3 of two layers, its distributions far from uniform, with the toy's tokenizer: a
     token per byte. scalar: a reward model."""
     toys = {"vocab_size": 264, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
-    config = small_config(**toys, tie_word_embeddings=True, attention_bias=False, **changes)
+    toys |= {"tie_word_embeddings": True, "attention_bias": False}
+    config = small_config(**{**toys, **changes})
     if scalar:
         config = config.with_scalar_head(0)
     model = ScalarModel(config) if scalar else CausalLM(config)

@@ -36,6 +36,7 @@ RUNS = {
     "rloo": PLAIN + SCALED + "--adv loo --ratio sequence_sum --agg sequence --clip 0.1 0.3",
     "luspo": PLAIN + SCALED + "--ratio sequence --agg sequence_sum --clip 0.003 0.004",
     "cispo": PLAIN + TWO + GAPS + "--loss cispo --cispo_cap 1.3",
+    "dppo": PLAIN + TWO + GAPS + "--loss dppo --clip 0.0004 0.0007",
     "sapo": PLAIN + TWO + GAPS + "--loss sapo --sapo_tau 0.6 1.7 --agg constant "
     "--data {place}/puzzles.jsonl --eval_data {place}/puzzles.jsonl --rename puzzle=prompt "
     "weight=scale --to_messages",
@@ -60,6 +61,7 @@ RUNS = {
     "environment": PLAIN + rollouts.TALKS + "--max_turns 2 --agg sequence "
     "--reward environment {place}/rewards.py:letters",
     "fork curriculum": PLAIN + TWO,
+    "fork distill": PLAIN + TWO + "--teacher {place}/other --beta 0.1 --clip 0.02 0.05",
     "fork entropy_bonus": PLAIN + TWO + "--entropy_coef 0.2 --agg sequence",
     "fork gdpo": PLAIN + TWO + "--adv gdpo",
     "fork kl_reward": PLAIN + SCALED + "--adv loo --ratio sequence_sum --agg sequence --beta 0.3",
@@ -204,6 +206,7 @@ def twin(args):
     s = rollouts.setting(args)
     model = common.with_adapters(common.language_model(args.model), args)
     reference = common.language_model(args.model) if args.beta else None
+    teacher = common.language_model(args.teacher) if args.fork == "distill" else None
     optimizer = common.AdamW(model, args.weight_decay)
     records = common.records(args.out)
     ranks = rollouts.num_ranks(records)
@@ -236,6 +239,10 @@ def twin(args):
                 if args.beta:
                     logp_T, _ = common.logp_and_entropy(reference, *given)
                     sample.ref = spread(sample, [float(logp_T[t]) for t in positions(sample)])
+                if teacher is not None:
+                    logp_T, _ = common.logp_and_entropy(teacher, *given)
+                    of_new = [float(logp_T[t]) for t in positions(sample)]
+                    sample.of_teacher = spread(sample, of_new)
             sample.old = sample.policy if args.old_logp == "trainer" else sample.engine
 
         # ---- advantage
@@ -255,6 +262,9 @@ def twin(args):
                 columns["ref_logp"] = sample.ref
             if args.fork == "kl_reward":
                 columns["policy_logp"] = sample.policy
+            if args.fork == "distill":
+                columns["adv"] = [q - p for q, p in zip(sample.of_teacher, sample.old)]
+                columns["teacher_logp"] = sample.of_teacher
             if args.fork == "top_entropy":
                 kept = [a * (h >= least) for a, h in zip(columns["adv"], sample.entropy)]
                 columns["adv"] = kept

@@ -444,12 +444,13 @@ def check_recorded(s, line, sample, **columns):
 
 def check_passed(recorded, samples):
     """AssertionError unless the trainer's log-probs and entropies in a step's record are those of
-    the first pass of each sample that was trained (passed: two lists), and no other has any."""
+    the first pass of each sample that was trained (passed: two lists, or a third of divergences),
+    and no other has any."""
     for line, sample in zip(recorded, samples, strict=True):
         passed = getattr(sample, "passed", None)
         if sample.trained:
             assert ("logp" in line) == (passed is not None)
-        for name, values in zip(("logp", "entropy"), passed or ()):
+        for name, values in zip(("logp", "entropy", "divergence"), passed or ()):
             values = spread(sample, [values[t] for t in positions(sample)])
             assert line[name] == pytest.approx(values, abs=1e-9), name
 

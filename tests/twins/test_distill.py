@@ -1,0 +1,47 @@
+"""train_distill.py and its twin."""
+
+import pytest
+
+from twins import common, distill, rollouts
+
+
+@pytest.fixture(scope="module")
+def place(place):
+    distill.write_more(place)
+    return place
+
+
+@pytest.fixture
+def folder(request, tmp_path, monkeypatch):
+    """That with the script of the run `name`: its engine lies where the run allows a gap."""
+    name = request.getfixturevalue("name")
+    if "--max_logp_gap" in distill.RUNS[name]:
+        found = rollouts.lying_engine(tmp_path)
+    else:
+        found = common.folder_of(name, tmp_path)
+    monkeypatch.setattr(common, "folder_of", lambda *_: found)
+    return found
+
+
+@pytest.mark.parametrize("name", distill.RUNS)
+def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, folder, name):
+    args = common.check(distill, name, place, tmp_path)
+    also = {"max_new_tokens": 4, "prompts": 2, "steps": 2}  # by default, many
+    if name != "mixed":
+        also = common.given(distill, "mixed", args)
+    common.check_flags_matter(distill, args, also, folder)
+
+
+@pytest.mark.parametrize("name", ["mixed", "given", "lora"])
+def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
+    common.check(distill, name, place, tmp_path, resume=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mixed", "forward, likeliest", "given", "stale"])
+def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, folder, name):
+    common.check(distill, name, place, tmp_path, ranks=2, resume=True)
+
+
+def test_its_metrics_are_those_that_it_logs():
+    common.check_metrics(distill)
