@@ -754,9 +754,9 @@ def test_reasoning_that_a_template_drops_once_a_user_replies_is_quoted():
     source = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
     said = doubts(Template(source, {"eos_token": "<|im_end|>"}, SPECIAL), None, [])
     assert said == (
-        "warning: rendered anew, the chat template changes earlier turns; rollouts keep what was "
-        "sampled (reasoning: 'assistant\\n<think>\\nT\\n</think>\\n\\n' to "
-        "'assistant\\nA<|im_end|>\\n<|im_sta')"
+        "warning: the chat template writes earlier turns otherwise than they were sampled; "
+        "rollouts keep the sampled tokens (reasoning: 'assistant\\n<think>\\nT\\n</think>\\n\\n' "
+        "becomes 'assistant\\nA<|im_end|>\\n<|im_sta')"
     )
     plain = Template(toy.TEMPLATE, {"eos_token": "<|end|>"}, toy.SPECIAL)
     assert doubts(plain, None, []) == ""
@@ -764,7 +764,7 @@ def test_reasoning_that_a_template_drops_once_a_user_replies_is_quoted():
     said = doubts(Template(hidden, {"eos_token": "<|end|>"}, toy.SPECIAL), HERMES_CALLS, SCHEMAS)
     first, second = said.splitlines()
     assert first == "warning: the chat template does not tell the model which tools there are"
-    assert "sampled (space around them: 'ssistant|> <tool_call>" in second
+    assert "tokens (space around them: 'ssistant|> <tool_call>" in second
 
 
 # -------------------------------------------------------------------------- with the engine itself
