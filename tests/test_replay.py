@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from scripts import ROOT
-from twins import common, distill, rollouts
+from twins import common, distill
 from twins.double import own
 
 from nanopost import InputError, dist, replay
@@ -138,7 +138,6 @@ def run_with(fault, command, place, out):
 def place(tmp_path_factory):
     found = common.write_place(tmp_path_factory.mktemp("place"))
     distill.write_more(found)
-    rollouts.write_talk(found)
     return found
 
 
