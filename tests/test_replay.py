@@ -364,14 +364,6 @@ FAULTS = {
         "divergences",
         "student and teacher are swapped",
     ),
-    "temperature of a student forgotten": Fault(
-        "distill",
-        "nanopost/divergence.py",
-        "    logp_RV = logit_RV.log_softmax(-1)\n        teacher_RV = ",
-        "    logp_RV = (logit_RV * temperature).log_softmax(-1)\n        teacher_RV = ",
-        "log-probs",
-        "the trainer forgot the temperature",
-    ),
     "lambda of GAE ignored": Fault(
         "ppo",
         "nanopost/advantages.py",
