@@ -2400,8 +2400,7 @@ MUTATIONS = [
         "nanopost/divergence.py",
         "del logit_RV, outputs, used, d_RV",
         "pass",
-        "test_plan.py::test_a_script_peaks_where_the_plan_says"
-        "[distill, two chunks of a Jensen-Shannon divergence]",
+        "test_plan.py::test_a_divergence_takes_as_many_buffers_as_the_plan_says",
     ),
     mutation(
         "distill-a-plan-without-its-teacher",

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from scripts import ROOT
-from twins import common, distill, rollouts
+from twins import common, distill
 from twins.double import own
 
 from nanopost import InputError, dist, replay
@@ -138,7 +138,6 @@ def run_with(fault, command, place, out):
 def place(tmp_path_factory):
     found = common.write_place(tmp_path_factory.mktemp("place"))
     distill.write_more(found)
-    rollouts.write_talk(found)
     return found
 
 
@@ -364,14 +363,6 @@ FAULTS = {
         "                self.weight_VE,\n                1 - self.beta,\n",
         "divergences",
         "student and teacher are swapped",
-    ),
-    "temperature of a student forgotten": Fault(
-        "distill",
-        "nanopost/divergence.py",
-        "    logp_RV = logit_RV.log_softmax(-1)\n        teacher_RV = ",
-        "    logp_RV = (logit_RV * temperature).log_softmax(-1)\n        teacher_RV = ",
-        "log-probs",
-        "the trainer forgot the temperature",
     ),
     "lambda of GAE ignored": Fault(
         "ppo",
