@@ -112,6 +112,12 @@ eval_rows = eval_rows[: args.eval_rows]
 )
 stored, cut = [], 0
 if args.on_policy < 1:
+    for row in train_rows:
+        if row.get("completion") is None:
+            raise InputError(
+                f"{rows.place(row)}: it has no completion, which --on_policy {args.on_policy:g} "
+                "needs: add one to each row (--rename theirs=completion), or give --on_policy 1."
+            )
     whole = [tokenizer.example(rows.sft(row), "completion").ended() for row in train_rows]
     stored = [unsampled(e, args.max_new_tokens) for e in whole]
     cut = sum(len(e) < len(of) for e, of in zip(stored, whole))

@@ -276,7 +276,7 @@ REFUSED = {
     "--on_policy 0.5 --max_staleness 1": "--on_policy below 1 needs --max_staleness 0",
     "--on_policy 0.5 --reproducible": "--reproducible samples whole chunks of prompts: give "
     "--on_policy 0 or 1",
-    "--on_policy 0.5": "prompts.jsonl:.* completion",
+    "--on_policy 0.5": "prompts.jsonl:1: it has no completion, which --on_policy 0.5 needs",
     "--top_k 5": "--top_k, --top_p and --min_p cut what the teacher is compared with",
     "--top_p 0.9": "--top_k, --top_p and --min_p cut what the teacher is compared with",
     "--min_p 0.1": "--top_k, --top_p and --min_p cut what the teacher is compared with",
