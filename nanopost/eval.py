@@ -140,9 +140,7 @@ class Sampler:
 def accuracy(args, rows, world):
     sampler = Sampler(args.model, args, world)
     tokenizer = sampler.tokenizer
-    functions, _ = rewards.load(
-        args.reward, None, tokenizer, world, args.tokens, args.reward_timeout
-    )
+    functions, _ = cli.load_rewards(args, tokenizer, world)
     if warning := rewards.check(functions, rows):
         say(warning)
     rows, groups = sampler.answers(rows)
@@ -296,6 +294,8 @@ def parsed(arguments=None):
         default=0.0,
         help="seconds per call of a reward; 0: no limit",
     )
+    add("--unsafe_code", action="store_true", help="--reward code without a sandbox")
+    parser.set_defaults(reward_weights=None)  # rewards are reported one by one
     add("--against", metavar="DIR", help="another model, to compute the win rate over it")
     add("--reward_model", metavar="DIR", help="folder written by train_rm.py")
     add("--perplexity", action="store_true", help="perplexity of the rows' own answers")

@@ -1,14 +1,15 @@
-"""Answer verifiers: exact match, format, length, GSM8K, MATH.
+"""Answer verifiers: exact match, format, length, GSM8K, MATH, programs with unit tests.
 
 The verifiers are reward functions: f(completions, **columns) -> list[float]; see rewards.py.
 """
 
+import ast
 import re
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 
-from nanopost import InputError
+from nanopost import InputError, sandbox
 
 
 def text_of(completion) -> str:
@@ -254,3 +255,138 @@ def exact_value(text: str) -> Fraction | None:
     if mixed[1]:
         return -value
     return value
+
+
+# -------------------------------------------------------------------------------------- math-verify
+def import_math_verify():
+    """The package math-verify, or InputError."""
+    try:
+        import math_verify
+    except ImportError as error:
+        raise InputError(
+            f"--reward math_verify needs the package math-verify ({error}): pip install "
+            "math-verify, or take --reward boxed."
+        ) from error
+    return math_verify
+
+
+def math_verify(completions, answer, **columns):
+    r"""1 where math-verify finds the completion's answer equal to the column answer.
+
+    That is the last \boxed{} of a completion, or else what math-verify extracts from it. The column
+    may be bare or boxed. Unlike boxed this does algebra: 2x + 1 is 1 + 2x. A comparison that takes
+    more than 5 seconds gives 0, by an alarm that replaces that of --reward_timeout. InputError
+    names the first answer without a value.
+    """
+    package = import_math_verify()
+    golds = {}
+    for i, text in enumerate(map(str, answer)):
+        # Bare, 3\sqrt{13} would be read as the number 3.
+        golds[text] = golds.get(text) or package.parse(f"\\boxed{{{last_boxed(text) or text}}}")
+        if not golds[text]:
+            raise InputError(
+                f"Reward math_verify: the answer {text[:80]!r} to completion {i} has no value; "
+                "name the right column with --rename."
+            )
+    scores = []
+    for completion, gold in zip(completions, answer):
+        text = text_of(completion)
+        content = last_boxed(text)
+        given = package.parse(text if content is None else f"\\boxed{{{content}}}")
+        scores.append(float(package.verify(golds[str(gold)], given)))
+    return scores
+
+
+# ------------------------------------------------------------------------- programs and unit tests
+BLOCK = re.compile(r"^[ \t]*```(?:python|py)\d?[ \t]*\n(.*?)^[ \t]*```", re.I | re.M | re.S)
+
+
+def code(completions, prompts=None, **columns):
+    """1 where the completion's program passes the tests of its row, in a sandbox; see job_of.
+
+    Each program may take 10 seconds. The other limits are in sandbox.Limits.
+    """
+    return _code(completions, prompts, columns, isolated=True)
+
+
+def unsafe_code(completions, prompts=None, **columns):
+    """As code, without a sandbox: limits alone."""
+    return _code(completions, prompts, columns, isolated=False)
+
+
+def _code(completions, prompts, columns, isolated):
+    jobs, scores = {}, [0.0] * len(completions)
+    for i, completion in enumerate(completions):
+        row = {name: column[i] for name, column in columns.items()}
+        prompt = program(text_of(prompts[i])) if prompts else ""
+        job = job_of(row, prompt, program(text_of(completion)))
+        if job.code.strip():
+            jobs[i] = job
+    for i, passed in zip(jobs, sandbox.passed(list(jobs.values()), isolated=isolated)):
+        scores[i] = float(passed)
+    return scores
+
+
+def program(text: str) -> str:
+    """The last ```python block of a text, or else the text."""
+    blocks = BLOCK.findall(text)
+    return blocks[-1] if blocks else text
+
+
+def job_of(row: dict, prompt: str, text: str) -> sandbox.Job:
+    """A program and the tests of its row, or InputError.
+
+    The row has test_list (MBPP: statements, with test_setup_code or test_imports), or test and
+    entry_point (HumanEval: a function check(candidate), which may call what the prompt defines), or
+    tests: statements or functions test_*, as one text or a list. In a row of HumanEval, a program
+    that does not define entry_point is the body of the function that the prompt begins.
+    """
+    if row.get("test_list") is not None:
+        setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+        given, entry = row["test_list"], ""
+    elif row.get("test") is not None and row.get("entry_point") is not None:
+        setup, entry = [prompt if _parses(prompt) else ""], row["entry_point"]
+        given = [row["test"], f"check({entry})"]
+        if not re.search(rf"^(def|class) {re.escape(entry)}\b", text, re.M):
+            text = prompt + text
+    elif row.get("tests") is not None:
+        setup, given, entry = [row.get("test_setup_code") or ""], row["tests"], ""
+    else:
+        raise InputError(
+            "Reward code: the row has no tests: it needs the column tests, or test_list (MBPP), or "
+            "test and entry_point (HumanEval); --rename theirs=tests."
+        )
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, list) or not all(isinstance(text, str) for text in [*given, *setup]):
+        raise InputError("Reward code: tests are a text or a list of texts: complete the row.")
+    tests = "\n".join(given)
+    try:
+        tree = ast.parse(tests)
+    except (SyntaxError, ValueError) as error:
+        raise InputError(
+            f"Reward code: the tests are not Python: {error}: mend the row."
+        ) from error
+    if not any(map(_runs, tree.body)):
+        raise InputError(
+            "Reward code: the tests run nothing: write statements, such as assert f(1) == 2, or "
+            "functions test_* without parameters."
+        )
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    if len(names) == 1:
+        entry = names.pop()  # the program's, even if it is called sum
+    return sandbox.Job(text, tests, "\n".join(setup), entry)
+
+
+def _parses(text):
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
+def _runs(statement) -> bool:
+    """Whether a statement of the tests can fail for what a program returns."""
+    if isinstance(statement, ast.FunctionDef):
+        return statement.name.startswith("test_")
+    return not isinstance(statement, (ast.ClassDef, ast.Import, ast.ImportFrom))

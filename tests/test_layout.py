@@ -172,7 +172,7 @@ def test_the_library_reads_no_flags():
 
 # ----------------------------------------------------------------------------------------- imports
 ORACLES = {"transformers", "trl", "peft", "bitsandbytes", "datasets", "accelerate"}
-OPTIONAL = {"matplotlib", "pyarrow", "wandb", "tensorboard", "vllm"}
+OPTIONAL = {"matplotlib", "pyarrow", "wandb", "tensorboard", "vllm", "math_verify"}
 
 
 def imports(nodes):

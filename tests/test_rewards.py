@@ -395,8 +395,9 @@ def test_length_punishes_the_tokens_over_its_limit():
     [
         (
             "gsm9k",
-            "'gsm9k' is unknown: built in are gsm8k, boxed, exact, format, regex:PATTERN, "
-            "length:MAX:BUFFER and model:FOLDER; give your own as file.py:function",
+            "'gsm9k' is unknown: built in are gsm8k, boxed, math_verify, code, exact, format, "
+            "environment, "
+            "regex:PATTERN, length:MAX:BUFFER and model:FOLDER; give your own as file.py:function",
         ),
         ("regex", "write regex:PATTERN"),
         ("regex:", "write regex:PATTERN"),
@@ -411,6 +412,51 @@ def test_length_punishes_the_tokens_over_its_limit():
 def test_a_wrong_reward_is_refused_with_the_way_out(spec, message):
     with pytest.raises(InputError, match=message):
         load_one(spec)
+
+
+# -------------------------------------------------------------------------------------- math-verify
+def test_math_verify_does_algebra():
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    table = [
+        ("1/2", r"so \boxed{0.5}", 1),
+        ("x + 1", r"\boxed{1 + x}", 1),
+        (r"\boxed{3\sqrt{13}}", r"\boxed{\sqrt{117}}", 1),
+        (r"3\sqrt{13}", r"\boxed{3}", 0),
+        ("1, 2", r"\boxed{2, 1}", 1),
+        ("(1, 2)", r"\boxed{(2, 1)}", 0),
+        ("18", r"\boxed{4}, no, \boxed{18}", 1),
+        ("18", r"\boxed{18}, no, \boxed{4}", 0),
+        (18, "The answer is 18.", 1),
+        ("18", "", 0),
+        ("5", r"\boxed{", 0),
+    ]
+    answers, texts, scores = zip(*table)
+    assert call(load_one("math_verify"), list(texts), {"answer": list(answers)}) == list(scores)
+    message = [{"role": "assistant", "content": r"\boxed{2y}"}]
+    assert call(load_one("math_verify"), [message], {"answer": ["y+y"]}) == [1.0]
+    with pytest.raises(InputError, match="the answer '' to completion 0 has no value; .* --rename"):
+        call(load_one("math_verify"), ["1"], {"answer": [""]})
+
+
+def test_math_verify_is_trl_s_accuracy_on_answers_in_a_box(shared):
+    pytest.importorskip("math_verify", reason="math-verify is not installed")
+    accuracy_reward = pytest.importorskip("trl.rewards").accuracy_reward
+    data = rows(shared / "tasks/math500.jsonl")[::10]
+    texts = [row["solution"] for row in data] + [row["solution"] for row in data[1:] + data[:1]]
+    golds = [row["answer"] for row in data] * 2
+    messages = [[{"role": "assistant", "content": text}] for text in texts]
+    ours = call(load_one("math_verify"), texts, {"answer": golds})
+    theirs = accuracy_reward(messages, [f"${gold}$" for gold in golds])
+    assert ours == theirs
+    assert ours[:50] == [1.0] * 50
+
+
+def test_math_verify_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(
+        InputError, match="needs the package math-verify .*: pip install math-verify"
+    ):
+        load_one("math_verify")
 
 
 # ------------------------------------------------------------------------------------ a user's file
@@ -471,9 +517,9 @@ def test_a_class_is_made_once_and_keeps_its_state(user):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("start", "mine.py has no function 'start'; it has Counter, Useless, starts, .*, gives"),
-        ("LIMIT", "has no function 'LIMIT'"),
-        ("", "has no function ''; it has Counter"),
+        ("start", "mine.py has no 'start'; it has Counter, Useless, starts, .*, gives"),
+        ("LIMIT", "has no 'LIMIT'"),
+        ("", "has no ''; it has Counter"),
         ("Useless", "an instance of the class Useless is not callable"),
     ],
 )
@@ -483,7 +529,7 @@ def test_a_name_that_is_not_in_the_file_is_answered_with_those_that_are(user, na
 
 
 def test_a_file_without_a_function_named_lists_what_it_has(user):
-    with pytest.raises(InputError, match="has no function ''; it has Counter"):
+    with pytest.raises(InputError, match="has no ''; it has Counter"):
         load_one(user("").removesuffix(":"))
 
 

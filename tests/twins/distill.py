@@ -29,6 +29,7 @@ RUNS = {
     "--minibatches 2 --max_new_tokens 5 --lr 3e-3 --grad_clip 0 --seed 2",
     "mixed, likeliest": PLAIN + "--on_policy 0.4 --beta 0.7 --teacher_top_k 40 --max_logp_gap 5",
     "stale": PLAIN + "--steps 4 --max_staleness 2 --max_new_tokens 9",
+    "environment": PLAIN + rollouts.TALKS + "--max_turns 2 --beta 0.5 --reward environment",
     "lora": PLAIN + "--lora 3 --lora_alpha 5 --rslora --lora_targets o_proj down_proj --beta 0.5 "
     "--lr 2e-2",
 }
@@ -67,6 +68,7 @@ def write_more(place):
     toy.write_rows(place / "answers.jsonl", answer_rows(9))
     toy.write_rows(place / "answers_held_out.jsonl", answer_rows(5, first=20))
     toy.write_rows(place / "riddles.jsonl", riddle_rows(14))
+    rollouts.write_talk(place)
 
 
 # ---------------------------------------------------------------------------------------- answers
@@ -126,7 +128,7 @@ def drawn_metrics(s, drawn) -> dict:
     """completions/* and staleness/* of the samples of a step."""
     if not drawn:
         return {"staleness/max": 0}
-    lengths = [len(sample.new) for sample in drawn]
+    lengths = [sum(sample.sampled) for sample in drawn]
     cut_off = [sample.finish == "length" for sample in drawn]
     return {
         **rollouts.staleness(s, drawn),

@@ -1,0 +1,120 @@
+"""--reward code on HumanEval and MBPP: their own solutions, and solutions with a fault, in the
+sandbox; and how many programs it runs in a second.
+
+    python -m bench.code DATA [--programs 512]        # about a minute on two cores
+
+DATA: a folder with humaneval.jsonl.gz and mbpp.jsonl, as their authors publish them. Two kinds of
+fault: each function returns something else, which every test must notice; and one small change (a
+comparison, plus and minus, a number), which tests notice if they are good.
+"""
+
+import ast
+import gzip
+import json
+import os
+import random
+import time
+from pathlib import Path
+
+from bench import common
+from nanopost import sandbox, verify
+
+LIMITS = sandbox.Limits(seconds=3.0)  # a fault may make a loop endless
+
+
+class OtherReturn(ast.NodeTransformer):
+    """Each function returns a tuple of what it returned and 0."""
+
+    def visit_Return(self, node):
+        value = node.value or ast.Constant(None)
+        return ast.Return(ast.Tuple([value, ast.Constant(0)], ast.Load()))
+
+
+class SmallChange(ast.NodeTransformer):
+    """The n-th place that can be changed is changed; `places` counts them."""
+
+    OTHER = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
+    OTHER |= {ast.Eq: ast.NotEq, ast.NotEq: ast.Eq, ast.Add: ast.Sub, ast.Sub: ast.Add}
+
+    def __init__(self, n):
+        self.n = n
+        self.places = 0
+
+    def is_here(self):
+        self.places += 1
+        return self.places == self.n + 1
+
+    def visit(self, node):
+        if type(node) in self.OTHER and self.is_here():
+            return self.OTHER[type(node)]()
+        if isinstance(node, ast.Constant) and type(node.value) is int and self.is_here():
+            return ast.Constant(node.value + 1)
+        return self.generic_visit(node)
+
+
+def changed(code, transformer):
+    return ast.unparse(ast.fix_missing_locations(transformer.visit(ast.parse(code))))
+
+
+def small_change(code, draw):
+    """The code with one small change, or None if it has no place for one."""
+    counter = SmallChange(-1)
+    counter.visit(ast.parse(code))
+    if not counter.places:
+        return None
+    return changed(code, SmallChange(draw.randrange(counter.places)))
+
+
+def jobs_of(rows, programs):
+    """Programs beside the tests of their rows."""
+    return [verify.job_of(row, row.get("prompt", ""), code) for row, code in zip(rows, programs)]
+
+
+def measured(rows, solutions, draw):
+    own = sandbox.passed(jobs_of(rows, solutions), LIMITS)
+    other = [changed(code, OtherReturn()) for code in solutions]
+    other = sandbox.passed(jobs_of(rows, other), LIMITS)
+    small = [(row, small_change(code, draw)) for row, code in zip(rows, solutions)]
+    small = [(row, code) for row, code in small if code is not None]
+    survived = sandbox.passed(jobs_of(*zip(*small)), LIMITS)
+    return {
+        "solutions": len(rows),
+        "solutions that pass": sum(own),
+        "with other returns": len(rows),
+        "with other returns that pass": sum(other),
+        "with a small change": len(small),
+        "with a small change that pass": sum(survived),
+    }
+
+
+def main():
+    parser = common.parser(__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--programs", type=int, default=512)
+    args = parser.parse_args()
+    draw = random.Random(0)
+    human = gzip.decompress((args.data / "humaneval.jsonl.gz").read_bytes()).decode()
+    human = [json.loads(line) for line in human.splitlines()]
+    mbpp = (args.data / "mbpp.jsonl").read_text(encoding="utf8")
+    mbpp = [json.loads(line) for line in mbpp.splitlines()]
+    result = common.origin()
+    result["cores"] = len(os.sched_getaffinity(0))
+    bodies = [row["prompt"] + row["canonical_solution"] for row in human]
+    result["humaneval"] = measured(human, bodies, draw)
+    result["mbpp"] = measured(mbpp, [row["code"] for row in mbpp], draw)
+    batch = (jobs_of(mbpp, [row["code"] for row in mbpp]) * 2)[: args.programs]
+    for name, isolated in [("sandbox", True), ("unsafe", False)]:
+        began = time.perf_counter()
+        sandbox.passed(batch, isolated=isolated)
+        seconds = time.perf_counter() - began
+        result[name] = {
+            "programs": len(batch),
+            "seconds": seconds,
+            "per second": len(batch) / seconds,
+        }
+    print(json.dumps(result, indent=1))
+    common.save(common.RESULTS / "code.json", result)
+
+
+if __name__ == "__main__":
+    main()
