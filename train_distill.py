@@ -103,15 +103,14 @@ train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.answered, args.to_messages
 )
 eval_rows = eval_rows[: args.eval_rows]
-play = cli.environment(
-    args, tokenizer, model.config.max_positions, train_rows + eval_rows, needs_reward=False
-)
+positions = min(model.config.max_positions, teacher.max_positions)
+play = cli.environment(args, tokenizer, positions, train_rows + eval_rows, needs_reward=False)
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,
     args.max_new_tokens,
     args.tokens,
-    min(model.config.max_positions, teacher.max_positions),
+    positions,
 )
 stored, cut = [], 0
 if args.on_policy < 1:
