@@ -105,27 +105,26 @@ train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.answered, args.to_messages
 )
 eval_rows = eval_rows[: args.eval_rows]
-play = cli.environment(
-    args, tokenizer, model.config.max_positions, train_rows + eval_rows, needs_reward=False
-)
+positions = min(model.config.max_positions, teacher.max_positions)
+play = cli.environment(args, tokenizer, positions, train_rows + eval_rows, needs_reward=False)
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,
     args.max_new_tokens,
     args.tokens,
-    min(model.config.max_positions, teacher.max_positions),
+    positions,
 )
 stored, cut = [], 0
 if args.on_policy < 1:
     for row in train_rows:
-        if not row.get("completion"):
+        if row.get("completion") is None:
             raise InputError(
-                f"{rows.place(row)}: --on_policy {args.on_policy:g} takes completions of rows, and "
-                "this row has none: add it, or leave out --on_policy."
+                f"{rows.place(row)}: it has no completion, which --on_policy {args.on_policy:g} "
+                "needs: add one to each row (--rename theirs=completion), or give --on_policy 1."
             )
         answer = tokenizer.example(rows.sft(row), "completion").ended()
         if not answer.num_targets:
-            raise InputError(f"{rows.place(row)}: no message of the completion is an assistant's.")
+            raise InputError(f"{rows.place(row)}: no message of its completion is an assistant's.")
         stored.append(unsampled(row["prompt_ids"], answer, args.max_new_tokens))
         cut += len(answer) - answer.prompt_length > args.max_new_tokens
 reward_functions = []
