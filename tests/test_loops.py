@@ -289,8 +289,8 @@ REFUSED = {
     "--teacher localhost:1": "--teacher URL needs --teacher_top_k: a server names",
     "--teacher http://localhost:1 --teacher_top_k 5 --temperature 0.7": "needs --temperature 1, "
     "not 0.7: a server gives log-probs at 1",
-    "--teacher http://localhost:1 --teacher_top_k 5 --reproducible": "--reproducible needs a teacher "
-    "in a folder",
+    "--teacher localhost:1 --teacher_top_k 5 --reproducible": "--reproducible needs a teacher in a "
+    "folder",
     "--teacher http://localhost:1 --teacher_top_k 5": "--teacher: .*localhost:1.*: is it up, and "
     "vLLM's",
 }
