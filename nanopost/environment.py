@@ -438,10 +438,10 @@ def doubts(template: Template, parse: Callable | None, schemas: list[dict]) -> s
             at = len(os.path.commonprefix([anew, sampled]))
             start = max(0, at - 10)
             end = at + 20
-            changed.append(f"{what}: {sampled[start:end]!r} to {anew[start:end]!r}")
+            changed.append(f"{what}: {sampled[start:end]!r} becomes {anew[start:end]!r}")
     if changed:
         said.append(
-            "warning: rendered anew, the chat template changes earlier turns; rollouts keep what "
-            f"was sampled ({'; '.join(changed)})"
+            "warning: the chat template writes earlier turns otherwise than they were sampled; "
+            f"rollouts keep the sampled tokens ({'; '.join(changed)})"
         )
     return "\n".join(said)

@@ -568,6 +568,8 @@ def end_dry_run(script: str, given: dict, world, rows: list):
         other = [*words, "--gpu", "h100"]
         other[other.index("--gpus") + 1] = 8
         say(f"on eight H100: python -m nanopost.plan {shlex.join(map(str, other))}")
+        if given.get("env"):
+            say(f"of an episode, one of up to {given['max_turns']} answers is counted here")
         say("dry run: nothing was trained and nothing written")
     finish()
     sys.exit(0)
