@@ -395,6 +395,22 @@ def test_errors_of_calls_are_told_to_the_model_and_counted(folder, alone):
     assert found["tools/call_frequency"] == 2 and found["tools/failure_frequency"] == 0.9
 
 
+def test_that_all_calls_fail_is_said_once_with_the_first_of_them(folder, alone, capsys):
+    texts = [[call_of("guess", number=7), call_of("guess", number=7), "<|end|>"]] * 2
+    played(folder / "theirs.py", "Vault", toy_tokenizer(), texts)
+    assert "warning" not in capsys.readouterr().out  # half of them
+    texts = [[call_of("guess", number="a"), "<|end|>"], [call_of("open"), "<|end|>"]]
+    found = played(folder / "theirs.py", "Vault", toy_tokenizer(), texts)[2]
+    said = capsys.readouterr().out
+    assert "each of the 2 calls of tools in a rollout batch failed, the first with guess: " in said
+    assert "theirs.py:" in said
+    engine = Says(toy_tokenizer(), [[call_of("open"), "<|end|>"]])
+    row = {"prompt": [user("Q")], "tools": found.schemas}
+    row["prompt_ids"] = toy_tokenizer().prompt_ids(row["prompt"], found.schemas)
+    found.play(engine, [row], 1, Sampling(200), [0])
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_environments_play_at_the_same_time_each_in_a_thread_of_its_own(folder):
     texts = [[call_of("hang", seconds=0.3), "<|end|>"]] * 8
     began = time.monotonic()
