@@ -462,12 +462,19 @@ def environment(
             if given:
                 raise InputError(f"--{name} is about an environment: give --env file.py:Class too.")
         return answer_once
+    if args.stop:
+        raise InputError(
+            "--env needs answers that end with the token of the chat template: leave out --stop."
+        )
     room = min(args.tokens // sides, args.engine_tokens, positions)
     found = Environments(args.env, tokenizer, args.max_turns, args.env_timeout, room)
     if "environment" in args.reward and not found.has_reward:
         raise InputError(f"--reward environment: {args.env} has no get_reward(): give another one.")
     if not args.reward and found.has_reward:
+        say(f"the reward is that of --env {args.env} (--reward environment)")
         args.reward = ["environment"]
+    if found.has_reward and "environment" not in args.reward:
+        say(f"the reward of --env {args.env} is not used: --reward environment would add it")
     if needs_reward and not args.reward and not getattr(args, "judge", None):
         raise InputError(f"--env {args.env} has no get_reward(): give a --reward too.")
     for row in rows:

@@ -45,6 +45,7 @@ class Episode:
     """What an environment made of a rollout."""
 
     environment: object  # the instance
+    prompt: list[dict] = field(default_factory=list)  # the row's, with what reset added
     reward: float | None = None  # None: the environment gave none, or failed
     messages: list[dict] = field(default_factory=list)  # after the prompt: answers and replies
     calls: int | None = None  # of tools; None: the environment has none
@@ -160,7 +161,10 @@ class Player:
             raise TypeError(f"step returned {reply!r:.80}, not (messages, reward, done)")
         messages, reward, done = reply
         self._add(reward)
-        return None if done else [dict(message) for message in messages]
+        if done:
+            return None
+        _check_messages(messages, "step")
+        return [dict(message) for message in messages]
 
     def _add(self, reward):
         if reward is not None:
@@ -215,6 +219,13 @@ class ToolPlayer(Player):
         return {"role": "tool", "name": name, "tool_call_id": call["id"], "content": str(content)}
 
 
+def _check_messages(messages, method):
+    """TypeError unless it is a list of messages that a template can write."""
+    for message in messages if isinstance(messages, list) else [messages]:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise TypeError(f"{method} gave {message!r:.80}, and not a list of messages")
+
+
 def told(error: Exception) -> str:
     """An error of the user's code, with its line."""
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -249,6 +260,7 @@ class Environments:
         self.has_reward = self.is_own or hasattr(self.kind, "get_reward")
         self.parse = None if self.is_own else tools.parser_of(tokenizer.template)
         self.warned = False  # that all calls fail
+        self.has_worked = False  # an episode, before
         self.idle = []  # players between two episodes
         self.idle = self._players(1)
         self.schemas = [] if self.is_own else self.idle[0].schemas
@@ -263,13 +275,17 @@ class Environments:
         further turn and answer might not fit into `room`. With --reproducible, prompts are played
         chunk by chunk (packing.part).
         """
-        if dist.reproducible and len(rows_P) > CHUNK:
-            groups = []
-            for i in range(0, len(rows_P), CHUNK):
-                some = slice(i, i + CHUNK)
-                groups += self.play(engine, rows_P[some], n, sampling, seeds[some])
-            return groups
         players = self._players(len(rows_P) * n)
+        size = CHUNK if dist.reproducible else max(1, len(rows_P))
+        groups = []
+        for i in range(0, len(rows_P), size):
+            some, own = slice(i, i + size), players[i * n : (i + size) * n]
+            groups += self._play(engine, own, rows_P[some], n, sampling, seeds[some])
+        # Not before: a reward may ask the instance about the episode that it has just played.
+        self._let_go(players)
+        return groups
+
+    def _play(self, engine, players, rows_P, n, sampling, seeds) -> list[list[Rollout]]:
         self._reset(players, [row for row in rows_P for _ in range(n)], sampling)
         for i, p in enumerate(players):
             p.seed = seeds[i // n] + i % n
@@ -289,7 +305,6 @@ class Environments:
         at_once(players, Player.end)
         for p in players:
             p.rollout.episode = p.episode
-        self._let_go(players)
         return groups
 
     def _players(self, count) -> list[Player]:
@@ -325,13 +340,16 @@ class Environments:
             if p.episode.error:
                 raise InputError(f"{place(row)}: {self.name}: reset raised {p.episode.error}.")
             p.row, p.prompt, p.prompt_ids = row, row["prompt"], row["prompt_ids"]
+            p.episode.prompt = p.prompt
             if not more:
                 continue
-            if isinstance(more, str):
+            if not isinstance(more, str):
+                _check_messages(more, "reset")
+            else:
                 last = p.prompt[-1]
                 more = [{**last, "content": (last["content"] or "") + more}]
                 p.prompt = p.prompt[: len(p.prompt) - 1]
-            p.prompt = [*p.prompt, *more]
+            p.prompt = p.episode.prompt = [*p.prompt, *more]
             p.prompt_ids = self.tokenizer.prompt_ids(p.prompt, **variables(row))
             if len(p.prompt_ids) + sampling.max_tokens > self.room:
                 raise InputError(
@@ -342,6 +360,12 @@ class Environments:
 
     def _first_answers(self, engine, players, n, sampling, seeds) -> list[list[Rollout]]:
         prompts = [p.prompt_ids for p in players]
+        for i, p in enumerate(players):
+            if p.prompt_ids != prompts[i - i % n]:
+                raise InputError(
+                    f"{place(p.row)}: the reset of {self.name} adds other text to each sample of a "
+                    "prompt, so that they cannot be compared: let it depend on the row alone."
+                )
         if any(p.prompt_ids != p.row["prompt_ids"] for p in players):
             if getattr(engine, "staleness", 0):
                 raise InputError(
@@ -391,8 +415,9 @@ class Environments:
                 f"failed, the first with {first}; see samples.jsonl, and tools/failure_frequency"
             )
         errors = [p.episode.error for p in players if p.episode.error]
-        if len(errors) == len(players) > 1:
+        if len(errors) == len(players) > 1 and not self.has_worked:
             raise InputError(f"{self.name}: all {len(players)} episodes failed: {errors[0]}.")
+        self.has_worked |= len(errors) < len(players)
         if errors:
             say(
                 f"warning: {self.name}: {len(errors)} of {len(players)} episodes failed, and have "

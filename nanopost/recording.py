@@ -92,14 +92,16 @@ class Replay:
                 raise InputError(
                     f"--replay {self.folder}: after step {self.version} it has no {n} rollouts "
                     f"with seed {seed} and {sampling}: give the flags of that run "
-                    f"({self.folder}/run.json has them), and no more steps than it had."
+                    f"({self.folder}/run.json has them), and no more steps than it had; an --env "
+                    "that asks for other turns than it did cannot be replayed."
                 )
             line = json.loads(line)
             if line["prompt"] != prompt:
                 raise InputError(
                     f"--replay {self.folder}: after step {self.version} the prompt with seed "
                     f"{seed} has other tokens there ({len(line['prompt'])}, here {len(prompt)}): "
-                    "give the --data, --chat_template and tokenizer of that run."
+                    "give the --data, --chat_template and tokenizer of that run, and an --env, if "
+                    "any, that says the same again."
                 )
             columns = [map(_array, line[name]) for name in FIELDS]
             groups.append([Rollout(prompt, **dict(zip(FIELDS, x))) for x in zip(*columns)])

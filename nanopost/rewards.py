@@ -77,7 +77,8 @@ BUILT_IN = {
     "environment": environment,
 }
 GIVEN = ("completions", "prompts", "prompt_ids", "completion_ids", "step")  # by the run
-OF_EPISODES = ("environments", "environment_rewards")  # by the run, if it has an environment
+# By the run, if it has an environment.
+OF_EPISODES = ("environments", "environment_rewards", "completion_lengths")
 LARGEST_STATE = 64 * 2**20  # bytes
 
 
@@ -402,18 +403,24 @@ def score(
     for name in names:
         if name not in ("prompt", "__line__", *GIVEN):
             columns[name] = [row.get(name) for row, _ in flat]
-    columns["prompts"] = [row["prompt"] for row, _ in flat]
+    columns["prompts"] = [_prompt(row, rollout) for row, rollout in flat]
     columns["prompt_ids"] = [rollout.prompt for _, rollout in flat]
     columns["completion_ids"] = [rollout.ids for _, rollout in flat]
     columns["step"] = [step] * len(flat)
     if any(rollout.episode is not None for _, rollout in flat):
         columns["environments"] = [rollout.episode.environment for _, rollout in flat]
+        columns["completion_lengths"] = [rollout.length for _, rollout in flat]
         columns["environment_rewards"] = [rollout.episode.reward for _, rollout in flat]
 
     scores = [call(reward, completions, columns) for reward in functions]
     size = max(map(len, groups), default=0)
     scores = np.array(scores, np.float64).reshape(len(functions), len(groups), size)
     return torch.from_numpy(scores)
+
+
+def _prompt(row, rollout):
+    """What the policy was asked: the row's prompt, and what an environment has added."""
+    return row["prompt"] if rollout.episode is None else rollout.episode.prompt
 
 
 def call(reward: Reward, completions: list, columns: dict[str, list]) -> list[float | None]:
@@ -476,7 +483,7 @@ def judged(judge: Reward, tokenizer, rows_P: list[dict], groups: list[list]) -> 
         for i in range(len(group)):
             for j in range(i):
                 duels.append((p, i, j))
-                prompts.append(copy.deepcopy(rows_P[p]["prompt"]))
+                prompts.append(copy.deepcopy(_prompt(rows_P[p], group[i])))
                 pairs.append((texts[i], texts[j]))
     wins_PG = torch.zeros(len(groups), max(map(len, groups), default=0), dtype=torch.float64)
     if not duels:

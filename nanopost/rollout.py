@@ -115,13 +115,14 @@ def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list
 def length_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
     """completions/*: sampled tokens, the share cut off at the length limit, and the share of
     completions that repeat, token by token, an earlier one of their group. tools/*, of an
-    environment that has tools: calls per completion, and the share that failed. {} if there are no
-    completions. A collective."""
+    environment that has tools: calls per completion, and the share that failed. episodes/failed:
+    the share in which the environment did. {} if there are no completions. A collective."""
     rollouts = [r for group in groups for r in group]
     distinct = sum(len({tuple(r.ids) for r in group}) for group in groups)
     length_B = [r.length for r in rollouts]
     cut_off = sum(r.finish == "length" for r in rollouts)
-    played = [r.episode for r in rollouts if r.episode is not None and r.episode.calls is not None]
+    episodes = [r.episode for r in rollouts if r.episode is not None]
+    played = [episode for episode in episodes if episode.calls is not None]
     calls = sum(episode.calls for episode in played)
     longest, shortest = dist.all_max(max(length_B, default=0), -min(length_B, default=2**31))
     means = dist.means(
@@ -129,6 +130,7 @@ def length_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
             "completions/mean_length": (sum(length_B), len(rollouts)),
             "completions/clipped_ratio": (cut_off, len(rollouts)),
             "completions/duplicate_ratio": (len(rollouts) - distinct, len(rollouts)),
+            "episodes/failed": (sum(bool(e.error) for e in episodes), len(episodes)),
             "tools/call_frequency": (calls, len(played)),
             "tools/failure_frequency": (sum(episode.failures for episode in played), calls),
         }

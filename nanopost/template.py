@@ -133,7 +133,7 @@ class Template:
         It is the same whatever the answer says, so a stand-in is rendered in its place: one that
         calls the tools whose messages are in `reply`. InputError if the template refuses.
         """
-        if PROBE in str(reply):
+        if any(PROBE in str(message.get("content")) for message in reply):
             raise InputError(f"a message of the environment has the character {PROBE!a}: drop it.")
         calls = []
         for message in reply:

@@ -55,7 +55,8 @@ def gsm8k_format(completions, **columns):
 
 
 def length_limit(limits: str) -> Callable:
-    """length_penalty of the tokens in the column completion_ids. limits: "MAX:BUFFER"."""
+    """length_penalty of the tokens in the column completion_ids, or of an episode's sampled ones.
+    limits: "MAX:BUFFER"."""
     if not re.fullmatch(r"\d+:\d+", limits):
         raise InputError(
             f"--reward length:{limits}: write length:MAX:BUFFER in tokens, such as length:1024:256."
@@ -67,8 +68,9 @@ def length_limit(limits: str) -> Callable:
             f"length {max_length}."
         )
 
-    def penalties(completions, completion_ids, **columns):
-        return [length_penalty(len(ids), max_length, buffer) for ids in completion_ids]
+    def penalties(completions, completion_ids, completion_lengths=None, **columns):
+        lengths = completion_lengths or map(len, completion_ids)
+        return [length_penalty(length, max_length, buffer) for length in lengths]
 
     return penalties
 

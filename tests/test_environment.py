@@ -24,7 +24,7 @@ from nanopost.environment import Environments, Episode, answer_once, doubts
 from nanopost.forward import logprobs
 from nanopost.recording import Recording, Replay
 from nanopost.rollout import Rollout, length_metrics, sample_records
-from nanopost.template import Template
+from nanopost.template import PROBE, Template
 from nanopost.tokenizer import Tokenizer
 from runs import toy
 
@@ -50,6 +50,23 @@ class Countdown:
             raise SystemExit(3)
         reward = None if "none" in completion else float(len(completion))
         return [{"role": "user", "content": f"{self.left} more"}], reward, self.left == 0
+
+
+class Meddles:
+    """Changes what it is given, and asks each sample of a prompt something else."""
+
+    made = 0
+
+    def __init__(self):
+        Meddles.made += 1
+        self.number = Meddles.made
+
+    def reset(self, row):
+        row["given"].append(self.number)
+        return f" n{self.number}" if len(row["given"]) > 2 else None
+
+    def step(self, completion):
+        return [{"role": "user", "content": "more"}], None, False
 
 
 class Broken:
@@ -458,7 +475,7 @@ def test_what_is_no_environment_gets_one_sentence(folder):
     tokenizer, own = toy_tokenizer(), folder / "own.py"
     for name, said in (
         ("function", "give a class that has a method reset"),
-        ("Nothing", "has no 'Nothing'; it has Countdown, Broken"),
+        ("Nothing", "has no 'Nothing'; it has Countdown, Meddles"),
         ("Stepless", "beside reset.self, row. it needs step.self, completion."),
         ("Unmade", "Unmade.. raised OSError: no server"),
         ("Broken", "row: --env .*: reset raised IndexError: list index out of range"),
@@ -873,6 +890,54 @@ def test_episodes_are_the_same_alone_ahead_and_replayed(talk, alone, tmp_path):
     ahead.close()
 
 
+def test_with_reproducible_each_episode_has_its_own_instance_and_seeds(talk, monkeypatch):
+    """A reward may ask the instance about the episode that it has just played."""
+    _, tokenizer, environments, rows = talk
+    monkeypatch.setattr(dist, "reproducible", True)
+    engine, seeds = Says(tokenizer, [["a<|end|>"] * 99] * 2), list(range(0, 20, 2))
+    groups = environments.play(engine, rows, 2, SAMPLING, seeds)
+    assert len({id(r.episode.environment) for r in all_of(groups)}) == 20
+    assert [s for _, n, given in engine.calls if n == 2 for s in given] == seeds
+
+
+def test_a_later_turn_is_rendered_after_the_prompt_of_the_episode(folder, monkeypatch):
+    """With what reset has added, and with the template's variables of the row."""
+    tokenizer, seen = toy_tokenizer(), []
+    turn_ids = tokenizer.turn_ids
+
+    def noted(prompt, reply, **variables):
+        seen.append((prompt, variables))
+        return turn_ids(prompt, reply, **variables)
+
+    monkeypatch.setattr(tokenizer, "turn_ids", noted)
+    row = {"turns": 2, "more": " now", "chat_template_kwargs": {"mood": "calm"}}
+    texts = [["a<|end|>", "b<|end|>"]]
+    (r,), _, _ = played(folder / "own.py", "Countdown", tokenizer, texts, row)
+    assert seen == [([user("Q now")], {"tools": None, "mood": "calm"})]
+    assert r.episode.prompt == [user("Q now")]
+    found = []
+
+    def noting(completions, prompts, **columns):
+        found.extend(prompts)
+        return [0.0] * len(completions)
+
+    rewards.score([rewards.Reward("noting", noting)], tokenizer, [{"prompt": [user("Q")]}], [[r]])
+    assert found == [[user("Q now")]]
+
+
+def test_an_environment_changes_no_row_and_samples_of_a_prompt_are_asked_the_same(folder):
+    row, texts = {"given": [1]}, [["a<|end|>", "b<|end|>"]] * 2
+    played(folder / "own.py", "Meddles", toy_tokenizer(), texts, row, turns=1)
+    assert row["given"] == [1]
+    with pytest.raises(InputError, match="adds other text to each sample of a prompt"):
+        played(folder / "own.py", "Meddles", toy_tokenizer(), texts, {"given": [1, 2]}, turns=1)
+
+
+def test_a_reply_that_no_template_can_tell_from_its_stand_in_is_refused():
+    with pytest.raises(InputError, match="a message of the environment has the character"):
+        toy_tokenizer().turn_ids([user("Q")], [user(f"x{PROBE}y")])
+
+
 def test_with_reproducible_episodes_are_played_by_chunks(talk, monkeypatch):
     """The rollouts that the engine computes side by side are those of one chunk of prompts: the
     same on any number of ranks."""
@@ -967,6 +1032,7 @@ def test_flags_say_which_environment(folder):
     [
         (["--reward", "environment"], {}, "needs an environment: --env file.py:Class"),
         (["--max_turns", "3"], {}, "--max_turns is about an environment"),
+        (["--env", "Vault", "--stop", "x"], {}, "answers that end with the token of the chat te"),
         (["--env_timeout", "3"], {}, "--env_timeout is about an environment"),
         (["--env", "Bare"], {}, "Bare has no get_reward..: give a --reward too"),
         (["--env", "Bare", "--reward", "environment"], {}, "has no get_reward..: give another"),

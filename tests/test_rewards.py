@@ -388,6 +388,9 @@ def test_regex_must_match_the_whole_completion_across_lines():
 def test_length_punishes_the_tokens_over_its_limit():
     ids = {"completion_ids": [[1] * 80, [1] * 90, [1] * 100]}
     assert call(load_one("length:100:20"), ["a"] * 3, ids) == [0.0, -0.5, -1.0]
+    # Of an episode only what was sampled counts.
+    episodes = {**ids, "completion_lengths": [80, 80, 90]}
+    assert call(load_one("length:100:20"), ["a"] * 3, episodes) == [0.0, 0.0, -0.5]
 
 
 @pytest.mark.parametrize(
@@ -1098,7 +1101,9 @@ def test_a_reward_model_has_the_dtype_and_the_tokens_of_the_run(monkeypatch):
 
 def test_the_reward_in_the_readme_scores_chat_prompts_and_plain_ones():
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
-    (source,) = [x for x in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "def " in x]
+    (source,) = [
+        x for x in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "def short" in x
+    ]
     defined = {}
     exec(source, defined)
     reward = rewards.Reward("short", defined["short"])

@@ -39,6 +39,7 @@ METRICS = {
     *("eval/greedy", "eval/greedy/scaled"),
     *("completions/mean_length", "completions/min_length", "completions/max_length"),
     *("completions/clipped_ratio", "completions/duplicate_ratio"),
+    "episodes/failed",
     *("staleness/mean", "staleness/max", f"{GAP}/mean", f"{GAP}/max"),
 }
 
@@ -132,6 +133,7 @@ def drawn_metrics(s, drawn) -> dict:
     cut_off = [sample.finish == "length" for sample in drawn]
     return {
         **rollouts.staleness(s, drawn),
+        **rollouts.failed(s),
         "completions/mean_length": sum(lengths) / len(drawn),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),

@@ -44,7 +44,7 @@ METRICS = {
     *("eval/accuracy", "eval/greedy", "eval/kl", "reward", "ties", "pairs", "entropy"),
     *("completions/mean_length", "completions/min_length", "completions/max_length"),
     *("completions/clipped_ratio", "completions/duplicate_ratio", "completions/unrewarded"),
-    *("staleness/mean", "staleness/max"),
+    *("staleness/mean", "staleness/max", "episodes/failed"),
     *("grad_norm", "lr", "epoch", "num_tokens"),
 }
 JUDGE = '''
@@ -224,6 +224,7 @@ def twin(args):
             "ties": 1 - len(pairs) / len(groups),
             "pairs": len(pairs),
             **rollouts.staleness(s, samples),
+            **rollouts.failed(s),
             "completions/mean_length": sum(lengths) / len(lengths),
             "completions/min_length": min(lengths),
             "completions/max_length": max(lengths),

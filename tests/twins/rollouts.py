@@ -41,6 +41,7 @@ METRICS = {
     "completions/clipped_ratio",
     "completions/duplicate_ratio",
     "rewards/environment/mean",
+    "episodes/failed",
     *("completions/unrewarded", "num_tokens", "staleness/mean", "staleness/max"),
 }
 
@@ -381,6 +382,11 @@ def duplicates(s, samples) -> int:
     return count
 
 
+def failed(s) -> dict:
+    """No environment of these runs fails."""
+    return {"episodes/failed": 0.0} if s.args.env else {}
+
+
 def rollout_metrics(s, samples) -> dict:
     """rewards/* and completions/* of a step."""
     means = Means()
@@ -393,6 +399,7 @@ def rollout_metrics(s, samples) -> dict:
     unrewarded = sum(total(s, sample) is None for sample in samples)
     return means.means() | {
         **staleness(s, samples),
+        **failed(s),
         "completions/mean_length": sum(lengths) / len(samples),
         "completions/min_length": min(lengths),
         "completions/max_length": max(lengths),
