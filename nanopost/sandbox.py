@@ -98,8 +98,8 @@ def passed(jobs: list[Job], limits: Limits = DEFAULT, isolated: bool = True) -> 
     Tests are run, in a sandbox too, by a process that calls the program's functions over a pipe.
     None, numbers, text, bytes, lists, tuples, sets, dicts, ranges and Python's own types cross it
     as copies, so a test cannot see an argument changed in place. Other objects stay in the program:
-    tests can call them, iterate over them and use their attributes, but they equal nothing. Tests
-    cannot give the program functions or objects of their own.
+    tests can call them, iterate over them, use their attributes and make bool, str or float of
+    them, but they equal nothing. Tests cannot give the program functions or objects of their own.
     """
     if not jobs:
         return []

@@ -299,7 +299,8 @@ class Peer:
 
 
 class Remote:
-    """An object of the program: tests can call it, iterate over it, and use its attributes."""
+    """An object of the program: tests can call it, iterate over it, use its attributes, and make a
+    truth value, a text or a number of it."""
 
     def __init__(self, peer, number):
         object.__setattr__(self, "peer", peer)
@@ -310,6 +311,15 @@ class Remote:
 
     def __iter__(self):
         return iter(self.peer.ask("list", self))
+
+    def __bool__(self):
+        return self.peer.ask("call", bool, (self,), {})
+
+    def __str__(self):
+        return self.peer.ask("call", str, (self,), {})
+
+    def __float__(self):
+        return self.peer.ask("call", float, (self,), {})
 
     def __getattr__(self, name):
         return self.peer.ask("get", self, name)
@@ -390,6 +400,8 @@ def encode(value, number_of):
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)
+    if type(value).__module__ == "numpy" and value.shape == ():
+        return encode(value.item(), number_of)
     if isinstance(value, list):
         return [encode(x, number_of) for x in value]
     for kind in (tuple, set, frozenset):

@@ -90,7 +90,7 @@ def test_a_value_crosses_to_the_program_and_back(value):
 @isolated
 def test_tests_use_functions_objects_and_errors_of_the_program():
     code = """
-import collections
+import collections, fractions
 LIMIT = 7
 class Node:
     def __init__(self, value):
@@ -110,6 +110,13 @@ def fails(x):
     raise KeyError(x)
 def adder(n):
     return lambda x: x + n
+def empty(full):
+    return collections.deque([1] if full else [])
+def half(n):
+    return fractions.Fraction(n, 2)
+def scalars():
+    import numpy
+    return [numpy.bool_(False), numpy.int64(3), numpy.float32(0.5)]
 """
     tests = """
 node = Node(1)
@@ -118,6 +125,8 @@ assert node.total() == 6 and node.total(twice=True) == 12 and node.next.value ==
 assert last(node).value == 5
 assert list(squares(4)) == [0, 1, 4, 9] and sum(squares(3)) == 5
 assert count("aab") == {"a": 2, "b": 1}
+assert empty(True) and not empty(False) and scalars() == [False, 3, 0.5]
+assert str(half(3)) == "3/2" and math.isclose(half(3), 1.5)
 assert adder(2)(3) == 5 and LIMIT == 7 and isinstance(LIMIT, int)
 try:
     fails("x")
