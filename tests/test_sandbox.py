@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile import HOSTILE
+from hostile import CHECK, FORGERIES, HOSTILE, PORT, SECRET, WRONG
 from inprocess import run_here
 
 from nanopost import InputError, cli, rewards, sandbox, verify
@@ -166,52 +166,18 @@ def test_programs_run_beside_each_other_in_their_order():
 
 
 # ------------------------------------------------------------------------------------------ hostile
-SECRET = "token_8f3a96c1"
-CHECK = f"assert f(3) == '{SECRET}' and math.isclose(abs(g(2)), 4.0) and len(h()) == 2"
-# Of programs that would pass if the tests ran in their process: what they do, and no right answer.
-WRONG = "def f(x):\n    return ''\ndef g(x):\n    return 1\ndef h():\n    return []\n"
-FORGERIES = {
-    "ends with success": "import sys\nsys.exit(0)",
-    "ends at once with success": "import os\nprint('ok')\nos._exit(0)",
-    "ends with success at exit": "import atexit, os\natexit.register(os._exit, 0)",
-    "hides errors": "import os, sys\nsys.excepthook = lambda *_: os._exit(0)",
-    "forks and ends the parent": "import os\nif os.fork():\n    os._exit(0)",
-    "ends from a thread": "import os, threading, time\n"
-    "threading.Thread(target=lambda: os._exit(0)).start()\ntime.sleep(0.1)",
-    "equals everything": "class All:\n    __eq__ = lambda *_: True\n    __abs__ = lambda s: 4.0\n"
-    "    __len__ = lambda s: 2\nf = g = h = lambda *_: All()",
-    "is a text that equals all": "class Text(str):\n    __eq__ = lambda *_: True\n"
-    "    __hash__ = str.__hash__\n    __len__ = lambda s: 2\n"
-    "f = lambda x: Text()\ng = lambda x: 4\nh = lambda: Text()",
-    "replaces Python's functions": "import builtins, math\nbuiltins.len = lambda x: 2\n"
-    "builtins.abs = lambda x: 4.0\nmath.isclose = lambda *_: True\n"
-    "f = lambda x: type('T', (), {'__eq__': lambda *_: True})()",
-    "defines Python's names": "abs = lambda x: 4.0\nlen = lambda x: 2\nmath = type('M', (), {})\n"
-    "math.isclose = lambda *_: True\nf = lambda x: type('T', (), {'__eq__': lambda *_: True})()",
-    "reads the tests": "import gc, re, sys\n"
-    "def secret():\n"
-    "    texts = [open('/proc/self/cmdline').read()]\n"
-    "    texts += [x for x in gc.get_objects() if isinstance(x, str)]\n"
-    "    frame = sys._getframe()\n"
-    "    while frame:\n        texts += map(repr, frame.f_code.co_consts + (frame.f_globals,))\n"
-    "        frame = frame.f_back\n"
-    "    return re.search('token_[0-9a-f]{8}', ' '.join(texts))[0]\n"
-    "def f(x):\n    return secret()\ndef g(x):\n    return 4\ndef h():\n    return [1, 2]",
-}
-
-
 @isolated
 def test_no_program_forges_a_verdict():
     """Each of these passes where the tests run in its own process."""
     for name, code in FORGERIES.items():
-        text = f"import math\n{WRONG}{code}\n{CHECK}"
+        text = f"import math\n{code}\n{CHECK}"
         naive = subprocess.run([sys.executable, "-c", text], capture_output=True, timeout=30)
         assert naive.returncode == 0, (name, naive.stderr)
-    jobs = [Job(WRONG + code, CHECK) for code in FORGERIES.values()]
+    jobs = [Job(code, CHECK) for code in FORGERIES.values()]
     right = (
         f"def f(x):\n    return '{SECRET}'\ndef g(x):\n    return 4\ndef h():\n    return [1, 2]"
     )
-    assert sandbox.passed([*jobs, Job(right, CHECK)], QUICK) == [False] * len(jobs) + [True]
+    assert sandbox.passed([*jobs, Job(right, CHECK)]) == [False] * len(jobs) + [True]
 
 
 def descendants() -> set[int]:
@@ -252,10 +218,6 @@ def machine():
         "listening": listening,
         "open": len(os.listdir("/proc/self/fd")),
     }
-
-
-PORT = 47813
-LISTENS = f"import socket\ns = socket.socket()\ns.bind(('', {PORT}))\ns.listen()"
 
 
 @pytest.fixture
@@ -332,9 +294,7 @@ def test_no_reply_confuses_the_tester():
         Job(REPLIES.replace("ATTACK", x), "assert len(list(f(1))) == 3") for x in ATTACKS.values()
     ]
     honest = REPLIES.replace("ATTACK", "reply(b'[\"value\", [1, 2, 3]]'); return")
-    assert sandbox.passed([*jobs, Job(honest, jobs[0].tests)], QUICK) == [False] * len(jobs) + [
-        True
-    ]
+    assert sandbox.passed([*jobs, Job(honest, jobs[0].tests)]) == [False] * len(jobs) + [True]
 
 
 @isolated
