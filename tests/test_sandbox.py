@@ -72,19 +72,19 @@ def test_a_program_runs_as_python_runs_it(code, output, ok):
     assert output in found if not ok else output == found
 
 
+VALUES = [
+    *("None", "True", "-3", "10**30", "2.5", "float('inf')", "3+4j", "'\u2603'", "b'ab'"),
+    *("[1, [2, 'a']]", "(1, (2,))", "{1, 2}", "frozenset({1})", "{1: 'a', (2, 3): [None]}"),
+    *("range(1, 9, 2)", "bytearray(b'a')", "set()", "()", "{}", "int", "'\\ud800'"),
+]
+
+
 @isolated
-@pytest.mark.parametrize(
-    "value",
-    [
-        *("None", "True", "-3", "10**30", "2.5", "float('inf')", "3+4j", "'\u2603'", "b'ab'"),
-        *("[1, [2, 'a']]", "(1, (2,))", "{1, 2}", "frozenset({1})", "{1: 'a', (2, 3): [None]}"),
-        *("range(1, 9, 2)", "bytearray(b'a')", "set()", "()", "{}", "int", "'\\ud800'"),
-    ],
-)
-def test_a_value_crosses_to_the_program_and_back(value):
-    tests = f"assert f({value}) == {value}\nassert type(f({value})) is type({value})"
-    assert passed("def f(x):\n    return x", tests)
-    assert not passed("def f(x):\n    return [x]", tests)
+def test_a_value_crosses_to_the_program_and_back():
+    same, other = "def f(x):\n    return x", "def f(x):\n    return [x]"
+    tests = [f"assert f({x}) == {x}\nassert type(f({x})) is type({x})" for x in VALUES]
+    assert sandbox.passed([Job(same, test) for test in tests]) == [True] * len(VALUES)
+    assert sandbox.passed([Job(other, test) for test in tests]) == [False] * len(VALUES)
 
 
 @isolated
@@ -397,25 +397,24 @@ HUMAN = {
 
 
 @isolated
-@pytest.mark.parametrize(
-    "completion, score",
-    [
-        ("    return 2 * x\n", 1),
-        ("    return half(4 * x)\n", 1),
-        ("    return 4\n", 0),
-        ("    return 2 * x\n\nprint('more')\n", 1),
-        ("```python\ndef f(x):\n    return x + x\n```", 1),
-        ("```python\ndef f(x):\n    return half(4 * x)\n```", 0),  # stands alone
-        ("```python\n    return 2 * x\n```", 1),
-        ("    return 2 *", 0),
-        ("", 0),
-    ],
-)
-def test_a_body_continues_the_prompt_and_a_block_stands_alone(completion, score):
-    assert verify.code([completion], [PROMPT], **HUMAN) == [score]
+def test_a_body_continues_the_prompt_and_a_block_stands_alone():
+    table = {
+        "    return 2 * x\n": 1,
+        "    return half(4 * x)\n": 1,
+        "    return 4\n": 0,
+        "    return 2 * x\n\nprint('more')\n": 1,
+        "```python\ndef f(x):\n    return x + x\n```": 1,
+        "```python\ndef f(x):\n    return half(4 * x)\n```": 0,  # stands alone
+        "```python\n    return 2 * x\n```": 1,
+        "    return 2 *": 0,
+        "": 0,
+    }
+    texts, scores = list(table), list(table.values())
+    columns = {name: column * len(table) for name, column in HUMAN.items()}
+    assert verify.code(texts, [PROMPT] * len(table), **columns) == scores
     chat = [{"role": "user", "content": f"Complete:\n```python\n{PROMPT}```"}]
-    answer = [{"role": "assistant", "content": completion}]
-    assert verify.code([answer], [chat], **HUMAN) == [score]
+    answers = [[{"role": "assistant", "content": text}] for text in texts]
+    assert verify.code(answers, [chat] * len(table), **columns) == scores
 
 
 @isolated
