@@ -43,7 +43,7 @@ from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_fi
 
 # ---------------------------------------------------------------------------------------- arguments
 parser = cli.parser(__doc__, out="out/distill", lr=1e-6, warmup=10, eval_every=50, save_every=20)
-cli.add_rollout_flags(parser, reward_required=False)
+cli.add_rollout_flags(parser)
 parser.set_defaults(group=1)
 add = parser.add_argument
 add(
@@ -103,6 +103,9 @@ train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.answered, args.to_messages
 )
 eval_rows = eval_rows[: args.eval_rows]
+play = cli.environment(
+    args, tokenizer, model.config.max_positions, train_rows + eval_rows, needs_reward=False
+)
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,
@@ -146,7 +149,7 @@ def sampled(serial):
 def rollout(rows_P, serials, sampling):
     """A completion of each prompt -> rollouts [P][1]."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
-    return engine.generate([row["prompt_ids"] for row in rows_P], 1, sampling, seeds)
+    return play(engine, rows_P, 1, sampling, seeds)
 
 
 def evaluate():

@@ -126,6 +126,7 @@ train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
 )
 eval_rows = eval_rows[: args.eval_rows]
+play = cli.environment(args, tokenizer, model.config.max_positions, train_rows + eval_rows)
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,
@@ -182,7 +183,7 @@ if args.correct != "none":
 def rollout(rows_P, serials, n, sampling):
     """n completions per prompt -> (rollouts [P][n], float64 reward_FPG, NaN where not rewarded)."""
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
-    groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
+    groups = play(engine, rows_P, n, sampling, seeds)
     step = engine.version + 1
     return groups, rewards.score(reward_functions, tokenizer, rows_P, groups, step)
 

@@ -43,7 +43,7 @@ from nanopost.tokenizer import Tokenizer, check_stage, fingerprint, tokenizer_fi
 
 # ---------------------------------------------------------------------------------------- arguments
 parser = cli.parser(__doc__, out="out/online_dpo", lr=1e-6, save_every=20)
-cli.add_rollout_flags(parser, reward_required=False)
+cli.add_rollout_flags(parser)
 add = parser.add_argument
 add("--steps", type=at_least(1), default=120, help="optimizer steps")
 add("--prompts", type=at_least(1), default=64, help="prompts per step, over all ranks")
@@ -71,7 +71,7 @@ if args.reward_weights and not args.reward:
     raise InputError("--reward_weights needs --reward.")
 if args.judge and ".py:" not in args.judge:
     raise InputError(f"--judge {args.judge}: give a function of your own as file.py:function.")
-if not args.reward and not args.judge:
+if not args.reward and not args.judge and not args.env:
     raise InputError("give --reward or --judge to rank the answers.")
 
 tokenizer = Tokenizer.load(args.model, args.chat_template)
@@ -87,6 +87,7 @@ train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.prompt, args.to_messages
 )
 eval_rows = eval_rows[: args.eval_rows]
+play = cli.environment(args, tokenizer, model.config.max_positions, train_rows + eval_rows, sides=2)
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,
@@ -126,7 +127,7 @@ def rollout(rows_P, serials, n, sampling):
     if not rows_P:  # a rank may have fewer prompts than others
         return [], torch.zeros(0, n, dtype=torch.float64)
     seeds = [prompt_seed(args.seed, serial) for serial in serials]
-    groups = engine.generate([row["prompt_ids"] for row in rows_P], n, sampling, seeds)
+    groups = play(engine, rows_P, n, sampling, seeds)
     reward_PG = torch.zeros(len(rows_P), n, dtype=torch.float64)
     if reward_functions:
         step = engine.version + 1

@@ -14,6 +14,7 @@ import math
 import re
 import signal
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,9 @@ from nanopost.audit import Audit
 from nanopost.boards import Boards
 from nanopost.colocate import Colocated
 from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.environment import Environments, answer_once, doubts
 from nanopost.recording import Recording, Replay
+from nanopost.rows import place
 from nanopost.run import Run, changed_arguments, starts_of
 from nanopost.teacher import ServedTeacher, Teacher
 from nanopost.terminal import say
@@ -429,6 +432,50 @@ def ahead(args, engine, world, rows: list[dict], sampling, step: int) -> Ahead:
     )
 
 
+def environment(
+    args, tokenizer, positions: int, rows: list[dict], sides: int = 1, needs_reward: bool = True
+) -> Callable:
+    """How rollouts are made: f(engine, rows, n, sampling, seeds) -> groups of them, each with one
+    answer, or with an episode of --env.
+
+    Where --env has tools, `rows` get the column tools, and where it has a reward and there is no
+    --reward, that is the reward. positions: of the model. sides: 2 if pairs are trained.
+    needs_reward: without one there is nothing to learn.
+    """
+    if not args.env:
+        if "environment" in args.reward:
+            raise InputError("--reward environment needs an environment: --env file.py:Class.")
+        for name, given in [
+            ("max_turns", args.max_turns != 10),
+            ("env_timeout", args.env_timeout != 60),
+        ]:
+            if given:
+                raise InputError(f"--{name} is about an environment: give --env file.py:Class too.")
+        return answer_once
+    room = min(args.tokens // sides, args.engine_tokens, positions)
+    found = Environments(args.env, tokenizer, args.max_turns, args.env_timeout, room)
+    if "environment" in args.reward and not found.has_reward:
+        raise InputError(f"--reward environment: {args.env} has no get_reward(): give another one.")
+    if not args.reward and found.has_reward:
+        args.reward = ["environment"]
+    if needs_reward and not args.reward and not getattr(args, "judge", None):
+        raise InputError(f"--env {args.env} has no get_reward(): give a --reward too.")
+    for row in rows:
+        if not isinstance(row["prompt"], list):
+            raise InputError(
+                f"{place(row)}: --env needs prompts that are messages: --to_messages makes them."
+            )
+        if found.schemas and row.get("tools"):
+            raise InputError(
+                f"{place(row)}: the row has tools, and so has --env, which knows only its own: "
+                "remove the column."
+            )
+        if found.schemas:
+            row["tools"] = found.schemas
+    say(doubts(tokenizer.template, found.parse, found.schemas))
+    return found.play
+
+
 def sampling(args, kept: bool = True) -> Sampling:
     """How its flags say to sample in training. kept: the trainer renormalises over what the cut
     kept (see logprob.py), and so the engine has to name it."""
@@ -445,7 +492,7 @@ def add_cut_flags(parser: Parser):
     add("--min_p", type=at_least(0.0, 1.0), default=0.0, help="least share of the likeliest's mass")
 
 
-def add_rollout_flags(parser: Parser, reward_required: bool = True):
+def add_rollout_flags(parser: Parser):
     """The flags of every script that samples completions and rewards them."""
     add = parser.add_argument
     add("--max_new_tokens", type=at_least(1), default=512, help="maximum completion length")
@@ -456,10 +503,9 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
     add(
         "--reward",
         nargs="+",
-        required=reward_required,
         default=[],
-        help="exact, gsm8k, boxed, math_verify, code, format, regex:PATTERN, length:MAX:BUFFER, "
-        "model:FOLDER or file.py:function",
+        help="exact, gsm8k, boxed, math_verify, code, format, environment, regex:PATTERN, "
+        "length:MAX:BUFFER, model:FOLDER or file.py:function",
     )
     add("--reward_weights", type=finite, nargs="+", help="one per --reward; default: all 1")
     add(
@@ -472,6 +518,19 @@ def add_rollout_flags(parser: Parser, reward_required: bool = True):
         "--unsafe_code",
         action="store_true",
         help="--reward code without a sandbox: programs run with your rights, under limits alone",
+    )
+    add(
+        "--env",
+        metavar="file.py:Class",
+        help="an environment, or tools: what replies to answers (nanopost/environment.py); "
+        "--max_new_tokens is then for each answer",
+    )
+    add("--max_turns", type=at_least(1), default=10, help="maximum answers in an episode of --env")
+    add(
+        "--env_timeout",
+        type=above(0.0),
+        default=60.0,
+        help="seconds that a call of a method of --env may take",
     )
     add(
         "--max_staleness",

@@ -186,8 +186,8 @@ def _sampled_rows(run, step):
     f, prompts, ids, pairs = step.flags, [], [], []
     answers = run.answers(step.number)
     for serial, group in groups_of(step).items():
-        answer = answers.get(prompt_seed(f.seed, serial))
-        if not run.changed:
+        seed = prompt_seed(f.seed, serial)
+        if not run.changed and not f.env:
             prompt = run.rows[run.row_of(serial)]["prompt_ids"]
             wrong = [e for e in group if e.ids[: len(prompt)] != prompt]
             prompts += [f"example {e.index} of prompt {serial}" for e in wrong]
@@ -197,11 +197,13 @@ def _sampled_rows(run, step):
                 ids.append(f"example {group[0].index}, the answer of the row of prompt {serial}")
             else:
                 pairs.append((group[0], [int(x) for x in mask]))
-        for j, e in enumerate(group if answer else []):
-            if e.ids != answer["prompt"] + answer["ids"][j]:
+        for j, e in enumerate(group):
+            expected, mask = _conversation(answers, seed, j, f.group)
+            if expected is None:
+                continue
+            if e.ids != expected:
                 ids.append(f"example {e.index} of prompt {serial}")
                 continue
-            mask = [0] * len(answer["prompt"]) + [int(x) for x in answer["sampled"][j]["values"]]
             if run.kind == "ppo" and not plain.there(e.rewards):
                 mask = [0] * len(mask)
             if run.kind == "online_dpo" and "orpo" in f.loss and e.minibatch:
@@ -210,9 +212,34 @@ def _sampled_rows(run, step):
     lines = [counted("prompts", prompts, len(step.examples))]
     if run.changed:
         lines = [Line("prompts", note=run.changed)]
+    if f.env:
+        lines = [Line("prompts", note="replay starts no environment, which may add to them")]
     if not pairs and not ids:
         return [*lines, Line("mask", note="records/ has no rollouts of this step")]
     return [*lines, counted("completions", ids, len(step.examples)), _masks(pairs)]
+
+
+def _conversation(answers, seed, sample, group):
+    """A sample as the engine answered it turn by turn (see Environments.play) -> its ids and mask.
+    None if the engine did not; [] if a turn's prompt does not begin with what came before it."""
+    ids, mask = None, []
+    first = answers.get(seed)
+    if first and len(first["ids"]) > sample:
+        ids = first["prompt"] + first["ids"][sample]
+        mask = [0] * len(first["prompt"]) + _sampled(first, sample)
+        seed += group
+    while answer := answers.get(seed + sample):
+        before = ids or []
+        if answer["prompt"][: len(before)] != before:
+            return [], []
+        mask += [0] * (len(answer["prompt"]) - len(before)) + _sampled(answer, 0)
+        ids = answer["prompt"] + answer["ids"][0]
+        seed += group
+    return ids, mask
+
+
+def _sampled(answer, sample) -> list[int]:
+    return [int(x) for x in answer["sampled"][sample]["values"]]
 
 
 def groups_of(step) -> dict[int, list]:

@@ -116,7 +116,8 @@ class Replay:
         """Nothing to release."""
 
 
-FIELDS = [field.name for field in fields(Rollout) if field.name not in ("prompt", "answer")]
+LATER = ("prompt", "answer", "episode")  # prompt is recorded once, the others come after it
+FIELDS = [field.name for field in fields(Rollout) if field.name not in LATER]
 
 
 def _path(out, rank):

@@ -8,7 +8,11 @@ shows, without the token that ended it. columns: those of the rows, plus
     prompts, prompt_ids, completion_ids
     step          of training, that in metrics.jsonl; in an evaluation, the step that would follow
 
-each a list as long as completions. All are copies, so a reward may change them.
+each a list as long as completions. All are copies, so a reward may change them. With an environment
+(environment.py), a completion is the list of all messages after the prompt, and there are also
+
+    environments          the instances, each with its episode played
+    environment_rewards   of these; None where one gave none
 
 A reward with state_dict() and load_state_dict(state) is saved in checkpoints and restored by
 --resume, on each rank its own; an evaluation leaves its state as it was. Any other state (globals,
@@ -57,6 +61,12 @@ from nanopost.verify import (
     unsafe_code,
 )
 
+
+def environment(completions, environment_rewards, **columns):
+    """The reward that the environment of each completion gave."""
+    return environment_rewards
+
+
 BUILT_IN = {
     "gsm8k": gsm8k,
     "boxed": boxed,
@@ -64,8 +74,10 @@ BUILT_IN = {
     "code": code,
     "exact": exact,
     "format": gsm8k_format,
+    "environment": environment,
 }
 GIVEN = ("completions", "prompts", "prompt_ids", "completion_ids", "step")  # by the run
+OF_EPISODES = ("environments", "environment_rewards")  # by the run, if it has an environment
 LARGEST_STATE = 64 * 2**20  # bytes
 
 
@@ -156,47 +168,56 @@ def load_one(
         spec += ":"  # no function is named: the error lists those of the file
     path, _, name = spec.rpartition(":")
     if path.endswith(".py"):
-        return Reward(name, _from_file(Path(path), name), timeout)
+        return Reward(name, _instance(spec), timeout)
     raise InputError(
         f"--reward {spec!r} is unknown: built in are {', '.join(BUILT_IN)}, regex:PATTERN, "
         f"length:MAX:BUFFER and model:FOLDER; give your own as file.py:function."
     )
 
 
-def _from_file(path, name):
+def from_file(spec: str, flag: str) -> Callable:
+    """The function or the class that a flag names as file.py:name."""
+    path, _, name = spec.rpartition(":")
+    path, given = Path(path), f"{flag} {spec}"
+    if path.suffix != ".py":
+        raise InputError(f"{given}: name it as file.py:name.")
     if not path.is_file():
-        raise InputError(f"--reward {path}:{name}: there is no file {path}.")
+        raise InputError(f"{given}: there is no file {path}.")
     folder = str(path.parent.resolve())
     if folder not in sys.path:
         sys.path.append(folder)  # so that the file can import its neighbours
-    _check_neighbours(path, name)
+    _check_neighbours(path, given)
     spec = importlib.util.spec_from_file_location(f"reward_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    with _no_exit(f"--reward {path}:{name}"), guarded():
+    with _no_exit(given), guarded():
         spec.loader.exec_module(module)  # an error in the file itself keeps its own traceback
-    function = vars(module).get(name)
-    if not callable(function):
+    found = vars(module).get(name)
+    if not callable(found):
         own = []
         for key, value in vars(module).items():
             if getattr(value, "__module__", "") == spec.name:
                 own.append(key)
-        raise InputError(
-            f"--reward {path}:{name}: {path} has no function {name!r}; it has "
-            f"{', '.join(own) or 'none'}."
-        )
+        raise InputError(f"{given}: {path} has no {name!r}; it has {', '.join(own) or 'none'}.")
+    return found
+
+
+def _instance(spec) -> Callable:
+    """What --reward names as file.py:name; of a class, an instance."""
+    function = from_file(spec, "--reward")
     if inspect.isclass(function):
-        with _no_exit(f"--reward {path}:{name}"), guarded():
+        with _no_exit(f"--reward {spec}"), guarded():
             function = function()
     if not callable(function):
+        name = spec.rpartition(":")[2]
         raise InputError(
-            f"--reward {path}:{name}: an instance of the class {name} is not callable; give it "
+            f"--reward {spec}: an instance of the class {name} is not callable; give it "
             f"__call__(self, completions, **columns)."
         )
     return function
 
 
-def _check_neighbours(path, name):
+def _check_neighbours(path, given):
     """A neighbour that the file imports must not be shadowed by another module of its name."""
     source = path.read_text(encoding="utf-8")
     for neighbour in path.parent.resolve().glob("*.py"):
@@ -206,8 +227,8 @@ def _check_neighbours(path, name):
         found = importlib.util.find_spec(neighbour.stem).origin
         if found and Path(found).resolve() != neighbour:
             raise InputError(
-                f"--reward {path}:{name}: it imports its neighbour {neighbour.name}, but {found} "
-                f"has that name: rename the neighbour."
+                f"{given}: it imports its neighbour {neighbour.name}, but {found} has that name: "
+                "rename the neighbour."
             )
 
 
@@ -254,8 +275,9 @@ def check(functions: list[Reward], rows: list[dict]) -> str:
                     f"{place(without[0])}: reward {reward.name} needs the column {name}, which is "
                     f"missing or null in {len(without):,} of {len(rows):,} rows; {way_out}."
                 )
-        _check_arguments(reward, [*columns, *GIVEN])
-        if is_built_in:
+        named = _needed(reward.function, known=GIVEN)
+        _check_arguments(reward, [*columns, *GIVEN, *(x for x in OF_EPISODES if x in named)])
+        if is_built_in and reward.function is not environment:
             for row in rows:
                 with errors_at(row):
                     reward.function([""], **{name: [row.get(name)] for name in columns})
@@ -268,14 +290,14 @@ def check(functions: list[Reward], rows: list[dict]) -> str:
     )
 
 
-def _needed(function):
-    """The columns of the data that a reward cannot be called without."""
+def _needed(function, known=(*GIVEN, *OF_EPISODES)):
+    """The columns, but for known ones, that a reward cannot be called without."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):  # a builtin of C
         return []
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    return [p.name for p in named if p.default is p.empty and p.name not in GIVEN]
+    return [p.name for p in named if p.default is p.empty and p.name not in known]
 
 
 def _check_arguments(reward, columns):
@@ -369,7 +391,9 @@ def score(
     for row, rollout in flat:
         rollout.answer = row.get("answer")
         text = completion_text(rollout, tokenizer)
-        if isinstance(row["prompt"], list):
+        if rollout.episode is not None:
+            completions.append(rollout.episode.messages)
+        elif isinstance(row["prompt"], list):
             completions.append([{"role": "assistant", "content": text}])
         else:
             completions.append(text)
@@ -382,6 +406,9 @@ def score(
     columns["prompt_ids"] = [rollout.prompt for _, rollout in flat]
     columns["completion_ids"] = [rollout.ids for _, rollout in flat]
     columns["step"] = [step] * len(flat)
+    if any(rollout.episode is not None for _, rollout in flat):
+        columns["environments"] = [rollout.episode.environment for _, rollout in flat]
+        columns["environment_rewards"] = [rollout.episode.reward for _, rollout in flat]
 
     scores = [call(reward, completions, columns) for reward in functions]
     size = max(map(len, groups), default=0)
@@ -427,10 +454,13 @@ def call(reward: Reward, completions: list, columns: dict[str, list]) -> list[fl
 
 
 def _called(reward, completions, columns):
-    """Call the function with copies, which it may change."""
+    """Call the function with copies, which it may change; of an environment there is no copy."""
     copies = {}
     for name, column in {"completions": completions, **columns}.items():
-        copies[name] = [copy.deepcopy(value) for value in column]
+        if name == "environments":
+            copies[name] = list(column)
+        else:
+            copies[name] = [copy.deepcopy(value) for value in column]
     return reward.function(**copies)
 
 

@@ -28,7 +28,7 @@ class Rollout:
     prompt: list[int]
     ids: list[int]
     logp: np.ndarray  # fp32 [T], of the distribution it was drawn from; 0 where not sampled
-    finish: str  # "stop": a stop token or string; "length": max_tokens reached
+    finish: str  # "stop": a stop token or string; "length": a limit of tokens, or of turns
     versions: np.ndarray | int  # int64 [T]: of the weights that each token was sampled with
     sampled: np.ndarray | None = None  # bool [T]: drawn from the policy; default: all of ids
     # [T] of int32 arrays: the ids that top-k, top-p or min-p kept, of which the token was drawn,
@@ -36,6 +36,7 @@ class Rollout:
     kept: list[np.ndarray] | None = None
     arrived: int | None = None  # if it ran ahead: its place in the order in which groups finished
     answer: object = None  # the column of its row, once it has been rewarded: see rewards.score
+    episode: object = None  # what an environment made of it: see environment.Episode
 
     def __post_init__(self):
         if np.ndim(self.versions) == 0:
@@ -108,18 +109,23 @@ def sample_records(decode: Callable, rollouts: list[Rollout], **columns) -> list
 
 def length_metrics(groups: list[list[Rollout]]) -> dict[str, float]:
     """completions/*: sampled tokens, the share cut off at the length limit, and the share of
-    completions that repeat, token by token, an earlier one of their group; {} if there are none. A
-    collective."""
+    completions that repeat, token by token, an earlier one of their group. tools/*, of an
+    environment that has tools: calls per completion, and the share that failed. {} if there are no
+    completions. A collective."""
     rollouts = [r for group in groups for r in group]
     distinct = sum(len({tuple(r.ids) for r in group}) for group in groups)
     length_B = [r.length for r in rollouts]
     cut_off = sum(r.finish == "length" for r in rollouts)
+    played = [r.episode for r in rollouts if r.episode is not None and r.episode.calls is not None]
+    calls = sum(episode.calls for episode in played)
     longest, shortest = dist.all_max(max(length_B, default=0), -min(length_B, default=2**31))
     means = dist.means(
         {
             "completions/mean_length": (sum(length_B), len(rollouts)),
             "completions/clipped_ratio": (cut_off, len(rollouts)),
             "completions/duplicate_ratio": (len(rollouts) - distinct, len(rollouts)),
+            "tools/call_frequency": (calls, len(played)),
+            "tools/failure_frequency": (sum(episode.failures for episode in played), calls),
         }
     )
     if not means:

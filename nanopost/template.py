@@ -126,6 +126,32 @@ class Template:
         except InputError:
             return ""
 
+    def turn(self, prompt: list[dict], reply: list[dict], **variables) -> str:
+        """What follows the token that ends an answer to `prompt`: `reply`, the messages of an
+        environment, and the generation prompt.
+
+        It is the same whatever the answer says, so a stand-in is rendered in its place: one that
+        calls the tools whose messages are in `reply`. InputError if the template refuses.
+        """
+        if PROBE in str(reply):
+            raise InputError(f"a message of the environment has the character {PROBE!a}: drop it.")
+        calls = []
+        for message in reply:
+            if message["role"] == "tool":
+                function = {"name": message.get("name", "tool"), "arguments": {"text": PROBE}}
+                given = message.get("tool_call_id", "call00000")
+                calls.append({"type": "function", "id": given, "function": function})
+        answer = {"role": "assistant", "content": PROBE, "tool_calls": calls or None}
+        text = self.render([*prompt, answer, *reply], add_generation_prompt=True, **variables)
+        _, answered, after = text.rpartition(PROBE)
+        _, ended, turn = after.partition(self.turn_end or PROBE)
+        if not answered or not ended:
+            raise InputError(
+                "the chat template writes no token that ends an answer, so no turn can follow: "
+                "give one that does (--chat_template FILE)."
+            )
+        return turn
+
     # --------------------------------------------------------------------------- found by trial
     @cached_property
     def trial(self) -> Trial:

@@ -126,6 +126,11 @@ class Tokenizer:
             )
         return self.encode(text)
 
+    def turn_ids(self, prompt: list[dict], reply: list[dict], **variables) -> list[int]:
+        """What follows the token that ends an answer to `prompt`: see Template.turn. Encoded alone,
+        so that what was sampled before it stays as it is."""
+        return self.encode(self.template.turn(prompt, reply, **variables))
+
     # ---------------------------------------------------------------------------------------- rows
     def with_prompts(
         self,
@@ -149,7 +154,7 @@ class Tokenizer:
         for rows, keep in zip(parts, kept):
             for row in progress(rows, "prompts encoded"):
                 with errors_at(row):
-                    ids = self.prompt_ids(row["prompt"], **_variables(row))
+                    ids = self.prompt_ids(row["prompt"], **variables(row))
                     if max_prompt is not None and len(ids) > max_prompt:
                         dropped += 1
                         continue
@@ -260,13 +265,13 @@ class Tokenizer:
 
     def _chat_example(self, row, train_on):
         messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
-        variables = _variables(row)
-        text = self.template.render(messages, **variables)
+        given = variables(row)
+        text = self.template.render(messages, **given)
         encoding = self.raw.encode(text, add_special_tokens=False)
         if train_on == "all":
             return Example(encoding.ids, np.ones(len(encoding.ids)))
         turns = _trained_turns(row, messages, train_on)
-        spans = answer_spans(self.template, messages, text, turns, **variables)
+        spans = answer_spans(self.template, messages, text, turns, **given)
         return Example(encoding.ids, self._tokens_in(encoding, spans))
 
     def _tokens_in(self, encoding, spans):
@@ -389,7 +394,7 @@ def _deciding_ids(part):
     return {name: _deciding_ids(inner) for name, inner in part.items() if name not in NO_ID}
 
 
-def _variables(row):
+def variables(row: dict) -> dict:
     """What a row gives the template besides its messages."""
     return {"tools": row.get("tools"), **(row.get("chat_template_kwargs") or {})}
 

@@ -4,6 +4,7 @@
 
     python runs/toy.py out/toy                            # the model, and rows for SFT and for RL
     python runs/toy.py out/toy --pairs out/toy/sft        # preference pairs from its mistakes
+    python runs/toy.py out/toy_tools --tools              # another model and task: see tool_rows
 
 The SFT rows hold each sum six times, and half of their answers are near misses (off by 1, 2, 9, 10
 or 11). SFT on them teaches the skill and the format, but leaves the model as unsure as a base
@@ -27,6 +28,7 @@ from nanopost import hf
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.model import CausalLM, Config
 from nanopost.tokenizer import Tokenizer
+from nanopost.tools import call, schema
 
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -34,19 +36,34 @@ TEMPLATE = """\
 ('<|end|>' if message['role'] == 'assistant' else '') }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
+# The same, with the names of tools before the messages, and calls as Qwen's template writes them.
+TOOLS_TEMPLATE = """\
+{%- for tool in tools or [] -%}{{ '<|tool|>' + tool['function']['name'] }}{%- endfor -%}
+{%- for message in messages -%}
+{{ '<|' + message['role'] + '|>' + message['content'] }}
+{%- for call in message['tool_calls'] or [] -%}
+{{ '<tool_call>{"name": "' + call['function']['name'] + '", "arguments": ' + \
+call['function']['arguments'] | tojson + '}</tool_call>' }}
+{%- endfor -%}
+{{ '<|end|>' if message['role'] == 'assistant' else '' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"""
 SPECIAL = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+TAGS = ("<answer>", "</answer>")
+# A token each, so that a call of the calculator is short.
+TOOL_TAGS = ("<tool_call>", "</tool_call>", '{"name": "', '", "arguments": {"a": ', ', "b": ', "}}")
 NEAR_MISS = (1, 2, 9, 10, 11, -1, -2, -9, -10, -11)
 
 
 # -------------------------------------------------------------------------------------------- model
-def write_model(folder, seed: int = 0):
+def write_model(folder, seed: int = 0, with_tools: bool = False):
     """Write a randomly initialised Qwen3 of 0.8 million parameters, with its tokenizer."""
     config = Config.of(
         {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
             "hidden_act": "silu",
-            "vocab_size": 264,
+            "vocab_size": 272 if with_tools else 264,
             "hidden_size": 128,
             "intermediate_size": 384,
             "num_hidden_layers": 4,
@@ -65,24 +82,27 @@ def write_model(folder, seed: int = 0):
         }
     )
     model = CausalLM(config).init_weights(seed)
-    hf.save_model(folder, model.state_dict().items(), config, tokenizer_files())
+    hf.save_model(folder, model.state_dict().items(), config, tokenizer_files(with_tools))
 
 
-def tokenizer_files() -> dict[str, str]:
+def tokenizer_files(with_tools: bool = False) -> dict[str, str]:
     """tokenizer.json and tokenizer_config.json.
 
-    A token per byte, so that any text encodes; two answer tags; five special tokens.
+    A token per byte, so that any text encodes; two answer tags; five special tokens. with_tools:
+    one more of these, and a token for each piece of a tool call.
     """
+    special = [*SPECIAL, "<|tool|>"] if with_tools else SPECIAL
+    tags = [*TAGS, *TOOL_TAGS] if with_tools else TAGS
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*SPECIAL, *alphabet])}
+    vocab = {token: i for i, token in enumerate([*special, *alphabet])}
     tokenizer = tokenizers.Tokenizer(models.BPE(vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in ("<answer>", "</answer>")])
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "chat_template": TEMPLATE,
+        "chat_template": TOOLS_TEMPLATE if with_tools else TEMPLATE,
         "eos_token": "<|end|>",
         "pad_token": "<|pad|>",
         "bos_token": None,
@@ -142,8 +162,61 @@ def pair_rows(folder, held_out: bool, samples: int = 2, seed: int = 0) -> list[d
     return pairs
 
 
-def _question(a, b):
-    return {"role": "user", "content": f"{a}+{b}=?"}
+class Calculator:
+    """An environment as TRL's environment_factory takes it: its public methods are tools."""
+
+    def reset(self, **columns):
+        """It keeps nothing."""
+
+    def times(self, a: int, b: int) -> int:
+        """Multiplies two numbers.
+
+        Args:
+            a: The first number
+            b: The second number
+        """
+        return a * b
+
+
+def tool_rows(held_out: bool, noise: float = 0.65, seed: int = 0) -> list[dict]:
+    """{"messages", "tools"}: products of two-digit numbers, by the calculator. The model reads its
+    result in a second turn.
+
+        user: 12*34=?        assistant: <tool_call>{"name": "times", ...}</tool_call>
+        tool: 408            assistant: <answer>408</answer>
+
+    A share `noise` go wrong: a guess without a call, a call of another number, or a result that is
+    copied with an error. So SFT on them teaches all of it, but leaves the model unsure.
+    """
+    draw, tools = random.Random(seed), [schema(Calculator().times)]
+    rows = []
+    for a, b in _sums(held_out):
+        said = a * b
+        messages = [_question(a, b, "*")]
+        what = "right"
+        if draw.random() < noise:
+            what = draw.choice(["guess", "guess", "call", "copy"])
+        if what != "guess":
+            given = a + (draw.choice(NEAR_MISS[:5]) if what == "call" else 0)
+            said = given * b
+            calls = [call("times", {"a": given, "b": b}, 0)]
+            messages.append({"role": "assistant", "content": "", "tool_calls": calls})
+            messages.append({"role": "tool", "name": "times", "content": str(said)})
+        if what in ("guess", "copy"):
+            said += draw.choice(NEAR_MISS)
+        messages.append({"role": "assistant", "content": _answer(said)})
+        rows.append({"messages": messages, "tools": tools})
+    return rows
+
+
+def product_rows(held_out: bool) -> list[dict]:
+    """{"prompt", "answer"} of the products, for the reward `exact` and --env."""
+    pairs = _sums(held_out)
+    return [{"prompt": [_question(a, b, "*")], "answer": _answer(a * b)} for a, b in pairs]
+
+
+def _question(a, b, operator="+"):
+    return {"role": "user", "content": f"{a}{operator}{b}=?"}
 
 
 def _answer(total):
@@ -175,13 +248,20 @@ def main():
     )
     parser.add_argument("folder", type=Path, help="where to write the files")
     parser.add_argument("--pairs", metavar="MODEL", help="write pairs from this model instead")
+    parser.add_argument("--tools", action="store_true", help="write the task with a calculator")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.pairs:
         write_rows(args.folder / "pairs.jsonl", pair_rows(args.pairs, held_out=False))
         write_rows(args.folder / "pairs_heldout.jsonl", pair_rows(args.pairs, held_out=True))
         return
-    write_model(args.folder / "model")
+    write_model(args.folder / "model", with_tools=args.tools)
+    if args.tools:
+        write_rows(args.folder / "sft.jsonl", tool_rows(held_out=False))
+        write_rows(args.folder / "sft_heldout.jsonl", tool_rows(held_out=True, noise=0.0))
+        write_rows(args.folder / "prompts.jsonl", product_rows(held_out=False))
+        write_rows(args.folder / "prompts_heldout.jsonl", product_rows(held_out=True))
+        return
     write_rows(args.folder / "sft.jsonl", sft_rows())
     write_rows(args.folder / "sft_heldout.jsonl", sft_rows(held_out=True, noise=0.0, copies=1))
     write_rows(args.folder / "prompts.jsonl", prompt_rows(held_out=False))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from inprocess import run_here
 from scripts import ENVIRONMENT, metrics
-from test_loops import ROLLOUTS, flags, place
+from test_loops import SAMPLING, flags, place
 
 import forks
 from nanopost import InputError, checkpoint, packing
@@ -299,7 +299,7 @@ def test_an_engine_that_fails_in_the_thread_ends_the_run_with_its_sentence(place
 
 
 # ------------------------------------------------------------------------------------------ scripts
-@pytest.mark.parametrize("script", ROLLOUTS)
+@pytest.mark.parametrize("script", SAMPLING)
 def test_a_script_samples_ahead_with_weights_of_its_own(place, tmp_path, monkeypatch, script):
     """No rollout is older than it may be, and none is left in the thread at the end."""
     threads, generate, reward = set(), Engine.generate, f"{place}/reward.py:ids"

@@ -64,7 +64,7 @@ def test_numbers_within_bounds_are_read_and_others_are_refused(kind, fits, wrong
 
 def test_flags_say_how_to_sample():
     parser = cli.Parser("doc")
-    cli.add_rollout_flags(parser, reward_required=False)
+    cli.add_rollout_flags(parser)
     assert cli.sampling(parser.parse_args([])) == Sampling(512, kept=True)
     given = "--max_new_tokens 9 --temperature 0.7 --top_k 4 --top_p 0.8 --min_p 0.1 --stop a b"
     args = parser.parse_args(given.split())

@@ -35,6 +35,7 @@ from nanopost import InputError, advantages, losses, packing
 from nanopost.batch import Batch, Example, Sequences, batch_of
 from nanopost.dist import World
 from nanopost.engine import Engine, Sampling
+from nanopost.environment import answer_once
 from nanopost.forward import logprobs
 from nanopost.rewards import Reward
 from nanopost.rollout import Rollout, length_metrics
@@ -519,6 +520,7 @@ def dialogues(alone):
         tokenizer=Tokens(),
         reward_functions=[Reward("length", length)],
         turn_ids=turn_ids,
+        play=answer_once,
     )
     rows_P = [{"prompt": "a", "prompt_ids": random_ids(4, 0)}]
     rows_P.append({"prompt": "b", "prompt_ids": random_ids(7, 1)})

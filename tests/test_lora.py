@@ -514,7 +514,6 @@ def parameters_alive() -> int:
         ("online_dpo", [], 1),
         ("ppo", ["--beta", 0.1, "--value_model", "head"], 1),
         ("ppo", ["--beta", 0.1], 2),  # and its value model
-        ("distill", [], 2),  # and its teacher
         ("dpo", ["--lora", 0], 2),
         ("grpo", ["--beta", 0.1, "--lora", 0], 2),
     ],
@@ -604,10 +603,7 @@ def test_a_model_learns_with_adapters_alone(place, tmp_path, more):
     assert losses[-1] < losses[0] / 4
 
 
-@pytest.mark.parametrize("more", [[], ["--quantize", "nf4"]])
-def test_a_teacher_has_neither_adapters_nor_4_bits_and_stays_as_it_is(
-    place, tmp_path, monkeypatch, more
-):
+def test_a_teacher_has_neither_adapters_nor_4_bits_and_stays_as_it_is(place, tmp_path, monkeypatch):
     teachers, made = [], Teacher.__init__
 
     def watched(self, model, *given):
@@ -615,7 +611,8 @@ def test_a_teacher_has_neither_adapters_nor_4_bits_and_stays_as_it_is(
         made(self, model, *given)
 
     monkeypatch.setattr(Teacher, "__init__", watched)
-    train("distill", place, tmp_path / "out", "--steps", 9, "--eval_every", 0, *more, rank=8)
+    more = ("--steps", 6, "--eval_every", 0, "--quantize", "nf4")
+    train("distill", place, tmp_path / "out", *more, rank=8)
     (teacher,), stored = teachers, hf.load_model(place / "teacher").state_dict()
     for name, x in teacher.state_dict().items():
         assert torch.equal(x, stored[name]), name
@@ -638,7 +635,7 @@ def stopped_after(step, monkeypatch):
     monkeypatch.setattr(checkpoint, "save", save_and_stop)
 
 
-@pytest.mark.parametrize("script", ["sft", "rm", "dpo", "grpo", "ppo", "distill"])
+@pytest.mark.parametrize("script", ["sft", "rm", "dpo", "grpo", "ppo"])
 def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(
     place, tmp_path, monkeypatch, script
 ):

@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plan import SHAPES
-from nanopost import InputError, dist, footprint, hf, lora, packing, plan
+from nanopost import InputError, dist, divergence, footprint, hf, lora, packing, plan
 from nanopost.batch import Example, batch_of
 from nanopost.model import ActorCritic, CausalLM, Config
 from nanopost.tokenizer import Tokenizer
@@ -149,23 +149,9 @@ RUNS = {
     "ppo, a value model": ("ppo", {}, (112, 1), {**SAMPLED, "ppo_epochs": 1}, {}),
     "distill, a large head": (
         "distill",
-        {"vocab_size": 8192, "num_hidden_layers": 2},
-        (16, 1),
-        DISTILLED,
-        {},
-    ),
-    "distill, two chunks of a Jensen-Shannon divergence": (
-        "distill",
-        {"vocab_size": 16384, "num_hidden_layers": 1},
+        {"vocab_size": 8192, "num_hidden_layers": 1},
         (16, 1),
         {**DISTILLED, "beta": 0.3},
-        {},
-    ),
-    "distill, the teacher's likeliest, adapters": (
-        "distill",
-        {"vocab_size": 8192, "num_hidden_layers": 2},
-        (16, 1),
-        {**DISTILLED, "teacher_top_k": 8, "lora": 4},
         {},
     ),
     "distill, bf16": (
@@ -221,6 +207,41 @@ def test_a_script_peaks_where_the_plan_says(name, tmp_path):
     assert plan.peak(args) == pytest.approx(measured, rel=0.05)
     if "cache" in name:
         assert total(plan.memory(args)["rollout"]) == plan.peak(args)
+
+
+DIVERGENCES = {
+    "--beta 1": footprint.KL,
+    "--beta 0.3": footprint.JENSEN_SHANNON,
+    "--beta 0.3 --teacher_top_k 8 --lora 4": footprint.LIKELIEST,
+}
+
+
+@pytest.mark.parametrize("flags", DIVERGENCES)
+def test_a_divergence_takes_as_many_buffers_as_the_plan_says(flags, tmp_path, monkeypatch):
+    """Two chunks, each of them far larger than all else."""
+    rows, vocabulary, width = 32, 4096, 8
+    monkeypatch.setattr(divergence, "CHUNK_ELEMENTS", {"cpu": rows * vocabulary})
+    folder = write_config(tmp_path / "model", {**PLAIN, "hidden_size": width})
+    given = ["--gpu", "cpu", "--length", 1, "--max_new_tokens", 2 * rows, "--prompts", 1]
+    args = planned(folder, "distill", *given, *flags.split())
+    hidden_MD, teacher_MD = torch.randn(2, 2 * rows, width)
+    weight_VD, teacher_VD = torch.randn(2, vocabulary, width)
+    hidden_MD.requires_grad_()
+    weight_VD.requires_grad_(not args.lora)
+    target_M, found = torch.zeros(2 * rows, dtype=torch.long), []
+    given = hidden_MD, weight_VD, target_M, 0.8, teacher_MD, teacher_VD
+
+    def forward():
+        found.extend(divergence.from_teacher(*given, args.beta, args.teacher_top_k))
+
+    peaks = [plan_worker.peak(plan_worker.profiled(forward))]
+    peaks.append(plan_worker.peak(plan_worker.profiled(lambda: found[2].sum().backward())))
+    buffer = 4 * rows * vocabulary
+    assert [round(peak / buffer) for peak in peaks] == [*DIVERGENCES[flags]]
+    _, *planned_peaks = footprint.divergence_bytes(args, args.config)
+    head = 0 if args.lora else weight_VD.nbytes  # in flight, elsewhere in the plan
+    assert planned_peaks[0] == pytest.approx(peaks[0], rel=0.02)
+    assert planned_peaks[1] + head == pytest.approx(peaks[1], rel=0.02)
 
 
 # ------------------------------------------------------------------------------------------- FSDP2

@@ -43,6 +43,10 @@ RUNS = {
     + SAMPLED.replace("/prompts", "/answers").replace("--prompts 4", "--prompts 8")
     + STEPS,
 }
+EPISODES = (
+    " --model {place}/ends --env {place}/talk.py:Talk --max_turns 3 --max_new_tokens 8 "
+    "--tokens 120 --reward environment "
+)
 # Flags that change a formula, each of them in some run.
 MORE = {
     "dft, lora": RUNS["sft"] + "--loss dft --lora 2 --lora_targets q_proj down_proj",
@@ -52,6 +56,7 @@ MORE = {
     "--minibatches 1 --agg constant --kl k2",
     "gspo, stale": RUNS["grpo"] + "--ratio sequence --adv batch --max_staleness 1 --beta 0 "
     "--clip 3e-4 4e-4",
+    "environment": RUNS["grpo"] + EPISODES + "--beta 0",
     "sapo": RUNS["grpo"] + "--loss sapo --adv mean --agg token --lora 2",
     "kto": RUNS["dpo"].replace("train_dpo", "train_kto").replace("pairs", "labelled")
     + "--beta 0.3 --holdout 2",
@@ -64,7 +69,11 @@ MORE = {
     "--value_warmup 1 --kl k3",
 }
 
-NOT_COVERED = {"kto": {"rows and mask", "loss"}, "rm": {"rows and mask", "loss and gradient"}}
+NOT_COVERED = {
+    "environment": {"prompts"},
+    "kto": {"rows and mask", "loss"},
+    "rm": {"rows and mask", "loss and gradient"},
+}
 
 
 class Planted(SourceFileLoader):
@@ -243,6 +252,15 @@ FAULTS = {
         "reference's log-probs",
         "the reference is the policy itself",
     ),
+    "an answer changed before its reply": Fault(
+        "grpo",
+        "nanopost/environment.py",
+        "prompts = [p.rollout.prompt + p.rollout.ids + p.turn_ids for p in live]",
+        "prompts = [p.rollout.prompt + [7] + p.rollout.ids[1:] + p.turn_ids for p in live]",
+        "completions",
+        "",
+        flags=EPISODES + "--beta 0",
+    ),
     "sign of the advantage": Fault(
         "grpo",
         "train_grpo.py",
@@ -345,14 +363,6 @@ FAULTS = {
         "                self.weight_VE,\n                1 - self.beta,\n",
         "divergences",
         "student and teacher are swapped",
-    ),
-    "temperature of a student forgotten": Fault(
-        "distill",
-        "nanopost/divergence.py",
-        "    logp_RV = logit_RV.log_softmax(-1)\n        teacher_RV = ",
-        "    logp_RV = (logit_RV * temperature).log_softmax(-1)\n        teacher_RV = ",
-        "log-probs",
-        "the trainer forgot the temperature",
     ),
     "lambda of GAE ignored": Fault(
         "ppo",

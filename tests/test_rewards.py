@@ -396,6 +396,7 @@ def test_length_punishes_the_tokens_over_its_limit():
         (
             "gsm9k",
             "'gsm9k' is unknown: built in are gsm8k, boxed, math_verify, code, exact, format, "
+            "environment, "
             "regex:PATTERN, length:MAX:BUFFER and model:FOLDER; give your own as file.py:function",
         ),
         ("regex", "write regex:PATTERN"),
@@ -516,9 +517,9 @@ def test_a_class_is_made_once_and_keeps_its_state(user):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("start", "mine.py has no function 'start'; it has Counter, Useless, starts, .*, gives"),
-        ("LIMIT", "has no function 'LIMIT'"),
-        ("", "has no function ''; it has Counter"),
+        ("start", "mine.py has no 'start'; it has Counter, Useless, starts, .*, gives"),
+        ("LIMIT", "has no 'LIMIT'"),
+        ("", "has no ''; it has Counter"),
         ("Useless", "an instance of the class Useless is not callable"),
     ],
 )
@@ -528,7 +529,7 @@ def test_a_name_that_is_not_in_the_file_is_answered_with_those_that_are(user, na
 
 
 def test_a_file_without_a_function_named_lists_what_it_has(user):
-    with pytest.raises(InputError, match="has no function ''; it has Counter"):
+    with pytest.raises(InputError, match="has no ''; it has Counter"):
         load_one(user("").removesuffix(":"))
 
 

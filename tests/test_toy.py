@@ -6,13 +6,17 @@ The whole of it, over three seeds and all losses, is `python -m bench.toy`.
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from scripts import ENVIRONMENT, ROOT, metrics, run
 
 from nanopost import hf
 from nanopost.engine import Engine, Sampling, prompt_seed
+from nanopost.environment import Environments
 from nanopost.rewards import load, score
+from nanopost.rollout import Rollout
 from nanopost.tokenizer import Tokenizer
 from runs import toy
 
@@ -179,3 +183,51 @@ def test_ppo_learns_from_the_exact_reward(folder, sft, tmp_path):
     run("train_ppo.py", "--model", sft, "--out", tmp_path, *flags, timeout=900)
     before, *_, after = metrics(tmp_path)
     assert after["eval/accuracy"] > before["eval/accuracy"] + 0.1
+
+
+# ------------------------------------------------------------------------------------- with a tool
+def test_rows_with_a_calculator_hold_its_results_and_are_wrong_as_often_as_said():
+    rows, results = toy.tool_rows(held_out=True), []
+    for row in rows:
+        question, *calls, answer = row["messages"]
+        a, b = map(int, question["content"].removesuffix("=?").split("*"))
+        if calls:
+            arguments = calls[0]["tool_calls"][0]["function"]["arguments"]
+            assert calls[1]["content"] == str(toy.Calculator().times(**arguments))
+        right = answer["content"] == f"<answer>{a * b}</answer>"
+        results.append((right, bool(calls)))
+    share = sum(right for right, _ in results) / len(rows)
+    assert len(rows) == 821 and abs(share - 0.35) < 0.05
+    assert 0.2 < results.count((False, True)) / len(rows) < 0.45
+    clean = toy.tool_rows(held_out=True, noise=0.0)
+    expected = [row["answer"] for row in toy.product_rows(held_out=True)]
+    assert [row["messages"][-1]["content"] for row in clean] == expected
+
+
+def test_its_task_is_two_short_answers(tmp_path):
+    """In an episode of the run's own environment, with its own flags for lengths."""
+    toy.write_model(tmp_path, with_tools=True)
+    tokenizer = Tokenizer.load(tmp_path)
+    environments = Environments(f"{ROOT / 'runs/toy.py'}:Calculator", tokenizer, 3, 9.0, 512)
+    rows = toy.product_rows(held_out=True)[-2:]
+    clean = toy.tool_rows(held_out=True, noise=0.0)[-2:]
+    assert environments.schemas == clean[0]["tools"]
+    for row, sft in zip(rows, clean):
+        row |= {"tools": sft["tools"]}
+        row["prompt_ids"] = tokenizer.prompt_ids(row["prompt"], row["tools"])
+        example = tokenizer.example(sft)
+
+        def generate(prompts, n, sampling, seeds, example=example):
+            """What SFT has taught, up to the next end."""
+            (prompt,), ids = prompts, example.ids.tolist()
+            assert ids[: len(prompt)] == prompt
+            answer = ids[len(prompt) : ids.index(1, len(prompt)) + 1]
+            assert len(answer) <= sampling.max_tokens
+            return [[Rollout(prompt, answer, np.zeros(len(answer), np.float32), "stop", 0)]]
+
+        engine = SimpleNamespace(generate=generate)
+        ((rollout,),) = environments.play(engine, [row], 1, Sampling(20), [0])
+        assert rollout.prompt + rollout.ids == example.ids.tolist()
+        assert (rollout.example().mask == example.mask).all()
+        functions, _ = load(["exact"], None)
+        assert score(functions, tokenizer, [row], [[rollout]]).tolist() == [[[1.0]]]

@@ -232,6 +232,7 @@ PLUMBING = {
     "quantize": "test_nf4.py",
     "reward_timeout": "test_rewards.py",
     "unsafe_code": "test_sandbox.py",
+    "env_timeout": "test_environment.py",
     "engine": "test_vllm_scripts.py",
     "vllm": "test_vllm_scripts.py",
     "vllm_timeout": "test_vllm_scripts.py",

@@ -14,24 +14,24 @@ from twins.rollouts import GAP, Means, positions
 SCRIPT = "train_distill.py"
 PLAIN = (
     "--model {place}/model --teacher {place}/teacher --data {place}/answers.jsonl "
-    "--eval_data {place}/answers_held_out.jsonl --steps 3 --prompts 8 --max_new_tokens 6 "
+    "--eval_data {place}/answers_held_out.jsonl --steps 3 --prompts 4 --max_new_tokens 6 "
     "--temperature 0.8 --seed 5 --lr 4e-3 --warmup 2 --weight_decay 0.2 --grad_clip 0.1 "
-    "--stop e 7 / "
+    "--eval_rows 2 --stop e 7 / "
 )
 RUNS = {
-    "mixed": PLAIN + "--on_policy 0.6 --beta 0.3 --minibatches 2 --eval_every 2 --eval_rows 3 "
+    "mixed": PLAIN + "--on_policy 0.6 --beta 0.3 --minibatches 2 --eval_every 2 "
     "--reward {place}/reward.py:letters {place}/reward.py:scaled --tokens 70 --checkpointing full "
     "--kernels torch --engine_rows 7 --engine_tokens 200",
-    "forward, likeliest": PLAIN + "--beta 0 --teacher_top_k 5 --prompts 4 "
-    "--checkpointing selective",
+    "forward, likeliest": PLAIN + "--beta 0 --teacher_top_k 5 --checkpointing selective",
     "given": "--model {place}/model --teacher {place}/teacher --data {place}/riddles.jsonl "
     "--holdout 3 --rename riddle=prompt solution=completion --to_messages --max_prompt 30 "
     "--chat_template {place}/chat.jinja --on_policy 0 --teacher_top_k 3 --steps 3 --prompts 4 "
     "--minibatches 2 --max_new_tokens 5 --lr 3e-3 --grad_clip 0 --seed 2",
     "mixed, likeliest": PLAIN + "--on_policy 0.4 --beta 0.7 --teacher_top_k 40 --max_logp_gap 5",
-    "stale": PLAIN + "--steps 4 --prompts 4 --max_staleness 2 --max_new_tokens 9",
+    "stale": PLAIN + "--steps 4 --max_staleness 2 --max_new_tokens 9",
+    "environment": PLAIN + rollouts.TALKS + "--max_turns 2 --beta 0.5 --reward environment",
     "lora": PLAIN + "--lora 3 --lora_alpha 5 --rslora --lora_targets o_proj down_proj --beta 0.5 "
-    "--prompts 4 --lr 2e-2",
+    "--lr 2e-2",
 }
 METRICS = {
     *("divergence", "entropy", "loss", "on_policy", "grad_norm", "lr", "epoch", "num_tokens"),
@@ -68,6 +68,7 @@ def write_more(place):
     toy.write_rows(place / "answers.jsonl", answer_rows(9))
     toy.write_rows(place / "answers_held_out.jsonl", answer_rows(5, first=20))
     toy.write_rows(place / "riddles.jsonl", riddle_rows(14))
+    rollouts.write_talk(place)
 
 
 # ---------------------------------------------------------------------------------------- answers
@@ -127,7 +128,7 @@ def drawn_metrics(s, drawn) -> dict:
     """completions/* and staleness/* of the samples of a step."""
     if not drawn:
         return {"staleness/max": 0}
-    lengths = [len(sample.new) for sample in drawn]
+    lengths = [sum(sample.sampled) for sample in drawn]
     cut_off = [sample.finish == "length" for sample in drawn]
     return {
         **rollouts.staleness(s, drawn),

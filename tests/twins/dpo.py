@@ -75,27 +75,30 @@ def pairs_of(tokenizer, rows, args):
 
 
 # ----------------------------------------------------------------------------------- what is shared
-def numbers(model, reference, ids, start, end=None, prompt_too=False, weight_T=None):
+def numbers(model, reference, ids, start, end=None, prompt_too=False, weight_T=None, sampled=None):
     """What losses and metrics need of a sequence, whose answer is ids[start:end].
 
     reference: a model, or None. prompt_too: the prompt counts in nll, entropy and targets.
-    weight_T: of each token of the answer; default: 1."""
+    weight_T: of each token of the answer; default: 1. sampled: which of the answer's tokens count;
+    default: all."""
     logp_T, entropy_T = common.logp_and_entropy(model, ids)
-    first, end = 1 if prompt_too else start, end or len(ids)
+    end = end or len(ids)
+    at = [t for t in range(start, end) if sampled is None or sampled[t - start]]
+    counted = list(range(1, end)) if prompt_too else at
     if weight_T is None:
-        weight_T = torch.ones(end - start, dtype=torch.float64)
+        weight_T = torch.ones(len(at), dtype=torch.float64)
     ref_logp = 0.0
     if reference is not None:
         with torch.no_grad():
             ref_logp_T, _ = common.logp_and_entropy(reference, ids)
-            ref_logp = float((ref_logp_T[start:end] * weight_T).sum())
+            ref_logp = float((ref_logp_T[at] * weight_T).sum())
     return SimpleNamespace(
-        logp=(logp_T[start:end] * weight_T).sum(),
+        logp=(logp_T[at] * weight_T).sum(),
         ref_logp=ref_logp,
-        nll=-logp_T[first:end].sum(),
-        entropy=entropy_T[first:end].sum().item(),
-        targets=end - first,
-        length=end - start,
+        nll=-logp_T[counted].sum(),
+        entropy=entropy_T[counted].sum().item(),
+        targets=len(counted),
+        length=len(at),
         tokens=len(ids),
         weight_T=weight_T,
     )

@@ -58,11 +58,15 @@ RUNS = {
     "--beta 0.3 --lr 2e-2",
     "lora, stale": PLAIN + TWO + "--lora 2 --lr 2e-2 --max_staleness 1 --max_logp_gap 5 "
     "--old_logp trainer --correct token-truncate --beta 0.2",
+    "environment": PLAIN + rollouts.TALKS + "--max_turns 2 --agg sequence "
+    "--reward environment {place}/rewards.py:letters",
     "fork curriculum": PLAIN + TWO,
     "fork distill": PLAIN + TWO + "--teacher {place}/other --beta 0.1 --clip 0.02 0.05",
+    "fork echo": PLAIN + rollouts.TALKS + "--max_turns 2 --echo_coef 0.3 --agg sequence",
     "fork entropy_bonus": PLAIN + TWO + "--entropy_coef 0.2 --agg sequence",
     "fork gdpo": PLAIN + TWO + "--adv gdpo",
     "fork kl_reward": PLAIN + SCALED + "--adv loo --ratio sequence_sum --agg sequence --beta 0.3",
+    "fork length_penalty": PLAIN + SCALED + "--length_penalty 0.4 --group 4",
     "fork median_baseline": PLAIN + SCALED + "--adv median --group 4",
     "fork multi_turn": PLAIN + TWO + "--turn <|user|>Sure?<|assistant|> --beta 0.1 --top_p 0.7",
     "fork off_policy_mask": PLAIN + TWO + "--off_policy_mask 0.02 --beta 0.1",
@@ -199,6 +203,40 @@ def with_kl(args, sample, reward):
     return reward - args.beta * sum(each)
 
 
+def with_penalty(args, group, rewards):
+    """The rewards of a group, those of right answers less what they are longer: of a fork."""
+    lengths = [e.length for e, r in zip(group, rewards) if r is not None and r > 0]
+    width = std_of_all(lengths) if lengths else 0.0
+    found = []
+    for e, r in zip(group, rewards):
+        if r is not None and r > 0:
+            excess = (e.length - sum(lengths) / len(lengths)) / (width + 1e-4)
+            r = r * (1 - args.length_penalty / (1 + math.exp(-excess)))
+        found.append(r)
+    return found
+
+
+def std_of_all(values):
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((x - mean) ** 2 for x in values) / len(values))
+
+
+def echo(args, model, minibatch, meter) -> int:
+    """Backward pass of the cross-entropy of what the environment said: of a fork -> its tokens."""
+    said = []
+    for e in minibatch:
+        start = len(e.prompt)
+        said.append([start + i for i, drawn in enumerate(e.sampled) if not drawn])
+    heard = sum(map(len, said))
+    for e, at in zip(minibatch, said):
+        logp_T, _ = common.logp_and_entropy(model, e.ids)
+        for t in at:
+            meter.add(1, echo=-logp_T[t])
+        if at:
+            (-args.echo_coef * sum(logp_T[t] for t in at) / heard).backward()
+    return heard
+
+
 # --------------------------------------------------------------------------------------------- twin
 def twin(args):
     s = rollouts.setting(args)
@@ -250,6 +288,8 @@ def twin(args):
             learnt = [
                 [with_kl(args, sample, r) for sample, r in zip(*x)] for x in zip(groups, totals)
             ]
+        if args.fork == "length_penalty":
+            learnt = [with_penalty(args, *x) for x in zip(groups, totals)]
         adv = [x for group in advantages(s, groups, learnt) for x in group]
         if args.fork == "top_entropy":
             entropies = [sample.entropy[t] for sample in samples for t in positions(sample)]
@@ -281,6 +321,8 @@ def twin(args):
             trained = 0
             for p in model.parameters():
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
+            if args.fork == "echo":
+                trained += echo(args, model, minibatch, meter)
             for sample in minibatch:
                 if args.beta or args.fork == "entropy_bonus" or any(sample.adv):
                     loss = loss_of(args, model, sample, meter, gaps if k == 0 else None)

@@ -35,6 +35,8 @@ RUNS = {
     "--max_staleness 1 --max_new_tokens 9 --reference_model {place}/near",
     "lora": PLAIN + "--reward {place}/reward.py:letters --steps 3 --prompts 3 --reference_model "
     "{place}/near --lora 3 --lora_alpha 5 --rslora --lora_targets q_proj v_proj --lr 2e-2",
+    "environment": PLAIN + rollouts.TALKS + "--max_turns 2 --loss sigmoid --steps 3 --prompts 3 "
+    "--reference_model {place}/near",
     "orpo": PLAIN + "--reward {place}/reward.py:letters --loss orpo --steps 3 --prompts 2",
 }
 METRICS = {
@@ -64,8 +66,9 @@ def rarely(completions, **columns):
 
 
 def write_more(place):
-    """Add judge.py, puzzled.jsonl and near/ to the tiny place."""
+    """Add judge.py, puzzled.jsonl, near/ and what write_talk does to the tiny place."""
     dpo.write_near(place)
+    rollouts.write_talk(place)
     (place / "judge.py").write_text(JUDGE)
     rows = common.prompt_rows(14)
     rows = [{"puzzle": row["prompt"] if i % 3 else f"{i}, "} for i, row in enumerate(rows)]
@@ -104,7 +107,7 @@ def best_and_worst(samples):
     worst = min(samples, key=lambda sample: sample.reward)
     if best.reward == worst.reward or best.new == worst.new:
         return None
-    return [(x.prompt + x.new, len(x.prompt)) for x in (best, worst)]
+    return [(x.prompt + x.new, len(x.prompt), x.sampled) for x in (best, worst)]
 
 
 # --------------------------------------------------------------------------------------------- twin
@@ -126,10 +129,9 @@ def evaluated(model, reference, s):
         if name == "accuracy" and reference is not None:
             kl = 0.0
             for x in samples:
-                of_new = slice(len(x.prompt), None)
                 for m, sign in [(model, 1), (reference, -1)]:
                     logp_T, _ = common.logp_and_entropy(m, x.prompt + x.new)
-                    kl += sign * logp_T[of_new].sum().item()
+                    kl += sign * logp_T[rollouts.positions(x)].sum().item()
             found["eval/kl"] = kl / len(samples)
     return found
 
@@ -144,10 +146,12 @@ def check_recorded(recorded, about, groups, first, prompt_too):
     ordered = [sample for i in owned for sample in groups[i]]
     for line, sample in zip(found, ordered, strict=True):
         assert line["ids"] == sample.prompt + sample.new
-        prompt = int(prompt_too and bool(line["minibatch"]))  # of a pair
-        assert line["mask"] == [prompt] * len(sample.prompt) + [1] * len(sample.new)
+        drawn = [False] * len(sample.prompt) + sample.sampled
+        whole = prompt_too and bool(line["minibatch"])  # of a pair
+        assert line["mask"] == [int(x or whole) for x in drawn]
         assert line["finish"] == sample.finish
-        assert line["version"] == [-1] * len(sample.prompt) + sample.versions
+        versions = [0] * len(sample.prompt) + sample.versions
+        assert line["version"] == [v if x else -1 for v, x in zip(versions, drawn)]
         assert "kept" not in line  # the loss is over the whole distribution
         logp = [0.0] * len(sample.prompt) + sample.logp
         assert max(abs(a - b) for a, b in zip(line["engine_logp"], logp)) < rollouts.RECORDED
@@ -187,7 +191,10 @@ def twin(args):
         pairs = [pair for pair in map(best_and_worst, groups) if pair]
         prompt_too = "orpo" in args.loss
         sides = [
-            [dpo.numbers(model, reference, *x, prompt_too=prompt_too) for x in pair]
+            [
+                dpo.numbers(model, reference, ids, start, prompt_too=prompt_too, sampled=sampled)
+                for ids, start, sampled in pair
+            ]
             for pair in pairs
         ]
         nll_tokens = sum(chosen.targets for chosen, _ in sides) / max(1, len(pairs))
@@ -209,7 +216,7 @@ def twin(args):
         rewards = [x.reward for x in samples if x.reward is not None]
         first = [{} if x.reward is None else {"reward": x.reward} for x in ordered[: args.group]]
         rollouts.check_samples(args, step, first)
-        lengths = [len(x.new) for x in samples]
+        lengths = [x.length for x in samples]
         line = {
             "step": step,
             **dpo.means(each),

@@ -42,6 +42,7 @@ RUNS = {
     "--value_lr 1e-2 --steps 3",
     "lora, head": PLAIN + TWO + "--lora 2 --lora_targets v_proj up_proj --beta 0.3 --lr 2e-2 "
     "--value_model head --weight_decay 0.3",
+    "environment": PLAIN + rollouts.TALKS + "--max_turns 2 --beta 0.2 --lam 0.9 --eos_penalty 0.2",
     "fork adaptive_kl": PLAIN
     + TWO
     + "--kl_target 1.1 --beta 0.3 --value_warmup 1 --lr 8e-3 --steps 4",

@@ -4,7 +4,7 @@ the held-out evaluation.
 A sample is a Namespace: prompt and new (token ids), sampled (bool for each of new), logp (of each
 of new, 0 where not sampled), versions (of the weights that drew each of new), kept (for each of new
 the ids that a cut kept, in order; none where there was no cut), length (sampled tokens), finish,
-rewards (one of each function, None where it does not apply).
+episode_reward (of --env), rewards (one of each function, None where it does not apply).
 A rollout's numbers that belong to tokens are lists, aligned with ids = prompt + new.
 """
 
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import forks
 from nanopost import plain
@@ -39,6 +40,7 @@ METRICS = {
     "completions/max_length",
     "completions/clipped_ratio",
     "completions/duplicate_ratio",
+    "rewards/environment/mean",
     *("completions/unrewarded", "num_tokens", "staleness/mean", "staleness/max"),
 }
 
@@ -67,6 +69,31 @@ def rarely(completions, **columns):
 '''
 
 
+TALK = '''
+class Talk:
+    """Replies with the length of an answer, which also decides on the reward and the end."""
+
+    def reset(self, row):
+        self.turns = 0
+
+    def step(self, completion):
+        self.turns += 1
+        length = len(completion)
+        reward = None if length == 4 else length % 3 - 0.3 * self.turns
+        return [{"role": "user", "content": f"{length}?"}], reward, length % 4 == 3
+'''
+TALKS = "--model {place}/ends --env {place}/talk.py:Talk --max_new_tokens 8 --stop "
+
+
+def write_talk(place):
+    """Add talk.py, an environment, and ends, a model whose answers often end."""
+    (place / "talk.py").write_text(TALK)
+    common.write_model(place / "ends", seed=4)
+    weights = load_file(place / "ends/model.safetensors")
+    weights["model.embed_tokens.weight"][1] *= -4  # <|end|>
+    save_file(weights, place / "ends/model.safetensors", {"format": "pt"})
+
+
 def puzzle_rows(count):
     """Prompts whose columns have other names, half of them plain text, some of them long."""
     found = []
@@ -78,7 +105,9 @@ def puzzle_rows(count):
 
 
 def write_more(place):
-    """Add puzzles.jsonl, rewards.py and other_rm (another reward model) to the tiny place."""
+    """Add puzzles.jsonl, rewards.py, other_rm (another reward model) and what write_talk adds to
+    the tiny place."""
+    write_talk(place)
     common.write_model(place / "other_rm", seed=3, scalar=True)
     toy.write_rows(place / "puzzles.jsonl", puzzle_rows(14))
     (place / "rewards.py").write_text(REWARDS)
@@ -114,7 +143,7 @@ def setting(args) -> Namespace:
             if not args.max_prompt or len(ids) <= args.max_prompt:
                 kept.append({**columns, **row, "prompt_ids": ids})
     s.rewards = []
-    for spec in args.reward:
+    for spec in args.reward or ["environment"] * bool(args.env):
         name, function = reward(spec)
         taken = {other for other, _ in s.rewards}
         names = [name, *(f"{name}-{i}" for i in range(2, 9))]
@@ -124,6 +153,8 @@ def setting(args) -> Namespace:
 
 
 def reward(spec):
+    if spec == "environment":
+        return spec, lambda row, sample, text, step: sample.episode_reward
     if spec.startswith("model:"):
         model = common.scalar_model(spec.removeprefix("model:"))
 
@@ -216,6 +247,7 @@ def draw(model, s, prompt, seeds, temperature, whole=False, versions=()) -> list
                 logp=logp_T[:end],
                 kept=kept_T[:end],
                 sampled=[True] * end,
+                episode_reward=None,
                 versions=versions[:end],
                 finish="stop" if True in stopped_T else "length",
             )
@@ -237,21 +269,52 @@ def group(model, s, row, serial, n, temperature, whole=False) -> list[Namespace]
     samples = draw(model, s, row["prompt_ids"], seeds, temperature, whole, versions)
     for i, sample in enumerate(samples):
         answer = sample
+        new = sample.new
         if s.args.fork == "multi_turn":
-            turn = common.encoded(s.tokenizer, s.args.turn)
-            prompt = sample.prompt + sample.new + turn
-            (answer,) = draw(model, s, prompt, [seed + n + i], temperature, whole)
-            sample.new = sample.new + turn + answer.new
-            sample.logp = sample.logp + [0.0] * len(turn) + answer.logp
-            sample.kept = sample.kept + [[]] * len(turn) + answer.kept
-            sample.sampled = sample.sampled + [False] * len(turn) + answer.sampled
-            sample.versions = sample.versions + [s.step - 1] * len(turn) + answer.versions
-            sample.finish = answer.finish
+            answer = turn(model, s, sample, s.args.turn, seed + n + i, temperature, whole)
+            new = answer.new
+        if s.args.env:
+            later = range(seed + n + i, seed + s.args.max_turns * n + i, n)
+            answer = episode(model, s, row, sample, later, temperature, whole)
+            new = sample.new
         sample.length, sample.trained = sum(sample.sampled), True
-        seen = Namespace(prompt=sample.prompt, new=answer.new)
+        seen = Namespace(prompt=sample.prompt, new=new, episode_reward=sample.episode_reward)
         text = text_of(s, answer.new)
         sample.rewards = [function(row, seen, text, s.step) for _, function in s.rewards]
     return samples
+
+
+def turn(model, s, sample, text, seed, temperature, whole) -> Namespace:
+    """Append a text that is not sampled to a sample, and the answer to it -> the answer."""
+    ids = common.encoded(s.tokenizer, text)
+    prompt = sample.prompt + sample.new + ids
+    (answer,) = draw(model, s, prompt, [seed], temperature, whole)
+    sample.new = sample.new + ids + answer.new
+    sample.logp = sample.logp + [0.0] * len(ids) + answer.logp
+    sample.kept = sample.kept + [[]] * len(ids) + answer.kept
+    sample.sampled = sample.sampled + [False] * len(ids) + answer.sampled
+    sample.versions = sample.versions + [s.step - 1] * len(ids) + answer.versions
+    sample.finish = answer.finish
+    return answer
+
+
+def episode(model, s, row, sample, seeds, temperature, whole) -> Namespace:
+    """Play --env from the first answer on; each later one has one of the seeds -> the last one."""
+    path, name = s.args.env.split(".py:")
+    environment = runpy.run_path(f"{path}.py")[name]()
+    environment.reset(row)
+    answer, rewards, seeds = sample, [], list(seeds)
+    while True:
+        ((reply,), reward, done) = environment.step(text_of(s, answer.new))
+        rewards += [] if reward is None else [reward]
+        sample.episode_reward = sum(rewards) if rewards else None
+        if done or answer.new[-1] != s.tokenizer.eos_token_id:
+            return answer
+        if not seeds:
+            sample.finish = "length"
+            return answer
+        text = f"<|user|>{reply['content']}<|assistant|>"
+        answer = turn(model, s, sample, text, seeds.pop(0), temperature, whole)
 
 
 def total(s, sample) -> float | None:

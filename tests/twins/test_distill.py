@@ -32,7 +32,7 @@ def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, folder, name):
     common.check_flags_matter(distill, args, also, folder)
 
 
-@pytest.mark.parametrize("name", ["mixed", "given", "lora"])
+@pytest.mark.parametrize("name", ["mixed", "given"])
 def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
     common.check(distill, name, place, tmp_path, resume=True)
 
