@@ -5,15 +5,18 @@ sandbox; and how many programs it runs in a second.
 
 DATA: a folder with humaneval.jsonl.gz and mbpp.jsonl, as their authors publish them. Two kinds of
 fault: each function returns something else, which every test must notice; and one small change (a
-comparison, plus and minus, a number), which tests notice if they are good.
+comparison, plus and minus, a number), which tests notice if they are good. For those the verdict
+is compared with that of one process which runs program and tests, as most harnesses do.
 """
 
 import ast
 import gzip
 import json
+import math
 import os
 import random
 import resource
+import signal
 import time
 from pathlib import Path
 
@@ -77,7 +80,9 @@ def measured(rows, solutions, draw):
     other = sandbox.passed(jobs_of(rows, other), LIMITS)
     small = [(row, small_change(code, draw)) for row, code in zip(rows, solutions)]
     small = [(row, code) for row, code in small if code is not None]
-    survived = sandbox.passed(jobs_of(*zip(*small)), LIMITS)
+    jobs = jobs_of(*zip(*small))
+    survived = sandbox.passed(jobs, LIMITS)
+    alone = [in_one_process(job) for job in jobs]
     return {
         "solutions": len(rows),
         "solutions that pass": sum(own),
@@ -85,7 +90,26 @@ def measured(rows, solutions, draw):
         "with other returns that pass": sum(other),
         "with a small change": len(small),
         "with a small change that pass": sum(survived),
+        "verdicts that one process does not give": sum(x != y for x, y in zip(survived, alone)),
     }
+
+
+def in_one_process(job):
+    child = os.fork()
+    if not child:
+        signal.alarm(math.ceil(2 * LIMITS.seconds))
+        resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+        null = os.open("/dev/null", os.O_RDWR)
+        for descriptor in range(3):
+            os.dup2(null, descriptor)
+        try:
+            names = {"__name__": "program"}
+            own_tests = "" if job.entry else job.setup  # HumanEval's setup is the prompt
+            exec(f"{job.code}\n{own_tests}\n{job.tests}", names)
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
 
 
 def cpu_seconds():
