@@ -89,10 +89,12 @@ if args.on_policy < 1 and args.max_staleness:
 if 0 < args.on_policy < 1 and args.reproducible:
     raise InputError("--reproducible samples whole chunks of prompts: give --on_policy 0 or 1.")
 if (args.top_k, args.top_p, args.min_p) != (0, 1.0, 0.0):
-    raise InputError("--top_k, --top_p and --min_p cut what the teacher is compared with: none.")
+    raise InputError(
+        "--top_k, --top_p and --min_p would cut what the teacher is compared with: leave them out."
+    )
 if args.reward_weights:
     raise InputError(
-        "--reward_weights: here rewards train nothing, they are watched: leave it out."
+        "--reward_weights has no use here, where rewards are only watched: leave it out."
     )
 tokenizer = Tokenizer.load(args.model, args.chat_template)
 model = hf.load_model(args.model, world.device, shard=cli.shard(args, world))
@@ -103,21 +105,28 @@ train_rows, eval_rows = rows.load(
     args.data, args.eval_data, args.holdout, args.rename, rows.answered, args.to_messages
 )
 eval_rows = eval_rows[: args.eval_rows]
-play = cli.environment(
-    args, tokenizer, model.config.max_positions, train_rows + eval_rows, needs_reward=False
-)
+positions = min(model.config.max_positions, teacher.max_positions)
+play = cli.environment(args, tokenizer, positions, train_rows + eval_rows, needs_reward=False)
 (train_rows, eval_rows), report = tokenizer.with_prompts(
     (train_rows, eval_rows),
     args.max_prompt,
     args.max_new_tokens,
     args.tokens,
-    min(model.config.max_positions, teacher.max_positions),
+    positions,
 )
 stored, cut = [], 0
 if args.on_policy < 1:
-    whole = [tokenizer.example(rows.sft(row), "completion").ended() for row in train_rows]
-    stored = [unsampled(e, args.max_new_tokens) for e in whole]
-    cut = sum(len(e) < len(of) for e, of in zip(stored, whole))
+    for row in train_rows:
+        if row.get("completion") is None:
+            raise InputError(
+                f"{rows.place(row)}: it has no completion, which --on_policy {args.on_policy:g} "
+                "needs: add one to each row (--rename theirs=completion), or give --on_policy 1."
+            )
+        answer = tokenizer.example(rows.sft(row), "completion").ended()
+        if not answer.num_targets:
+            raise InputError(f"{rows.place(row)}: no message of its completion is an assistant's.")
+        stored.append(unsampled(row["prompt_ids"], answer, args.max_new_tokens))
+        cut += len(answer) - answer.prompt_length > args.max_new_tokens
 reward_functions = []
 if args.reward:  # they are watched on held-out prompts, and train nothing
     reward_functions, _ = cli.load_rewards(args, tokenizer, world)
@@ -181,7 +190,7 @@ def evaluate():
 
 
 def divergence(batch):
-    return model(batch, head=teacher(batch))[2]
+    return model(batch, head=teacher(batch, temperature=1.0))[2]
 
 
 if args.dry_run:
@@ -221,7 +230,7 @@ for step in range(state["step"] + 1, args.steps + 1):
         divisors.append(divisor)
         # Ranks run equally many micro-batches, padded with dummies: each pass is a collective.
         for batch in batches(model, minibatch, args.tokens, world.device):
-            logp_N, entropy_N, divergence_N = model(batch, head=teacher(batch))
+            logp_N, entropy_N, divergence_N = model(batch, head=teacher(batch, args.temperature))
             loss = divergence_N.sum()
             (loss / divisor).backward()
             tape.add(batch, logp=logp_N, entropy=entropy_N, divergence=divergence_N, loss=loss)

@@ -350,6 +350,11 @@ def reference(args, folder, model, world):
     return found.requires_grad_(False)
 
 
+def is_address(text: str) -> bool:
+    """Whether it is a server's, and no folder."""
+    return "//" in text or bool(re.fullmatch(r"[\w.-]+:\d+", text))
+
+
 def teacher(args, model, world, tokenizer) -> Teacher | ServedTeacher:
     """The teacher that --teacher names, for the student `model`."""
     vocabulary, top_k = model.config.vocab_size, args.teacher_top_k
@@ -358,7 +363,12 @@ def teacher(args, model, world, tokenizer) -> Teacher | ServedTeacher:
             f"--teacher_top_k {top_k} of {vocabulary:,} tokens leaves no rest: give less, or 0 for "
             "all of them."
         )
-    if args.teacher[0].startswith("http"):
+    if is_address(args.teacher[0]):
+        if args.reproducible:
+            raise InputError(
+                "--reproducible needs a teacher in a folder: the numbers of a server depend on "
+                "what it computes at the same time."
+            )
         if not top_k:
             raise InputError(
                 "--teacher URL needs --teacher_top_k: a server names its likeliest tokens alone."
@@ -373,9 +383,9 @@ def teacher(args, model, world, tokenizer) -> Teacher | ServedTeacher:
     if len(args.teacher) > 1:
         raise InputError("--teacher takes one folder, or the addresses of servers.")
     (folder,) = args.teacher
-    tokenizer.check_same(folder, "--teacher ")
+    tokenizer.check_same(folder, "--teacher ", "take a teacher that has the same")
     found = hf.load_model(folder, world.device, shard=_shard(args, world))
-    return Teacher(found, vocabulary, world.dtype, args.temperature, args.beta, top_k)
+    return Teacher(found, vocabulary, world.dtype, args.beta, top_k)
 
 
 def engine(args, folder, model, world, tokenizer):

@@ -49,6 +49,7 @@ class Episode:
     messages: list[dict] = field(default_factory=list)  # after the prompt: answers and replies
     calls: int | None = None  # of tools; None: the environment has none
     failures: int = 0  # of these: malformed, of an unknown tool, with wrong arguments or an error
+    failure: str = ""  # the first of them
     error: str = ""  # of the environment itself, which ended the episode
 
 
@@ -209,6 +210,7 @@ class ToolPlayer(Player):
             content = self.run(self.tools[name], **copy.deepcopy(arguments))
         except Exception as error:  # of the model's call, or of the user's code
             self.episode.failures += 1
+            self.episode.failure = self.episode.failure or f"{name}: {told(error)}"
             content = {"error": str(error)}
         return {"role": "tool", "name": name, "tool_call_id": call["id"], "content": str(content)}
 
@@ -246,6 +248,7 @@ class Environments:
             )
         self.has_reward = self.is_own or hasattr(self.kind, "get_reward")
         self.parse = None if self.is_own else tools.parser_of(tokenizer.template)
+        self.warned = False  # that all calls fail
         self.idle = []  # players between two episodes
         self.idle = self._players(1)
         self.schemas = [] if self.is_own else self.idle[0].schemas
@@ -379,6 +382,14 @@ class Environments:
                 p.waiting.close()
             else:
                 self.idle.append(p)
+        calls = sum(p.episode.calls or 0 for p in players)
+        if calls == sum(p.episode.failures for p in players) and calls and not self.warned:
+            self.warned = True
+            first = next(p.episode.failure for p in players if p.episode.failure)
+            say(
+                f"warning: {self.name}: each of the {calls} calls of tools in a rollout batch "
+                f"failed, the first with {first}; see samples.jsonl, and tools/failure_frequency"
+            )
         errors = [p.episode.error for p in players if p.episode.error]
         if len(errors) == len(players) > 1:
             raise InputError(f"{self.name}: all {len(players)} episodes failed: {errors[0]}.")
@@ -438,10 +449,10 @@ def doubts(template: Template, parse: Callable | None, schemas: list[dict]) -> s
             at = len(os.path.commonprefix([anew, sampled]))
             start = max(0, at - 10)
             end = at + 20
-            changed.append(f"{what}: {sampled[start:end]!r} to {anew[start:end]!r}")
+            changed.append(f"{what}: {sampled[start:end]!r} becomes {anew[start:end]!r}")
     if changed:
         said.append(
-            "warning: rendered anew, the chat template changes earlier turns; rollouts keep what "
-            f"was sampled ({'; '.join(changed)})"
+            "warning: the chat template writes earlier turns otherwise than they were sampled; "
+            f"rollouts keep the sampled tokens ({'; '.join(changed)})"
         )
     return "\n".join(said)

@@ -428,6 +428,8 @@ def of_group_advantages(step) -> list[Line]:
     f, groups = step.flags, list(groups_of(step).values())
     if hasattr(f, "teacher"):
         return [Line("advantages", note="replay has no formula for those of forks/distill.diff")]
+    if hasattr(f, "length_penalty"):
+        return [Line("advantages", note="replay has no formula for forks/length_penalty.diff")]
     if f.adv not in ("group", "mean", "loo", "batch"):
         return [Line("advantages", note=f"replay has no formula for --adv {f.adv}")]
     totals = [[plain.total(e.rewards, weights_of(f)) for e in group] for group in groups]

@@ -27,7 +27,7 @@ import torch
 
 from nanopost import InputError, hf
 from nanopost.batch import shared
-from nanopost.cli import Parser, above, at_least, command
+from nanopost.cli import Parser, above, at_least, command, is_address
 from nanopost.dist import finish
 from nanopost.footprint import (
     NODE,
@@ -438,7 +438,7 @@ def parsed(arguments=None) -> Namespace:
     if args.script == "ppo" and args.value_model != "head":
         args.value_config = hf.read_config(args.value_model or args.model).with_scalar_head(None)
     args.teacher_config = None
-    if args.script == "distill" and not (args.teacher or [""])[0].startswith("http"):
+    if args.script == "distill" and not is_address((args.teacher or [""])[0]):
         args.teacher_config = hf.read_config((args.teacher or [args.model])[0])
     check(args)
     args.units = units_of(args.script, args.config, args.value_config)
@@ -568,6 +568,8 @@ def end_dry_run(script: str, given: dict, world, rows: list):
         other = [*words, "--gpu", "h100"]
         other[other.index("--gpus") + 1] = 8
         say(f"on eight H100: python -m nanopost.plan {shlex.join(map(str, other))}")
+        if given.get("env"):
+            say(f"of an episode, one of up to {given['max_turns']} answers is counted here")
         say("dry run: nothing was trained and nothing written")
     finish()
     sys.exit(0)

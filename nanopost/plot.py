@@ -48,6 +48,7 @@ PANELS = [
     Panel(("kl", "objective/kl", "policy/approxkl_avg"), (), ("eval/kl",), log=True),
     Panel(("policy/entropy_avg", "entropy"), (), ("eval/entropy",)),
     Panel(("completions/mean_length",)),
+    Panel(("tools/call_frequency",), ("tools/failure_frequency",)),
     Panel(("completions/clipped_ratio",), ("completions/unrewarded",)),
     Panel(("clip_ratio/region_mean", "policy/clipfrac_avg", "cispo_clip_ratio")),
     Panel(("val/explained_variance",)),

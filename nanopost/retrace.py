@@ -140,10 +140,12 @@ class Recorded:
     def completed(self, serial: int) -> tuple[list[int], list[bool]]:
         """Ids and mask of the prompt that was drawn as number `serial`, with its row's answer."""
         row = self.rows[self.row_of(serial)]
-        e = self.tokenizer.example(row, "completion").ended()
-        e = e[: len(row["prompt_ids"]) + self.flags(1).max_new_tokens]
+        prompt, e = row["prompt_ids"], self.tokenizer.example(row, "completion").ended()
         ids = e.ids.tolist()
-        return ids, turns_of(self.tokenizer, row, "completion", ids) or e.mask.tolist()
+        mask = turns_of(self.tokenizer, row, "completion", ids) or e.mask.tolist()
+        start = mask.index(True)
+        end = start + self.flags(1).max_new_tokens
+        return prompt + ids[start:end], [False] * len(prompt) + mask[start:end]
 
     def _pieces(self, given, limit):
         flags, found = self.flags(1), []

@@ -76,12 +76,17 @@ class Rollout:
         return Example(self.prompt + self.ids, mask, columns, kept)
 
 
-def unsampled(e: Example, max_new_tokens: int) -> Example:
-    """A prompt and a completion that nobody sampled, cut to so many tokens, with the columns of a
-    rollout's example: engine_logp 0 and version -1."""
-    e = e[: e.prompt_length + max_new_tokens]
-    e.columns |= {"engine_logp": np.zeros(len(e), np.float32), "version": np.full(len(e), -1)}
-    return e
+def unsampled(prompt: list[int], e: Example, max_new_tokens: int) -> Example:
+    """A prompt as a rollout begins with it, and the completion of an example, from its first
+    trained token on and cut to so many tokens. Columns as of a rollout's example: engine_logp 0 and
+    version -1."""
+    answer = e[e.prompt_length : e.prompt_length + max_new_tokens]
+    mask = np.concatenate([np.zeros(len(prompt), bool), answer.mask])
+    columns = {
+        "engine_logp": np.zeros(len(mask), np.float32),
+        "version": np.full(len(mask), -1),
+    }
+    return Example(np.concatenate([prompt, answer.ids]), mask, columns)
 
 
 def completion_text(rollout: Rollout, tokenizer) -> str:

@@ -233,8 +233,11 @@ def prompt(row: dict) -> dict:
 
 
 def answered(row: dict) -> dict:
-    """As prompt, or {"messages"}, of which the last answer becomes the completion."""
-    if "messages" in row and "prompt" not in row:
+    """As prompt, or {"messages"}, of which the last answer becomes the completion. Beside a prompt,
+    messages are not read."""
+    if "messages" in row and "prompt" in row:
+        row = {name: value for name, value in row.items() if name != "messages"}
+    if "messages" in row:
         _check_messages(row, "messages")
         *before, last = row["messages"]
         if not before or last["role"] != "assistant":

@@ -33,8 +33,9 @@ def is_over() -> bool:
 class Server:
     """The routes of one vLLM server. Connections are kept and used again."""
 
-    def __init__(self, url: str, timeout: float):
-        """url: http://host:port, or https. timeout: seconds that a request may take."""
+    def __init__(self, url: str, timeout: float, flag: str = "--vllm"):
+        """url: http://host:port, or https. timeout: seconds that a request may take. flag: that
+        names it, for errors."""
         try:
             parts = urlsplit(url if "//" in url else f"http://{url}")
             port = parts.port
@@ -42,7 +43,7 @@ class Server:
             parts, port = urlsplit(""), None
         rest = parts.path.strip("/") or parts.query
         if parts.scheme not in ("http", "https") or not parts.hostname or rest:
-            raise InputError(f"--vllm {url}: give an address such as http://127.0.0.1:8000.")
+            raise InputError(f"{flag} {url}: give an address such as http://127.0.0.1:8000.")
         self.url, self.timeout = url.rstrip("/"), timeout
         self.secure, self.host = parts.scheme == "https", parts.hostname
         self.port = port or (443 if self.secure else 80)

@@ -1,5 +1,5 @@
-"""A teacher as train_distill.py uses it: teacher(batch) is what the student's forward pass computes
-in its head, log-probs, entropies and the divergence from the teacher.
+"""A teacher as train_distill.py uses it: teacher(batch, temperature) is what the student's forward
+pass computes in its head, log-probs, entropies and the divergence from the teacher.
 
 Shapes: N packed tokens, M of them with a target, K of the teacher's tokens, D and E widths of
 student and teacher, V vocabulary.
@@ -23,24 +23,24 @@ TEXT = "  It costs $3.50 (100%), isn't 12+34 or Ünïcode?\n\tdef f(x): return x
 class Teacher:
     """A frozen model, of any size, over the student's vocabulary."""
 
-    def __init__(self, model, vocabulary: int, dtype, temperature: float, beta: float, top_k: int):
-        """vocabulary: of the student. dtype: of what computes. temperature, beta, top_k: see
+    def __init__(self, model, vocabulary: int, dtype, beta: float, top_k: int):
+        """vocabulary: of the student. dtype: of what computes. beta, top_k: see
         divergence.from_teacher. A collective."""
         self.model = model.requires_grad_(False)
         self.max_positions = model.config.max_positions
         weight_VE = dist.full_tensor(model.head_weight)
         device = getattr(model, "runs_on", weight_VE.device)  # with --offload it is held elsewhere
         self.weight_VE = weight_VE.to(device, dtype)[:vocabulary]
-        self.temperature, self.beta, self.top_k = temperature, beta, top_k
+        self.beta, self.top_k = beta, top_k
         if len(self.weight_VE) < vocabulary:
             raise InputError(
                 f"the teacher {model.folder} has {len(self.weight_VE):,} tokens and the student "
                 f"{vocabulary:,}: take a teacher that has as many, or more."
             )
 
-    def __call__(self, batch: Batch):
+    def __call__(self, batch: Batch, temperature: float):
         """-> head(hidden_MD, weight_VD) -> (logp_N, entropy_N, divergence_N), 0 where there is no
-        target. A collective."""
+        target. temperature: divides the logits of both. A collective."""
         with torch.no_grad():
             teacher_hidden_ME = self.model(batch, head=lambda hidden_ME, weight_VE: hidden_ME)
 
@@ -49,7 +49,7 @@ class Teacher:
                 hidden_MD,
                 weight_VD,
                 batch.target_N[batch.at_M],
-                self.temperature,
+                temperature,
                 teacher_hidden_ME,
                 self.weight_VE,
                 self.beta,
@@ -69,7 +69,7 @@ class ServedTeacher:
     ):
         """timeout: seconds that a request may take. InputError if a server is not there, reads text
         differently, or does not give that many log-probs."""
-        self.servers = [Server(url, timeout) for url in dict.fromkeys(urls)]
+        self.servers = [Server(url, timeout, "--teacher") for url in dict.fromkeys(urls)]
         self.beta, self.top_k, self.vocabulary = beta, top_k, vocabulary
         self.names, self.max_positions = {}, 2**31
         ids = tokenizer.encode(TEXT)
@@ -97,8 +97,10 @@ class ServedTeacher:
                     "different text: serve a model that has the same."
                 )
 
-    def __call__(self, batch: Batch):
-        """As Teacher's. StepError if a server fails."""
+    def __call__(self, batch: Batch, temperature: float):
+        """As Teacher's, at temperature 1. StepError if a server fails."""
+        if temperature != 1:
+            raise ValueError(f"a server tells of temperature 1, not {temperature}")
         asked = [
             (self.servers[i % len(self.servers)], e)
             for i, e in enumerate(batch.examples)
@@ -109,7 +111,9 @@ class ServedTeacher:
             try:
                 found += pool.map(lambda pair: self._judge(*pair), asked)
             except ServerError as error:
-                raise StepError(f"the teacher's server {error}.") from error
+                raise StepError(
+                    f"the teacher's server {error}; no other takes over: see to it, then --resume."
+                ) from error
         id_MK, logp_MK = [
             torch.from_numpy(np.concatenate(x)).to(batch.token_N.device) for x in zip(*found)
         ]

@@ -306,12 +306,14 @@ class Tokenizer:
         what = [_deciding_ids(json.loads(self.raw.to_str())), self.prefix]
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
-    def check_same(self, folder, flag: str):
+    def check_same(
+        self, folder, flag: str, way_out: str = "use one that was trained from the policy's model"
+    ):
         """InputError if the checkpoint in `folder`, given by `flag`, has another tokenizer."""
         if Tokenizer.load(folder).hash != self.hash:
             raise InputError(
                 f"{flag}{folder}: its tokenizer is not the policy's, so it reads different text: "
-                "use one that was trained from the policy's model."
+                f"{way_out}."
             )
 
 
@@ -406,7 +408,7 @@ def _check_room(length, max_new, tokens, positions, sides):
     given = f"a prompt of {length} tokens and {max_new} new ones exceed"
     shorter = "drop long prompts (--max_prompt, in training), lower --max_new_tokens"
     if positions <= tokens // sides:
-        raise InputError(f"{given} the model's {positions} positions: {shorter}.")
+        raise InputError(f"{given} the {positions} positions that there are: {shorter}.")
     half = " / 2 (one side of a pair)" if sides == 2 else ""
     raise InputError(f"{given} --tokens {tokens}{half}: {shorter} or raise --tokens.")
 

@@ -16,7 +16,7 @@ import torch
 from chats import make, user
 from small import small_model
 
-from nanopost import InputError, advantages, cli, dist, packing, rewards, tools
+from nanopost import InputError, advantages, cli, dist, packing, rewards, sandbox, tools
 from nanopost.ahead import Ahead
 from nanopost.batch import padded
 from nanopost.engine import Engine, Sampling
@@ -395,6 +395,22 @@ def test_errors_of_calls_are_told_to_the_model_and_counted(folder, alone):
     assert found["tools/call_frequency"] == 2 and found["tools/failure_frequency"] == 0.9
 
 
+def test_that_all_calls_fail_is_said_once_with_the_first_of_them(folder, alone, capsys):
+    texts = [[call_of("guess", number=7), call_of("guess", number=7), "<|end|>"]] * 2
+    played(folder / "theirs.py", "Vault", toy_tokenizer(), texts)
+    assert "warning" not in capsys.readouterr().out  # half of them
+    texts = [[call_of("guess", number="a"), "<|end|>"], [call_of("open"), "<|end|>"]]
+    found = played(folder / "theirs.py", "Vault", toy_tokenizer(), texts)[2]
+    said = capsys.readouterr().out
+    assert "each of the 2 calls of tools in a rollout batch failed, the first with guess: " in said
+    assert "theirs.py:" in said
+    engine = Says(toy_tokenizer(), [[call_of("open"), "<|end|>"]])
+    row = {"prompt": [user("Q")], "tools": found.schemas}
+    row["prompt_ids"] = toy_tokenizer().prompt_ids(row["prompt"], found.schemas)
+    found.play(engine, [row], 1, Sampling(200), [0])
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_environments_play_at_the_same_time_each_in_a_thread_of_its_own(folder):
     texts = [[call_of("hang", seconds=0.3), "<|end|>"]] * 8
     began = time.monotonic()
@@ -586,6 +602,82 @@ def test_ids_masks_and_replies_are_those_of_trls_loop(real, auto, folder, name):
             assert [c["function"] for c in mine.get("tool_calls", [])] == wanted
 
 
+ENDS = {"llama": "<|eot_id|>", "mistral": "</s>"}  # elsewhere <|im_end|>
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["llama3_1", "llama3_2", "qwen3_instruct_2507", "qwen3_6", "mistral"],
+)
+def test_a_conversation_is_what_transformers_renders_of_its_messages(
+    request, folder, frozen_clock, name
+):
+    """Up to the last answer, which some templates write otherwise."""
+    import trl
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    path = Path(trl.__file__).parent / f"chat_templates/{name}.jinja"
+    if name == "mistral":
+        path = request.getfixturevalue("shared") / "chat_templates/mistral_nemo_2407.jinja"
+    source = path.read_text()
+    end = next((end for start, end in ENDS.items() if name.startswith(start)), "<|im_end|>")
+    special = ["<s>", end, "<|im_start|>", "[TOOL_CALLS]", "<|start_header_id|>"]
+    tokenizer = make(source, special, bos="<s>", eos=end)
+    calls = []
+    for number in (3, 7):
+        written = tools.written(
+            tokenizer.template, [tools.call("guess", {"number": number}, 0)], SCHEMAS
+        )
+        calls.append(written[max(0, written.find("<tool_call>")) :] + end)
+    thought = "T\n</think>\n\n" if name == "qwen3_6" else ""
+    texts = [[thought + text for text in [*calls, f"It is 7.{end}"]]]
+    ((r,), _, found) = played(folder / "theirs.py", "Vault", tokenizer, texts, {"secret": 7})
+    assert [m["role"] for m in r.episode.messages] == ["assistant", "tool"] * 2 + ["assistant"]
+    ((whole,), _) = render_jinja_template(
+        conversations=[[user("Q"), *r.episode.messages]],
+        tools=found.schemas,
+        chat_template=source,
+        bos_token="<s>",
+        eos_token=end,
+    )
+    last = len(tokenizer.encode(texts[0][-1]))
+    ours = tokenizer.decode(r.prompt + r.ids[: len(r.ids) - last])
+    assert whole.startswith(ours)
+
+
+PYTHON = '''
+from nanopost import sandbox
+
+
+class Interpreter:
+    def reset(self, **columns):
+        pass
+
+    def python(self, code: str) -> str:
+        """Runs a program.
+
+        Args:
+            code: It
+        """
+        return sandbox.run(code)[0]
+'''
+
+
+def test_a_tool_runs_programs_in_the_sandbox(tmp_path):
+    try:
+        sandbox.check()
+    except InputError as error:
+        pytest.skip(str(error))
+    (tmp_path / "python.py").write_text(PYTHON)
+    texts = [
+        [call_of("python", code="print(6 * 7)"), "<|end|>"],
+        [call_of("python", code="open('/home/x', 'w')"), "<|end|>"],
+    ]
+    group, _, _ = played(tmp_path / "python.py", "Interpreter", toy_tokenizer(), texts)
+    replies = [r.episode.messages[1]["content"] for r in group]
+    assert replies[0] == "42\n" and "Error" in replies[1]
+
+
 # -------------------------------------------------------------------------------- prefix stability
 def unstable(source, parse, schemas, called) -> list[str]:
     """What of answers a template would write otherwise in a later prompt: by transformers' own
@@ -678,9 +770,9 @@ def test_reasoning_that_a_template_drops_once_a_user_replies_is_quoted():
     source = (Path(trl.__file__).parent / "chat_templates/qwen3.jinja").read_text()
     said = doubts(Template(source, {"eos_token": "<|im_end|>"}, SPECIAL), None, [])
     assert said == (
-        "warning: rendered anew, the chat template changes earlier turns; rollouts keep what was "
-        "sampled (reasoning: 'assistant\\n<think>\\nT\\n</think>\\n\\n' to "
-        "'assistant\\nA<|im_end|>\\n<|im_sta')"
+        "warning: the chat template writes earlier turns otherwise than they were sampled; "
+        "rollouts keep the sampled tokens (reasoning: 'assistant\\n<think>\\nT\\n</think>\\n\\n' "
+        "becomes 'assistant\\nA<|im_end|>\\n<|im_sta')"
     )
     plain = Template(toy.TEMPLATE, {"eos_token": "<|end|>"}, toy.SPECIAL)
     assert doubts(plain, None, []) == ""
@@ -688,7 +780,7 @@ def test_reasoning_that_a_template_drops_once_a_user_replies_is_quoted():
     said = doubts(Template(hidden, {"eos_token": "<|end|>"}, toy.SPECIAL), HERMES_CALLS, SCHEMAS)
     first, second = said.splitlines()
     assert first == "warning: the chat template does not tell the model which tools there are"
-    assert "sampled (space around them: 'ssistant|> <tool_call>" in second
+    assert "tokens (space around them: 'ssistant|> <tool_call>" in second
 
 
 # -------------------------------------------------------------------------- with the engine itself

@@ -22,7 +22,7 @@ COMBINED = [
     ("two_sided_clip", "overlong_mask", "entropy_bonus"),
     ("overlong_mask", "top_entropy", "off_policy_mask", "kl_reward", "median_baseline"),
     ("gdpo", "two_sided_clip", "entropy_bonus", "top_entropy"),
-    ("multi_turn", "echo", "length_penalty"),
+    ("multi_turn", "echo", "overlong_mask"),
     ("multi_turn", "curriculum", "two_sided_clip", "overlong_mask", "entropy_bonus"),
 ]
 REWARD = """

@@ -694,30 +694,25 @@ def test_a_folder_that_a_forks_flag_names_is_not_replaced(alone, tmp_path):
 
 # --------------------------------------------------------------------------------- length penalty
 def test_of_right_answers_the_shorter_are_worth_more():
-    """2502.04463, by hand; a group without a right answer, and one with a single one."""
-    rewards_PG = torch.tensor([[1.0, 0.0, 2.0, 1.0], [0.0, -1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]])
-    lengths = [[4, 1, 10, 4], [3, 5, 7, 9], [2, 8, 2, 2]]
-    rollouts = [SimpleNamespace(length=n) for row in lengths for n in row]
-    names = run_lines(
-        patched_source(SCRIPT, "length_penalty"),
-        "reward_PG = rewards.total(",
-        "for e, adv in zip(",
-        args=SimpleNamespace(length_penalty=0.3),
-        rewards=SimpleNamespace(total=lambda *_: rewards_PG.double()),
-        reward_FPG=None,
-        reward_weights=None,
-        rollouts=rollouts,
-        advantage=lambda reward_PG: reward_PG,
-    )
+    """2502.04463, by hand; a group without a right answer, one with a single one, and one in which
+    no reward applies to an answer."""
+    nan = math.nan
+    rewards_PG = torch.tensor([[1.0, 0.0, 2.0, 1.0], [0, -1, 0, 0], [0, 1, 0, 0], [nan, 1, 0, 1]])
+    lengths = [[4, 1, 10, 4], [3, 5, 7, 9], [2, 8, 2, 2], [5, 6, 7, 6]]
+    groups = [[SimpleNamespace(length=n) for n in row] for row in lengths]
+    worth = function_of("length_penalty", SCRIPT, "worth")
+    worth.__globals__["args"] = SimpleNamespace(length_penalty=0.3)
+    found = worth(rewards_PG.double(), groups)
     expected = rewards_PG.tolist()
     right = [4, 10, 4]
     mean = sum(right) / 3
     std = math.sqrt(sum((n - mean) ** 2 for n in right) / 3)
     for i, n in ((0, 4), (2, 10), (3, 4)):
         expected[0][i] *= 1 - 0.3 / (1 + math.exp(-(n - mean) / (std + 1e-4)))
-    expected[2][1] *= 1 - 0.3 / 2  # it is its own mean
-    close(names["adv_PG"], torch.tensor(expected, dtype=torch.float64), **TIGHT)
-    assert names["adv_PG"][0, 0] > names["adv_PG"][0, 2] / 2 > 0
+    for p, i in ((2, 1), (3, 1), (3, 3)):  # as long as the mean
+        expected[p][i] *= 1 - 0.3 / 2
+    close(found, torch.tensor(expected, dtype=torch.float64), equal_nan=True, **TIGHT)
+    assert worth(torch.zeros(0, 4), []).shape == (0, 4)  # of a rank without prompts
 
 
 # ------------------------------------------------------------------------------------------- ECHO
@@ -725,7 +720,7 @@ def test_echo_adds_the_cross_entropy_of_what_the_environment_said(alone):
     """2605.24517: the gradient of - coef sum log p / n over what was not sampled of a completion,
     by the whole logits of each episode alone."""
     model, examples = small_model(3), []
-    for seed, sampled in enumerate(("0011100110", "00010", "000110001")):
+    for seed, sampled in enumerate(("0011100110", "00010", "000110001", "0000")):
         mask = np.array([x == "1" for x in sampled])
         examples.append(Example(random_ids(len(mask), seed), mask))
     names = run_lines(
@@ -743,7 +738,7 @@ def test_echo_adds_the_cross_entropy_of_what_the_environment_said(alone):
     model.zero_grad()
     loss = 0.0
     for e in examples:
-        first = int(e.mask.argmax())
+        first = int(e.mask.argmax()) if e.mask.any() else len(e)  # dropped by a fork
         cu = torch.tensor([0, len(e)], dtype=torch.int32)
         ids = torch.from_numpy(e.ids).long()
         logit_TV = model.model.packed(ids, torch.arange(len(e)), cu, len(e)) @ model.head_weight.T

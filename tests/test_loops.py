@@ -276,18 +276,21 @@ REFUSED = {
     "--on_policy 0.5 --max_staleness 1": "--on_policy below 1 needs --max_staleness 0",
     "--on_policy 0.5 --reproducible": "--reproducible samples whole chunks of prompts: give "
     "--on_policy 0 or 1",
-    "--on_policy 0.5": "prompts.jsonl:.* completion",
-    "--top_k 5": "--top_k, --top_p and --min_p cut what the teacher is compared with",
-    "--top_p 0.9": "--top_k, --top_p and --min_p cut what the teacher is compared with",
-    "--min_p 0.1": "--top_k, --top_p and --min_p cut what the teacher is compared with",
-    "--reward_weights 2": "--reward_weights: here rewards train nothing",
+    "--on_policy 0.5": "prompts.jsonl:1: it has no completion, which --on_policy 0.5 needs",
+    "--on_policy 0 --data {place}/users.jsonl": "users.jsonl:1: no message of its completion is an",
+    "--top_k 5": "--top_k, --top_p and --min_p would cut what the teacher is compared",
+    "--top_p 0.9": "--top_k, --top_p and --min_p would cut what the teacher is compared",
+    "--min_p 0.1": "--top_k, --top_p and --min_p would cut what the teacher is compared",
+    "--reward_weights 2": "--reward_weights has no use here",
     "--teacher_top_k 264": "--teacher_top_k 264 of 264 tokens leaves no rest: give less, or 0",
     "--teacher {place}/toy {place}/teacher": "--teacher takes one folder, or the addresses of",
     "--teacher {place}/other": "--teacher .*/other: its tokenizer is not the policy's",
-    "--teacher {place}/short": "and 6 new ones exceed the model's 10 positions",
-    "--teacher http://localhost:1": "--teacher URL needs --teacher_top_k: a server names",
+    "--teacher {place}/short": "and 6 new ones exceed the 10 positions",
+    "--teacher localhost:1": "--teacher URL needs --teacher_top_k: a server names",
     "--teacher http://localhost:1 --teacher_top_k 5 --temperature 0.7": "needs --temperature 1, "
     "not 0.7: a server gives log-probs at 1",
+    "--teacher localhost:1 --teacher_top_k 5 --reproducible": "--reproducible needs a teacher in a "
+    "folder",
     "--teacher http://localhost:1 --teacher_top_k 5": "--teacher: .*localhost:1.*: is it up, and "
     "vLLM's",
 }
@@ -299,6 +302,9 @@ def test_what_no_student_can_learn_from_is_refused(place, tmp_path, given):
         toy.write_model(place / "other")
         text = (place / "other/tokenizer.json").read_text()
         (place / "other/tokenizer.json").write_text(text.replace("<answer>", "<reply>"))
+    if "users" in given:
+        asked = [{"role": "user", "content": "a"}]
+        toy.write_rows(place / "users.jsonl", [{"prompt": asked, "completion": asked}] * 9)
     if "short" in given and not (place / "short").exists():
         shutil.copytree(place / "teacher", place / "short")
         config = json.loads((place / "short/config.json").read_text())

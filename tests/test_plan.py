@@ -244,6 +244,15 @@ def test_a_divergence_takes_as_many_buffers_as_the_plan_says(flags, tmp_path, mo
     assert planned_peaks[1] + head == pytest.approx(peaks[1], rel=0.02)
 
 
+def test_on_gpus_the_head_of_a_teacher_is_held_whole(tmp_path):
+    folder = write_config(tmp_path / "model", PLAIN)
+    large = write_config(tmp_path / "teacher", {**PLAIN, "vocab_size": 2**17, "hidden_size": 1024})
+    flags = "--gpus", 8, "--gpu", "h100", "--length", 16, "--teacher"
+    args = planned(folder, "distill", *flags, large)
+    for parts in footprint.memory(args).values():
+        assert parts["teacher's head"] == 2 * 2**17 * 1024
+
+
 # ------------------------------------------------------------------------------------------- FSDP2
 @pytest.fixture
 def fake():

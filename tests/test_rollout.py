@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 import torch.multiprocessing as mp
 
-from nanopost.batch import batch_of, padded
+from nanopost.batch import Example, batch_of, padded
 from nanopost.rollout import (
     GAP,
     LogpGap,
@@ -16,6 +16,7 @@ from nanopost.rollout import (
     length_metrics,
     sample_records,
     staleness_metrics,
+    unsampled,
 )
 
 
@@ -246,3 +247,14 @@ def test_a_turn_and_the_answer_to_it_extend_a_completion():
     assert first.ids == [5, 6, 7, 8] and first.finish == "length" and first.length == 3
     assert first.logp.tolist() == [-1, -2, 0, -3] and first.sampled.tolist() == [1, 1, 0, 1]
     assert first.versions.tolist() == [3, 3, 3, 4] and first.version == 3
+
+
+def test_a_stored_answer_follows_the_prompt_that_rollouts_follow():
+    """A template may write more before an answer that is to come than before one that is there."""
+    e = Example([1, 2, 7, 8, 3, 9], [0, 0, 1, 1, 0, 1])
+    found = unsampled([1, 2, 5], e, 4)
+    assert found.ids.tolist() == [1, 2, 5, 7, 8, 3, 9]
+    assert found.mask.tolist() == [False] * 3 + [True, True, False, True]
+    assert found.columns["engine_logp"].tolist() == [0.0] * 7
+    assert found.columns["version"].tolist() == [-1] * 7
+    assert unsampled([1, 2, 5], e, 2).ids.tolist() == [1, 2, 5, 7, 8]

@@ -563,7 +563,8 @@ def test_the_last_answer_of_a_conversation_is_its_completion():
         "prompt": [*said, more[0]],
         "completion": [more[1]],
     }
-    assert answered({"prompt": "a", "completion": "b"}) == {"prompt": "a", "completion": "b"}
+    own = {"prompt": "a", "completion": "b"}
+    assert answered(own) == answered({**own, "messages": said}) == own
     for messages in (said[1:], [*said, more[0]]):
         with pytest.raises(InputError, match="make them a prompt and an answer"):
             answered({"messages": messages})

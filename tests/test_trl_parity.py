@@ -339,10 +339,10 @@ def test_loss_and_gradient_of_a_batch_are_those_of_trls_gkd(tmp_path, alone, bet
         examples.append(Example(ids, np.arange(len(ids)) >= len(start)))
 
     student, teacher = (hf.load_model(tmp_path / name) for name in ("student", "teacher"))
-    judge = Teacher(teacher, 400, torch.float32, TEMPERATURE, beta, top_k=0)
+    judge = Teacher(teacher, 400, torch.float32, beta, top_k=0)
     batch = batch_of(examples)
     assert batch.prefixes is not None
-    *_, divergence_N = student(batch, head=judge(batch))
+    *_, divergence_N = student(batch, head=judge(batch, TEMPERATURE))
     (divergence_N.sum() / batch.num_targets).backward()
 
     longest = max(map(len, examples))

@@ -114,10 +114,10 @@ def numbers(model, teacher, sample, args):
 def evaluated(model, teacher, s) -> dict:
     """Of held-out prompts, one sample each at temperature 1: the mean divergence over their tokens;
     and the mean rewards, of greedy answers too."""
-    means = Means()
+    means, args = Means(), Namespace(**{**vars(s.args), "temperature": 1.0})
     for i, row in enumerate(s.held_out):
         (sample,) = rollouts.group(model, s, row, 2**32 + i, 1, 1.0)
-        *_, divergence_T = numbers(model, teacher, sample, s.args)
+        *_, divergence_T = numbers(model, teacher, sample, args)
         for t in positions(sample):
             means.add(1, **{"eval/divergence": divergence_T[t]})
     return means.means() | (rollouts.evaluate(model, s) if s.rewards else {})

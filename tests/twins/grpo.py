@@ -96,7 +96,10 @@ def rollout_batch(model, s, consumed, ranks, again) -> Namespace:
             if i < len(again):
                 row = again[i]
             group = rollouts.group(model, s, s.rows[row], first + i, args.group, args.temperature)
-            width = std([rollouts.total(s, sample) for sample in group])
+            totals = [rollouts.total(s, sample) for sample in group]
+            if args.fork == "length_penalty":
+                totals = with_penalty(args, group, totals)
+            width = std(totals)
             batch.spreads.append((width, row))
             batch.equal += width <= 1e-8
             if width > 1e-8 or not args.resample:
@@ -341,6 +344,11 @@ def twin(args):
         num_tokens += sum(sample.length for sample in samples)
         flat = [reward for group in totals for reward in group]
         first = [{"reward": r, "advantage": a} for r, a in zip(flat, adv)]
+        if args.fork == "distill":
+            first = [{"reward": r} for r in flat]
+            for sample in samples:
+                for t in positions(sample):
+                    meter.add(1, divergence=sample.old[t] - sample.of_teacher[t])
         rollouts.check_samples(args, step, first)
         line = {
             "step": step,

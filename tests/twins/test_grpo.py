@@ -46,6 +46,7 @@ def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
         "lora",
         "fork curriculum",
         "fork top_entropy",
+        "fork echo",
     ],
 )
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, folder, name):
