@@ -436,7 +436,7 @@ def _texts(value):
 def _continued(prompt, text):
     """The function that the prompt begins, with its body; a statement cut off after it is left
     out."""
-    statements = [match.start() for match in re.finditer(r"^\S", text, re.M)]
+    statements = [match.start() for match in re.finditer(r"(?<=\n)\S", text)]
     if statements and not _parses(prompt + text):
         text = text[: statements[-1]]
     return prompt + text

@@ -97,8 +97,13 @@ while True:
 #### memory outside of processes
 print(call("memfd_create", b"x", 0))
 print(call("shmget", 0, 10**9, 0o1600))
-#: Operation not permitted
-#: Operation not permitted
+print(call("semget", 0, 32000, 0o1600))
+print(call("msgget", 0, 0o1600))
+#: (Operation not permitted\n){3}Operation not permitted
+
+#### a queue
+print(call("mq_open", b"/nanopost_was_here", os.O_RDWR | os.O_CREAT, 0o666, None) >= 0)
+#: True
 
 #### fills the folder
 files = 0
@@ -270,6 +275,12 @@ print(call("syscall", 0x40000029, 1, 1, 0))  # x86's other ABI
 #: Operation not permitted
 #: Operation not permitted
 #: Operation not permitted
+
+#### calls that attack kernels
+numbers = {"x86_64": (248, 249, 250, 298, 323, 447), "aarch64": (217, 218, 219, 241, 282, 447)}
+for number in numbers[os.uname().machine]:
+    print(call("syscall", number, 0, 0, 0, 0, 0))
+#: (Operation not permitted\n){5}Operation not permitted
 
 #### daemon
 if not os.fork():
