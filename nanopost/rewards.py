@@ -284,8 +284,8 @@ def check(functions: list[Reward], rows: list[dict]) -> str:
                 with errors_at(row):
                     given = {name: [row.get(name)] for name in columns}
                     reward.function([""], prompts=[row.get("prompt") or ""], **given)
-        if reward.function in (code, unsafe_code):
-            _check_tests(rows, isolated=reward.function is code)
+            if reward.function in (code, unsafe_code):
+                _check_tests(rows, isolated=reward.function is code)
     hidden = [name for name in names if name in GIVEN and name != "prompt_ids"]
     if not hidden:
         return ""

@@ -15,6 +15,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 from hostile import CHECK, FORGERIES, HOSTILE, PORT, SECRET, WRONG
 from inprocess import run_here
@@ -429,6 +430,19 @@ def test_no_reply_confuses_the_tester():
     ]
     honest = REPLIES.replace("ATTACK", "reply(b'[\"value\", [1, 2, 3]]'); return")
     assert sandbox.passed([*jobs, Job(honest, jobs[0].tests)]) == [False] * len(jobs) + [True]
+    # an array whose memory is at an address that the program gives: of the tester's own 7
+    code = """
+class Array:
+    __array_interface__ = {
+        "version": 3, "shape": (1,), "typestr": "<u4", "data": (id(7) + 24, True),
+    }
+def f():
+    return Array()
+"""
+    there = {}
+    exec(code, there)
+    assert numpy.asarray(there["f"]()).tolist() == [7]
+    assert not passed(code, "import numpy\nassert numpy.asarray(f()).tolist() == [7]")
 
 
 @isolated
