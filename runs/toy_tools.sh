@@ -24,10 +24,10 @@ python train_sft.py --model "$out/model" --out "$out/sft" --overwrite \
 python train_grpo.py --model "$out/sft" --out "$out/grpo" --overwrite \
     --data "$out/prompts.jsonl" --eval_data "$out/prompts_heldout.jsonl" --device cpu \
     --seed "$seed" --env runs/toy.py:Calculator --reward exact --max_turns 3 --max_new_tokens 20 \
-    --steps 40 --prompts 64 --group 8 --minibatches 2 --lr 1e-3 --warmup 5 --eval_every 20
+    --steps 40 --prompts 64 --group 8 --minibatches 2 --lr 4e-4 --warmup 5 --eval_every 20
 
 python train_ppo.py --model "$out/sft" --out "$out/ppo" --overwrite \
     --data "$out/prompts.jsonl" --eval_data "$out/prompts_heldout.jsonl" --device cpu \
     --seed "$seed" --env runs/toy.py:Calculator --reward exact --max_turns 3 --max_new_tokens 20 \
-    --steps 40 --prompts 256 --group 1 --ppo_epochs 2 --minibatches 2 --lr 5e-4 --warmup 5 \
+    --steps 20 --prompts 256 --group 1 --ppo_epochs 2 --minibatches 2 --lr 3e-4 --warmup 5 \
     --eval_every 20
