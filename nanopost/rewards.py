@@ -48,6 +48,7 @@ from nanopost.rollout import completion_text
 from nanopost.rows import errors_at, place
 from nanopost.terminal import say
 from nanopost.verify import (
+    TESTED,
     boxed,
     code,
     exact,
@@ -57,6 +58,7 @@ from nanopost.verify import (
     import_math_verify,
     length_limit,
     math_verify,
+    passes_without_program,
     text_of,
     unsafe_code,
 )
@@ -281,7 +283,10 @@ def check(functions: list[Reward], rows: list[dict]) -> str:
         if is_built_in and reward.function is not environment:
             for row in rows:
                 with errors_at(row):
-                    reward.function([""], **{name: [row.get(name)] for name in columns})
+                    given = {name: [row.get(name)] for name in columns}
+                    reward.function([""], prompts=[row.get("prompt") or ""], **given)
+            if reward.function in (code, unsafe_code):
+                _check_tests(rows, isolated=reward.function is code)
     hidden = [name for name in names if name in GIVEN and name != "prompt_ids"]
     if not hidden:
         return ""
@@ -289,6 +294,18 @@ def check(functions: list[Reward], rows: list[dict]) -> str:
         f"warning: rewards do not see the data's {', '.join(hidden)}, since the run gives them "
         f"columns of that name: --rename {hidden[0]}=other."
     )
+
+
+def _check_tests(rows, isolated):
+    """InputError if the tests of a row say nothing about a program: an empty one passes them."""
+    sample = rows[:: math.ceil(len(rows) / TESTED) or 1]
+    if len(sample) < len(rows):
+        say(f"reward code: the tests of {len(sample)} of {len(rows):,} rows were tried")
+    if row := passes_without_program(sample, isolated):
+        raise InputError(
+            f"{place(row)}: Reward code: an empty program passes the tests: they must fail for a "
+            "wrong program by themselves (no unittest, no function that nothing calls)."
+        )
 
 
 def _needed(function, known=(*GIVEN, *OF_EPISODES)):

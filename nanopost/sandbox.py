@@ -44,6 +44,7 @@ ENVIRONMENT = {
 # What a program sees, besides the interpreter and its packages.
 SYSTEM = ["/usr", "/bin", "/sbin", "/lib", "/lib64", "/etc/ld.so.cache", "/nix/store"]
 SYSTEM += ["/dev/null", "/dev/zero", "/dev/random", "/dev/urandom"]
+KILLED = b"k"  # a verdict: the kernel has ended the worker, since memory has run out
 
 
 class Limits(NamedTuple):
@@ -66,17 +67,23 @@ class Job(NamedTuple):
 
     tests: statements, or functions test_*, that must not raise. setup: runs before them, and
     defines names for them. Any other name is Python's, or else the program's; entry is the
-    program's always.
+    program's always, and with entry_only nothing else is. must_ask: tests that ask the program
+    nothing do not pass.
     """
 
     code: str
     tests: str
     setup: str = ""
     entry: str = ""
+    entry_only: bool = False
+    must_ask: bool = True
 
 
 def run(code: str, limits: Limits = DEFAULT, isolated: bool = True) -> tuple[str, bool]:
-    """Run a program -> (stdout and stderr, whether it ended by itself and without an error)."""
+    """Run a program -> (stdout and stderr, whether it ended by itself and without an error).
+
+    Where limits stop the program or cut its output, the output says so.
+    """
     with tempfile.TemporaryDirectory() as folder:
         worker = _start(limits, isolated, folder)
         try:
@@ -84,22 +91,26 @@ def run(code: str, limits: Limits = DEFAULT, isolated: bool = True) -> tuple[str
         finally:
             _stop(worker)
     text = output[: limits.output].decode(errors="replace")
-    if verdict == b"t":
-        why = f"after {limits.seconds:g} seconds"
-        if len(output) > limits.output:
-            why = f"after {limits.output:,} bytes of output"
+    why = {b"t": f"after {limits.seconds:g} seconds", KILLED: "as memory ran out"}.get(verdict)
+    if len(output) > limits.output:
+        why = f"after {limits.output:,} bytes of output"
+    if why:
         text = f"{text.rstrip()}\n[stopped {why}]\n".lstrip()
-    return text, verdict == b"+"
+    return text, verdict == b"+" and not why
 
 
 def passed(jobs: list[Job], limits: Limits = DEFAULT, isolated: bool = True) -> list[bool]:
     """Whether each program passes its tests. They run concurrently, one per CPU of this rank.
 
     Tests are run, in a sandbox too, by a process that calls the program's functions over a pipe.
-    None, numbers, text, bytes, lists, tuples, sets, dicts, ranges and Python's own types cross it
-    as copies, so a test cannot see an argument changed in place. Other objects stay in the program:
-    tests can call them, iterate over them and use their attributes, but they equal nothing. Tests
-    cannot give the program functions or objects of their own.
+    None, numbers, text, bytes, lists, tuples, sets, dicts, ranges, Python's own types, numpy's
+    arrays, Fraction, Decimal, date, timedelta, Counter and deque cross it as copies: a test cannot
+    see an argument changed in place, and a value of a subclass (a named tuple) is one of the class
+    above. Other objects stay in the program: tests can call them, iterate over them, use their
+    attributes and the operations of sandbox_worker.OPERATIONS, but they equal nothing (not even
+    themselves, so no member of an Enum equals another), are not compared or added, and are not
+    awaited. Tests cannot give the program functions or objects of their own, nor catch errors of
+    its own classes: those are of the next class that is Python's.
     """
     if not jobs:
         return []
@@ -116,7 +127,7 @@ def passed(jobs: list[Job], limits: Limits = DEFAULT, isolated: bool = True) -> 
                     return
                 verdict = _ask(worker, job._asdict(), limits)[1]
                 verdicts[i] = verdict == b"+"
-                if verdict == b"t":  # the worker has ended too
+                if verdict in (b"t", KILLED):  # the worker has ended too
                     _stop(worker)
                     worker = _start(limits, isolated, folder)
         finally:
@@ -134,19 +145,26 @@ def passed(jobs: list[Job], limits: Limits = DEFAULT, isolated: bool = True) -> 
 
 def check(isolated: bool = True):
     """InputError if programs cannot be run here."""
-    output, ok = run("print(6 * 7)", isolated=isolated)
+    output, ok = run("import random\nprint(6 * 7)", isolated=isolated)
     if not ok:
         raise InputError(f"the sandbox cannot run a program: {output.strip()[-200:]!r}.")
 
 
 # -------------------------------------------------------------------------------------- one worker
 def _start(limits, isolated, folder):
-    packages = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    own = [sys.base_prefix, sys.base_exec_prefix, *packages()]
+    own += [os.path.realpath(path) for path in own]
+    hidden = [path for path in own if path.startswith("/tmp/")]
+    if isolated and hidden:
+        raise InputError(
+            f"the sandbox has a /tmp of its own, so it cannot use Python's {hidden[0]}: put the "
+            "interpreter and its packages elsewhere."
+        )
     given = {
         **limits._asdict(),
         "isolated": isolated,
-        "packages": packages,
-        "visible": _outermost([*SYSTEM, sys.base_prefix, sys.base_exec_prefix, *packages]),
+        "packages": packages(),
+        "visible": _outermost([*SYSTEM, *map(os.path.realpath, SYSTEM), *own]),
         "temporary": folder,
     }
     worker = subprocess.Popen(
@@ -170,13 +188,16 @@ def _start(limits, isolated, folder):
     return worker
 
 
+def packages() -> list[str]:
+    """The folders of installed packages."""
+    return [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+
+
 def _outermost(paths):
     """Those of the paths that exist, without what lies in another."""
     kept = []
     for path in sorted({path for path in paths if os.path.exists(path)}, key=len):
-        real = os.path.realpath(path)
-        inside = [other for other in kept if real.startswith(os.path.realpath(other) + "/")]
-        if not inside or os.path.islink(path):
+        if not any(path.startswith(f"{other}/") for other in kept):
             kept.append(path)
     return kept
 
@@ -226,12 +247,12 @@ def _refused(why):
 
 
 def _ask(worker, job, limits) -> tuple[bytes, bytes]:
-    """Run a job -> (output, one of VERDICTS). Its processes have ended by then."""
+    """Run a job -> (output, one of VERDICTS, or KILLED). Its processes have ended by then."""
     output, verdict = b"", b""
     try:
         send(worker.stdin.fileno(), job)
     except BrokenPipeError:
-        raise _ended(worker) from None
+        pass  # its stderr tells why
     ready = select.poll()
     ready.register(worker.stdout, select.POLLIN)
     ready.register(worker.stderr, select.POLLIN)
@@ -247,14 +268,12 @@ def _ask(worker, job, limits) -> tuple[bytes, bytes]:
                     os.killpg(worker.pid, signal.SIGALRM)  # the keeper ends the program
             continue
         verdict = os.read(worker.stderr.fileno(), 1)
-        if verdict not in VERDICTS.values():
-            raise _ended(worker, verdict)
+        if not verdict and worker.wait() == -signal.SIGKILL:
+            verdict = KILLED
+        elif verdict not in VERDICTS.values():
+            text = (verdict + worker.stderr.read()).decode(errors="replace")
+            raise _refused(text.strip().replace("\n", "; ")[-200:])
     return output, verdict
-
-
-def _ended(worker, text=b""):
-    text += worker.stderr.read()
-    return _refused(text.decode(errors="replace").strip().replace("\n", "; ")[-200:])
 
 
 def _stop(worker):

@@ -13,6 +13,7 @@ rebuilt in the tester from plain types: no object of the program's takes part in
 object of any other type stays in the program, and the tests hold a Remote in its place.
 """
 
+import ast
 import builtins
 import copy
 import ctypes
@@ -20,6 +21,7 @@ import errno
 import importlib
 import json
 import math
+import operator
 import os
 import resource
 import select
@@ -27,6 +29,7 @@ import signal
 import struct
 import sys
 import tempfile
+import types
 import typing
 from contextlib import suppress
 
@@ -43,7 +46,8 @@ NEWUSER, NEWPID, NEWNET = 0x10000000, 0x20000000, 0x40000000
 NOSUID, NODEV, BIND, REC, PRIVATE = 2, 4, 4096, 16384, 1 << 18  # of mount
 DETACH = 2  # of umount2
 MOUNT_SETATTR = 442  # the number of the call, which no libc before glibc 2.36 has
-SET_PDEATHSIG, SET_DUMPABLE, SET_SECCOMP, SET_NO_NEW_PRIVS = 1, 4, 22, 38  # of prctl
+SET_PDEATHSIG, SET_DUMPABLE, SET_SECCOMP = 1, 4, 22  # of prctl
+SET_CHILD_SUBREAPER, SET_NO_NEW_PRIVS = 36, 38
 # Calls that lead around the limits or out of the machine, and some that few programs need and many
 # attacks on kernels use: machine -> (its number in filters, the calls' numbers).
 REFUSED = {
@@ -51,6 +55,8 @@ REFUSED = {
         "machine": 0xC000003E,
         "socket": 41,  # VSOCK has no namespace
         "shmget": 29,  # memory outside any process
+        "semget": 64,
+        "msgget": 68,
         "memfd_create": 319,
         "memfd_secret": 447,
         "add_key": 248,
@@ -65,6 +71,8 @@ REFUSED = {
         "machine": 0xC00000B7,
         "socket": 198,
         "shmget": 194,
+        "semget": 190,
+        "msgget": 186,
         "memfd_create": 279,
         "memfd_secret": 447,
         "add_key": 217,
@@ -127,6 +135,8 @@ def main():
         if not keeper:
             return keep(given)
         status = os.waitstatus_to_exitcode(os.waitpid(keeper, 0)[1])
+        if status == -signal.SIGKILL:  # memory has run out
+            status = STOPPED
         if status not in VERDICTS:
             sys.exit("a program was not started")
         os.write(2, VERDICTS[status])
@@ -141,7 +151,7 @@ def isolate(visible: list[str]):
     os.read(0, 1)  # the run has mapped NOBODY
     opened = []
     for path in visible:  # while root may still look where nobody may not
-        link = os.readlink(path) if os.path.islink(path) else None
+        link = os.path.realpath(path) if os.path.islink(path) else None
         opened.append((path, link, os.path.isdir(path), os.open(path, os.O_PATH)))
     with suppress(PermissionError):  # only root may leave its groups
         os.setgroups([])
@@ -184,14 +194,34 @@ def keep(given):
         os.chdir("/tmp")
     else:
         os.chdir(tempfile.mkdtemp(dir=given["temporary"]))
+        system("prctl", SET_CHILD_SUBREAPER, 1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # until the handler is there
     tester = os.fork()
     if not tester:
         return judge(given)
+
+    def stop(*_):
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(tester, signal.SIGKILL)
+
     # The time is up, or the run has read too much output. The end of pid 1 ends all others.
-    signal.signal(signal.SIGALRM, lambda *_: os.kill(tester, signal.SIGKILL))
+    signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, given["seconds"])
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     status = os.waitstatus_to_exitcode(os.waitpid(tester, 0)[1])
+    if not given["isolated"]:
+        end_children()
     os._exit(status if status >= 0 else STOPPED)
+
+
+def end_children():
+    """End this process's children, and theirs, which then become its own, until it has none."""
+    with suppress(ChildProcessError):
+        while True:
+            with open(f"/proc/self/task/{os.getpid()}/children", encoding="utf-8") as file:
+                for child in file.read().split():
+                    os.kill(int(child), signal.SIGKILL)
+            os.wait()
 
 
 # --------------------------------------------------------------------------------------- the tester
@@ -218,9 +248,6 @@ def judge(given):
             passed = passes(job, Peer(request, reply))
     except BaseException:
         passed = False
-    if not given["isolated"]:
-        with suppress(ProcessLookupError):
-            os.killpg(program, signal.SIGKILL)
     os._exit(0 if passed else FAILED)
 
 
@@ -229,6 +256,7 @@ def confine(given):
     system("prctl", SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGALRM):  # from inside, pid 1 gets only what it handles
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     limits = {
         "AS": given["memory"],
         "CPU": math.ceil(given["seconds"]),
@@ -250,29 +278,35 @@ def confine(given):
 
 
 def passes(job, peer) -> bool:
-    """Whether program, setup, tests and the tests' functions test_* run without an error.
+    """Whether program, setup, tests and the tests' functions test_* run without an error, and ask
+    the program anything.
 
     A name that they do not define is Python's, or a standard module of which they use a part, or
     else the program's; `entry` is the program's always.
     """
+    parts = [node for text in (job["setup"], job["tests"]) for node in ast.walk(ast.parse(text))]
+    parts = [node.value for node in parts if isinstance(node, ast.Attribute)]
+    modules = {node.id for node in parts if isinstance(node, ast.Name)} & sys.stdlib_module_names
 
     class Names(dict):
         def __missing__(self, name):
-            if hasattr(builtins, name) and name != job["entry"]:
-                raise KeyError(name)
-            if name in sys.stdlib_module_names and f"{name}." in job["setup"] + job["tests"]:
-                return importlib.import_module(name)
+            if name != job["entry"]:
+                if name in modules:
+                    return importlib.import_module(name)
+                if hasattr(builtins, name) or job["entry_only"]:
+                    raise KeyError(name)
             return peer.ask("name", name)
 
     peer.ask("name", "__name__")  # an error if the program has raised one
+    before = peer.questions
     names = Names(__name__="tests")
     exec(job["setup"], names)
     names.pop(job["entry"], None)
     exec(job["tests"], names)
     for name, value in list(names.items()):
-        if name.startswith("test_") and callable(value):
+        if name.startswith("test_") and isinstance(value, types.FunctionType):
             value()
-    return True
+    return peer.questions > before or not job["must_ask"]
 
 
 class Peer:
@@ -280,8 +314,10 @@ class Peer:
 
     def __init__(self, request, reply):
         self.pipes = request, reply
+        self.questions = 0
 
     def ask(self, *question):
+        self.questions += 1
         request, reply = self.pipes
         send(request, encode(question, self.number_of))
         kind, value = decode(receive(reply), lambda number: Remote(self, number))
@@ -290,7 +326,13 @@ class Peer:
         error = getattr(builtins, kind, None)
         if not (isinstance(error, type) and issubclass(error, Exception)):
             error = RuntimeError
-        raise error(value)
+        if issubclass(error, (StopIteration, StopAsyncIteration)):  # it would end the tests' loops
+            error = RuntimeError
+        try:
+            raised = error(*value)
+        except TypeError:  # it takes other arguments than those it keeps
+            raised = RuntimeError(*value)
+        raise raised
 
     def number_of(self, value):
         if isinstance(value, Remote):
@@ -298,8 +340,27 @@ class Peer:
         raise TypeError(f"tests cannot give a {type(value).__name__} to the program")
 
 
+# What tests can do with an object of the program, besides calling it and using its attributes. Not
+# here are comparisons and arithmetic: the program would choose their results.
+OPERATIONS = {
+    "bool": bool,
+    "str": str,
+    "repr": repr,
+    "int": int,
+    "float": float,
+    "len": len,
+    "iter": iter,
+    "contains": operator.contains,
+    "getitem": operator.getitem,
+    "setitem": operator.setitem,
+    "delitem": operator.delitem,
+    "enter": lambda value: type(value).__enter__(value),
+    "instancecheck": lambda kind, value: isinstance(value, kind),
+}
+
+
 class Remote:
-    """An object of the program: tests can call it, iterate over it, and use its attributes."""
+    """An object of the program's."""
 
     def __init__(self, peer, number):
         object.__setattr__(self, "peer", peer)
@@ -308,14 +369,30 @@ class Remote:
     def __call__(self, *values, **keywords):
         return self.peer.ask("call", self, values, keywords)
 
-    def __iter__(self):
-        return iter(self.peer.ask("list", self))
+    def __next__(self):
+        found = self.peer.ask("next", self)
+        if not found:
+            raise StopIteration
+        return found[0]
+
+    def __exit__(self, *_):  # an error goes on: it may be the tests'
+        self.peer.ask("exit", self)
 
     def __getattr__(self, name):
+        if name.startswith("__") and name not in ("__name__", "__doc__"):
+            raise AttributeError(name)  # with __array_interface__, numpy would read any memory
         return self.peer.ask("get", self, name)
 
     def __setattr__(self, name, value):
         self.peer.ask("set", self, name, value)
+
+
+def forward(name):
+    setattr(Remote, f"__{name}__", lambda self, *values: self.peer.ask(name, self, *values))
+
+
+for name in OPERATIONS:
+    forward(name)
 
 
 # -------------------------------------------------------------------------------------- the program
@@ -332,6 +409,7 @@ def run(request, reply):
         os.dup2(source, descriptor)
     os.closerange(5 if has_tests else 3, 2**20)
     sys.argv = ["program.py"]
+    builtins.exit = builtins.quit = sys.exit  # -S leaves them out
     module = type(sys)("program" if has_tests else "__main__")
     sys.modules[module.__name__] = module
     try:
@@ -363,7 +441,8 @@ def serve(names):
         try:
             answer = encode(["value", answer_to(kind, question, names)], number_of)
         except Exception as error:
-            answer = [type(error).__name__, str(error)]
+            kinds = [kind.__name__ for kind in type(error).__mro__ if is_builtin(kind)]
+            answer = encode([kinds[0], error.args], number_of)
         send(4, answer)
 
 
@@ -375,21 +454,50 @@ def answer_to(kind, question, names):
     if kind == "call":
         function, values, keywords = question
         return function(*values, **keywords)
-    if kind == "list":
-        return list(question[0])
+    if kind == "next":
+        try:
+            return [next(*question)]
+        except StopIteration:
+            return []
+    if kind == "exit":
+        return type(question[0]).__exit__(question[0], None, None, None)
     if kind == "get":
         return getattr(*question)
-    setattr(*question)
+    if kind == "set":
+        return setattr(*question)
+    return OPERATIONS[kind](*question)
 
 
 # ------------------------------------------------------------------------------ what crosses a pipe
+STANDARD = {  # type -> what makes a copy of a value of it, out of the types below
+    "fractions.Fraction": lambda x: (x.numerator, x.denominator),
+    "decimal.Decimal": lambda x: (str(x),),
+    "datetime.date": lambda x: (x.year, x.month, x.day),
+    "datetime.timedelta": lambda x: (x.days, x.seconds, x.microseconds),
+    "collections.Counter": lambda x: (dict(x),),
+    "collections.deque": lambda x: (list(x), x.maxlen),
+    "numpy.ndarray": lambda x: (x.tolist(), x.dtype.str),
+}
+
+
+def is_builtin(kind):
+    return getattr(builtins, kind.__name__, None) is kind
+
+
 def encode(value, number_of):
     """A value as JSON's types. number_of(object) -> its number, for objects that stay here."""
     if value is None:
         return None
+    if isinstance(value, int) and value.bit_length() > 64:
+        return {"int": hex(value)}  # JSON's has at most 4,300 digits
     for kind in (bool, int, float, str):
         if isinstance(value, kind):
             return kind(value)
+    name = f"{type(value).__module__}.{type(value).__qualname__}"
+    if name in STANDARD:
+        return {name: [encode(x, number_of) for x in STANDARD[name](value)]}
+    if type(value).__module__ == "numpy" and getattr(value, "shape", None) == ():
+        return encode(value.item(), number_of)
     if isinstance(value, list):
         return [encode(x, number_of) for x in value]
     for kind in (tuple, set, frozenset):
@@ -405,7 +513,7 @@ def encode(value, number_of):
         return {"complex": [value.real, value.imag]}
     if isinstance(value, range):
         return {"range": [value.start, value.stop, value.step]}
-    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
+    if isinstance(value, type) and is_builtin(value):
         return {"type": value.__name__}
     return {"object": number_of(value)}
 
@@ -419,6 +527,14 @@ def decode(data, object_of):
     [(kind, content)] = data.items()
     if kind == "object":
         return object_of(content)
+    if kind == "int":
+        return int(content, 16)
+    if kind in STANDARD:
+        module, _, name = kind.partition(".")
+        parts = decode(content, object_of)
+        if module == "numpy":
+            name = "array"
+        return getattr(importlib.import_module(module), name)(*parts)
     if kind in ("bytes", "bytearray"):
         return getattr(builtins, kind).fromhex(content)
     if kind in ("complex", "range"):

@@ -4,10 +4,18 @@ The verifiers are reward functions: f(completions, **columns) -> list[float]; se
 """
 
 import ast
+import builtins
+import inspect
 import re
+import signal
+import sys
+import time
+import types
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
+from functools import cache
+from importlib.machinery import PathFinder
 
 from nanopost import InputError, sandbox
 
@@ -277,14 +285,15 @@ def math_verify(completions, answer, **columns):
 
     That is the last \boxed{} of a completion, or else what math-verify extracts from it. The column
     may be bare or boxed. Unlike boxed this does algebra: 2x + 1 is 1 + 2x. A comparison that takes
-    more than 5 seconds gives 0, by an alarm that replaces that of --reward_timeout. InputError
-    names the first answer without a value.
+    more than 5 seconds gives 0; --reward_timeout may come up to 5 seconds late. InputError names
+    the first answer without a value.
     """
     package = import_math_verify()
+    parse, verify = _with_alarm(package.parse), _with_alarm(package.verify)
     golds = {}
     for i, text in enumerate(map(str, answer)):
         # Bare, 3\sqrt{13} would be read as the number 3.
-        golds[text] = golds.get(text) or package.parse(f"\\boxed{{{last_boxed(text) or text}}}")
+        golds[text] = golds.get(text) or parse(f"\\boxed{{{last_boxed(text) or text}}}")
         if not golds[text]:
             raise InputError(
                 f"Reward math_verify: the answer {text[:80]!r} to completion {i} has no value; "
@@ -294,13 +303,31 @@ def math_verify(completions, answer, **columns):
     for completion, gold in zip(completions, answer):
         text = text_of(completion)
         content = last_boxed(text)
-        given = package.parse(text if content is None else f"\\boxed{{{content}}}")
-        scores.append(float(package.verify(golds[str(gold)], given)))
+        given = parse(text if content is None else f"\\boxed{{{content}}}")
+        scores.append(float(verify(golds[str(gold)], given)))
     return scores
 
 
+def _with_alarm(function):
+    """A function that sets an alarm of its own, after which one that was set before goes on."""
+
+    def call(*arguments):
+        left, interval = signal.getitimer(signal.ITIMER_REAL)
+        start = time.monotonic()
+        try:
+            return function(*arguments)
+        finally:
+            if left:
+                left = max(left - (time.monotonic() - start), 1e-3)
+                signal.setitimer(signal.ITIMER_REAL, left, interval)
+
+    return call
+
+
 # ------------------------------------------------------------------------- programs and unit tests
-BLOCK = re.compile(r"^[ \t]*```(?:python|py)\d?[ \t]*\n(.*?)^[ \t]*```", re.I | re.M | re.S)
+BLOCK = re.compile(r"^([ \t]*)```([^`\n]*)\n(.*?)^[ \t]*```", re.M | re.S)
+DEFINITION = re.compile(r"^(def|async def|class)\b", re.M)
+TESTED = 200  # rows, at most, whose tests are run before training
 
 
 def code(completions, prompts=None, **columns):
@@ -330,9 +357,22 @@ def _code(completions, prompts, columns, isolated):
 
 
 def program(text: str) -> str:
-    """The last ```python block of a text, or else the text."""
-    blocks = BLOCK.findall(text)
-    return blocks[-1] if blocks else text
+    """The last ```python block of a text, or else the last one without a language, or the text.
+
+    If some of the blocks define functions or classes, it is the last of these: others use it.
+    """
+    text = text.replace("\r\n", "\n")
+    if "```" not in text or _parses(text):
+        return text
+    blocks = {True: [], False: []}
+    for indent, language, block in BLOCK.findall(text):
+        language = language.strip().lower()
+        if language in ("python", "python3", "py", "py3", ""):
+            block = re.sub(f"^[ \t]{{0,{len(indent)}}}", "", block, flags=re.M)
+            blocks[language != ""].append(block)
+    found = blocks[True] or blocks[False]
+    defining = [block for block in found if DEFINITION.search(block)]
+    return (defining or found or [text])[-1]
 
 
 def job_of(row: dict, prompt: str, text: str) -> sandbox.Job:
@@ -341,29 +381,34 @@ def job_of(row: dict, prompt: str, text: str) -> sandbox.Job:
     The row has test_list (MBPP: statements, with test_setup_code or test_imports), or test and
     entry_point (HumanEval: a function check(candidate), which may call what the prompt defines), or
     tests: statements or functions test_*, as one text or a list. In a row of HumanEval, a program
-    that does not define entry_point is the body of the function that the prompt begins.
+    that does not define entry_point is the body of the function that the prompt begins, and the
+    tests see nothing of the program but entry_point.
     """
+    is_human_eval = False
     if row.get("test_list") is not None:
-        setup = [*(row.get("test_imports") or []), row.get("test_setup_code") or ""]
+        setup = [*_texts(row.get("test_imports")), *_texts(row.get("test_setup_code"))]
         given, entry = row["test_list"], ""
     elif row.get("test") is not None and row.get("entry_point") is not None:
+        is_human_eval = True
         setup, entry = [prompt if _parses(prompt) else ""], row["entry_point"]
         given = [row["test"], f"check({entry})"]
         if not re.search(rf"^(def|class) {re.escape(entry)}\b", text, re.M):
-            text = prompt + text
+            text = _continued(prompt, text)
     elif row.get("tests") is not None:
-        setup, given, entry = [row.get("test_setup_code") or ""], row["tests"], ""
+        setup, given, entry = _texts(row.get("test_setup_code")), row["tests"], ""
     else:
         raise InputError(
             "Reward code: the row has no tests: it needs the column tests, or test_list (MBPP), or "
             "test and entry_point (HumanEval); --rename theirs=tests."
         )
-    given = [given] if isinstance(given, str) else given
-    if not isinstance(given, list) or not all(isinstance(text, str) for text in [*given, *setup]):
+    given = _texts(given)
+    if not all(isinstance(text, str) for text in [*given, *setup]):
         raise InputError("Reward code: tests are a text or a list of texts: complete the row.")
-    tests = "\n".join(given)
+    tests, setup = "\n".join(given), "\n".join(setup)
     try:
         tree = ast.parse(tests)
+        compiled = compile(tree, "tests", "exec")
+        setup_tree = ast.parse(setup)
     except (SyntaxError, ValueError) as error:
         raise InputError(
             f"Reward code: the tests are not Python: {error}: mend the row."
@@ -373,10 +418,107 @@ def job_of(row: dict, prompt: str, text: str) -> sandbox.Job:
             "Reward code: the tests run nothing: write statements, such as assert f(1) == 2, or "
             "functions test_* without parameters."
         )
-    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    if len(names) == 1:
+    _check_functions(compiled)
+    _check_imports([*setup_tree.body, *tree.body])
+    names, _ = _names(tree)
+    _, own = _names(setup_tree)
+    if is_human_eval:
+        _check_names(names - own - {entry}, _names(tree)[1] | own)
+    elif len(names) == 1 and not names & own:
         entry = names.pop()  # the program's, even if it is called sum
-    return sandbox.Job(text, tests, "\n".join(setup), entry)
+    return sandbox.Job(text, tests, setup, entry, is_human_eval)
+
+
+def _texts(value):
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
+
+
+def _continued(prompt, text):
+    """The function that the prompt begins, with its body; a statement cut off after it is left
+    out."""
+    statements = [match.start() for match in re.finditer(r"(?<=\n)\S", text)]
+    if statements and not _parses(prompt + text):
+        text = text[: statements[-1]]
+    return prompt + text
+
+
+def _check_functions(compiled):
+    """InputError for functions test_* that a call without arguments does not run."""
+    unused = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+    for function in compiled.co_consts:
+        if isinstance(function, types.CodeType) and function.co_name.startswith("test_"):
+            has_parameters = function.co_argcount or function.co_kwonlyargcount
+            if has_parameters or function.co_flags & unused:
+                raise InputError(
+                    f"Reward code: {function.co_name} has parameters, or is async or a generator: "
+                    "functions test_* are called without arguments; rewrite or remove it."
+                )
+
+
+def _check_imports(statements):
+    """InputError for a module that is not in the sandbox, but for imports in a try."""
+    statements = [statement for statement in statements if not isinstance(statement, ast.Try)]
+    for node in [node for statement in statements for node in ast.walk(statement)]:
+        modules = []
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom):
+            modules = ["." * node.level + (node.module or "")]
+        for module in modules:
+            if not _is_installed(module.partition(".")[0]):
+                raise InputError(
+                    f"Reward code: the tests import {module}, which is not installed: remove the "
+                    "line if that is the program, whose names the tests have without it; or "
+                    "install it."
+                )
+
+
+@cache
+def _is_installed(module) -> bool:
+    if module in sys.stdlib_module_names:
+        return True
+    return bool(module) and PathFinder.find_spec(module, sandbox.packages()) is not None
+
+
+def _names(tree) -> tuple[set, set]:
+    """The names that are used anywhere in a tree, and those that it defines."""
+    used, defined = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            (used if isinstance(node.ctx, ast.Load) else defined).add(node.id)
+        elif isinstance(node, ast.arg):
+            defined.add(node.arg)
+        elif isinstance(node, ast.alias):
+            defined.add(node.asname or node.name.partition(".")[0])
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            defined.add(node.name)
+        elif isinstance(node, ast.ExceptHandler) and node.name:
+            defined.add(node.name)
+    return used, defined
+
+
+def _check_names(used, defined):
+    """InputError for names of HumanEval's tests that nothing defines."""
+    unknown = used - defined - set(dir(builtins)) - sys.stdlib_module_names
+    if unknown and "*" not in defined:
+        raise InputError(
+            f"Reward code: the tests use {min(unknown)}, which neither they nor the prompt define: "
+            "a prompt in words needs its code in a ```python block."
+        )
+
+
+def passes_without_program(rows: list[dict], isolated: bool) -> dict | None:
+    """A row of `code` whose tests an empty program passes, or None."""
+    jobs = []
+    for row in rows:
+        prompt = program(text_of(row["prompt"])) if row.get("prompt") else ""
+        jobs.append(job_of(row, prompt, "")._replace(code="", must_ask=False))
+    for row, passed in zip(rows, sandbox.passed(jobs, isolated=isolated)):
+        if passed:
+            return row
+    return None
 
 
 def _parses(text):
@@ -389,6 +531,6 @@ def _parses(text):
 
 def _runs(statement) -> bool:
     """Whether a statement of the tests can fail for what a program returns."""
-    if isinstance(statement, ast.FunctionDef):
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef)):
         return statement.name.startswith("test_")
     return not isinstance(statement, (ast.ClassDef, ast.Import, ast.ImportFrom))

@@ -1,10 +1,12 @@
-r"""Programs that try to harm the machine, and what each of them prints in the sandbox.
+r"""Programs that try to harm the machine, and what each of them prints in the sandbox; programs
+that try to pass tests without being right.
 
-#### begins a program, with its name; #: lines are a pattern of its whole output, without the last
-newline. Each has ctypes, os, signal, sys, time, and `call`: a function of libc, its result or its
-error.
+#### begins a program, with its name. #: lines are a pattern of its whole output, without the last
+newline. A program that harms has ctypes, os, signal, sys, time, and `call`: a function of libc, its
+result or its error.
 """
 
+PORT = 47813
 PRELUDE = """
 import ctypes, os, signal, sys, time
 libc = ctypes.CDLL(None, use_errno=True)
@@ -95,8 +97,13 @@ while True:
 #### memory outside of processes
 print(call("memfd_create", b"x", 0))
 print(call("shmget", 0, 10**9, 0o1600))
-#: Operation not permitted
-#: Operation not permitted
+print(call("semget", 0, 32000, 0o1600))
+print(call("msgget", 0, 0o1600))
+#: (Operation not permitted\n){3}Operation not permitted
+
+#### a queue
+print(call("mq_open", b"/nanopost_was_here", os.O_RDWR | os.O_CREAT, 0o666, None) >= 0)
+#: True
 
 #### fills the folder
 files = 0
@@ -252,6 +259,14 @@ for family in range(1, 46):
             pass
 #:
 
+#### a server
+import socket
+try:
+    socket.create_server(("", PORT))
+except PermissionError as error:
+    print(error.strerror)
+#: Operation not permitted
+
 #### other ways to sockets
 machine = os.uname().machine
 print(call("syscall", 425, 1, 0))  # io_uring_setup
@@ -260,6 +275,12 @@ print(call("syscall", 0x40000029, 1, 1, 0))  # x86's other ABI
 #: Operation not permitted
 #: Operation not permitted
 #: Operation not permitted
+
+#### calls that attack kernels
+numbers = {"x86_64": (248, 249, 250, 298, 323, 447), "aarch64": (217, 218, 219, 241, 282, 447)}
+for number in numbers[os.uname().machine]:
+    print(call("syscall", number, 0, 0, 0, 0, 0))
+#: (Operation not permitted\n){5}Operation not permitted
 
 #### daemon
 if not os.fork():
@@ -304,10 +325,107 @@ import random
 #:
 """
 
+# Tests, what no right program does, and how each program would pass if it ran in their process.
+SECRET = "token_8f3a96c1"
+CHECK = f"assert f(3) == '{SECRET}' and math.isclose(abs(g(2)), 4.0) and len(h()) == 2"
+WRONG = """
+def f(x):
+    return ""
+def g(x):
+    return 1
+def h():
+    return []
+"""
+FORGED = r"""
+#### ends with success
+import sys
+sys.exit(0)
+
+#### ends at once with success
+import os
+print("ok")
+os._exit(0)
+
+#### ends with success at exit
+import atexit, os
+atexit.register(os._exit, 0)
+
+#### hides errors
+import os, sys
+sys.excepthook = lambda *_: os._exit(0)
+
+#### forks and ends the parent
+import os
+if os.fork():
+    os._exit(0)
+
+#### ends from a thread
+import os, threading, time
+threading.Thread(target=lambda: os._exit(0)).start()
+time.sleep(0.1)
+
+#### equals everything
+class All:
+    __eq__ = lambda *_: True
+    __abs__ = lambda self: 4.0
+    __len__ = lambda self: 2
+f = g = h = lambda *_: All()
+
+#### is a text that equals everything
+class Text(str):
+    __eq__ = lambda *_: True
+    __hash__ = str.__hash__
+    __len__ = lambda self: 2
+f = lambda x: Text()
+g = lambda x: 4
+h = lambda: Text()
+
+#### replaces Python's functions
+import builtins, math
+class All:
+    __eq__ = lambda *_: True
+builtins.len = lambda x: 2
+builtins.abs = lambda x: 4.0
+math.isclose = lambda *_: True
+f = lambda x: All()
+
+#### defines Python's names
+class All:
+    __eq__ = lambda *_: True
+class math:
+    isclose = lambda *_: True
+abs = lambda x: 4.0
+len = lambda x: 2
+f = lambda x: All()
+
+#### reads the tests
+import gc, re, sys
+def f(x):
+    texts = [open("/proc/self/cmdline").read()]
+    texts += [text for text in gc.get_objects() if isinstance(text, str)]
+    frame = sys._getframe()
+    while frame:
+        texts += map(repr, [*frame.f_code.co_consts, frame.f_globals])
+        frame = frame.f_back
+    return re.search("token_[0-9a-f]{8}", " ".join(texts))[0]
+g = lambda x: 4
+h = lambda: [1, 2]
+"""
+
+
+def programs(text):
+    """name -> (code, pattern) of the programs in a text."""
+    found = {}
+    for part in text.split("\n#### ")[1:]:
+        name, *lines = part.split("\n")
+        code = [line for line in lines if not line.startswith("#:")]
+        pattern = [line[3:] for line in lines if line.startswith("#:")]
+        found[name] = "\n".join(code), "\n".join(pattern)
+    return found
+
+
 HOSTILE = {}
-for part in TEXT.split("\n#### ")[1:]:
-    name, *lines = part.split("\n")
-    code = [line for line in lines if not line.startswith("#:")]
-    pattern = [line[3:] for line in lines if line.startswith("#:")]
-    code = "\n".join(code).replace("HERE", repr(__file__))
-    HOSTILE[name] = PRELUDE + code, "\n".join(pattern)
+for name, (code, pattern) in programs(TEXT).items():
+    code = code.replace("HERE", repr(__file__)).replace("PORT", str(PORT))
+    HOSTILE[name] = PRELUDE + code, pattern
+FORGERIES = {name: WRONG + code for name, (code, _) in programs(FORGED).items()}

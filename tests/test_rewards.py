@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nanopost import InputError, rewards
+from nanopost import InputError, rewards, verify
 from nanopost.dist import World
 from nanopost.rewards import call, judged, load, load_one
 from nanopost.rollout import Rollout, sample_records
@@ -439,6 +439,17 @@ def test_math_verify_does_algebra():
     assert call(load_one("math_verify"), [message], {"answer": ["y+y"]}) == [1.0]
     with pytest.raises(InputError, match="the answer '' to completion 0 has no value; .* --rename"):
         call(load_one("math_verify"), ["1"], {"answer": [""]})
+
+
+def test_an_alarm_of_a_package_does_not_stop_the_clock():
+    """math-verify sets alarms and cancels them."""
+
+    def slow(completions, **columns):
+        verify._with_alarm(signal.alarm)(0)
+        time.sleep(5)
+
+    with pytest.raises(InputError, match="took more than --reward_timeout 0.2 seconds"):
+        call(rewards.Reward("slow", slow, 0.2), ["a"], {})
 
 
 def test_math_verify_is_trl_s_accuracy_on_answers_in_a_box(shared):

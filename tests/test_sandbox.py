@@ -11,22 +11,24 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
+import numpy
 import pytest
-from hostile import HOSTILE
+from hostile import CHECK, FORGERIES, HOSTILE, PORT, SECRET, WRONG
 from inprocess import run_here
 
 from nanopost import InputError, cli, rewards, sandbox, verify
 from nanopost.sandbox import Job, Limits
 from runs import toy
 
-try:
-    sandbox.check()
-    REASON = ""
-except InputError as error:
-    REASON = str(error)
+# A sandbox that is refused for any other reason is broken, and the tests say so.
+UNSHARE = "import ctypes, sys; sys.exit(ctypes.CDLL(None).unshare(0x10000000) != 0)"
+REASON = ""
+if subprocess.run([sys.executable, "-c", UNSHARE]).returncode:
+    REASON = "this kernel refuses user namespaces"
 isolated = pytest.mark.skipif(bool(REASON), reason=REASON)
 QUICK = Limits(seconds=0.6)  # for programs that would never end
 
@@ -46,6 +48,8 @@ def passed(code, tests, **more):
         ("if __name__ == '__main__':\n    print('main')", "main\n", True),
         ("import sys\nsys.exit()", "", True),
         ("import sys\nsys.exit(3)", "", False),
+        ("exit()", "", True),
+        ("quit(3)", "", False),
         ("import os\nos._exit(0)", "", True),
         ("import os\nos.kill(os.getpid(), 11)", "", False),
         ("open('a', 'w').write('b')\nprint(open('/tmp/a').read())", "b\n", True),
@@ -72,25 +76,33 @@ def test_a_program_runs_as_python_runs_it(code, output, ok):
     assert output in found if not ok else output == found
 
 
+VALUES = [
+    *("None", "True", "-3", "10**30", "2.5", "float('inf')", "3+4j", "'\u2603'", "b'ab'"),
+    *("[1, [2, 'a']]", "(1, (2,))", "{1, 2}", "frozenset({1})", "{1: 'a', (2, 3): [None]}"),
+    *("range(1, 9, 2)", "bytearray(b'a')", "set()", "()", "{}", "int", "'\\ud800'"),
+    *("-(7**6000)", "Fraction(1, 3)", "Decimal('1.50')", "date(2024, 2, 29)"),
+    *("timedelta(1, 2, 3)", "Counter('aab')", "deque([1, (2,)], 5)"),
+]
+TYPES = """
+from collections import Counter, deque
+from datetime import date, timedelta
+from decimal import Decimal
+from fractions import Fraction
+"""
+
+
 @isolated
-@pytest.mark.parametrize(
-    "value",
-    [
-        *("None", "True", "-3", "10**30", "2.5", "float('inf')", "3+4j", "'\u2603'", "b'ab'"),
-        *("[1, [2, 'a']]", "(1, (2,))", "{1, 2}", "frozenset({1})", "{1: 'a', (2, 3): [None]}"),
-        *("range(1, 9, 2)", "bytearray(b'a')", "set()", "()", "{}", "int", "'\\ud800'"),
-    ],
-)
-def test_a_value_crosses_to_the_program_and_back(value):
-    tests = f"assert f({value}) == {value}\nassert type(f({value})) is type({value})"
-    assert passed("def f(x):\n    return x", tests)
-    assert not passed("def f(x):\n    return [x]", tests)
+def test_a_value_crosses_to_the_program_and_back():
+    same, other = "def f(x):\n    return x", "def f(x):\n    return [x]"
+    tests = [f"{TYPES}assert f({x}) == {x}\nassert type(f({x})) is type({x})" for x in VALUES]
+    assert sandbox.passed([Job(same, test) for test in tests]) == [True] * len(VALUES)
+    assert sandbox.passed([Job(other, test) for test in tests]) == [False] * len(VALUES)
 
 
 @isolated
 def test_tests_use_functions_objects_and_errors_of_the_program():
     code = """
-import collections
+import collections, fractions
 LIMIT = 7
 class Node:
     def __init__(self, value):
@@ -110,6 +122,43 @@ def fails(x):
     raise KeyError(x)
 def adder(n):
     return lambda x: x + n
+class Bag:
+    def __init__(self, *values):
+        self.values = list(values)
+    def __len__(self):
+        return len(self.values)
+    def __getitem__(self, i):
+        return self.values[i]
+    def __setitem__(self, i, value):
+        self.values[i] = value
+    def __contains__(self, value):
+        return value in self.values
+    def __str__(self):
+        return "bag"
+    def __float__(self):
+        return 1.5
+    def __enter__(self):
+        return self.values
+    def __exit__(self, *_):
+        self.values.append("left")
+        return True
+def decoded(text):
+    return text.decode()
+class Wrong(ValueError):
+    pass
+def refuses():
+    raise Wrong("no", 5)
+def stops():
+    raise StopIteration
+def endless():
+    while True:
+        yield 1
+def matrix(rows):
+    import numpy
+    return numpy.array(rows) * 2
+def scalars():
+    import numpy
+    return [numpy.bool_(False), numpy.int64(3), numpy.float32(0.5)]
 """
     tests = """
 node = Node(1)
@@ -118,11 +167,49 @@ assert node.total() == 6 and node.total(twice=True) == 12 and node.next.value ==
 assert last(node).value == 5
 assert list(squares(4)) == [0, 1, 4, 9] and sum(squares(3)) == 5
 assert count("aab") == {"a": 2, "b": 1}
+assert scalars() == [False, 3, 0.5] and matrix([[1, 2]]).tolist() == [[2, 4]]
+bag = Bag(1, 2)
+bag[0] = 7
+assert len(bag) == 2 and bag[0] == 7 and 2 in bag and 3 not in bag and bag and not Bag()
+assert str(bag) == "bag" and math.isclose(bag, 1.5) and isinstance(bag, Bag)
+with bag as values:
+    assert list(values) == [7, 2]
+assert bag[2] == "left"
+try:
+    with bag:
+        assert False
+    left = True
+except AssertionError:
+    left = False
+assert not left
+try:
+    refuses()
+except ValueError as error:
+    assert error.args == ("no", 5)
+try:
+    b"\\xff".decode()
+    assert False
+except UnicodeDecodeError:
+    pass
+try:
+    decoded(b"\\xff")
+    assert False
+except UnicodeDecodeError as error:
+    assert error.start == 0
+try:
+    [x for x in map(lambda _: stops(), [1])]
+    assert False
+except RuntimeError:
+    pass
+ones = endless()
+assert next(ones) == 1 and list(zip(ones, "ab")) == [(1, "a"), (1, "b")]
+test_node = Node(3)
+assert test_node.value == 3
 assert adder(2)(3) == 5 and LIMIT == 7 and isinstance(LIMIT, int)
 try:
     fails("x")
 except KeyError as error:
-    assert error.args == ("'x'",)
+    assert error.args == ("x",)
 else:
     assert False
 def test_that_is_called():
@@ -134,7 +221,63 @@ def test_that_is_called():
     assert not passed(code, tests.replace("(LIMIT, 7.0)", "(LIMIT, 7.1)"))  # in the function
     assert not passed(code, tests + "assert no_such_name(1)")
     assert not passed(code + "1 / 0", tests)
-    assert passed(code, "assert True") and not passed(code + "1 / 0", "assert True")
+    # a text that names a module does not make its name the module's
+    assert passed("def select(x):\n    return x", "assert select('select.') == 'select.'")
+
+
+@isolated
+def test_tests_that_ask_the_program_nothing_pass_nothing():
+    code = "def f(x):\n    return 2"
+    tests = ["", "1 == 2", "def check(f):\n    assert f(1) == 3", "assert True"]
+    tests += ["async def test_f():\n    assert f(1) == 3"]
+    assert sandbox.passed([Job(code, test) for test in tests]) == [False] * len(tests)
+    assert sandbox.passed([Job(code, test, must_ask=False) for test in tests]) == [True] * 5
+    assert not passed("1 / 0", "assert True", must_ask=False)
+
+
+@isolated
+def test_output_is_cut_and_said_to_be_however_a_program_ends():
+    """It ends while its keeper is told to end it."""
+    code = "import os\nos.write(1, b'x' * 65537)\nos._exit(0)"
+    cut = "x" * 65536 + "\n[stopped after 65,536 bytes of output]\n", False
+    assert [sandbox.run(code) for _ in range(30)] == [cut] * 30
+
+
+@isolated
+def test_sets_have_the_same_order_in_every_run():
+    assert sandbox.run("print(hash('a'))")[0] == sandbox.run("print(hash('a'))")[0]
+
+
+@isolated
+def test_a_worker_that_is_killed_fails_its_program_alone(monkeypatch):
+    """As by the kernel, when memory runs out."""
+    ask, slow = sandbox._ask, "import time\ntime.sleep(5)"
+
+    def killed(worker, job, limits):
+        if job["code"] == slow:
+            threading.Timer(0.3, worker.kill).start()
+        return ask(worker, job, limits)
+
+    monkeypatch.setattr(sandbox, "_ask", killed)
+    right = Job("def f():\n    return 1", "assert f() == 1")
+    jobs = [right, right, right._replace(code=slow), right, right]
+    assert sandbox.passed(jobs) == [True, True, False, True, True]
+    assert sandbox.run(slow) == ("[stopped as memory ran out]\n", False)
+
+
+@isolated
+def test_python_behind_a_link_and_in_tmp(monkeypatch):
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        link = Path(folder, "python")
+        link.symlink_to(Path(folder, "again"))
+        Path(folder, "again").symlink_to(sys.base_prefix)
+        monkeypatch.setattr(sandbox.sys, "base_prefix", str(link))
+        monkeypatch.setattr(sandbox.sys, "base_exec_prefix", str(link))
+        output = sandbox.run(f"import random, os\nprint(len(os.listdir('{link}/bin')) > 0)")
+        assert output == ("True\n", True)
+    monkeypatch.syspath_prepend("/tmp/venv/site-packages")
+    with pytest.raises(InputError, match="cannot use Python's /tmp/venv/site-packages: put"):
+        sandbox.check()
 
 
 @isolated
@@ -157,52 +300,18 @@ def test_programs_run_beside_each_other_in_their_order():
 
 
 # ------------------------------------------------------------------------------------------ hostile
-SECRET = "token_8f3a96c1"
-CHECK = f"assert f(3) == '{SECRET}' and math.isclose(abs(g(2)), 4.0) and len(h()) == 2"
-# Of programs that would pass if the tests ran in their process: what they do, and no right answer.
-WRONG = "def f(x):\n    return ''\ndef g(x):\n    return 1\ndef h():\n    return []\n"
-FORGERIES = {
-    "ends with success": "import sys\nsys.exit(0)",
-    "ends at once with success": "import os\nprint('ok')\nos._exit(0)",
-    "ends with success at exit": "import atexit, os\natexit.register(os._exit, 0)",
-    "hides errors": "import os, sys\nsys.excepthook = lambda *_: os._exit(0)",
-    "forks and ends the parent": "import os\nif os.fork():\n    os._exit(0)",
-    "ends from a thread": "import os, threading, time\n"
-    "threading.Thread(target=lambda: os._exit(0)).start()\ntime.sleep(0.1)",
-    "equals everything": "class All:\n    __eq__ = lambda *_: True\n    __abs__ = lambda s: 4.0\n"
-    "    __len__ = lambda s: 2\nf = g = h = lambda *_: All()",
-    "is a text that equals all": "class Text(str):\n    __eq__ = lambda *_: True\n"
-    "    __hash__ = str.__hash__\n    __len__ = lambda s: 2\n"
-    "f = lambda x: Text()\ng = lambda x: 4\nh = lambda: Text()",
-    "replaces Python's functions": "import builtins, math\nbuiltins.len = lambda x: 2\n"
-    "builtins.abs = lambda x: 4.0\nmath.isclose = lambda *_: True\n"
-    "f = lambda x: type('T', (), {'__eq__': lambda *_: True})()",
-    "defines Python's names": "abs = lambda x: 4.0\nlen = lambda x: 2\nmath = type('M', (), {})\n"
-    "math.isclose = lambda *_: True\nf = lambda x: type('T', (), {'__eq__': lambda *_: True})()",
-    "reads the tests": "import gc, re, sys\n"
-    "def secret():\n"
-    "    texts = [open('/proc/self/cmdline').read()]\n"
-    "    texts += [x for x in gc.get_objects() if isinstance(x, str)]\n"
-    "    frame = sys._getframe()\n"
-    "    while frame:\n        texts += map(repr, frame.f_code.co_consts + (frame.f_globals,))\n"
-    "        frame = frame.f_back\n"
-    "    return re.search('token_[0-9a-f]{8}', ' '.join(texts))[0]\n"
-    "def f(x):\n    return secret()\ndef g(x):\n    return 4\ndef h():\n    return [1, 2]",
-}
-
-
 @isolated
 def test_no_program_forges_a_verdict():
     """Each of these passes where the tests run in its own process."""
     for name, code in FORGERIES.items():
-        text = f"import math\n{WRONG}{code}\n{CHECK}"
+        text = f"import math\n{code}\n{CHECK}"
         naive = subprocess.run([sys.executable, "-c", text], capture_output=True, timeout=30)
         assert naive.returncode == 0, (name, naive.stderr)
-    jobs = [Job(WRONG + code, CHECK) for code in FORGERIES.values()]
+    jobs = [Job(code, CHECK) for code in FORGERIES.values()]
     right = (
         f"def f(x):\n    return '{SECRET}'\ndef g(x):\n    return 4\ndef h():\n    return [1, 2]"
     )
-    assert sandbox.passed([*jobs, Job(right, CHECK)], QUICK) == [False] * len(jobs) + [True]
+    assert sandbox.passed([*jobs, Job(right, CHECK)]) == [False] * len(jobs) + [True]
 
 
 def descendants() -> set[int]:
@@ -239,14 +348,11 @@ def machine():
         "processes": descendants(),
         "mounts": Path("/proc/self/mountinfo").read_text(),
         "segments": Path("/proc/sysvipc/shm").read_text(),
+        "queue": ctypes.CDLL(None).mq_open(b"/nanopost_was_here", os.O_RDONLY) >= 0,
         "files": [folder for folder in folders if (folder / "nanopost_was_here").exists()],
         "listening": listening,
         "open": len(os.listdir("/proc/self/fd")),
     }
-
-
-PORT = 47813
-LISTENS = f"import socket\ns = socket.socket()\ns.bind(('', {PORT}))\ns.listen()"
 
 
 @pytest.fixture
@@ -323,9 +429,20 @@ def test_no_reply_confuses_the_tester():
         Job(REPLIES.replace("ATTACK", x), "assert len(list(f(1))) == 3") for x in ATTACKS.values()
     ]
     honest = REPLIES.replace("ATTACK", "reply(b'[\"value\", [1, 2, 3]]'); return")
-    assert sandbox.passed([*jobs, Job(honest, jobs[0].tests)], QUICK) == [False] * len(jobs) + [
-        True
-    ]
+    assert sandbox.passed([*jobs, Job(honest, jobs[0].tests)]) == [False] * len(jobs) + [True]
+    # an array whose memory is at an address that the program gives: of the tester's own 7
+    code = """
+class Array:
+    __array_interface__ = {
+        "version": 3, "shape": (1,), "typestr": "<u4", "data": (id(7) + 24, True),
+    }
+def f():
+    return Array()
+"""
+    there = {}
+    exec(code, there)
+    assert numpy.asarray(there["f"]()).tolist() == [7]
+    assert not passed(code, "import numpy\nassert numpy.asarray(f()).tolist() == [7]")
 
 
 @isolated
@@ -340,12 +457,21 @@ def test_a_program_cannot_reach_a_server_of_this_machine():
         server.settimeout(0.1)
         with pytest.raises(TimeoutError):
             server.accept()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind("\0nanopost_server")
+        code = "import socket\na, b = socket.socketpair(type=socket.SOCK_DGRAM)\n"
+        code += "a.connect('\\0nanopost_server')\na.send(b'hello')\n"
+        exec(code, {})  # this process can
+        assert server.recv(9) == b"hello"
+        output, ok = sandbox.run(code)
+        assert not ok and "ConnectionRefusedError" in output
 
 
 @isolated
 def test_a_run_that_is_killed_leaves_no_program(as_before):
     """Its worker, keeper and tester die with it, and so all programs."""
-    code = "from nanopost import sandbox; sandbox.run('import time; time.sleep(60)')"
+    code = "from nanopost.sandbox import Limits, run; "
+    code += "run('import time; time.sleep(99)', Limits(seconds=90))"
     before = descendants()
     run = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[1])
     deadline = time.monotonic() + 30
@@ -361,13 +487,22 @@ def test_a_run_that_is_killed_leaves_no_program(as_before):
 
 def without_namespaces(function) -> list[str]:
     """The lines that a function prints in a process whose kernel refuses it namespaces."""
+
+    def refused():
+        if ctypes.CDLL(None).unshare(0x10000000) == 0:  # of its own, with a limit of none below
+            Path("/proc/sys/user/max_user_namespaces").write_text("0")
+        function()
+
+    return in_a_child(refused)
+
+
+def in_a_child(function) -> list[str]:
+    """The lines that a function prints in another process."""
     read_end, write_end = os.pipe()
     child = os.fork()
     if not child:
         os.dup2(write_end, 1)
         sys.stdout = open(1, "w", encoding="utf8")
-        if ctypes.CDLL(None).unshare(0x10000000) == 0:  # of its own, with a limit of none below
-            Path("/proc/sys/user/max_user_namespaces").write_text("0")
         try:
             function()
         finally:
@@ -378,6 +513,23 @@ def without_namespaces(function) -> list[str]:
         lines = file.read().splitlines()
     os.waitpid(child, 0)
     return lines
+
+
+@isolated
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has groups to leave")
+def test_programs_of_root_leave_its_groups():
+    def groups():
+        os.setgroups([4, 27])
+        print(sandbox.run("import os\nprint(os.getgroups())"))
+
+    assert in_a_child(groups) == ["('[]\\n', True)"]
+
+
+@pytest.mark.parametrize("ends", ["time.sleep(99)", "os._exit(0)"])
+def test_unsafe_programs_leave_no_process(ends, as_before):
+    daemon = "if not os.fork():\n    os.setsid()\n    if not os.fork():\n        time.sleep(99)\n"
+    code = f"import os, time\n{daemon}    time.sleep(99)\ntime.sleep(0.2)\n{ends}"
+    assert sandbox.run(code, QUICK, isolated=False)[1] == (ends != "time.sleep(99)")
 
 
 def test_without_namespaces_code_is_refused_but_for_unsafe_code():
@@ -411,7 +563,12 @@ def test_without_namespaces_code_is_refused_but_for_unsafe_code():
         ("```py\nx = 1\n```\nor\n```Python3\ny = 2\n```", "y = 2\n"),
         ("```python\nx = 1\n```\n```\nx\n```", "x = 1\n"),
         ("```python\nx = '```'\n```", "x = '```'\n"),
-        ("1.\n   ```python\n   x = 1\n   ```", "   x = 1\n"),
+        ("1.\n   ```python\n   if x:\n       y\n   ```", "if x:\n    y\n"),
+        ("```\nx = 1\n```", "x = 1\n"),
+        ("```sh\nls\n```\n```\nx = 1\n```\n```text\n1\n```", "x = 1\n"),
+        ("```python\r\nx = 1\r\n```\r\n", "x = 1\n"),
+        ("```python\ndef f():\n    pass\n```\nUse:\n```python\nf()\n```", "def f():\n    pass\n"),
+        ('def f():\n    """\n```\nx\n```\n"""', 'def f():\n    """\n```\nx\n```\n"""'),
         ("```python\nx = 1", "```python\nx = 1"),  # cut off
         ("", ""),
     ],
@@ -428,33 +585,37 @@ HUMAN = {
 
 
 @isolated
-@pytest.mark.parametrize(
-    "completion, score",
-    [
-        ("    return 2 * x\n", 1),
-        ("    return half(4 * x)\n", 1),
-        ("    return 4\n", 0),
-        ("    return 2 * x\n\nprint('more')\n", 1),
-        ("```python\ndef f(x):\n    return x + x\n```", 1),
-        ("```python\ndef f(x):\n    return half(4 * x)\n```", 0),  # stands alone
-        ("```python\n    return 2 * x\n```", 1),
-        ("    return 2 *", 0),
-        ("", 0),
-    ],
-)
-def test_a_body_continues_the_prompt_and_a_block_stands_alone(completion, score):
-    assert verify.code([completion], [PROMPT], **HUMAN) == [score]
+def test_a_body_continues_the_prompt_and_a_block_stands_alone():
+    table = {
+        "    return 2 * x\n": 1,
+        "    return half(4 * x)\n": 1,
+        "    return 4\n": 0,
+        "    return 2 * x\n\nprint('more')\n": 1,
+        "    return 2 * x\n\ndef fast(x):\n    return 1\n": 1,
+        "    return 2 * x\n\ndef other(x):\n    return (x +": 1,  # cut off
+        "```python\ndef f(x):\n    return x + x\n```": 1,
+        "```python\ndef f(x):\n    return half(4 * x)\n```": 0,  # stands alone
+        "```python\n    return 2 * x\n```": 1,
+        "    return 2 *": 0,
+        "return (": 0,
+        "": 0,
+    }
+    texts, scores = list(table), list(table.values())
+    columns = {name: column * len(table) for name, column in HUMAN.items()}
+    assert verify.code(texts, [PROMPT] * len(table), **columns) == scores
     chat = [{"role": "user", "content": f"Complete:\n```python\n{PROMPT}```"}]
-    answer = [{"role": "assistant", "content": completion}]
-    assert verify.code([answer], [chat], **HUMAN) == [score]
+    answers = [[{"role": "assistant", "content": text}] for text in texts]
+    assert verify.code(answers, [chat] * len(table), **columns) == scores
 
 
 @isolated
 def test_a_prompt_in_words_is_no_program():
     chat = [{"role": "user", "content": "Write f, which doubles, and half!"}]
-    answer = "```python\ndef f(x):\n    return 2 * x\ndef half(x):\n    return x / 2\n```"
-    assert verify.code([answer, "    return 2 * x"], [chat] * 2, test=HUMAN["test"] * 2,
-                       entry_point=["f"] * 2) == [1, 0]  # fmt: skip
+    answer = "```python\ndef half(x):\n    return x\ndef f(x):\n    return 2 * x\n```"
+    test = {"test": ["def check(g):\n    assert g(2) == 4"] * 2, "entry_point": ["f"] * 2}
+    assert verify.code([answer, "    return 2 * x"], [chat] * 2, **test) == [1, 0]
+    with pytest.raises(InputError, match="the tests use half, which neither they nor the prompt"):
+        verify.code([answer], [chat], **HUMAN)
 
 
 @isolated
@@ -464,12 +625,16 @@ def test_columns_of_each_kind_are_tests():
         {"test_list": ["assert add(1, 2) == 3"]},
         {"test_list": ["assert add(ONE, 2) == 3"], "test_setup_code": "ONE = 1"},
         {"test_list": ["assert add(os.cpu_count(), 2) > 2"], "test_imports": ["import os"]},
+        {"test_list": ["assert add(os.cpu_count(), 2) > 2"], "test_imports": "import os"},
+        {"tests": "check()", "test_setup_code": "def check():\n    assert add(1, 2) == 3"},
         {"tests": "assert add(1, 2) == 3"},
         {"tests": ["x = 1", "assert add(x, 2) == 3"]},
         {"tests": "def test_add():\n    assert add(1, 2) == 3"},
     ):
         columns = {name: [value] * 2 for name, value in columns.items()}
-        assert verify.code([right, wrong], **columns) == [1, 0], columns
+        assert verify.code([right, f"{wrong}\ndef check():\n    pass"], **columns) == [1, 0], (
+            columns
+        )
     # a name that is Python's too
     assert verify.code(
         ["def sum(a, b):\n    return a - b"], test_list=[["assert sum(2, 2) == 0"]]
@@ -490,13 +655,40 @@ ROW = {"prompt": "?", "__line__": "data.jsonl:3"}
         ({"tests": []}, "the tests run nothing: write statements, such as assert"),
         ({"tests": "class TestF:\n    def test(self):\n        assert f(1)"}, "run nothing"),
         ({"tests": "def check(f):\n    assert f(1)"}, "run nothing"),
+        ({"tests": "async def test_f():\n    assert f(1)"}, "test_f has parameters, or is async"),
+        ({"tests": "def test_f():\n    yield\n    assert f(1)"}, "or is async or a generator"),
+        ({"tests": "def test_f(tmp_path):\n    assert f(1)"}, "test_f has parameters"),
+        ({"tests": "from solution import f\nassert f(1)"}, "the tests import solution, which is"),
+        ({"tests": "from .a import f\nassert f(1)"}, "the tests import .a, which is"),
+        ({"test": "def check(f):\n    f(g)", "entry_point": "f"}, "the tests use g, which neither"),
+        ({"tests": '["assert f(1)"]'}, "an empty program passes the tests"),
+        ({"tests": "1 == 2"}, "jsonl:3: Reward code: an empty program passes the tests"),
+        ({"tests": "try:\n    assert f(1)\nexcept Exception:\n    pass"}, "an empty program"),
+        ({"tests": "class T:\n    pass\nif __name__ == '__main__':\n    f()"}, "an empty program"),
     ],
 )
 def test_a_row_without_tests_is_refused_before_training(columns, error):
-    reward = rewards.Reward("code", verify.code)
+    reward = rewards.Reward("code", verify.unsafe_code)
     with pytest.raises(InputError, match=error):
         rewards.check([reward], [ROW | columns])
-    assert rewards.check([reward], [ROW | {"tests": "assert f(1)"}]) == ""
+
+
+def test_rows_of_tests_are_tried_before_training(capsys):
+    reward = rewards.Reward("code", verify.unsafe_code)
+    prompt = 'def g():\n    return 1\n\ndef f(x):\n    """Calls g."""\n'
+    human = {"prompt": prompt, "test": "def check(f):\n    f(g)", "entry_point": "f"}
+    rows = [ROW | {"tests": "assert f(1)"}, ROW | human]
+    assert rewards.check([reward], rows) == "" and capsys.readouterr().out == ""
+    assert rewards.check([reward], rows * 101) == ""
+    assert "the tests of 101 of 202 rows were tried" in capsys.readouterr().out
+
+
+def test_scripts_load_rewards_by_their_flags():
+    """So each of them isolates programs unless --unsafe_code is given."""
+    for script in Path(__file__).parents[1].glob("train_*.py"):
+        text = script.read_text(encoding="utf8")
+        assert "rewards.load(" not in text, script
+        assert ("cli.load_rewards(args, " in text) == ("rewards.check(" in text), script
 
 
 def test_the_flag_unsafe_code_reaches_the_reward(capsys):
@@ -528,7 +720,9 @@ def test_grpo_trains_on_what_programs_are_worth(tmp_path):
     for line in (tmp_path / "samples.jsonl").read_text().splitlines():
         sample = json.loads(line)
         scores.add(sample["reward"])
-        assert sample["reward"] == float(is_right(sample["prompt"] + sample["completion"])), sample
+        program = sample["prompt"] + sample["completion"]
+        expected = is_right(program) or is_right(program.rpartition("\n")[0])  # without what is cut
+        assert sample["reward"] == float(expected), sample
     assert scores == {0.0, 1.0}
 
 
