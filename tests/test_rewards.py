@@ -1109,7 +1109,9 @@ def test_a_reward_model_has_the_dtype_and_the_tokens_of_the_run(monkeypatch):
 
 def test_the_reward_in_the_readme_scores_chat_prompts_and_plain_ones():
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf8")
-    (source,) = [x for x in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "def short" in x]
+    (source,) = [
+        x for x in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S) if "def short" in x
+    ]
     defined = {}
     exec(source, defined)
     reward = rewards.Reward("short", defined["short"])
