@@ -1554,6 +1554,20 @@ MUTATIONS = [
         "test_sandbox.py::test_no_reply_confuses_the_tester",
     ),
     mutation(
+        "programs-outlive-the-run",
+        "nanopost/sandbox_worker.py",
+        "SET_PDEATHSIG, SET_DUMPABLE, SET_SECCOMP = 1, 4, 22  # of prctl",
+        "SET_PDEATHSIG, SET_DUMPABLE, SET_SECCOMP = 3, 4, 22  # of prctl",
+        "test_sandbox.py::test_a_run_that_is_killed_leaves_no_program",
+    ),
+    mutation(
+        "ppo-isolates-always",
+        "train_ppo.py",
+        "cli.load_rewards(args, tokenizer, world)",
+        "rewards.load(args.reward, args.reward_weights, tokenizer, world)",
+        "test_sandbox.py::test_scripts_load_rewards_by_their_flags",
+    ),
+    mutation(
         "ipc-of-the-machine",
         "nanopost/sandbox_worker.py",
         "NEWPID | NEWNS | NEWIPC)",

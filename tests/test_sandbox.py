@@ -348,7 +348,7 @@ def machine():
         "processes": descendants(),
         "mounts": Path("/proc/self/mountinfo").read_text(),
         "segments": Path("/proc/sysvipc/shm").read_text(),
-        "queue": ctypes.CDLL(None).mq_open(b"/nanopost_was_here", os.O_RDONLY) >= 0,
+        "queue": ctypes.CDLL(None).mq_unlink(b"/nanopost_was_here") == 0,
         "files": [folder for folder in folders if (folder / "nanopost_was_here").exists()],
         "listening": listening,
         "open": len(os.listdir("/proc/self/fd")),
@@ -361,6 +361,7 @@ def as_before(monkeypatch):
     libc = ctypes.CDLL(None)
     libc.prctl(36, 1, 0, 0, 0)  # orphans among this process's descendants become its children
     monkeypatch.setenv("NANOPOST_SECRET", SECRET)
+    machine()  # a queue that was left is gone
     before = machine()
     yield
     after = machine()
@@ -614,6 +615,9 @@ def test_a_prompt_in_words_is_no_program():
     answer = "```python\ndef half(x):\n    return x\ndef f(x):\n    return 2 * x\n```"
     test = {"test": ["def check(g):\n    assert g(2) == 4"] * 2, "entry_point": ["f"] * 2}
     assert verify.code([answer, "    return 2 * x"], [chat] * 2, **test) == [1, 0]
+    # what a star hides is not the program's either
+    test["test"] = ["from math import *\ndef check(g):\n    assert half(g(2)) == 4"] * 2
+    assert verify.code([answer], [chat], test=test["test"][:1], entry_point=["f"]) == [0]
     with pytest.raises(InputError, match="the tests use half, which neither they nor the prompt"):
         verify.code([answer], [chat], **HUMAN)
 
