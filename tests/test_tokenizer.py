@@ -348,7 +348,7 @@ def test_prompts_of_several_lists_share_their_columns_and_each_must_keep_one():
 @pytest.mark.parametrize(
     "name, limit, sides, said",
     [
-        ("positions", 65, 1, "exceed the 65 positions"),
+        ("positions", 65, 1, "the 65 positions"),
         ("tokens", 65, 1, "--tokens 65: .*or raise --tokens"),
         ("tokens", 131, 2, "--tokens 131 / 2 .one side of a pair.: .*or raise --tokens"),
     ],

@@ -138,7 +138,8 @@ def check_metrics(module):
     """The METRICS of a twin are those that its runs have logged: for the last test of its file."""
     if not module.RUNS.keys() <= RAN.get(module.SCRIPT, set()):
         pytest.skip("one run after another, the whole test file says which metrics there are")
-    assert COMPUTED[module.SCRIPT] - {"step"} == module.METRICS
+    differ = (COMPUTED[module.SCRIPT] - {"step"}) ^ module.METRICS
+    assert not differ, differ
 
 
 def given(module, name, args) -> dict:

@@ -75,6 +75,7 @@ RUNS = {
     "fork two_sided_clip": PLAIN + TWO + "--clip 0.02 0.01 --delta 1.015",
 }
 METRICS = rollouts.METRICS | {
+    *("echo", "divergence", "eval/accuracy/letters", "eval/greedy/letters"),
     *("reward", "reward_std", "frac_reward_zero_std", "groups", "prompts_drawn"),
     *("loss", "grad_norm", "lr", "entropy", "kl", "cispo_clip_ratio"),
     *("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"),
