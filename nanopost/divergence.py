@@ -71,7 +71,6 @@ def from_teacher(
     rest being one; 0: all tokens. logp and entropy are the student's, over the whole vocabulary.
     Differentiable in the student's two, exactly; the teacher gets no gradient.
     """
-
     teacher_weight_VE = ready(teacher_weight_VE)
 
     def of_rows(logit_RV, part):
@@ -96,10 +95,10 @@ def from_log_probs(
     teacher_logp_MK,
     beta: float,
 ):
-    """The same of a teacher of which only its K likeliest tokens are known, such as a server.
+    """The same for a teacher of which only the K likeliest tokens are known, such as a server.
 
-    teacher_id_MK: int64. teacher_logp_MK: fp32. What they leave of 1 is the rest, at least 1e-6,
-    which is what fp32 can tell.
+    teacher_id_MK: int64. teacher_logp_MK: fp32. The rest is what they leave of 1, but at least
+    1e-6: fp32 resolves no less.
     """
     left_M = (1 - teacher_logp_MK.exp().sum(-1)).clamp(min=1e-6)
     teacher_MC = torch.cat([teacher_logp_MK, left_M.log()[:, None]], 1)
@@ -119,7 +118,7 @@ def _of_targets(logp_RV, target_R):
 
 
 class _ByRows(torch.autograd.Function):
-    """of_rows(logit_RV, part) -> tensors [R], for a chunk of rows after the other.
+    """of_rows(logit_RV, part) -> tensors [R], for one chunk of rows after another.
 
     What of_rows computes is differentiated by autograd, a chunk at a time; the two matmuls are
     differentiated here, so that the gradient of the weight adds up in fp32.

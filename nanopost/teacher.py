@@ -61,8 +61,8 @@ class Teacher:
 
 
 class ServedTeacher:
-    """A teacher on vLLM servers, of which its top_k likeliest tokens are known at each place, and
-    the rest as one. Any server of vLLM's will do: `vllm serve DIR --max-logprobs K`."""
+    """A teacher on vLLM servers, which give its top_k likeliest tokens at each place; the rest are
+    one. Any vLLM server will do: `vllm serve DIR --max-logprobs K`."""
 
     def __init__(
         self, urls: list[str], tokenizer, vocabulary: int, timeout: float, beta: float, top_k: int
@@ -88,7 +88,7 @@ class ServedTeacher:
                 ) from error
             except (ServerError, *WRONG) as error:
                 raise InputError(
-                    f"--teacher: {as_server_error(server, error)}: is it up, and vLLM's "
+                    f"--teacher: {as_server_error(server, error)}: is it up, and is it vLLM "
                     "(vllm serve DIR)?"
                 ) from error
             if theirs != ids:

@@ -394,6 +394,8 @@ def job_of(row: dict, prompt: str, text: str) -> sandbox.Job:
         given = [row["test"], f"check({entry})"]
         if not re.search(rf"^(def|class) {re.escape(entry)}\b", text, re.M):
             text = _continued(prompt, text)
+        elif "__future__" not in text:  # which has to come first
+            text = _imports(prompt) + text
     elif row.get("tests") is not None:
         setup, given, entry = _texts(row.get("test_setup_code")), row["tests"], ""
     else:
@@ -433,6 +435,16 @@ def _texts(value):
     if value is None:
         return []
     return value if isinstance(value, list) else [value]
+
+
+def _imports(prompt):
+    """What the prompt imports: a whole function of a completion leans on it, as in HumanEval's own
+    harness, which puts the prompt before it."""
+    if not _parses(prompt):
+        return ""
+    statements = ast.parse(prompt).body
+    imports = [ast.unparse(x) for x in statements if isinstance(x, (ast.Import, ast.ImportFrom))]
+    return "".join(f"{line}\n" for line in imports)
 
 
 def _continued(prompt, text):

@@ -12,7 +12,7 @@ import torch
 from inprocess import run_here
 from scripts import SCRIPTS, metrics
 
-from nanopost import InputError, dist, forward, hf, packing, pairs, rewards, rows
+from nanopost import InputError, cli, dist, forward, hf, packing, pairs, rewards, rows
 from nanopost.batch import batch_of
 from nanopost.engine import Engine
 from nanopost.run import Run
@@ -292,7 +292,7 @@ REFUSED = {
     "--teacher localhost:1 --teacher_top_k 5 --reproducible": "--reproducible needs a teacher in a "
     "folder",
     "--teacher http://localhost:1 --teacher_top_k 5": "--teacher: .*localhost:1.*: is it up, and "
-    "vLLM's",
+    "is it vLLM",
 }
 
 
@@ -314,6 +314,38 @@ def test_what_no_student_can_learn_from_is_refused(place, tmp_path, given):
         more = given.format(place=place).split()
         run_here("train_distill.py", *distill(place, tmp_path / "x", *more))
     assert not (tmp_path / "x").exists()
+
+
+# ------------------------------------------------------------------------------------- environments
+ENVIRONMENT = """
+class Nods:
+    def reset(self, row):
+        return None
+
+    def step(self, completion):
+        return [], 1.0, True
+"""
+
+
+@pytest.mark.parametrize("script", ROLLOUTS)
+def test_an_environment_gets_all_rows_and_the_room_of_what_is_trained(
+    place, tmp_path, script, monkeypatch
+):
+    """Held-out rows too, which need its tools; half of --tokens if pairs are trained."""
+    (place / "nods.py").write_text(ENVIRONMENT)
+    seen, environment = [], cli.environment
+
+    def watched(args, tokenizer, positions, rows, **more):
+        play = environment(args, tokenizer, positions, rows, **more)
+        seen.append((len(rows), play.__self__.room))
+        return play
+
+    monkeypatch.setattr(cli, "environment", watched)
+    given = list(flags(place, script, tmp_path / "out", "--steps", 1, "--tokens", 300))
+    at = given.index("--stop")
+    given[at : at + 1 + len(LETTERS)] = ["--env", f"{place}/nods.py:Nods"]
+    run_here(script, *given)
+    assert seen == [(12, 150 if script == "train_online_dpo.py" else 300)]
 
 
 # --------------------------------------------------------------------------------------------- GRPO

@@ -578,7 +578,7 @@ def test_the_program_of_a_completion(text, program):
     assert verify.program(text) == program
 
 
-PROMPT = 'def half(x):\n    return x / 2\n\ndef f(x):\n    """Twice."""\n'
+PROMPT = 'from math import floor\n\ndef half(x):\n    return x / 2\n\ndef f(x):\n    """Twice."""\n'
 HUMAN = {
     "test": ["def check(candidate):\n    assert candidate(2) == 4\n    assert half(f(3)) == 3"],
     "entry_point": ["f"],
@@ -595,6 +595,8 @@ def test_a_body_continues_the_prompt_and_a_block_stands_alone():
         "    return 2 * x\n\ndef fast(x):\n    return 1\n": 1,
         "    return 2 * x\n\ndef other(x):\n    return (x +": 1,  # cut off
         "```python\ndef f(x):\n    return x + x\n```": 1,
+        "```python\ndef f(x):\n    return floor(2 * x)\n```": 1,  # with the prompt's imports
+        "```python\nfrom __future__ import annotations\ndef f(x):\n    return 2 * x\n```": 1,
         "```python\ndef f(x):\n    return half(4 * x)\n```": 0,  # stands alone
         "```python\n    return 2 * x\n```": 1,
         "    return 2 *": 0,
