@@ -53,8 +53,9 @@ def job(work: str, tiny: bool):
     """-> an engine, prompts, samples of each, tokens of each at most."""
     import torch
 
+    from nanopost.config import Config
     from nanopost.engine import Engine
-    from nanopost.model import CausalLM, Config
+    from nanopost.model import CausalLM
 
     draw = random.Random(0)
     stops, rows, count, n = [], 512, 8, 8

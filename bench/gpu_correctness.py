@@ -41,9 +41,10 @@ from bench.common import flags
 from bench.train_step import REWARD, shape, write_inputs
 from nanopost.attention import Packing, cached_attention, packed_attention, seen
 from nanopost.batch import Example, batch_of
+from nanopost.config import Config
 from nanopost.engine import Engine, Sampling
 from nanopost.logprob import logprob
-from nanopost.model import CausalLM, Config
+from nanopost.model import CausalLM
 
 AT_ONCE = os.cpu_count()
 COMPARED = ("loss", "grad_norm", "entropy", "eval/loss", "rewards/margins", "kl")

@@ -22,7 +22,8 @@ import torch
 from bench import common
 from nanopost import batch, dist, forward
 from nanopost.batch import Example
-from nanopost.model import CausalLM, Config
+from nanopost.config import Config
+from nanopost.model import CausalLM
 
 CASES = [(size, ratio) for size in (8, 2) for ratio in ((1, 4), (1, 1), (4, 1))]
 LARGE = {  # Qwen2.5-1.5B

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from nanopost import hf
-from nanopost.model import CausalLM, Config
+from nanopost.config import Config
+from nanopost.model import CausalLM
 from nanopost.tokenizer import Tokenizer
 
 

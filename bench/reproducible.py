@@ -31,8 +31,9 @@ def measure(same_bytes: bool):
 
     from nanopost import dist, optim
     from nanopost.batch import Example
+    from nanopost.config import Config
     from nanopost.forward import batches
-    from nanopost.model import CausalLM, Config
+    from nanopost.model import CausalLM
 
     torch.set_num_threads(1)
     world = dist.init("cpu", "fp32", 0, same_bytes)

@@ -24,7 +24,7 @@ from pathlib import Path
 from bench import common
 from bench.common import flags
 from nanopost import hf
-from nanopost.model import Config
+from nanopost.config import Config
 from nanopost.tokenizer import Tokenizer, tokenizer_files
 
 SUMS = "out/smollm2/train.jsonl", "out/smollm2/held_out.jsonl"

@@ -32,7 +32,8 @@ from bench.common import flags
 from bench.kernels import matmul_flops, seconds
 from nanopost import hf, losses
 from nanopost.batch import Sequences
-from nanopost.model import CausalLM, Config
+from nanopost.config import Config
+from nanopost.model import CausalLM
 from runs import toy
 
 WARM = 2

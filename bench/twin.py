@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from nanopost import model
 from nanopost.batch import Example, batch_of
-from nanopost.model import CausalLM, Config
+from nanopost.config import Config
+from nanopost.model import CausalLM
 
 kind, vocabulary, share, steps = sys.argv[1], int(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])
 

@@ -102,6 +102,15 @@ class Packing:
         return parts
 
 
+def of_documents(x_NGK, packing: Packing):
+    """Packed tokens of documents side by side -> [S, G, T, K], where short of the longest with
+    their last token again."""
+    start_S, end_S = packing.cu_seqlens[:-1].long(), packing.cu_seqlens[1:].long()
+    at_T = torch.arange(packing.max_seqlen, device=start_S.device)
+    index_ST = torch.minimum(start_S[:, None] + at_T, end_S[:, None] - 1)
+    return rearrange(x_NGK[index_ST], "s t g k -> s g t k")
+
+
 def _alike(sizes: list[list[int]]) -> list[list[int]]:
     """Indices in groups, largest first: padding to the first of a group adds at most a sixteenth to
     any size."""
@@ -299,39 +308,38 @@ def cached_attention(q_BHK, k_BGTK, v_BGTK, seen_BT):
 
 
 class Cache:
-    """Keys and values of B rows in every layer, `capacity` tokens each, written in place.
+    """What B rows keep of their tokens in every layer, written in place.
 
-    length_B: tokens in use in each row. longest: how many positions attention reads: the caller
-    keeps it above all lengths, and at most at the capacity.
+    held: of each layer a list of tensors: keys and values [B, G, capacity, K], or the states of
+    linear attention. length_B: tokens in use in each row. longest: how many positions attention
+    reads: the caller keeps it above all lengths, and at most at the capacity.
     """
 
-    def __init__(self, layers, rows, groups, capacity, width, dtype, device):
-        shape = (rows, groups, capacity, width)
-        self.k = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
-        self.v = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(layers)]
+    def __init__(self, held: list[list[torch.Tensor]], rows: int, capacity: int, device):
+        self.held, self.capacity = held, capacity
         self.length_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.longest = 0
 
-    def write_prompts(self, layer, k_NGK, v_NGK, cu_seqlens, max_seqlen, row_A, prompt_A):
-        """Write packed prompts into rows: row_A[i] gets prompt prompt_A[i]."""
-        start_P, end_P = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-        at_T = torch.arange(max_seqlen, device=start_P.device)
-        index_PT = torch.minimum(start_P[:, None] + at_T, end_P[:, None] - 1)
-        for new_NGK, cache_BGTK in ((k_NGK, self.k[layer]), (v_NGK, self.v[layer])):
-            new_PGTK = rearrange(new_NGK[index_PT], "p t g k -> p g t k")
-            cache_BGTK[row_A, :, :max_seqlen] = new_PGTK[prompt_A]
+    def write_prompts(self, layer, *new, row_A, prompt_A):
+        """Write what prompts leave into rows: row_A[i] gets prompt prompt_A[i].
+
+        new: keys and values of each prompt [P, G, T, K], or states [P, ...].
+        """
+        for held, new_P in zip(self.held[layer], new):
+            held[row_A, :, : new_P.shape[2]] = new_P[prompt_A].to(held.dtype)
 
     def append(self, layer, k_BGK, v_BGK):
         """Write one token per row after those in use -> the keys and values that are read."""
         row_B = torch.arange(len(k_BGK), device=k_BGK.device)
-        self.k[layer][row_B, :, self.length_B] = k_BGK
-        self.v[layer][row_B, :, self.length_B] = v_BGK
-        return self.k[layer][:, :, : self.longest], self.v[layer][:, :, : self.longest]
+        keys, values = self.held[layer]
+        keys[row_B, :, self.length_B] = k_BGK
+        values[row_B, :, self.length_B] = v_BGK
+        return keys[:, :, : self.longest], values[:, :, : self.longest]
 
     def keep(self, row_A):
-        """Keep only these rows. The memory of the others is freed, layer by layer: old and new
+        """Keep only these rows. The memory of the others is freed, tensor by tensor: old and new
         never exist twice as a whole."""
-        for layer in range(len(self.k)):
-            self.k[layer] = self.k[layer].index_select(0, row_A)
-            self.v[layer] = self.v[layer].index_select(0, row_A)
+        for held in self.held:
+            for i in range(len(held)):
+                held[i] = held[i].index_select(0, row_A)
         self.length_B = self.length_B[row_A]

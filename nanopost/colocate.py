@@ -40,7 +40,7 @@ class Colocated:
         self.sleeps = cuda
         self.device = world.device
         self.stop_ids = sorted(tokenizer.stop_ids)
-        self.positions = min(config.hf.get("max_position_embeddings", 2**31), tokens)
+        self.positions = min(config.max_positions, tokens)
         self.version = 0
         more = {"distributed_executor_backend": "external_launcher"} if world.size > 1 else {}
         self.llm = LLM(

@@ -173,7 +173,7 @@ class Engine:
             raise InputError(f"prompt {lengths.index(0)} has no tokens to continue from.")
         if "" in sampling.stop:
             raise InputError("--stop: an empty string would end every completion at once.")
-        positions = self.model.config.hf.get("max_position_embeddings", 2**31)
+        positions = self.model.config.max_positions
         longest = max(lengths, default=0)
         if longest + sampling.max_tokens > positions:
             raise InputError(
@@ -303,8 +303,6 @@ class Engine:
             prompt.append(of_A + sum(map(len, hidden)))
             write = partial(
                 cache.write_prompts,
-                cu_seqlens=cu_seqlens,
-                max_seqlen=longest,
                 row_A=row_A[first : first + len(of_A)],
                 prompt_A=of_A.to(self.device),
             )
@@ -333,7 +331,7 @@ class Engine:
         is void once rows are dropped: their tensors are new.
         """
         longest = -(-rows.longest() // self.positions) * self.positions
-        rows.cache.longest = longest = min(longest, rows.cache.k[0].shape[2])
+        rows.cache.longest = longest = min(longest, rows.cache.capacity)
         if not self.graphs or longest not in graphs:
             graphs[longest] = None
             return self._step(rows, sampling)
@@ -410,11 +408,10 @@ class Rows:
     @classmethod
     def of(cls, model, size: int, capacity: int, most: int) -> "Rows":
         """Free rows for a model. capacity: tokens of each; most: tokens to sample."""
-        c, weight = model.config, model.head_weight
+        weight = model.head_weight
         real = {"dtype": torch.float64, "device": weight.device}
-        cache = (c.layers, size, c.kv_heads, capacity, c.head_dim, weight.dtype, weight.device)
         return cls(
-            cache=Cache(*cache),
+            cache=model.cache(size, capacity),
             token_B=torch.zeros(size, dtype=torch.long, device=weight.device),
             drawn_B=torch.full((size,), most, device=weight.device),
             uniform_BT=torch.zeros(size, most + 1, **real),

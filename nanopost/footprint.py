@@ -20,10 +20,11 @@ from typing import NamedTuple
 import torch
 
 from nanopost import divergence
+from nanopost.config import Config
 from nanopost.engine import PREFILL_TOKENS
 from nanopost.logprob import CHUNK_ELEMENTS, CHUNK_ENTRIES, SAVED_ELEMENTS
 from nanopost.lora import HEADS
-from nanopost.model import ActorCritic, CausalLM, Config, ScalarModel
+from nanopost.model import ActorCritic, CausalLM, ScalarModel
 
 NODE = 8  # GPUs of a node
 RESERVED = 3e9  # assumed: CUDA's context, NCCL's buffers, and what the allocator cannot reuse

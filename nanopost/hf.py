@@ -28,7 +28,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nanopost import InputError, lora, nf4
-from nanopost.model import FAMILIES, ActorCritic, CausalLM, Config, ScalarModel
+from nanopost.config import Config
+from nanopost.model import ActorCritic, CausalLM, ScalarModel
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -558,7 +559,7 @@ def _shards(named_tensors, dtype, max_bytes) -> Iterator[dict[str, torch.Tensor]
 def _config_text(config, dtype):
     """config.json. transformers 4 reads torch_dtype, transformers 5 dtype."""
     kind = str(dtype).removeprefix("torch.")
-    architectures = [FAMILIES[config.hf["model_type"]]]
+    architectures = [config.traits.causal]
     hf = {"architectures": architectures, **config.hf, "dtype": kind, "torch_dtype": kind}
     return json.dumps(hf, indent=2) + "\n"
 

@@ -1,8 +1,8 @@
-"""One decoder for Llama (2, 3, 3.1, 3.2), Mistral, Qwen2, Qwen2.5 and Qwen3, on packed tokens.
+"""One decoder for the families of config.py, Llama to Qwen3.5 and Gemma 3, on packed tokens.
 
 Shapes: N packed tokens, U those that are computed (N, a shared prefix once), M those with a target,
 S documents, B rows of a cache, P prompts, D model width, H query heads, G key/value heads, K width
-of a head, V vocabulary.
+of a head, V vocabulary; C, H and V in linear attention as in deltanet.py.
 
 Parameter names are the checkpoint's. The head and the log-probability lie inside the root module's
 forward, `model(batch) -> logp_N, entropy_N`: outside it, under FSDP2, the head's weight is a shard
@@ -10,7 +10,6 @@ before the first forward and stale after a backward. Sharding, compilation and c
 applied from outside (dist.py).
 """
 
-from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -24,233 +23,108 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-from nanopost import InputError
+from nanopost import deltanet
 from nanopost.attention import (
     Cache,
     Packing,
     cached_attention,
+    of_documents,
     packed_attention,
     repeat,
     seen,
 )
+from nanopost.config import LINEAR, Config
 from nanopost.logprob import logprob, matmul_fp32
-from nanopost.rope import read_rope, rope_frequencies, rotate
-
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-
-
-# ------------------------------------------------------------------------------------------- config
-@dataclass(frozen=True)
-class Config:
-    """What the decoder needs from a config.json; `hf` is that file, kept for writing."""
-
-    hf: dict
-    vocab_size: int
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    norm_eps: float
-    tied: bool
-    rope: dict
-    windows: tuple
-    qkv_bias: bool
-    out_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
-    scalar: bool
-
-    @classmethod
-    def of(cls, hf: dict, source: str = "config.json") -> "Config":
-        """Read the content of a config.json. InputError for what this decoder does not support."""
-        _check(hf, source)
-        hf = {key: value for key, value in hf.items() if key != "quantization_config"}
-        family = hf["model_type"]
-        heads = hf["num_attention_heads"]
-        head_dim = hf.get("head_dim")
-        if not head_dim:
-            head_dim = 128 if family == "qwen3" else hf["hidden_size"] // heads
-        bias = bool(hf.get("attention_bias", False))
-        return cls(
-            hf=hf,
-            vocab_size=hf["vocab_size"],
-            width=hf["hidden_size"],
-            mlp_width=hf["intermediate_size"],
-            layers=hf["num_hidden_layers"],
-            heads=heads,
-            kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            norm_eps=hf.get("rms_norm_eps", 1e-6),
-            tied=bool(hf.get("tie_word_embeddings", False)),
-            rope=read_rope(hf, source),
-            windows=_windows(hf, family),
-            qkv_bias=family == "qwen2" or bias,
-            out_bias=bias and family in ("llama", "qwen3"),
-            mlp_bias=bool(hf.get("mlp_bias", False)) and family == "llama",
-            qk_norm=family == "qwen3",
-            scalar=_architecture(hf) == scalar_architecture(family),
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights in the folder that the model was loaded from; fp32 if it names none."""
-        kind = self.hf.get("dtype") or self.hf.get("torch_dtype")
-        return getattr(torch, kind) if kind in ("bfloat16", "float16") else torch.float32
-
-    @property
-    def max_positions(self) -> int:
-        return self.hf.get("max_position_embeddings") or 2**31
-
-    def with_scalar_head(self, pad_id: int | None) -> "Config":
-        """The same decoder as a reward model.
-
-        pad_id: transformers scores the last token that is not this one.
-        """
-        names = {
-            "architectures": [scalar_architecture(self.hf["model_type"])],
-            "pad_token_id": pad_id,
-            "num_labels": 1,
-            "id2label": {"0": "reward"},
-            "label2id": {"reward": 0},
-        }
-        return replace(self, hf={**self.hf, **names}, scalar=True)
-
-
-def scalar_architecture(family: str) -> str:
-    return FAMILIES[family].replace("CausalLM", "SequenceClassification")
-
-
-def _architecture(hf):
-    if hf.get("architectures"):
-        return hf["architectures"][0]
-    return FAMILIES.get(hf.get("model_type"))
-
-
-def _check(hf, source):
-    """InputError for a config.json of another model, or of one that is incomplete or quantized."""
-    family, architecture = hf.get("model_type"), _architecture(hf)
-    computed = ()
-    if family in FAMILIES:
-        computed = FAMILIES[family], scalar_architecture(family)
-    if architecture not in computed:
-        raise InputError(
-            f"{source}: architecture {architecture} (model_type {family}) is not supported, "
-            f"only {', '.join(FAMILIES.values())}, and ...ForSequenceClassification "
-            "of the same families."
-        )
-    labels = hf.get("num_labels") or len(hf.get("id2label") or "01")
-    if architecture == scalar_architecture(family) and labels != 1:
-        raise InputError(
-            f"{source}: a classifier with {labels} labels; a reward model has one (num_labels 1)."
-        )
-    if not _is_nf4(hf.get("quantization_config")):
-        method = hf["quantization_config"].get("quant_method")
-        raise InputError(
-            f"{source}: the weights are quantized ({method}), and not by bitsandbytes to NF4 with "
-            "double quantization; take the unquantized checkpoint of this model."
-        )
-    if hf.get("hidden_act", "silu") != "silu":
-        raise InputError(
-            f"{source}: activation {hf['hidden_act']!r} is not supported, only 'silu'."
-        )
-    missing = [key for key in REQUIRED if hf.get(key) is None]
-    if missing:
-        raise InputError(
-            f"{source}: {', '.join(missing)} missing; this is not a complete config.json."
-        )
-
-
-def _is_nf4(quantised: dict | None) -> bool:
-    """Whether weights are not quantised, or so that hf.py reads them: by bitsandbytes to NF4."""
-    if not quantised:
-        return True
-    by = quantised.get("quant_method"), quantised.get("bnb_4bit_quant_type")
-    twice = quantised.get("bnb_4bit_use_double_quant")
-    return by == ("bitsandbytes", "nf4") and bool(quantised.get("load_in_4bit") and twice)
-
-
-def _windows(hf, family):
-    """The sliding window of each layer, or None."""
-    layers, window = hf["num_hidden_layers"], hf.get("sliding_window", 4096)
-    if family == "llama" or (family != "mistral" and not hf.get("use_sliding_window", False)):
-        return (None,) * layers
-    if kinds := hf.get("layer_types"):
-        slides = [kind == "sliding_attention" for kind in kinds]
-    elif family == "mistral":
-        slides = [True] * layers
-    else:
-        slides = [layer >= hf.get("max_window_layers", 28) for layer in range(layers)]
-    return tuple(window if slide else None for slide in slides)
+from nanopost.moe import MoE
+from nanopost.rope import rope_frequencies, rotate
 
 
 # ------------------------------------------------------------------------------------------ decoder
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the quotient in fp32 (1910.07467)."""
+    """x / rms(x) * (offset + weight), the quotient in fp32 (1910.07467)."""
 
-    def __init__(self, width, eps):
+    def __init__(self, width: int, c: Config):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.offset, self.eps = c.traits.norm_offset, c.norm_eps
+        self.weight = nn.Parameter(torch.full((width,), 1 - self.offset))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        if not self.offset:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        precision = torch.promote_types(x.dtype, torch.float32)
+        weight = self.offset + self.weight.to(precision)
+        return F.rms_norm(x.to(precision), weight.shape, weight, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.head_dim, self.window = c.head_dim, c.windows[layer]
-        self.q_proj = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
-        self.k_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.v_proj = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
-        self.o_proj = nn.Linear(c.heads * c.head_dim, c.width, bias=c.out_bias)
-        self.q_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else nn.Identity()
+        self.heads, self.head_dim, self.window = c.heads, c.head_dim, c.blocks[layer].window
+        self.gated, self.query_scale = c.traits.gated_attention, c.query_scale
+        queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
+        self.q_proj = nn.Linear(c.width, queries * (2 if self.gated else 1), bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.width, keys, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.width, keys, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(queries, c.width, bias=c.out_bias)
+        self.q_norm = RMSNorm(c.head_dim, c) if c.traits.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c) if c.traits.qk_norm else nn.Identity()
 
-    def forward(self, x_ND, cos_NK, sin_NK, attend):
-        q_NHK = rearrange(self.q_proj(x_ND), "n (h k) -> n h k", k=self.head_dim)
+    def forward(self, x_ND, cos_NR, sin_NR, attend):
+        q_NHK = rearrange(self.q_proj(x_ND), "n (h k) -> n h k", h=self.heads)
         k_NGK = rearrange(self.k_proj(x_ND), "n (g k) -> n g k", k=self.head_dim)
         v_NGK = rearrange(self.v_proj(x_ND), "n (g k) -> n g k", k=self.head_dim)
-        q_NHK = rotate(self.q_norm(q_NHK), cos_NK, sin_NK)
-        k_NGK = rotate(self.k_norm(k_NGK), cos_NK, sin_NK)
-        return self.o_proj(attend(q_NHK, k_NGK, v_NGK, self.window).flatten(1))
+        if self.gated:
+            q_NHK, gate_NHK = q_NHK.chunk(2, -1)
+        q_NHK = rotate(self.q_norm(q_NHK), cos_NR, sin_NR)
+        k_NGK = rotate(self.k_norm(k_NGK), cos_NR, sin_NR)
+        if self.query_scale != 1:
+            q_NHK = q_NHK * self.query_scale
+        out_NHK = attend(q_NHK, k_NGK, v_NGK, self.window)
+        if self.gated:
+            out_NHK = out_NHK * gate_NHK.sigmoid()
+        return self.o_proj(out_NHK.flatten(1))
+
+
+ACTIVATIONS = {"silu": F.silu, "gelu": partial(F.gelu, approximate="tanh")}
 
 
 class MLP(nn.Module):
-    def __init__(self, c: Config):
+    def __init__(self, c: Config, width: int):
         super().__init__()
-        self.gate_proj = nn.Linear(c.width, c.mlp_width, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.width, c.mlp_width, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.mlp_width, c.width, bias=c.mlp_bias)
+        self.activation = ACTIVATIONS[c.activation]
+        self.gate_proj = nn.Linear(c.width, width, bias=c.mlp_bias)
+        self.up_proj = nn.Linear(c.width, width, bias=c.mlp_bias)
+        self.down_proj = nn.Linear(width, c.width, bias=c.mlp_bias)
 
     def forward(self, x_ND):
-        return self.down_proj(F.silu(self.gate_proj(x_ND)) * self.up_proj(x_ND))
+        return self.down_proj(self.activation(self.gate_proj(x_ND)) * self.up_proj(x_ND))
 
 
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
-        self.self_attn = Attention(c, layer)
-        self.mlp = MLP(c)
-        self.input_layernorm = RMSNorm(c.width, c.norm_eps)
-        self.post_attention_layernorm = RMSNorm(c.width, c.norm_eps)
+        self.linear, self.post_norms = c.blocks[layer].kind == LINEAR, c.traits.post_norms
+        if self.linear:
+            self.linear_attn = deltanet.DeltaNet(c)
+        else:
+            self.self_attn = Attention(c, layer)
+        self.mlp = MoE(c) if c.blocks[layer].experts else MLP(c, c.mlp_width)
+        self.input_layernorm = RMSNorm(c.width, c)
+        self.post_attention_layernorm = RMSNorm(c.width, c)
+        if self.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(c.width, c)
+            self.post_feedforward_layernorm = RMSNorm(c.width, c)
 
-    def forward(self, x_ND, cos_NK, sin_NK, attend):
-        x_ND = x_ND + self.self_attn(self.input_layernorm(x_ND), cos_NK, sin_NK, attend)
+    def forward(self, x_ND, cos_NR, sin_NR, mixer):
+        if self.linear:
+            mixed_ND = self.linear_attn(self.input_layernorm(x_ND), mixer.recur)
+        else:
+            mixed_ND = self.self_attn(self.input_layernorm(x_ND), cos_NR, sin_NR, mixer.attend)
+        if self.post_norms:
+            x_ND = x_ND + self.post_attention_layernorm(mixed_ND)
+            fed_ND = self.mlp(self.pre_feedforward_layernorm(x_ND))
+            return x_ND + self.post_feedforward_layernorm(fed_ND)
+        x_ND = x_ND + mixed_ND
         return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
 
 
@@ -276,19 +150,18 @@ class Decoder(nn.Module):
         self.config, self.checkpointing = c, "none"
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.layers))
-        self.norm = RMSNorm(c.width, c.norm_eps)
+        self.norm = RMSNorm(c.width, c)
 
-    def forward(self, token_N, position_N, attend):
-        """-> hidden_ND after the final norm.
-
-        attend(layer, q_NHK, k_NGK, v_NGK, window) -> out_NHK says which token sees which.
-        """
+    def forward(self, token_N, position_N, mixer):
+        """-> hidden_ND after the final norm. mixer: which token sees which (see Documents)."""
+        c = self.config
         x_ND = self.embed_tokens(token_N)
-        freq, magnitude = rope_frequencies(self.config.rope, self.config.head_dim, token_N.device)
-        angle_NK = position_N[:, None].float() * freq
-        cos_NK, sin_NK = angle_NK.cos() * magnitude, angle_NK.sin() * magnitude
+        if c.traits.scaled_embedding:  # by a factor that is rounded as the embedding is
+            x_ND = x_ND * torch.tensor(c.width**0.5, dtype=x_ND.dtype)
+        rotary = {name: self._rotary(rope, position_N) for name, rope in c.ropes.items()}
+        rotary[None] = 2 * (x_ND.new_zeros(len(x_ND), 0),)  # nothing turns
         for layer, block in enumerate(self.layers):
-            inputs = (x_ND, cos_NK, sin_NK, partial(attend, layer))
+            inputs = (x_ND, *rotary[c.blocks[layer].rope], mixer.of_layer(layer))
             if self.checkpointing == "none" or not torch.is_grad_enabled():
                 x_ND = block(*inputs)
             else:
@@ -296,16 +169,90 @@ class Decoder(nn.Module):
                 x_ND = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
         return self.norm(x_ND)
 
+    def _rotary(self, rope, position_N):
+        """-> cos_NR, sin_NR, fp32."""
+        freq_R, magnitude = rope_frequencies(rope, self.config.head_dim, position_N.device)
+        angle_NR = position_N[:, None].float() * freq_R
+        return angle_NR.cos() * magnitude, angle_NR.sin() * magnitude
+
     def packed(self, token_N, position_N, cu_seqlens, max_seqlen, prefixes=None):
         """Packed documents -> hidden_ND; with batch.Prefixes hidden_UD, of what is computed."""
-        packing = Packing(cu_seqlens, max_seqlen, prefixes)
-
-        def attend(layer, q, k, v, window):
-            return packed_attention(q, k, v, packing, window)
-
+        documents = Documents(Packing(cu_seqlens, max_seqlen, prefixes))
         if prefixes is not None:
             token_N, position_N = token_N[prefixes.first_U], position_N[prefixes.first_U]
-        return self(token_N, position_N, attend)
+        return self(token_N, position_N, documents)
+
+
+# ------------------------------------------------------------------------- which token sees which
+class Documents:
+    """Packed documents, which do not see each other.
+
+    Decoder asks it for what a block needs, with of_layer: attend, and recur in linear attention.
+    """
+
+    def __init__(self, packing: Packing):
+        self.packing = packing
+        self.chunks = {}  # tokens that a convolution sees -> Chunks, made once for all layers
+
+    def of_layer(self, layer: int):
+        return self
+
+    def attend(self, q_NHK, k_NGK, v_NGK, window):
+        return packed_attention(q_NHK, k_NGK, v_NGK, self.packing, window)
+
+    def recur(self, qkv_NC, decay_NH, beta_NH, weight_CJ, sizes):
+        return self._recur(qkv_NC, decay_NH, beta_NH, weight_CJ, sizes)[0]
+
+    def _recur(self, qkv_NC, decay_NH, beta_NH, weight_CJ, sizes):
+        if sizes.kernel not in self.chunks:
+            self.chunks[sizes.kernel] = deltanet.Chunks.of(self.packing, sizes.kernel)
+        chunks = self.chunks[sizes.kernel]
+        return deltanet.packed(qkv_NC, decay_NH, beta_NH, weight_CJ, sizes, chunks)
+
+
+class Prompts(Documents):
+    """Packed prompts that are written to a cache: write(layer, *new), as Cache.write_prompts."""
+
+    def __init__(self, packing: Packing, write):
+        super().__init__(packing)
+        self.write, self.layer = write, 0
+
+    def of_layer(self, layer: int):
+        self.layer = layer
+        return self
+
+    def attend(self, q_NHK, k_NGK, v_NGK, window):
+        self.write(self.layer, *(of_documents(x, self.packing) for x in (k_NGK, v_NGK)))
+        return super().attend(q_NHK, k_NGK, v_NGK, window)
+
+    def recur(self, qkv_NC, decay_NH, beta_NH, weight_CJ, sizes):
+        out_NHV, states = self._recur(qkv_NC, decay_NH, beta_NH, weight_CJ, sizes)
+        kept = deltanet.states_of_prompts(qkv_NC, states, self.chunks[sizes.kernel])
+        self.write(self.layer, *kept)
+        return out_NHV
+
+
+class NextTokens:
+    """One more token for each row of a cache, which is changed in place."""
+
+    def __init__(self, cache: Cache):
+        self.cache, self.layer = cache, 0
+        self.seen = {}  # window -> what each row sees
+
+    def of_layer(self, layer: int):
+        self.layer = layer
+        return self
+
+    def attend(self, q_BHK, k_BGK, v_BGK, window):
+        keys, values = self.cache.append(self.layer, k_BGK, v_BGK)
+        if window not in self.seen:
+            length_B, longest = self.cache.length_B + 1, self.cache.longest
+            self.seen[window] = seen(length_B, longest, window, q_BHK.dtype)
+        return cached_attention(q_BHK, keys, values, self.seen[window])
+
+    def recur(self, qkv_BC, decay_BH, beta_BH, weight_CJ, sizes):
+        held = self.cache.held[self.layer]
+        return deltanet.step(qkv_BC, decay_BH, beta_BH, weight_CJ, sizes, *held)
 
 
 # ------------------------------------------------------------------------------------------- models
@@ -354,45 +301,49 @@ class CausalLM(nn.Module):
         """-> fp32 [N, V], all of them: for a few rows only."""
         return matmul_fp32(hidden_ND, self.head_weight.T)
 
+    def cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache of the weights' dtype, where they are."""
+        c, like = self.config, {"dtype": self.head_weight.dtype, "device": self.head_weight.device}
+        keys = rows, c.kv_heads, capacity, c.head_dim
+        held = []
+        for block in c.blocks:
+            if block.kind == LINEAR:
+                held.append(deltanet.empty_states(c.delta, rows, **like))
+            else:
+                held.append([torch.zeros(keys, **like), torch.zeros(keys, **like)])
+        return Cache(held, rows, capacity, like["device"])
+
     def prefill(self, token_N, position_N, cu_seqlens, max_seqlen, write):
-        """Packed prompts -> hidden_PD of their last tokens.
-
-        write(layer, k_NGK, v_NGK) gets their keys and values, for a cache.
-        """
-        packing = Packing(cu_seqlens, max_seqlen)
-
-        def attend(layer, q, k, v, window):
-            write(layer, k, v)
-            return packed_attention(q, k, v, packing, window)
-
-        return self.model(token_N, position_N, attend)[cu_seqlens[1:].long() - 1]
+        """Packed prompts -> hidden_PD of their last tokens. write: see Prompts."""
+        prompts = Prompts(Packing(cu_seqlens, max_seqlen), write)
+        return self.model(token_N, position_N, prompts)[cu_seqlens[1:].long() - 1]
 
     def decode(self, token_B, cache: Cache):
         """One more token for each row -> hidden_BD. The cache is changed in place; its `longest` is
         above all lengths."""
-        seen_by = {}  # window -> what each row sees
-
-        def attend(layer, q, k, v, window):
-            keys, values = cache.append(layer, k, v)
-            if window not in seen_by:
-                seen_by[window] = seen(cache.length_B + 1, cache.longest, window, q.dtype)
-            return cached_attention(q, keys, values, seen_by[window])
-
-        hidden_BD = self.model(token_B, cache.length_B, attend)
+        hidden_BD = self.model(token_B, cache.length_B, NextTokens(cache))
         cache.length_B.add_(1)
         return hidden_BD
 
     @torch.no_grad()
     def init_weights(self, seed: int):
-        """Matrices normal with the config's initializer_range, norms 1, biases 0; returns self."""
+        """Matrices normal with the config's initializer_range, norms multiply by 1, biases 0; the
+        decay of linear attention as in transformers. Returns self."""
         generator = torch.Generator(device=self.head_weight.device).manual_seed(seed)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                p.normal_(0.0, self.config.hf.get("initializer_range", 0.02), generator=generator)
-            elif name.endswith("bias"):
-                p.fill_(0.0)
-            else:
-                p.fill_(1.0)
+        std = self.config.text.get("initializer_range", 0.02)
+        for p in self.parameters():
+            if p.ndim > 1:
+                p.normal_(0.0, std, generator=generator)
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1 - module.offset)
+            elif isinstance(module, deltanet.GatedNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(module, deltanet.DeltaNet):
+                module.dt_bias.fill_(1.0)
+                module.A_log.uniform_(0.01, 16, generator=generator).log_()
+            elif getattr(module, "bias", None) is not None:
+                module.bias.fill_(0.0)
         return self
 
 

@@ -28,6 +28,7 @@ import torch
 from nanopost import InputError, hf
 from nanopost.batch import shared
 from nanopost.cli import Parser, above, at_least, command, is_address
+from nanopost.config import Config
 from nanopost.dist import finish
 from nanopost.footprint import (
     NODE,
@@ -58,7 +59,6 @@ from nanopost.footprint import (
     tokens_of_step,
     units_of,
 )
-from nanopost.model import Config
 from nanopost.terminal import say
 
 

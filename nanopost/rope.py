@@ -1,6 +1,6 @@
 """Rotary position embedding (RoFormer 2104.09864), with the scalings that extend the context.
 
-Shapes: N tokens, H heads, K width of a head.
+Shapes: N tokens, H heads, K width of a head, R frequencies.
 """
 
 import math
@@ -17,37 +17,54 @@ ROPE_NEEDS = {
 }
 
 
-def read_rope(hf: dict, source: str) -> dict:
-    """rope_theta and rope_scaling (transformers 5: rope_parameters) as one dict with rope_type."""
-    given = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+def read_ropes(text: dict, source: str) -> dict[str, dict]:
+    """The ropes of a decoder, by kind of layer: one under "full_attention", and another under
+    "sliding_attention" where local layers have their own (Gemma 3). Each is a dict with rope_type.
+
+    rope_theta and rope_scaling; in transformers 5 rope_parameters, which may be one of each kind.
+    """
+    given, local = dict(text.get("rope_parameters") or text.get("rope_scaling") or {}), {}
+    if any(isinstance(value, dict) for value in given.values()):
+        if "rope_local_base_freq" not in text:
+            raise InputError(
+                f"{source}: a rope type for each kind of layer is not supported in this family, "
+                f"only one of {', '.join(ROPE_NEEDS)} for all layers."
+            )
+        given, local = given.get("full_attention") or {}, given.get("sliding_attention") or {}
+    ropes = {"full_attention": _read(given, text, source)}
+    if "rope_local_base_freq" in text:
+        local = {"rope_theta": text["rope_local_base_freq"], **local}
+        ropes["sliding_attention"] = _read(local, text, source)
+    return ropes
+
+
+def _read(given, text, source) -> dict:
     kind = given.get("rope_type", given.get("type", "default"))
     rope = {
-        "rope_theta": hf.get("rope_theta", 10000.0),
-        "max": hf.get("max_position_embeddings", 2048),
+        "rope_theta": text.get("rope_theta", 10000.0),
+        "max": text.get("max_position_embeddings", 2048),
+        "partial_rotary_factor": text.get("partial_rotary_factor", 1.0),
         **given,
         "rope_type": kind,
     }
     kinds = ", ".join(ROPE_NEEDS)
     if kind not in ROPE_NEEDS:
         raise InputError(f"{source}: rope type {kind!r} is not one of {kinds}.")
-    if any(isinstance(value, dict) for value in given.values()):
-        raise InputError(
-            f"{source}: a rope type for each kind of layer is not supported, only one of "
-            f"{kinds} for all layers."
-        )
     missing = [key for key in ROPE_NEEDS[kind] if rope.get(key) is None]
     if missing:
         raise InputError(
             f"{source}: rope type {kind!r} needs {', '.join(missing)}, but config.json has none."
         )
-    if rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise InputError(f"{source}: a partial_rotary_factor other than 1 is not supported.")
     return rope
 
 
 def rope_frequencies(rope: dict, head_dim: int, device=None):
-    """Rotary frequencies (RoFormer 2104.09864) -> (inv_freq fp32 [K/2], factor of cos and sin)."""
+    """Rotary frequencies (RoFormer 2104.09864) -> (inv_freq fp32, factor of cos and sin).
+
+    There are K/2 of them, or less where only the first part of a head turns.
+    """
     kind = rope["rope_type"]
+    head_dim = int(head_dim * rope["partial_rotary_factor"])
     exponent = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
     freq = 1.0 / rope["rope_theta"] ** exponent
     if kind == "default":
@@ -104,8 +121,17 @@ def _yarn_magnitude(rope):
     return scale(1)
 
 
-def rotate(x_NHK, cos_NK, sin_NK):
-    """Rotary embedding in the two-halves layout of Hugging Face checkpoints, computed in fp32."""
+def rotate(x_NHK, cos_NR, sin_NR):
+    """Rotary embedding in the two-halves layout of Hugging Face checkpoints, computed in fp32.
+
+    The first 2 R numbers of a head turn, in pairs; the others stay.
+    """
+    turned = 2 * cos_NR.shape[1]
+    if turned == 0:
+        return x_NHK
+    if turned < x_NHK.shape[2]:
+        first = rotate(x_NHK[..., :turned], cos_NR, sin_NR)
+        return torch.cat([first, x_NHK[..., turned:]], -1)
     a, b = x_NHK.to(torch.promote_types(x_NHK.dtype, torch.float32)).chunk(2, -1)
-    cos, sin = cos_NK[:, None], sin_NK[:, None]
+    cos, sin = cos_NR[:, None], sin_NR[:, None]
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x_NHK.dtype)

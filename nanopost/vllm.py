@@ -74,7 +74,7 @@ class Servers:
         # Weights of other runs, or those that a server has started with, have other names.
         self.run = dist.gather([secrets.token_hex(4)])[0]
         limits = [self._ready(server, config) for server in self.servers]
-        self.positions = min(config.hf.get("max_position_embeddings", 2**31), *limits)
+        self.positions = min(config.max_positions, *limits)
         if audit:
             audit.fit(self.positions)
         say(f"{len(self.servers)} vLLM servers sample: {' '.join(s.url for s in self.servers)}")
@@ -115,7 +115,7 @@ class Servers:
             error = as_server_error(server, error)
             raise InputError(f"{error}: this server has no routes for training: {start}") from error
         for name in SIZES:
-            ours, theirs = config.hf.get(name), sizes.get(name)
+            ours, theirs = config.text.get(name), sizes.get(name)
             if None not in (ours, theirs) and ours != theirs:
                 raise InputError(
                     f"--vllm {server.url} serves another model: its {name} is {theirs}, not {ours} "

@@ -25,8 +25,9 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nanopost need not be installed
 
 from nanopost import hf
+from nanopost.config import Config
 from nanopost.engine import Engine, Sampling, prompt_seed
-from nanopost.model import CausalLM, Config
+from nanopost.model import CausalLM
 from nanopost.tokenizer import Tokenizer
 from nanopost.tools import call, schema
 

@@ -3,7 +3,8 @@ uniform."""
 
 import torch
 
-from nanopost.model import CausalLM, Config
+from nanopost.config import Config
+from nanopost.model import CausalLM
 
 
 def small_config(**changes) -> Config:

@@ -13,7 +13,8 @@ import nanopost.model as model_module
 from nanopost import InputError, hf
 from nanopost.attention import Cache
 from nanopost.batch import Batch, Example, batch_of
-from nanopost.model import ActorCritic, CausalLM, Config, ScalarModel
+from nanopost.config import Config
+from nanopost.model import ActorCritic, CausalLM, ScalarModel
 from nanopost.rope import read_rope, rope_frequencies
 
 transformers = pytest.importorskip("transformers")

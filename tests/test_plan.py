@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.plan import SHAPES
 from nanopost import InputError, dist, divergence, footprint, hf, lora, packing, plan
 from nanopost.batch import Example, batch_of
-from nanopost.model import ActorCritic, CausalLM, Config
+from nanopost.config import Config
+from nanopost.model import ActorCritic, CausalLM
 from nanopost.tokenizer import Tokenizer
 from runs import toy
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from nanopost import hf
-from nanopost.model import CausalLM, Config
+from nanopost.config import Config
+from nanopost.model import CausalLM
 from runs import toy
 
 ROOT = Path(__file__).resolve().parents[1]
