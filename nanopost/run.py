@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, checkpoint, dist, hf, lora, manifest
+from nanopost import InputError, checkpoint, dist, hf, lora, manifest, moe
 from nanopost.alarms import Alarms
 from nanopost.batch import Example
 from nanopost.boards import Boards
@@ -98,6 +98,7 @@ class Run:
         self.boards = boards or Boards(out)
         self.hashes = {}  # of the files that flags name
         self.bases = {}  # of the folders whose weights adapters leave untouched
+        self.model = None  # the model
         self.state = None  # the loop's own, which it changes
         self.boundary = None  # (step, state, random state) while the weights are as of that step
 
@@ -176,8 +177,9 @@ class Run:
         for path in hashes:
             if saved_hashes.get(path, hashes[path]) != hashes[path]:
                 self.say(f"WARNING: {path} has changed since the run started")
-        self.hashes, self.bases = hashes, bases
+        self.hashes, self.bases, self.model = hashes, bases, model
         self.say(lora.summary(model))
+        self.say(moe.no_auxiliary_loss(model))
         self._watch(model, optimizer, state, others)
         return state
 
@@ -442,8 +444,11 @@ class Run:
         """Write one object per step to metrics.jsonl, and one line with the time left to stdout.
 
         time/elapsed: seconds since the run began; what a resumed run spent before its checkpoint
-        counts.
+        counts. A model with experts adds moe.load_metrics of its training since the last line. A
+        collective then.
         """
+        if self.model is not None:
+            metrics = metrics | moe.load_metrics(self.model)
         if not self.writes:
             return
         now = time.monotonic()
