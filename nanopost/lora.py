@@ -5,8 +5,8 @@
 W and b keep their checkpoint names. Only A, B and a scalar head train. B begins at 0, so training
 begins from the base. With adapters off the model is the base: a reference that costs no memory.
 Merged weights, W + scale B A, are made anew from W each time: nothing is ever added to W itself,
-so nothing drifts. Adapters are beside linear layers, as peft's "all-linear": in a mixture of experts
-the one that all tokens share has them, the others and their router stay as they are.
+so nothing drifts. Adapters are beside linear layers, as peft's "all-linear": of a mixture of
+experts, beside the one that all tokens share; the others and their router stay as they are.
 
 Shapes: N tokens, I inputs and O outputs of a layer, r rank: A [r, I], B [O, r].
 """

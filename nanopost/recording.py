@@ -134,11 +134,22 @@ def _lines(path) -> Iterator[dict]:
         yield json.loads(line)
 
 
+def encoded(array: np.ndarray) -> dict:
+    """An array of many numbers as JSON."""
+    text = base64.b64encode(np.ascontiguousarray(array)).decode()
+    return {"dtype": array.dtype.name, "shape": array.shape, "base64": text}
+
+
+def decoded(value: dict) -> np.ndarray:
+    """The array that encoded was given."""
+    data = base64.b64decode(value["base64"])
+    return np.frombuffer(data, value["dtype"]).reshape(value["shape"])
+
+
 def _plain(value):
     """As JSON, arrays with their dtype, kept ids as lists, experts in base64."""
     if isinstance(value, np.ndarray) and value.ndim > 1:
-        text = base64.b64encode(np.ascontiguousarray(value)).decode()
-        return {"dtype": value.dtype.name, "shape": value.shape, "base64": text}
+        return encoded(value)
     if isinstance(value, np.ndarray):
         return {"dtype": value.dtype.name, "values": value.tolist()}
     if isinstance(value, list):
@@ -148,8 +159,7 @@ def _plain(value):
 
 def _array(value):
     if isinstance(value, dict) and "base64" in value:
-        data = base64.b64decode(value["base64"])
-        return np.frombuffer(data, value["dtype"]).reshape(value["shape"])
+        return decoded(value)
     if isinstance(value, dict):
         return np.array(value["values"], value["dtype"])
     if isinstance(value, list) and value and isinstance(value[0], list):

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, checkpoint, dist, hf, lora, manifest, moe
+from nanopost import InputError, checkpoint, dist, hf, lora, manifest, moe, recording
 from nanopost.alarms import Alarms
 from nanopost.batch import Example
 from nanopost.boards import Boards
@@ -492,8 +492,9 @@ class Run:
 
         The first line holds `about`, such as divisors, and updates, an entry per optimizer step of
         the tape. Then follows a line per example, rank by rank: ids, mask (1: trained), kept (a
-        list for each id, of the ids that a cut kept; only if there was a cut), the example's own
-        columns and the tape's (aligned with its ids, or one number; see Tape.take), and `columns`,
+        list for each id, of the ids that a cut kept; only if there was a cut), routes (the experts
+        of each id, see recording.encoded; only if the engine named them), the example's own columns
+        and the tape's (aligned with its ids, or one number; see Tape.take), and `columns`,
         one value per example. Floats are written with all their digits.
         """
         updates, passed = tape.take(examples)
@@ -502,6 +503,8 @@ class Run:
             line = {"rank": self.rank, "ids": e.ids.tolist(), "mask": e.mask.astype(int).tolist()}
             if e.kept is not None:
                 line["kept"] = [ids.tolist() for ids in e.kept]
+            if e.routes is not None:
+                line["routes"] = recording.encoded(e.routes)
             line |= {name: np.asarray(value).tolist() for name, value in e.columns.items()}
             for name, value in passed[i].items():
                 line[name] = value.tolist() if isinstance(value, np.ndarray) else value

@@ -354,16 +354,17 @@ def test_an_auxiliary_loss_that_is_asked_for_is_said_to_be_off():
 @pytest.mark.parametrize("case", ["qwen3_moe", "qwen3_5_moe"])
 def test_the_trainer_takes_the_engines_experts(case, alone):
     """Where rounding has other experts chosen, log-probs differ without replay. Packed with others,
-    prefixes shared, on rows that are given to one rollout after another."""
+    prefixes shared, and on rows that are given to one rollout after another."""
     model = small(case=case)
-    rollouts = rollouts_of(with_rounding(model), rows=5)
-    assert gap(model, rollouts) > 1e-2
+    together = rollouts_of(with_rounding(model))
+    in_turn = rollouts_of(with_rounding(model), rows=5)
+    assert min(gap(model, together), gap(model, in_turn)) > 1e-2
     replaying(model)
-    assert gap(model, rollouts) <= 1e-4
-    assert gap(model, rollouts, tokens=30) <= 1e-4
-    batch = batch_of([r.example() for r in rollouts[6:9]])
-    assert batch.prefixes is not None
-    for r in rollouts:
+    assert max(gap(model, together), gap(model, in_turn)) <= 1e-4
+    assert gap(model, together, tokens=30) <= 1e-4
+    batch = batch_of([r.example() for r in together[6:9]])
+    assert len(batch.prefixes.first_U) == len(batch.token_N) - 2 * len(PROMPTS[2])
+    for r in together + in_turn:
         tokens = len(r.prompt) + len(r.ids)
         assert r.routes.shape == (tokens, model.config.mixtures, 3) and r.routes.dtype == np.int16
         assert (r.routes[-1] == -1).all() and (r.routes[:-1] >= 0).all()
@@ -465,13 +466,39 @@ def test_prompts_of_other_experts_are_not_shared():
     assert batch.routes_ULA.tolist() == np.concatenate([routes, routes[15:], other[7:]]).tolist()
 
 
+def test_micro_batches_count_what_is_not_shared(alone):
+    """Twelve samples of a prompt, each with experts of its own for it, do not fit where twelve that
+    share it do."""
+    ids, mask = random_ids(40, 4), np.arange(40) >= 35
+    draw = np.random.default_rng(0)
+    own = [draw.integers(0, 16, (40, 2, 3)).astype(np.int16) for _ in range(12)]
+    found = []
+    for routes in (own, own[:1] * 12):
+        examples = [Example(ids, mask, routes=x) for x in routes]
+        sizes = []
+        for batch in batches(small(), examples, 100, "cpu"):
+            sizes.append(len(batch.token_N if batch.routes_ULA is None else batch.routes_ULA))
+        found.append(sizes)
+    assert found == [[80] * 6, [95]]
+
+
+def test_the_same_ids_with_other_experts_have_other_log_probs(alone):
+    model = replaying(small())
+    ids, mask = random_ids(9, 4), np.arange(9) > 0
+    routes = [
+        np.full((9, 2, 3), first, np.int16) + np.arange(3, dtype=np.int16) for first in (0, 5)
+    ]
+    examples = [Example(ids, mask, routes=x) for x in routes]
+    one, two = logprobs(model, examples, 1000, 1.0, "cpu")
+    assert np.abs(one - two).max() > 1e-2
+
+
 def test_examples_without_routes_choose_among_those_with_them(alone):
     model = replaying(small())
-    rounded = [r.example() for r in rollouts_of(with_rounding(model))][:3]
-    stored = Example(random_ids(9, 2), np.arange(9) > 3)
-    both = [{**e.columns} and Example(e.ids, e.mask, routes=e.routes) for e in rounded]
-    together = logprobs(model, [*both, stored], 1000, 1.0, "cpu")
-    apart = logprobs(model, both, 1000, 1.0, "cpu") + logprobs(model, [stored], 1000, 1.0, "cpu")
+    sampled = [r.example() for r in rollouts_of(with_rounding(model))][:3]
+    stored = [Example(random_ids(9, 2), np.arange(9) > 3)]
+    together = logprobs(model, sampled + stored, 1000, 1.0, "cpu")
+    apart = logprobs(model, sampled, 1000, 1.0, "cpu") + logprobs(model, stored, 1000, 1.0, "cpu")
     for a, b in zip(together, apart):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
@@ -562,7 +589,7 @@ def rounding(monkeypatch):
 def script(place, name, out, *more):
     run_here(
         *(name, "--model", place / "toy", "--data", place / "prompts.jsonl", "--holdout", 2),
-        *("--out", out, "--steps", 2, "--prompts", 3, "--max_new_tokens", 6, "--lr", 1e-3),
+        *("--out", out, "--steps", 2, "--prompts", 4, "--max_new_tokens", 6, "--lr", 1e-3),
         *("--warmup", 0, "--eval_every", 0, "--device", "cpu", *more),
     )
     return metrics(out)
