@@ -280,7 +280,11 @@ class Config:
 
 def text_of(hf: dict, family: str) -> dict:
     """The part of a config.json that describes the decoder, with the family's defaults."""
-    return FAMILIES[family].defaults | hf.get("text_config", hf)
+    given = hf.get("text_config", hf)
+    renamed = {}
+    if "num_local_experts" in given:  # as transformers 5 writes it
+        renamed = {"num_experts": given["num_local_experts"]}
+    return FAMILIES[family].defaults | renamed | given
 
 
 def _architecture(hf):
