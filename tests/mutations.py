@@ -4204,6 +4204,20 @@ MUTATIONS = [
         "",
         "test_moe.py::test_scripts_replay_what_their_engine_took",
     ),
+    mutation(
+        "routes-of-a-servers-first-layers",
+        "nanopost/vllm.py",
+        "routes[:, [i for i, block in enumerate(c.blocks) if block.experts]]",
+        "routes[:, : c.mixtures]",
+        "test_moe.py::test_a_vllm_servers_experts_are_those_of_its_layers_that_have_them",
+    ),
+    mutation(
+        "experts-of-transformers-5-unread",
+        "nanopost/config.py",
+        'renamed = {"num_experts": given["num_local_experts"]}',
+        "renamed = {}",
+        "test_moe.py::test_logits_and_gradients_are_transformers",
+    ),
 ]
 
 

@@ -1,7 +1,10 @@
 """Mixtures of experts against transformers, and the engine's routes in the trainer."""
 
+import base64
 import copy
+import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +22,8 @@ from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.forward import batches, logprobs
 from nanopost.model import ActorCritic, CausalLM, MoE
 from nanopost.rollout import Rollout
+from nanopost.server import ServerError
+from nanopost.vllm import Servers
 from runs import toy
 
 transformers = pytest.importorskip("transformers")
@@ -541,6 +546,31 @@ def test_a_recording_gives_the_routes_again(tmp_path, alone):
     for a, b in zip(flat(groups), flat(again)):
         assert a.ids == b.ids and a.routes.dtype == b.routes.dtype
         assert np.array_equal(a.routes, b.routes)
+
+
+def test_a_vllm_servers_experts_are_those_of_its_layers_that_have_them(capsys):
+    """As vLLM 0.32 writes them: base64 of an .npy file, of all layers, and not of the last token."""
+    config = Config.of(
+        {"model_type": "qwen3_moe", **SIZES, **CASES["not normalised, a dense layer"][1]}
+    )
+    servers = object.__new__(Servers)
+    servers.config, servers.named = config, False
+    server = SimpleNamespace(url="http://there")
+    given = np.random.default_rng(0).integers(0, 16, (6, 3, 3)).astype(np.uint8)
+
+    def answer(array):
+        with io.BytesIO() as file:
+            np.save(file, array, allow_pickle=False)
+            return {"routed_experts": base64.b64encode(file.getvalue()).decode()}
+
+    routes = servers._routes(server, answer(given), 7)
+    assert routes.dtype == np.int16 and (routes[-1] == -1).all()
+    assert (routes[:-1] == given[:, [0, 2]]).all()
+    for wrong in (given[1:], given[:, :2], given[:, :, :2], given + 16):
+        with pytest.raises(ServerError, match="instead of 16 of .6, 3, 3."):
+            servers._routes(server, answer(wrong), 7)
+    assert servers._routes(server, {}, 7) is servers._routes(server, {}, 7) is None
+    assert capsys.readouterr().out.count("--enable-return-routed-experts") == 1
 
 
 # ------------------------------------------------------------------------------------- the scripts
