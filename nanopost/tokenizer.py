@@ -20,7 +20,7 @@ from tokenizers import processors
 
 from nanopost import InputError, lora
 from nanopost.batch import Example
-from nanopost.hf import is_own
+from nanopost.hf import PROCESSOR, is_own
 from nanopost.rows import errors_at, place
 from nanopost.spans import answer_spans
 from nanopost.template import Template
@@ -42,6 +42,7 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
     "generation_config.json",
+    *PROCESSOR,
 )
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # what models call it in a message

@@ -65,7 +65,7 @@ class Servers:
         """config: the model's. timeout: seconds that any request may take. audit: audit.Audit."""
         self.audit = audit
         self.servers = [Server(url, timeout) for url in dict.fromkeys(urls)]
-        self.tokenizer, self.world = tokenizer, world
+        self.tokenizer, self.world, self.form = tokenizer, world, config.form
         self.stop_ids = sorted(tokenizer.stop_ids)
         self.transport = (Nccl if world.device.type == "cuda" else SharedMemory)()
         self.lock = threading.Lock()
@@ -302,7 +302,7 @@ class Servers:
         return f"{self.run}:{version}"
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int):
-        """Bring full weights, under their checkpoint names, to every server that answers.
+        """Bring full weights to every server that answers, under the names of the model's folder.
 
         A collective: every rank iterates over the tensors, rank 0 sends them; a second time if no
         server has them and the iterable allows it. Requests that run ahead go on under the new
@@ -328,7 +328,7 @@ class Servers:
         sound, errors = [], {}
         if self.world.rank == 0:
             sound = self._each(self.servers, errors, lambda s: self._begin(s, s.url in lost))
-        for bucket in _buckets(named_tensors, self.world):
+        for bucket in _buckets(self.form.published(named_tensors), self.world):
             if self.world.rank == 0:
                 sound = self.transport.send(self, sound, errors, bucket)
         if self.world.rank == 0:
