@@ -3565,7 +3565,7 @@ MUTATIONS = [
     mutation(
         "checkpoint-of-bitsandbytes-quantised-anew",
         "nanopost/hf.py",
-        "if layer is not None and name in quantised and name not in factors:",
+        "if layer is not None and is_quantised and name not in factors:",
         "if False:",
         "test_nf4.py::test_a_checkpoint_of_bitsandbytes_keeps_its_bits_or_reads_as_dequantised",
     ),
@@ -3576,6 +3576,153 @@ MUTATIONS = [
         "            if isinstance(layer, LoRALinear):\n"
         "                nf4.pack(layer, name, part.config.dtype)\n",
         "test_nf4.py::test_layers_without_adapters_are_packed_too",
+    ),
+    # ---- names of folders, and what they carry
+    mutation(
+        "carried-weights-dropped",
+        "nanopost/hf.py",
+        "    for name, tensor in carried_tensors(config):\n        sums[name]",
+        "    for name, tensor in ():\n        sums[name]",
+        "test_names.py::test_a_decoder_beside_a_vision_tower_is_read_and_saved_with_all_that_is_"
+        "carried",
+    ),
+    mutation(
+        "carried-weights-cast",
+        "nanopost/hf.py",
+        "        sums[name] = _sum(tensor)\n        yield name, tensor\n",
+        "        sums[name] = _sum(tensor)\n        yield name, tensor.float()\n",
+        "test_names.py::test_a_decoder_beside_a_vision_tower_is_read_and_saved_with_all_that_is_"
+        "carried",
+    ),
+    mutation(
+        "carried-weights-say-the-dtype",
+        "nanopost/hf.py",
+        "saved_as = saved_as or next(",
+        "saved_as = next(",
+        "test_names.py::test_a_decoder_beside_a_vision_tower_is_read_and_saved_with_all_that_is_"
+        "carried",
+    ),
+    mutation(
+        "carried-weights-may-change",
+        "nanopost/hf.py",
+        "if carried and _hash_of(sums) != carried:",
+        "if False:",
+        "test_names.py::test_a_folder_that_has_changed_or_is_gone_is_never_saved_without_what_it_"
+        "carried",
+    ),
+    mutation(
+        "carried-weights-may-change-before-a-resume",
+        "nanopost/run.py",
+        "if self.writes and sorted(saved_carried.values()) != sorted(carried.values()):",
+        "if False:",
+        "test_run.py::test_what_a_model_carries_is_watched_from_the_start_of_a_run_to_its_end",
+    ),
+    mutation(
+        "carried-weights-may-go",
+        "nanopost/hf.py",
+        "if missing := set(names) - set(stored):",
+        "names = [name for name in names if name in stored]\n    if missing := set():",
+        "test_names.py::test_a_folder_that_has_changed_or_is_gone_is_never_saved_without_what_it_"
+        "carried",
+    ),
+    mutation(
+        "everything-is-carried",
+        "nanopost/hf.py",
+        "if name.startswith(config.traits.carried)))",
+        'if name.startswith((*config.traits.carried, "model.audio", "vision_tower"))))',
+        "test_names.py::test_what_no_decoder_of_this_family_carries_is_unexpected",
+    ),
+    mutation(
+        "a-reward-model-carries",
+        "nanopost/hf.py",
+        "if config.scalar or not carried:",
+        "if not carried:",
+        "test_names.py::test_a_reward_model_of_such_a_folder_is_one_of_text",
+    ),
+    mutation(
+        "a-reward-model-gets-the-files-of-a-processor",
+        "nanopost/hf.py",
+        "    if config.is_inside:\n        return files\n",
+        "    return files\n",
+        "test_names.py::test_a_reward_model_of_such_a_folder_is_one_of_text",
+    ),
+    mutation(
+        "a-text-model-keeps-the-prefix-of-the-whole",
+        "nanopost/hf.py",
+        "    if not config.is_inside:  # a model",
+        "    if False:  # a model",
+        "test_names.py::test_a_text_model_under_the_prefix_of_the_whole_is_saved_under_its_own",
+    ),
+    mutation(
+        "wrong-prefix-of-a-decoder",
+        "nanopost/names.py",
+        "return self.prefix + name.removeprefix(DECODER)",
+        "return name",
+        "test_names.py::test_a_decoder_beside_a_vision_tower_is_read_and_saved_with_all_that_is_"
+        "carried",
+    ),
+    mutation(
+        "wrong-prefix-of-a-head",
+        "nanopost/names.py",
+        '"language_model.model.": "language_model.lm_head.",',
+        '"language_model.model.": "lm_head.",',
+        "test_names.py::test_both_forms_of_gemma_3_keep_their_names",
+    ),
+    mutation(
+        "the-form-of-a-folder-is-not-read",
+        "nanopost/names.py",
+        "prefix = found[0] if found else usual.prefix",
+        "prefix = usual.prefix",
+        "test_names.py::test_both_forms_of_gemma_3_keep_their_names",
+    ),
+    mutation(
+        "experts-in-another-order",
+        "nanopost/names.py",
+        "for expert in range(experts)\n",
+        "for expert in reversed(range(experts))\n",
+        "test_names.py::test_experts_are_taken_apart_and_put_together_as_by_transformers",
+    ),
+    mutation(
+        "gate-and-up-of-experts-swapped",
+        "nanopost/names.py",
+        '("gate_proj", "up_proj")',
+        '("up_proj", "gate_proj")',
+        "test_names.py::test_experts_are_taken_apart_and_put_together_as_by_transformers",
+    ),
+    mutation(
+        "a-rank-reads-the-first-experts",
+        "nanopost/hf.py",
+        "for parts in self.matrices[experts]:",
+        "for parts in self.matrices[: experts.stop - experts.start]:",
+        "test_names.py::test_experts_are_taken_apart_and_put_together_as_by_transformers",
+    ),
+    mutation(
+        "tied-as-text-config-says",
+        "nanopost/config.py",
+        'usual = FAMILIES[family].defaults.get("tie_word_embeddings", False)',
+        'usual = text_of(hf, family).get("tie_word_embeddings", False)',
+        "test_names.py::test_a_head_is_tied_where_transformers_ties_it",
+    ),
+    mutation(
+        "text-config-says-another-tie",
+        "nanopost/hf.py",
+        'text = hf["text_config"] | {"tie_word_embeddings": config.tied}',
+        'text = hf["text_config"]',
+        "test_names.py::test_both_forms_of_gemma_3_keep_their_names",
+    ),
+    mutation(
+        "adapters-of-a-decoder-named-as-of-a-text-model",
+        "nanopost/lora.py",
+        "    if inside:\n",
+        "    if False:\n",
+        "test_names.py::test_adapters_are_on_the_decoder_alone_and_peft_s",
+    ),
+    mutation(
+        "adapters-on-the-vision-tower",
+        "nanopost/lora.py",
+        "    if model.config.is_inside:  # a vision",
+        "    if False:  # a vision",
+        "test_names.py::test_adapters_are_on_the_decoder_alone_and_peft_s",
     ),
     # ---- the plan
     mutation(
