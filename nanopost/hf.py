@@ -254,10 +254,12 @@ def load_weights(model: CausalLM | ScalarModel, folder):
         del file_of[name]
     tensors_of = {name: form.all_there(name, shapes[name]) for name in wanted}
     _check_names(base, tensors_of, file_of, form.there(HEAD) if config.tied else "")
-    model.config = _as_read(config, form, base, carried)
-
     split = [name for name in wanted if form.is_split(name)]
     there = {name: form.there(name) for name in wanted if name not in split}
+    if config.dtype != torch.float32:
+        form = replace(form, fp32=_in_fp32(file_of, there))
+    model.config = _as_read(config, form, base, carried)
+
     for path in sorted({file_of[stored_name] for stored_name in there.values()}):
         with _opened(path) as file:
             for name, stored_name in there.items():
@@ -303,6 +305,19 @@ def load_weights(model: CausalLM | ScalarModel, folder):
                 f"{head} that differs from it: set tie_word_embeddings to false in {place} to use "
                 "it."
             )
+
+
+def _in_fp32(file_of, there) -> frozenset[str]:
+    """The parameters that are so in the folder: Qwen3.5 has decays in fp32 among bf16. there:
+    parameter -> its name in the folder."""
+    found = set()
+    for path in {file_of[stored_name] for stored_name in there.values()}:
+        with _opened(path) as file:
+            for name, stored_name in there.items():
+                if file_of[stored_name] == path and stored_name in file.keys():
+                    if file.get_slice(stored_name).get_dtype() == "F32":
+                        found.add(name)
+    return frozenset(found)
 
 
 def _as_read(config, form, folder, carried) -> Config:
@@ -568,12 +583,12 @@ def save_model(
 ):
     """Write a folder that transformers and vLLM load: weights, config.json, and `files`.
 
-    named_tensors is consumed one by one and held up to max_shard_bytes; dtype casts. What the model
-    carries (config.carried) is read from the folder that it was loaded from, one by one, and keeps
-    its dtype. InputError if it is no longer there, or no longer what `carried` says, the
-    carried_hash of before. files: name -> content, or None to delete what another model left there.
-    If the tensors are gathered from shards, every rank must call this; only the one with write=True
-    writes. After a kill or a full disk, the folder is as the module docstring says.
+    named_tensors is consumed one by one and held up to max_shard_bytes; dtype casts all but the few
+    that the model's folder has in fp32 among bf16. What the model carries (config.carried) is read
+    from that folder, one by one, and keeps its dtype; InputError if it is not there any more, or if
+    its carried_hash is not `carried`. files: name -> content, or None to delete what another model
+    left there. If the tensors are gathered from shards, every rank must call this; only the one
+    with write=True writes. After a kill or a full disk, the folder is as the module docstring says.
     """
     if not write:
         for _ in named_tensors:  # each is a collective
@@ -610,10 +625,20 @@ def save_model(
 
 def _to_save(named_tensors, config, dtype, sums) -> Iterator[tuple[str, torch.Tensor]]:
     """All tensors of a folder, under their names there. sums: gets those of what is carried."""
-    for name, tensor in config.form.published(named_tensors):
-        yield name, tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+    cast = _cast(named_tensors, dtype, config.form.fp32)
+    for name, tensor in config.form.published(cast):
+        yield name, tensor.contiguous()
     for name, tensor in carried_tensors(config):
         sums[name] = _sum(tensor)
+        yield name, tensor
+
+
+def _cast(named_tensors, dtype, fp32):
+    """On the CPU. fp32: the names of those that keep it."""
+    for name, tensor in named_tensors:
+        tensor = tensor.detach().cpu()
+        if dtype and not (name in fp32 and tensor.dtype == torch.float32):
+            tensor = tensor.to(dtype)
         yield name, tensor
 
 

@@ -31,6 +31,7 @@ class Form:
 
     prefix: str = DECODER
     split: bool = False  # each expert's matrices are tensors of their own
+    fp32: frozenset[str] = frozenset()  # parameters in fp32 there, where the others are not
 
     @classmethod
     def of(cls, names: Collection[str], prefixes: Iterable[str], usual: "Form") -> "Form":

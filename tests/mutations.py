@@ -3654,6 +3654,13 @@ MUTATIONS = [
         "test_names.py::test_a_text_model_under_the_prefix_of_the_whole_is_saved_under_its_own",
     ),
     mutation(
+        "decays-rounded",
+        "nanopost/hf.py",
+        "if dtype and not (name in fp32 and tensor.dtype == torch.float32):",
+        "if dtype:",
+        "test_names.py::test_decays_in_fp32_among_bf16_stay_so",
+    ),
+    mutation(
         "wrong-prefix-of-a-decoder",
         "nanopost/names.py",
         "return self.prefix + name.removeprefix(DECODER)",

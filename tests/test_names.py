@@ -281,6 +281,16 @@ def whole(tmp_path):
     return tmp_path / "whole"
 
 
+def test_decays_in_fp32_among_bf16_stay_so(whole):
+    decay = "model.language_model.layers.0.linear_attn.A_log"
+    held = {name: x if name == decay else x.bfloat16() for name, x in weights(whole).items()}
+    rewrite(whole, held)
+    save(whole.with_name("out"), hf.load_model(whole), dtype=torch.bfloat16)
+    saved = weights(whole.with_name("out"))
+    assert held[decay].dtype == torch.float32
+    assert held.keys() == saved.keys() and all(same(held[name], saved[name]) for name in held)
+
+
 def test_what_no_decoder_of_this_family_carries_is_unexpected(whole):
     held = weights(whole)
     rewrite(whole, held | {"model.audio.weight": torch.zeros(3)})
