@@ -236,7 +236,7 @@ class Config:
             query_scale=query_scale,
             scalar=_architecture(hf) == (FAMILIES[family].scalar or None),
             delta=_delta(text) if any(b.kind == LINEAR for b in blocks) else None,
-            experts=_experts(text) if FAMILIES[family].experts else None,
+            experts=_experts(text, source) if any(b.experts for b in blocks) else None,
             form=Form(prefix, FAMILIES[family].split),
         )
 
@@ -247,6 +247,11 @@ class Config:
     @property
     def layers(self) -> int:
         return len(self.blocks)
+
+    @property
+    def mixtures(self) -> int:
+        """Layers with experts."""
+        return sum(block.experts for block in self.blocks)
 
     @property
     def text(self) -> dict:
@@ -450,7 +455,9 @@ def _has_rope(text, layer) -> bool:
 
 def _sparse(text, family, layer) -> bool:
     """Whether a layer has experts."""
-    if not FAMILIES[family].experts or layer in (text.get("mlp_only_layers") or ()):
+    if not FAMILIES[family].experts or not text["num_experts"]:
+        return False
+    if layer in (text.get("mlp_only_layers") or ()):
         return False
     return (layer + 1) % text.get("decoder_sparse_step", 1) == 0
 
@@ -465,10 +472,16 @@ def _delta(text) -> DeltaSizes:
     )
 
 
-def _experts(text) -> ExpertSizes:
+def _experts(text, source) -> ExpertSizes:
+    count, active = text["num_experts"], text["num_experts_per_tok"]
+    if not 0 < active <= count:
+        raise InputError(
+            f"{source}: num_experts_per_tok {active} of num_experts {count}: copy the model's own "
+            "config.json."
+        )
     return ExpertSizes(
-        text["num_experts"],
-        text["num_experts_per_tok"],
+        count,
+        active,
         text["moe_intermediate_size"],
         bool(text.get("norm_topk_prob", False)),
         text.get("shared_expert_intermediate_size") or 0,

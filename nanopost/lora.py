@@ -5,7 +5,8 @@
 W and b keep their checkpoint names. Only A, B and a scalar head train. B begins at 0, so training
 begins from the base. With adapters off the model is the base: a reference that costs no memory.
 Merged weights, W + scale B A, are made anew from W each time: nothing is ever added to W itself,
-so nothing drifts.
+so nothing drifts. Adapters are beside linear layers, as peft's "all-linear": of a mixture of
+experts, beside the one that all tokens share; the others and their router stay as they are.
 
 Shapes: N tokens, I inputs and O outputs of a layer, r rank: A [r, I], B [O, r].
 """
@@ -207,15 +208,21 @@ def summary(model: nn.Module) -> str:
 # ---------------------------------------------------------------------------------------- reference
 @contextmanager
 def off(model: nn.Module):
-    """Inside, the model is its base: adapters are left out. A scalar head is not."""
+    """Inside, the model is its base: adapters are left out, and it chooses its own experts. A
+    scalar head is not left out."""
     adapted = layers(model).values()
+    replaying = [module for module in model.modules() if getattr(module, "replays", False)]
     for layer in adapted:
         layer.active = False
+    for decoder in replaying:
+        decoder.replays = False
     try:
         yield
     finally:
         for layer in adapted:
             layer.active = True
+        for decoder in replaying:
+            decoder.replays = True
 
 
 class Reference:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, checkpoint, dist, hf, lora, manifest
+from nanopost import InputError, checkpoint, dist, hf, lora, manifest, moe, recording
 from nanopost.alarms import Alarms
 from nanopost.batch import Example
 from nanopost.boards import Boards
@@ -99,6 +99,7 @@ class Run:
         self.hashes = {}  # of the files that flags name
         self.bases = {}  # of the folders whose weights adapters leave untouched
         self.carried = {}  # of what models carry from the folders that they were loaded from
+        self.model = None  # the model
         self.state = None  # the loop's own, which it changes
         self.boundary = None  # (step, state, random state) while the weights are as of that step
 
@@ -186,7 +187,9 @@ class Run:
             if saved_hashes.get(path, hashes[path]) != hashes[path]:
                 self.say(f"WARNING: {path} has changed since the run started")
         self.hashes, self.bases, self.carried = hashes, bases, carried
+        self.model = model
         self.say(lora.summary(model))
+        self.say(moe.no_auxiliary_loss(model))
         self._watch(model, optimizer, state, others)
         return state
 
@@ -451,8 +454,11 @@ class Run:
         """Write one object per step to metrics.jsonl, and one line with the time left to stdout.
 
         time/elapsed: seconds since the run began; what a resumed run spent before its checkpoint
-        counts.
+        counts. A model with experts adds moe.load_metrics of its training since the last line. A
+        collective then.
         """
+        if self.model is not None:
+            metrics = metrics | moe.load_metrics(self.model)
         if not self.writes:
             return
         now = time.monotonic()
@@ -496,8 +502,9 @@ class Run:
 
         The first line holds `about`, such as divisors, and updates, an entry per optimizer step of
         the tape. Then follows a line per example, rank by rank: ids, mask (1: trained), kept (a
-        list for each id, of the ids that a cut kept; only if there was a cut), the example's own
-        columns and the tape's (aligned with its ids, or one number; see Tape.take), and `columns`,
+        list for each id, of the ids that a cut kept; only if there was a cut), routes (the experts
+        of each id, see recording.encoded; only if the engine named them), the example's own columns
+        and the tape's (aligned with its ids, or one number; see Tape.take), and `columns`,
         one value per example. Floats are written with all their digits.
         """
         updates, passed = tape.take(examples)
@@ -506,6 +513,8 @@ class Run:
             line = {"rank": self.rank, "ids": e.ids.tolist(), "mask": e.mask.astype(int).tolist()}
             if e.kept is not None:
                 line["kept"] = [ids.tolist() for ids in e.kept]
+            if e.routes is not None:
+                line["routes"] = recording.encoded(e.routes)
             line |= {name: np.asarray(value).tolist() for name, value in e.columns.items()}
             for name, value in passed[i].items():
                 line[name] = value.tolist() if isinstance(value, np.ndarray) else value
