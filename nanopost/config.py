@@ -312,7 +312,10 @@ class Config:
 
 def text_of(hf: dict, family: str) -> dict:
     """The part of a config.json that describes the decoder, with the family's defaults."""
-    return FAMILIES[family].defaults | hf.get("text_config", hf)
+    text = hf.get("text_config", hf)
+    if FAMILIES[family].experts and "num_local_experts" in text:  # as transformers 5 writes it
+        text = {"num_experts": text["num_local_experts"]} | text
+    return FAMILIES[family].defaults | text
 
 
 def _tied(hf, family) -> bool:

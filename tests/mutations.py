@@ -3654,6 +3654,14 @@ MUTATIONS = [
         "test_names.py::test_a_text_model_under_the_prefix_of_the_whole_is_saved_under_its_own",
     ),
     mutation(
+        "experts-counted-under-one-name-alone",
+        "nanopost/config.py",
+        'and "num_local_experts" in text:',
+        "and False:",
+        "test_hf.py::test_what_transformers_writes_is_read_and_it_reads_what_we_write_with_no_key_"
+        "amiss",
+    ),
+    mutation(
         "decays-rounded",
         "nanopost/hf.py",
         "if dtype and not (name in fp32 and tensor.dtype == torch.float32):",

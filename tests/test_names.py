@@ -9,7 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small import random_ids
-from test_hf import SMALL, in_child, killed_saves, logits, refused, save, tensors
+from test_hf import (
+    DELTA,
+    EXPERTS,
+    SMALL,
+    in_child,
+    killed_saves,
+    logits,
+    refused,
+    save,
+    tensors,
+)
 
 from nanopost import InputError, dist, hf, lora
 from nanopost.config import Config
@@ -18,14 +28,6 @@ from nanopost.names import Form
 
 IDS = random_ids(40, 0)
 SMALL = SMALL | {"head_dim": 16, "pad_token_id": None}
-DELTA = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 TEXTS = {
     "gemma3": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6},
     "qwen3_5": DELTA,
@@ -94,11 +96,14 @@ def is_carried(name):
     return not {*CARRIED}.isdisjoint(name.split(".")[:2])
 
 
-def published(folder, kind, **more):
-    """A folder as on the hub: what is carried is in bf16, heads for tokens ahead are among it."""
+def published(folder, kind, stacked=False, **more):
+    """A folder as on the hub: what is carried is in bf16, heads for tokens ahead are among it.
+    stacked: experts are in one tensor, which transformers reads and does not write."""
     theirs = theirs_of(kind, **more)
     theirs.save_pretrained(folder)
     held = weights(folder)
+    if stacked:
+        held = {name: x.clone() for name, x in theirs.state_dict().items()}
     if kind != "gemma3":
         held["mtp.fc.weight"] = torch.randn(64, 128)
     held = {n: x.bfloat16() if is_carried(n) else x for n, x in held.items()}
@@ -126,9 +131,14 @@ def check_saved(theirs, before, folder, ids=IDS):
 
 
 # ----------------------------------------------------------------------------------- there and back
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_decoder_beside_a_vision_tower_is_read_and_saved_with_all_that_is_carried(tmp_path, kind):
-    theirs = published(tmp_path / "theirs", kind)
+@pytest.mark.parametrize(
+    "kind, stacked", [*((kind, False) for kind in KINDS), ("qwen3_5_moe", True)]
+)
+def test_a_decoder_beside_a_vision_tower_is_read_and_saved_with_all_that_is_carried(
+    tmp_path, kind, stacked
+):
+    theirs = published(tmp_path / "theirs", kind, stacked)
+    assert stacked == any(".mlp.experts.down_proj" in name for name in weights(tmp_path / "theirs"))
     ours = hf.load_model(tmp_path / "theirs")
     assert (logits(ours, IDS) - logits(theirs, IDS)).abs().max() <= 1e-4
     save(tmp_path / "ours", ours, max_shard_bytes=50_000)
