@@ -419,6 +419,11 @@ def engine(args, folder, model, world, tokenizer):
                 "--engine colocate sleeps while the model trains: with --max_staleness above 0 "
                 "sample on servers (--vllm), or with nanopost's own engine."
             )
+        if policy.config.experts is not None:
+            say(
+                "warning: --engine colocate does not name the experts that its tokens took, so the "
+                "trainer chooses its own (no router replay)"
+            )
         folder = lora.base_folder(folder)  # of an adapter; the first sync brings the merged weights
         return Colocated(folder, tokenizer, world, model.config, args.vllm_memory, args.tokens)
     rows, tokens, ahead = args.engine_rows, args.engine_tokens, args.max_staleness > 0

@@ -312,10 +312,11 @@ class Config:
 
 def text_of(hf: dict, family: str) -> dict:
     """The part of a config.json that describes the decoder, with the family's defaults."""
-    text = hf.get("text_config", hf)
-    if FAMILIES[family].experts and "num_local_experts" in text:  # as transformers 5 writes it
-        text = {"num_experts": text["num_local_experts"]} | text
-    return FAMILIES[family].defaults | text
+    given = hf.get("text_config", hf)
+    renamed = {}
+    if "num_local_experts" in given:  # as transformers 5 writes it
+        renamed = {"num_experts": given["num_local_experts"]}
+    return FAMILIES[family].defaults | renamed | given
 
 
 def _tied(hf, family) -> bool:

@@ -547,8 +547,8 @@ MUTATIONS = [
     mutation(
         "reference-over-the-whole-distribution",
         "nanopost/forward.py",
-        "Example(e.ids, e.mask, kept=e.kept)",
-        "Example(e.ids, e.mask)",
+        "Example(e.ids, e.mask, kept=e.kept, routes=e.routes)",
+        "Example(e.ids, e.mask, routes=e.routes)",
         "test_forward.py::test_over_kept_ids_log_probs_are_those_of_each_example_alone",
     ),
     mutation(
@@ -985,8 +985,8 @@ MUTATIONS = [
     mutation(
         "the-last-token-is-shared-too",
         "nanopost/batch.py",
-        "_common(before.ids, e.ids[:-1])",
-        "_common(before.ids, e.ids)",
+        "common(before, e, len(e) - 1)",
+        "common(before, e, len(e))",
         "test_batch.py::test_how_much_a_sequence_shares",
     ),
     mutation(
@@ -1083,7 +1083,7 @@ MUTATIONS = [
     mutation(
         "a-prompt-that-only-one-side-has",
         "nanopost/forward.py",
-        "    if not np.array_equal(prompt, last.ids[: len(prompt)]):\n        saved = 0\n",
+        "    if common(first, last, length) < length:\n        saved = 0\n",
         "",
         "test_forward.py::test_pairs_share_their_prompt_and_that_of_other_pairs",
     ),
@@ -1111,8 +1111,8 @@ MUTATIONS = [
     mutation(
         "a-short-prompt-is-saved",
         "nanopost/forward.py",
-        "saved = worth_sharing(len(prompt), first)",
-        "saved = len(prompt)",
+        "saved = worth_sharing(length, first)",
+        "saved = length",
         "test_forward.py::test_the_budget_holds_where_a_prompt_is_not_worth_sharing",
     ),
     mutation(
@@ -3654,14 +3654,6 @@ MUTATIONS = [
         "test_names.py::test_a_text_model_under_the_prefix_of_the_whole_is_saved_under_its_own",
     ),
     mutation(
-        "experts-counted-under-one-name-alone",
-        "nanopost/config.py",
-        'and "num_local_experts" in text:',
-        "and False:",
-        "test_hf.py::test_what_transformers_writes_is_read_and_it_reads_what_we_write_with_no_key_"
-        "amiss",
-    ),
-    mutation(
         "decays-rounded",
         "nanopost/hf.py",
         "if dtype and not (name in fp32 and tensor.dtype == torch.float32):",
@@ -4365,6 +4357,20 @@ MUTATIONS = [
         "    policy.model.replays = True  # the experts that the engine names\n",
         "",
         "test_moe.py::test_scripts_replay_what_their_engine_took",
+    ),
+    mutation(
+        "routes-of-a-servers-first-layers",
+        "nanopost/vllm.py",
+        "routes[:, [i for i, block in enumerate(c.blocks) if block.experts]]",
+        "routes[:, : c.mixtures]",
+        "test_moe.py::test_a_vllm_servers_experts_are_those_of_its_layers_that_have_them",
+    ),
+    mutation(
+        "experts-of-transformers-5-unread",
+        "nanopost/config.py",
+        'renamed = {"num_experts": given["num_local_experts"]}',
+        "renamed = {}",
+        "test_moe.py::test_logits_and_gradients_are_transformers",
     ),
 ]
 

@@ -1,7 +1,10 @@
 """Mixtures of experts against transformers, and the engine's routes in the trainer."""
 
+import base64
 import copy
+import io
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +22,8 @@ from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.forward import batches, logprobs
 from nanopost.model import ActorCritic, CausalLM, MoE
 from nanopost.rollout import Rollout
+from nanopost.server import ServerError
+from nanopost.vllm import Servers
 from runs import toy
 
 transformers = pytest.importorskip("transformers")
@@ -169,7 +174,8 @@ def test_logits_and_gradients_are_transformers(case):
     unused = 0
     for name, p in oracle.named_parameters():
         mine = model.get_parameter(name).grad
-        torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-4, msg=name)
+        most = 1e-4 * max(1.0, float(p.grad.abs().max()))
+        assert (mine - p.grad).abs().max() <= most, name
         if "experts." in name:
             unused += int((mine.flatten(1) == 0).all(1).sum())
     assert unused or case != "qwen3_moe"
@@ -211,17 +217,17 @@ def test_a_step_of_the_engine_waits_for_no_count_where_there_is_one_kernel(monke
 
 
 @pytest.mark.parametrize("how", ["full", "selective", "compile"])
-def test_what_is_computed_again_or_compiled_has_the_same_gradients(how, alone):
+def test_what_is_computed_again_or_compiled_has_the_same_gradients(how):
     """With scores so close that another rounding would choose other experts."""
-    world = dist.World(0, 1, torch.device("cpu"), torch.float32)
     batch = batch_of([Example(random_ids(n, n), np.arange(n) > 0) for n in (20, 7)])
     found = []
-    for recomputed in (False, True):
+    for changed in (False, True):
         model = small()
-        if recomputed and how == "compile":
-            dist.shard(model, world, compile=True)
-        elif recomputed:
-            dist.shard(model, world, checkpointing=how)
+        if changed and how == "compile":  # inductor would take a minute
+            for block in model.model.layers:
+                block.compile(backend="eager")
+        elif changed:
+            model.model.checkpointing = how
         logp_N, _ = model(batch)
         logp_N.sum().backward()
         found.append([p.grad for p in model.parameters()])
@@ -265,8 +271,9 @@ def _rank(rank, size, folder, adapters):
         with torch.device("meta"):
             model = lora.apply(CausalLM(model.config), 2)
         model = dist.shard(model, world).to_empty(device="cpu")
-        for name, p in model.named_parameters():
-            hf._copy(p, weights.get(name, torch.full(p.shape, 0.1)))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                hf._copy(p, weights.get(name, torch.full(p.shape, 0.1)))
     else:
         dist.shard(model, world)
     optimizer = optim.adamw(model, 0.0)
@@ -304,8 +311,9 @@ def test_two_ranks_have_the_gradients_and_the_load_of_one(tmp_path, adapters):
 
 
 def test_adapters_are_beside_linear_layers_alone():
+    config = small(case="qwen3_5_moe").config
     with torch.device("meta"):
-        model = lora.apply(CausalLM(small(case="qwen3_5_moe").config), 2)
+        model = lora.apply(CausalLM(config), 2)
     names = {name.rpartition(".mlp.")[2] for name in lora.layers(model) if ".mlp." in name}
     parts = {f"shared_expert.{part}_proj" for part in ("gate", "up", "down")}
     assert names == {*parts, "shared_expert_gate"}
@@ -436,7 +444,8 @@ def test_only_the_policy_replays(alone):
     free = [replace(e, routes=None) for e in examples]
     reference = small(seed=1)
     with_routes, without = (logprobs(reference, x, 1000, 1.0, "cpu") for x in (examples, free))
-    assert all(map(np.array_equal, with_routes, without))
+    for a, b in zip(with_routes, without):
+        np.testing.assert_allclose(a, b, atol=1e-5)
     off = logprobs(lora.Reference(model), examples, 1000, 1.0, "cpu")
     base = logprobs(small(), free, 1000, 1.0, "cpu")
     for a, b in zip(off, base):
@@ -461,9 +470,9 @@ def test_prompts_of_other_experts_are_not_shared():
     other = routes.copy()
     other[7, 1, 2] = 5
     one, two = (Example(ids, mask, routes=x) for x in (routes, other))
-    assert shared([one, one, two, one, Example(ids, mask)]) == [0, 15, 7, 7, 0]
+    assert shared([one, one, two, one, Example(ids, mask)]) == [0, 19, 7, 7, 0]
     batch = batch_of([one, one, two])
-    assert batch.routes_ULA.tolist() == np.concatenate([routes, routes[15:], other[7:]]).tolist()
+    assert batch.routes_ULA.tolist() == np.concatenate([routes, routes[19:], other[7:]]).tolist()
 
 
 def test_micro_batches_count_what_is_not_shared(alone):
@@ -537,6 +546,31 @@ def test_a_recording_gives_the_routes_again(tmp_path, alone):
     for a, b in zip(flat(groups), flat(again)):
         assert a.ids == b.ids and a.routes.dtype == b.routes.dtype
         assert np.array_equal(a.routes, b.routes)
+
+
+def test_a_vllm_servers_experts_are_those_of_its_layers_that_have_them(capsys):
+    """As vLLM 0.32 writes them: base64 of an .npy file, of all layers, and not of the last token."""
+    config = Config.of(
+        {"model_type": "qwen3_moe", **SIZES, **CASES["not normalised, a dense layer"][1]}
+    )
+    servers = object.__new__(Servers)
+    servers.config, servers.named = config, False
+    server = SimpleNamespace(url="http://there")
+    given = np.random.default_rng(0).integers(0, 16, (6, 3, 3)).astype(np.uint8)
+
+    def answer(array):
+        with io.BytesIO() as file:
+            np.save(file, array, allow_pickle=False)
+            return {"routed_experts": base64.b64encode(file.getvalue()).decode()}
+
+    routes = servers._routes(server, answer(given), 7)
+    assert routes.dtype == np.int16 and (routes[-1] == -1).all()
+    assert (routes[:-1] == given[:, [0, 2]]).all()
+    for wrong in (given[1:], given[:, :2], given[:, :, :2], given + 16):
+        with pytest.raises(ServerError, match="instead of 16 of .6, 3, 3."):
+            servers._routes(server, answer(wrong), 7)
+    assert servers._routes(server, {}, 7) is servers._routes(server, {}, 7) is None
+    assert capsys.readouterr().out.count("--enable-return-routed-experts") == 1
 
 
 # ------------------------------------------------------------------------------------- the scripts
