@@ -398,7 +398,7 @@ def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
     flags = ["--gpu", "cpu", "--rows", 4, "--length", 128, "--tokens", 512]
     flags += ["--trained", 127 / 128]
     args = planned(folder, "sft", *flags, "--checkpointing", checkpointing)
-    _, attention, _ = plan.forward_flops(config, 128)
+    attention = plan.forward_flops(args, config, 128).mixing
     attention *= 512 * (3 if checkpointing == "none" else 4)
     assert plan.update_flops(args) - attention == pytest.approx(counted, rel=1e-9)
 
