@@ -486,8 +486,8 @@ def teacher_pass(args) -> tuple[float, float]:
     activations = tokens_of_micro_batch(args) * forward_bytes(args, c)
     if not teacher_is_sharded(args):
         return activations, 0
-    root, block = unit(args.teacher_units, "root"), unit(args.teacher_units, "block")
-    return activations, b * (root.trained + 2 * block.trained)
+    root, largest = unit(args.teacher_units, "root"), unit(args.teacher_units, "block")
+    return activations, b * (root.trained + 2 * largest.trained)
 
 
 def forward_bytes(args, c: Config) -> float:
@@ -515,12 +515,9 @@ def update(args) -> dict[str, float]:
     c, v, b, N = args.config, args.value_config, compute_bytes(args), tokens_of_micro_batch(args)
     sharded, full = is_sharded(args), not args.lora
     root = unit(args.units, "root", args.lora)
-    whole, last, forward, backward = (
-        gathered_bytes(args, root),
-        N * norm_bytes(args, c, c.width),
-        0,
-        0,
-    )
+    one = gathered_bytes(args, block(args.units, c.layers - 1, args.lora))
+    whole, blocks = gathered_bytes(args, root), blocks_activations(args, c)
+    last, forward, backward = N * norm_bytes(args, c, c.width), 0, 0
     if args.script != "rm":
         of_head = divergence_bytes if args.script == "distill" else logprob_bytes
         kept, forward, backward = of_head(args, c)
@@ -541,35 +538,14 @@ def update(args) -> dict[str, float]:
         if not sharded:
             of_root += 16 * max(math.prod(w.shape) for u in args.units for w in u.weights)
 
-    # In a backward pass FSDP2 holds the root, a block, and the next one as it arrives. Of equal
-    # blocks with equal ones after them, the last has the most beneath it.
-    one = gathered_bytes(args, block(args.units, c.layers - 1, args.lora))
-    blocks = blocks_activations(args, c)
+    first = sharded * 4 * block(args.units, 0, args.lora).trained
     instants = [
         ("the head's forward pass", blocks + last, forward, whole + one, 0),
         ("the head's backward pass", blocks + last, backward, whole + one, head),
+        *in_blocks(args, whole, waiting, down),
+        ("the embedding", 0, 0, whole, waiting + embedding + first),
+        ("the root's end", 0, 0, 0, of_root),
     ]
-    followed_by = zip(c.blocks, [*c.blocks[1:], None])
-    for i in {pair: i for i, pair in enumerate(followed_by)}.values():
-        layer, of_block = c.blocks[i], block(args.units, i, args.lora)
-        here, next_one = (
-            gathered_bytes(args, block(args.units, max(0, k), args.lora)) for k in (i, i - 1)
-        )
-        buffer = 0  # of the block after it
-        if i + 1 < c.layers:
-            buffer = sharded * 4 * block(args.units, i + 1, args.lora).trained
-        waits = blocks_activations(args, c, i)
-        inside = waits + inside_a_block(args, c, layer)
-        instants.append((f"block {i}", inside, 0, whole + here + next_one, waiting + down + buffer))
-        mine = sharded * of_block.trained
-        ended = b * mine + 4 * mine + 4 * mine / ranks(args)
-        if args.reproducible:
-            ended += 16 * mine
-        below = waits - kept_by_block(args, c, layer)
-        instants.append((f"the end of block {i}", below, 0, whole + next_one, waiting + ended))
-    first = sharded * 4 * block(args.units, 0, args.lora).trained
-    instants.append(("the embedding", 0, 0, whole, waiting + embedding + first))
-    instants.append(("the root's end", 0, 0, 0, of_root))
     if args.script == "ppo":  # the value model runs last: its backward pass comes first
         waits = blocks + last + N * 4 * c.width  # hidden states, in fp32
         buffer = sharded * 4 * unit(args.units, "block", args.lora).trained
@@ -588,6 +564,33 @@ def update(args) -> dict[str, float]:
     name, *parts = max(instants, key=lambda parts: sum(parts[1:]))
     names = ("activations", "log-prob buffers", "gathered weights", "gradients in flight")
     return {"gradients": gradient_bytes(args), **dict(zip(names, parts))}
+
+
+def in_blocks(args, root: float, waiting: float, down: float) -> list[tuple]:
+    """The instants of update while the backward pass is in the policy's blocks. root: bytes of it,
+    gathered. waiting, down: of gradients, of the head and of a block's first.
+
+    FSDP2 holds the root, a block, and the next one as it arrives. Of equal blocks with equal ones
+    above them, the last counts: the others have less beneath them.
+    """
+    c, b, sharded = args.config, compute_bytes(args), is_sharded(args)
+    sizes = [block(args.units, i, args.lora) for i in range(c.layers)]
+    above = zip(c.blocks, [*c.blocks[1:], None])
+    instants = []
+    for i in {pair: i for i, pair in enumerate(above)}.values():
+        layer, waits = c.blocks[i], blocks_activations(args, c, i)
+        here, next_one = gathered_bytes(args, sizes[i]), gathered_bytes(args, sizes[max(0, i - 1)])
+        buffer = sharded * 4 * sizes[i + 1].trained if i + 1 < c.layers else 0
+        inside = waits + inside_a_block(args, c, layer)
+        flight = waiting + down + buffer
+        instants.append((f"block {i}", inside, 0, root + here + next_one, flight))
+        mine = sharded * sizes[i].trained
+        flight = waiting + b * mine + 4 * mine + 4 * mine / ranks(args)
+        if args.reproducible:  # two of fp64 while fixed point is computed
+            flight += 16 * mine
+        waits -= kept_by_block(args, c, layer)
+        instants.append((f"the end of block {i}", waits, 0, root + next_one, flight))
+    return instants
 
 
 # ---------------------------------------------------------------------------- memory: other moments

@@ -158,6 +158,10 @@ def print_of(tensor: torch.Tensor) -> np.ndarray:
 def prints_of(server: Server, config) -> tuple[dict | None, dict]:
     """A server's prints under checkpoint names, and how it computes; None if it gives none."""
     widths = {config.width, config.mlp_width, config.heads * config.head_dim}
+    if config.delta:
+        widths.add(config.delta.value_heads * config.delta.value_dim)
+    if config.experts:
+        widths.add(config.experts.shared)
     vectors = {str(width): vector(width).tolist() for width in widths}
     body = {"method": "nanopost_prints", "kwargs": {"vectors": vectors}, "timeout": 60}
     try:
@@ -175,7 +179,7 @@ def prints_of(server: Server, config) -> tuple[dict | None, dict]:
 
 def split(prints: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
     """vLLM's fused projections -> those of the checkpoint."""
-    query = config.heads * config.head_dim
+    query = config.heads * config.head_dim * (2 if config.traits.gated_attention else 1)
     key = query + config.kv_heads * config.head_dim
     found = {}
     for name, x_O in prints.items():

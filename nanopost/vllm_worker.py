@@ -175,6 +175,8 @@ class Extension:
                 width, rows = module.embedding_dim, module.org_vocab_size
             else:
                 continue
+            if str(width) not in vectors:  # a convolution's
+                continue
             x_D = torch.tensor(vectors[str(width)], dtype=config.model_config.dtype)
             x_D = x_D.to(self.device)
             if rows is None or head:
