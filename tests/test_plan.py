@@ -18,6 +18,7 @@ import pytest
 import torch
 from inprocess import run_here
 from scripts import ROOT, SCRIPTS, parser_of
+from small import ARCHITECTURES
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,6 +59,15 @@ def planned(model, script, *flags) -> Namespace:
 
 
 PLAIN = {**plan_worker.SIZES, "vocab_size": 4096}
+HYBRID = {
+    **ARCHITECTURES["qwen3_5_text"],
+    "model_type": "qwen3_5_text",
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
+GEMMA = {**ARCHITECTURES["gemma3_text"], "model_type": "gemma3_text", "sliding_window": 48}
 
 
 def total(parts) -> float:
@@ -96,12 +106,7 @@ DISTILLED = {"prompts": 32, "minibatches": 1, "tokens": 512, "max_new_tokens": 1
 RUNS = {
     "sft, tied, qk-norm": (
         "sft",
-        {
-            "vocab_size": 8192,
-            "tie_word_embeddings": True,
-            "model_type": "qwen3",
-            "architectures": ["Qwen3ForCausalLM"],
-        },
+        {"vocab_size": 8192, "tie_word_embeddings": True, "model_type": "qwen3"},
         (64, 64),
         {"rows": 16, "tokens": 1024},
         {},
@@ -120,6 +125,15 @@ RUNS = {
         {"rows": 16, "tokens": 1024, "checkpointing": "full"},
         {},
     ),
+    "sft, linear attention, gated attention": (
+        "sft",
+        HYBRID,
+        (64, 64),
+        {"rows": 16, "tokens": 1024},
+        {},
+    ),
+    "sft, windows, four norms": ("sft", GEMMA, (64, 64), {"rows": 16, "tokens": 1024}, {}),
+    "grpo, linear attention, bf16": ("grpo", HYBRID, (112, 1), {**SAMPLED, "dtype": "bf16"}, {}),
     "sft, bf16": ("sft", {}, (64, 64), {"rows": 16, "tokens": 1024, "dtype": "bf16"}, {}),
     "rm": ("rm", {}, (64, 64), PAIRS, {"prompt": 64}),
     "dpo, a frozen reference": ("dpo", {}, (64, 64), PAIRS, OF_PAIRS),
@@ -292,10 +306,26 @@ SHARDED = {
         "num_hidden_layers": 2,
     },
     "adapters": {"rows": 2, "length": 256, "how": {"lora": 16}, **BF16},
+    "linear attention": {"rows": 2, "length": 256, **HYBRID},
+    "recomputed linear attention": {"rows": 2, "length": 256, "how": FULL, **HYBRID},
+    "kept products of linear attention": {
+        "rows": 2,
+        "length": 256,
+        "how": {"checkpointing": "selective"},
+        **HYBRID,
+    },
+    "windows, four norms": {"rows": 2, "length": 256, **GEMMA},
+    "adapters of linear attention": {
+        "rows": 2,
+        "length": 256,
+        "how": {"lora": 16},
+        **HYBRID,
+        **BF16,
+    },
     "NF4": {"rows": 1, "length": 64, "how": {"lora": 4, "quantize": "nf4"}, **BLOCKS, **BF16},
 }
 OF_64 = [(name, "bfloat16") for name in SHARDED]
-OF_64 += [(name, "float32") for name in ("activations", "a tied head")]
+OF_64 += [(name, "float32") for name in ("activations", "a tied head", "linear attention")]
 
 
 @pytest.mark.parametrize("name, dtype", OF_64)
@@ -383,9 +413,10 @@ def test_two_runs_on_an_h200_peak_where_the_plan_says(tmp_path):
 
 # -------------------------------------------------------------------------------------------- time
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
-    """Attention apart, which torch does not count on a CPU."""
-    sizes = {**plan_worker.SIZES, "vocab_size": 16384, "num_hidden_layers": 2}
+@pytest.mark.parametrize("architecture", [{"num_hidden_layers": 2}, HYBRID, GEMMA])
+def test_operations_are_those_that_torch_counts(checkpointing, architecture, tmp_path):
+    """Of products with weights: torch counts no attention on a CPU."""
+    sizes = {**plan_worker.SIZES, "vocab_size": 16384, **architecture}
     config = plan_worker.small_config(**sizes)
     model = CausalLM(config).init_weights(0)
     model.model.checkpointing = checkpointing
@@ -393,7 +424,8 @@ def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
     batch = batch_of([Example(ids.roll(row), mask) for row in range(4)])
     with FlopCounterMode(display=False) as counter:
         (-model(batch)[0].sum()).backward()
-    counted = counter.get_total_flops()
+    counts = counter.get_flop_counts()["Global"]
+    counted = counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0)
     folder = write_config(tmp_path / "model", config.hf)
     flags = ["--gpu", "cpu", "--rows", 4, "--length", 128, "--tokens", 512]
     flags += ["--trained", 127 / 128]
@@ -401,6 +433,21 @@ def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
     attention = plan.forward_flops(args, config, 128).mixing
     attention *= 512 * (3 if checkpointing == "none" else 4)
     assert plan.update_flops(args) - attention == pytest.approx(counted, rel=1e-9)
+
+
+def test_operations_of_a_recurrence_are_those_that_torch_counts(tmp_path):
+    """It counts neither a triangular system nor the convolution."""
+    config = plan_worker.small_config(**{**plan_worker.SIZES, **HYBRID})
+    batch = batch_of([Example(torch.arange(128), torch.ones(128, dtype=torch.bool))])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        CausalLM(config).init_weights(0)(batch)
+    counted = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    s = config.delta
+    convolution = 2 * s.kernel * (2 * s.key_heads * s.key_dim + s.value_heads * s.value_dim)
+    system = 64 * s.value_heads * (s.key_dim + s.value_dim)
+    layers = sum(layer.kind == "linear_attention" for layer in config.blocks)
+    planned = plan.recurrence_flops(config, 64) - convolution - system
+    assert counted == layers * 128 * planned
 
 
 # script: flags, and of a row or prompt: how many sequences, tokens they share, and their own
