@@ -320,6 +320,12 @@ def _check(hf, source) -> str:
             "double quantization; take the unquantized checkpoint of this model."
         )
     text = text_of(hf, family)
+    partial = text.get("partial_rotary_factor") or 1.0
+    if partial != 1.0 and "partial_rotary_factor" not in traits.defaults:
+        raise InputError(
+            f"{source}: a partial_rotary_factor of {partial:g} is not supported in this family, "
+            "only in Qwen3.5."
+        )
     if _activation(text) not in ACTIVATIONS:
         raise InputError(
             f"{source}: activation {_activation(text)!r} is not supported, only "

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from nanopost import batch
-from nanopost.attention import Cache, Packing, _varlen, cached_attention, packed_attention, seen
+from nanopost.attention import (
+    Cache,
+    Packing,
+    _varlen,
+    cached_attention,
+    of_documents,
+    packed_attention,
+    seen,
+)
 from nanopost.batch import Example, Prefixes
 
 PACKINGS = {
@@ -208,32 +216,28 @@ def test_cached_equals_the_last_row_of_packed(window, heads, groups):
 def test_a_cache_holds_each_prompt_once_a_copy_and_what_is_appended_after_it():
     lengths = [2, 5]
     k_NGK, v_NGK = torch.randn(2, sum(lengths), 2, 4)
-    cache = Cache(1, 6, 2, 8, 4, torch.float32, "cpu")
+    cache = Cache([[torch.zeros(6, 2, 8, 4), torch.zeros(6, 2, 8, 4)]], 6, 8, "cpu")
     # In two passes, into rows in any order.
     of_row = [0, 1, 0, 1, 1, 0]
     for rows, prompts in (([5, 1], [0, 1]), ([0, 2, 4, 3], [0, 0, 1, 1])):
-        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
-        given = k_NGK, v_NGK, cu_seqlens, max(lengths)
-        cache.write_prompts(0, *given, torch.tensor(rows), torch.tensor(prompts))
+        new = [of_documents(x, packing(lengths)) for x in (k_NGK, v_NGK)]
+        of_rows = {"row_A": torch.tensor(rows), "prompt_A": torch.tensor(prompts)}
+        cache.write_prompts(0, *new, **of_rows)
     cache.length_B.copy_(torch.tensor([lengths[p] for p in of_row]))
     new_k, new_v = torch.randn(2, 6, 2, 4)
     cache.longest = 6
-    places = [x.data_ptr() for x in (*cache.k, *cache.v)]
+    places = [x.data_ptr() for x in cache.held[0]]
     seen_k, seen_v = cache.append(0, new_k, new_v)
-    assert places == [x.data_ptr() for x in (*cache.k, *cache.v)]
+    assert places == [x.data_ptr() for x in cache.held[0]]
     for held, given, new in ((seen_k, k_NGK, new_k), (seen_v, v_NGK, new_v)):
         assert held.shape == (6, 2, 6, 4)
         for row, prompt in enumerate(given.split(lengths)[p] for p in of_row):
             assert torch.equal(held[row, :, : len(prompt)], prompt.transpose(0, 1))
             assert torch.equal(held[row, :, len(prompt)], new[row])
     cache.keep(torch.tensor([1, 2]))
-    assert cache.length_B.tolist() == [5, 2] and cache.k[0].shape == cache.v[0].shape == (
-        2,
-        2,
-        8,
-        4,
-    )
-    for held, new in ((cache.k[0], new_k), (cache.v[0], new_v)):
+    assert cache.length_B.tolist() == [5, 2]
+    assert [held.shape for held in cache.held[0]] == [(2, 2, 8, 4)] * 2
+    for held, new in zip(cache.held[0], (new_k, new_v)):
         assert torch.equal(held[0, :, 5], new[1]) and torch.equal(held[1, :, 2], new[2])
 
 

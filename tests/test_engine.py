@@ -358,17 +358,17 @@ def test_prefill_and_cache_stay_within_their_tokens(monkeypatch):
     draw = np.random.default_rng(0)
     prompts = [random_ids(int(n), seed=i) for i, n in enumerate(draw.integers(1, 180, 512))]
     model, held, passes = small_model(), [], []
-    prefill = model.prefill
+    prefill, cache = model.prefill, model.cache
 
-    def new_cache(layers, rows, groups, capacity, *more):
+    def new_cache(rows, capacity):
         held.append(rows * capacity)
-        return Cache(layers, rows, groups, capacity, *more)
+        return cache(rows, capacity)
 
     def watched(token_N, *more):
         passes.append(len(token_N))
         return prefill(token_N, *more)
 
-    monkeypatch.setattr(engine_module, "Cache", new_cache)
+    monkeypatch.setattr(model, "cache", new_cache)
     monkeypatch.setattr(model, "prefill", watched)
     monkeypatch.setattr(engine_module, "PREFILL_TOKENS", 700)
     groups = Engine(model, stop_ids=[], tokens=6000).generate(prompts, 2, Sampling(3), [0] * 512)
@@ -380,8 +380,9 @@ def test_prefill_and_cache_stay_within_their_tokens(monkeypatch):
 
 
 def test_a_cache_drops_rows_layer_by_layer(monkeypatch):
-    cache = Cache(3, 6, 2, 8, 4, torch.float32, "cpu")
-    old, freed, select = [weakref.ref(x) for x in cache.k], [], torch.Tensor.index_select
+    held = [[torch.zeros(6, 2, 8, 4), torch.zeros(6, 2, 8, 4)] for _ in range(3)]
+    cache, old = Cache(held, 6, 8, "cpu"), [weakref.ref(keys) for keys, _ in held]
+    freed, select = [], torch.Tensor.index_select
 
     def watched(*given):
         freed.append(sum(ref() is None for ref in old))
@@ -389,7 +390,7 @@ def test_a_cache_drops_rows_layer_by_layer(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "index_select", watched)
     cache.keep(torch.tensor([1, 4]))
-    assert freed == [0, 1, 1, 2, 2, 3] and cache.k[2].shape[0] == 2
+    assert freed == [0, 1, 1, 2, 2, 3] and cache.held[2][0].shape[0] == 2
 
 
 def test_a_device_out_of_memory_is_answered_with_the_flags_to_lower(monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanopost.model as model_module
 from nanopost import InputError, hf
-from nanopost.attention import Cache
 from nanopost.batch import Batch, Example, batch_of
 from nanopost.config import Config
 from nanopost.model import ActorCritic, CausalLM, ScalarModel
-from nanopost.rope import read_rope, rope_frequencies
+from nanopost.rope import read_ropes, rope_frequencies
 
 transformers = pytest.importorskip("transformers")
 ROPE_INIT_FUNCTIONS = pytest.importorskip("transformers.modeling_rope_utils").ROPE_INIT_FUNCTIONS
@@ -34,6 +34,13 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 32,
     "rope_theta": 1e4,
+}
+DELTA = {
+    "head_dim": 16,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 12,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
 }
 CASES = {
     "llama2": ("Llama", {"num_key_value_heads": 8}),
@@ -88,6 +95,52 @@ CASES = {
         "Qwen3",
         {"head_dim": 16, "num_key_value_heads": 1, "attention_bias": True},
     ),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1]}),
+    "smollm3_window": (
+        "SmolLM3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "no_rope_layer_interval": 2,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention"] * 2 + ["full_attention"],
+        },
+    ),
+    "gemma3_scaled_untied": (
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "sliding_window": 9,
+            "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 40,
+            "tie_word_embeddings": False,
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e5},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e3},
+            },
+        },
+    ),
+    "qwen3.5": ("Qwen3_5Text", {"full_attention_interval": 2, **DELTA}),
+    "qwen3.5_tied_biases": (
+        "Qwen3_5Text",
+        {
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "partial_rotary_factor": 1.0,
+            **DELTA,
+            "linear_num_key_heads": 3,
+            "linear_num_value_heads": 3,
+            "linear_conv_kernel_dim": 2,
+        },
+    ),
 }
 
 
@@ -116,7 +169,9 @@ def make_oracle(case):
     ).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if p.ndim == 2:
+            if name.endswith("A_log"):
+                p.normal_(-2.0, 1.5)  # some heads forget within a token, some keep all
+            elif p.ndim > 1:
                 p.normal_(0, 0.3 if "embed" in name or "lm_head" in name else 0.15)
             else:
                 p.normal_(0.0 if name.endswith("bias") else 1.0, 0.3)
@@ -176,17 +231,14 @@ def test_logits_equal_those_of_transformers_packed_and_alone(pair, case):
 
 def prefilled(model, prompts, copies, capacity):
     """-> (logits of each prompt's next token, a cache of so many rows of each)."""
-    c = model.config
     lengths = [len(prompt) for prompt in prompts for _ in range(copies)]
-    cache = Cache(c.layers, len(lengths), c.kv_heads, capacity, c.head_dim, torch.float32, "cpu")
+    cache = model.cache(len(lengths), capacity)
     cache.length_B.copy_(torch.tensor(lengths))
     cache.longest = max(lengths)
     token_N, position_N, cu, longest = packed(prompts)
     prompt_B = torch.arange(len(prompts)).repeat_interleave(copies)
-
-    def write(layer, k, v):
-        cache.write_prompts(layer, k, v, cu, longest, torch.arange(len(lengths)), prompt_B)
-
+    row_B = torch.arange(len(lengths))
+    write = partial(cache.write_prompts, row_A=row_B, prompt_A=prompt_B)
     return model.logits(model.prefill(token_N, position_N, cu, longest, write)), cache
 
 
@@ -250,10 +302,10 @@ def test_a_config_in_the_manner_of_transformers_4_is_read_alike(pair, case):
     if case != "qwen2_window":
         old["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
     new, old = pair(case)[1].config, Config.of(old)
-    for field in ("windows", "head_dim", "kv_heads", "tied", "norm_eps", "qkv_bias"):
+    for field in ("blocks", "head_dim", "kv_heads", "tied", "norm_eps", "qkv_bias"):
         assert getattr(old, field) == getattr(new, field)
-    for key in new.rope:
-        assert new.rope[key] == old.rope[key]
+    for key, value in new.ropes["full_attention"].items():
+        assert old.ropes["full_attention"][key] == value
 
 
 def tiny(case="qwen3", **given):
@@ -285,6 +337,25 @@ def tiny(case="qwen3", **given):
             "needs low_freq_factor, high_freq_factor",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"model_type": "gemma2", "architectures": None}, "gemma2"),
+        (
+            {
+                "model_type": "gemma3_text",
+                "architectures": None,
+                "final_logit_softcapping": 30.0,
+            },
+            "final_logit_softcapping 30",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "architectures": None,
+                "use_bidirectional_attention": True,
+            },
+            "use_bidirectional_attention",
+        ),
+        ({"model_type": "gemma3", "architectures": None}, "has no text_config"),
+        ({"text_config": {}}, "has a text_config"),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized .awq."),
         ({"hidden_size": None}, "hidden_size missing"),
@@ -314,16 +385,48 @@ def test_missing_keys_mean_what_they_mean_in_transformers():
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    for family in ("Llama", "Mistral", "Qwen2", "Qwen3"):
+    for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "SmolLM3", "Qwen3_5Text", "Qwen3Moe"):
         theirs = getattr(transformers, family + "Config")(**bare)
         ours = Config.of({"model_type": theirs.model_type, **bare})
-        assert ours.windows == (getattr(theirs, "sliding_window", None),) * 2
-        assert ours.rope["rope_theta"] == theirs.rope_parameters["rope_theta"]
+        windows = [block.window for block in ours.blocks]
+        assert windows == [getattr(theirs, "sliding_window", None)] * 2
+        assert ours.ropes["full_attention"]["rope_theta"] == theirs.rope_parameters["rope_theta"]
         assert (ours.norm_eps, ours.head_dim, ours.tied) == (
             theirs.rms_norm_eps,
             getattr(theirs, "head_dim", 16),
             theirs.tie_word_embeddings,
         )
+
+
+def test_a_published_gemma_that_leaves_out_the_defaults_is_read_as_in_transformers():
+    """The text_config of gemma-3-4b-it on the hub, in the manner of transformers 4."""
+    text = {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    }
+    published = {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "model_type": "gemma3",
+        "text_config": text,
+        "dtype": "bfloat16",
+    }
+    ours = Config.of(published)
+    theirs = transformers.Gemma3Config.from_dict(copy.deepcopy(published)).text_config
+    assert (ours.heads, ours.kv_heads, ours.head_dim) == (8, 4, 256)
+    assert ours.vocab_size == theirs.vocab_size and ours.tied == theirs.tie_word_embeddings
+    assert ours.max_positions == theirs.max_position_embeddings
+    assert [block.kind for block in ours.blocks] == theirs.layer_types
+    windows = {
+        kind: {b.window for b in ours.blocks if b.kind == kind} for kind in theirs.layer_types
+    }
+    assert windows == {"sliding_attention": {1024}, "full_attention": {None}}
+    for kind, rope in theirs.rope_parameters.items():
+        for key, value in rope.items():
+            assert ours.ropes[kind][key] == value
 
 
 def test_init_weights_depends_on_the_seed_alone_and_has_the_configs_spread():
@@ -360,7 +463,17 @@ def assert_close(a, b, tolerance):
 
 
 @pytest.mark.parametrize(
-    "case", ["llama3.1", "mistral", "qwen2_window", "qwen3", "llama2_tied_biases"]
+    "case",
+    [
+        "llama3.1",
+        "mistral",
+        "qwen2_window",
+        "qwen3",
+        "llama2_tied_biases",
+        "smollm3",
+        "gemma3",
+        "qwen3.5",
+    ],
 )
 def test_packed_equals_alone_in_loss_and_gradient(case):
     model, docs = tiny(case), documents()
@@ -369,7 +482,18 @@ def test_packed_equals_alone_in_loss_and_gradient(case):
     assert_close(loss_and_gradients(model, docs), alone, 1e-5)
 
 
-@pytest.mark.parametrize("case", ["mistral", "qwen2", "qwen3_untied_biases"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "mistral",
+        "qwen2",
+        "qwen3_untied_biases",
+        "smollm3_window",
+        "gemma3_scaled_untied",
+        "qwen3.5",
+        "qwen3.5_tied_biases",
+    ],
+)
 def test_gradients_equal_those_of_transformers(case):
     oracle, model, docs = make_oracle(case), tiny(case), documents()
     loss = sum(
@@ -499,6 +623,8 @@ def test_frequencies_of_a_real_width_are_those_of_transformers(rope):
     config = transformers.Qwen2Config(**ours, rope_parameters=rope)
     initialize = ROPE_INIT_FUNCTIONS[rope["rope_type"]]
     expected, magnitude = initialize(config, "cpu")
-    found, factor = rope_frequencies(read_rope({**ours, "rope_parameters": rope}, ""), 128)
+    found, factor = rope_frequencies(
+        read_ropes({**ours, "rope_parameters": rope}, "")["full_attention"], 128
+    )
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     assert factor == pytest.approx(magnitude, rel=1e-9)

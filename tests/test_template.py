@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from chats import CHATML, CONVERSATIONS, REAL, TOOLS, answer, call, folder_of, make, raw_bytes, user
@@ -26,6 +27,10 @@ def both_render(tokenizer, theirs, template, messages, **variables):
         return ours, None
 
 
+# Of TRL's package: what the hub's folders of these models hold.
+FAMILIES = ("gemma3", "qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8")
+
+
 def test_every_template_renders_as_in_transformers(shared, real, auto, frozen_clock):
     accepted, theirs = 0, auto("tiny_llama3")
     contexts = {
@@ -34,6 +39,8 @@ def test_every_template_renders_as_in_transformers(shared, real, auto, frozen_cl
     }
     sources = [p.read_text() for p in (shared / "chat_templates").glob("*.jinja")]
     sources += [real(name)[0].template.source for name in REAL if name != "gpt2"]
+    folder = Path(pytest.importorskip("trl").__file__).parent / "chat_templates"
+    sources += [(folder / f"{name}.jinja").read_text() for name in FAMILIES]
     for template in sources:
         tokenizer = Tokenizer(
             real("tiny_llama3")[0].raw, real("tiny_llama3")[0].template.named, template
@@ -56,7 +63,7 @@ def test_every_template_renders_as_in_transformers(shared, real, auto, frozen_cl
             ours, expected = both_render(tokenizer, theirs, template, **case)
             assert ours == expected
             accepted += expected is not None
-    assert len(sources) == 19 and accepted > 500
+    assert len(sources) == 19 + len(FAMILIES) and accepted > 500
 
 
 @pytest.mark.parametrize(
