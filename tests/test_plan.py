@@ -26,7 +26,7 @@ from bench.plan import SHAPES
 from nanopost import InputError, dist, divergence, footprint, hf, lora, packing, plan
 from nanopost.batch import Example, batch_of
 from nanopost.config import Config
-from nanopost.model import ActorCritic, CausalLM
+from nanopost.model import ActorCritic, CausalLM, ScalarModel
 from nanopost.tokenizer import Tokenizer
 from runs import toy
 
@@ -393,6 +393,36 @@ def test_numbers_of_parameters_are_those_of_the_models(tmp_path):
     assert found.trained == sum(trained) == 207_093_760
 
 
+@pytest.mark.parametrize("architecture", [HYBRID, GEMMA])
+def test_numbers_of_blocks_that_differ_are_those_of_the_model(architecture, tmp_path):
+    config = plan_worker.small_config(**{**plan_worker.SIZES, **architecture})
+    folder = write_config(tmp_path / "model", config.hf)
+    for script in ("grpo", "ppo"):
+        with torch.device("meta"):
+            policy = CausalLM(config)
+            value = ScalarModel(config.with_scalar_head(None))
+        size = sum(p.numel() for p in policy.parameters())
+        if script == "ppo":
+            size += sum(p.numel() for p in value.parameters())
+        assert plan.numbers(planned(folder, script).units).trained == size
+    found = plan.numbers(planned(folder, "sft", "--lora", 4).units, rank=4)
+    lora.apply(policy, 4)
+    trained = [p.numel() for p in policy.parameters() if p.requires_grad]
+    assert found.trained == sum(trained)
+    assert found.frozen + found.linear == sum(p.numel() for p in policy.parameters()) - sum(trained)
+    adapted = lora.layers(policy).values()
+    assert found.linear == sum(layer.weight.numel() for layer in adapted)
+
+
+def test_a_row_of_the_cache_is_as_large_as_the_engine_makes_it(tmp_path):
+    config = plan_worker.small_config(**{**plan_worker.SIZES, **HYBRID})
+    folder = write_config(tmp_path / "model", config.hf)
+    args = planned(folder, "grpo", "--gpu", "cpu")
+    cache = CausalLM(config).cache(3, 20)
+    held = sum(x.nbytes for layer in cache.held for x in layer)
+    assert 3 * footprint.cache_bytes(args, 20) == held
+
+
 # ------------------------------------------------------------------------------------------- a GPU
 def test_two_runs_on_an_h200_peak_where_the_plan_says(tmp_path):
     """bench/train_step.py's, of whole sequences, so as if each completion had a prompt of its own.
@@ -481,6 +511,13 @@ def test_tokens_and_keys_are_those_of_the_different_beginnings(script, tmp_path)
     if script in footprint.PAIRS:  # the smallest micro-batch has one
         args = planned(folder, script, *flags, of_step, 1, "--gpus", 8)
         assert plan.tokens_of_micro_batch(args) == len(computed)
+
+
+@pytest.mark.parametrize("length, window", [(9, None), (9, 9), (9, 12), (9, 4), (200, 1)])
+def test_keys_that_a_window_leaves_are_counted(length, window):
+    """A token sees half of itself."""
+    keys = sum(min(i + 0.5, window or length) for i in range(length))
+    assert plan.mean_keys(length, window) == pytest.approx(keys / length, rel=1e-12)
 
 
 def test_bytes_that_ranks_exchange_are_those_of_fsdp2(fake, tmp_path, monkeypatch):
