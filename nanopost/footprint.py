@@ -255,7 +255,7 @@ def block_activations(args, c: Config, layer: Layer) -> float:
     norms = 2 * (norm_bytes(args, c, D) + b * D)
     if c.traits.post_norms:
         norms += 2 * norm_bytes(args, c, D)
-    mixed = linear_attention(args, c) if layer.kind == LINEAR else attention(args, c)
+    mixed = linear_attention(args, c) if layer.kind == LINEAR else attention(args, c, layer)
     adapters = b * args.lora * adapted(c, layer)  # x A^T
     kept = tokens_of_micro_batch(args) * (norms + mixed + fed(args, c, layer) + adapters)
     return kept + mask_bytes(args, layer)
@@ -270,14 +270,17 @@ def norm_bytes(args, c: Config, width: int) -> float:
     return (4 if args.lora else 8) * width + 4
 
 
-def attention(args, c: Config) -> float:
+def attention(args, c: Config, layer: Layer) -> float:
     """Per token: q, k, v, the output, and the logsumexp in fp32; on a GPU, k and v of whole
     sequences. On a CPU, where nothing is shared, o_proj reads a copy of the output: the stacks of
-    documents are put together (attention._stacked)."""
+    documents are put together (attention._stacked). So it is with a window, for whole sequences."""
     b, A, G = compute_bytes(args), c.heads * c.head_dim, c.kv_heads * c.head_dim
-    whole = whole_tokens(args)
-    kept = b * (A + 2 * G * (whole if cuda(args) else 1) + A) + 4 * c.heads
-    if not cuda(args) and whole == 1:
+    whole, on_cpu = whole_tokens(args), not cuda(args)
+    in_stacks = on_cpu and (whole == 1 or is_cut(args, layer))
+    queries = whole if in_stacks else 1
+    keys = 1 if on_cpu and not in_stacks else whole
+    kept = queries * (b * 2 * A + 4 * c.heads) + keys * b * 2 * G
+    if in_stacks:
         kept += b * A
     if c.traits.qk_norm:
         kept += norm_bytes(args, c, A + G) + 4 * (c.heads + c.kv_heads - 1)
@@ -290,9 +293,12 @@ def attention(args, c: Config) -> float:
 
 def mask_bytes(args, layer: Layer) -> float:
     """On a CPU a window is a mask of numbers, for documents as long as the longest."""
-    if cuda(args) or layer.window is None or layer.window >= longest(args):
-        return 0
-    return compute_bytes(args) * longest(args) ** 2
+    return compute_bytes(args) * longest(args) ** 2 if is_cut(args, layer) and not cuda(args) else 0
+
+
+def is_cut(args, layer: Layer) -> bool:
+    """Whether a window leaves out keys."""
+    return layer.window is not None and layer.window < longest(args)
 
 
 def linear_attention(args, c: Config) -> float:

@@ -133,6 +133,7 @@ RUNS = {
         {},
     ),
     "sft, windows, four norms": ("sft", GEMMA, (64, 64), {"rows": 16, "tokens": 1024}, {}),
+    "grpo, windows over what is shared": ("grpo", GEMMA, (112, 1), SAMPLED, {}),
     "grpo, linear attention, bf16": ("grpo", HYBRID, (112, 1), {**SAMPLED, "dtype": "bf16"}, {}),
     "sft, bf16": ("sft", {}, (64, 64), {"rows": 16, "tokens": 1024, "dtype": "bf16"}, {}),
     "rm": ("rm", {}, (64, 64), PAIRS, {"prompt": 64}),
