@@ -334,13 +334,34 @@ def chunk_tokens(args) -> int:
 
 
 def fed(args, c: Config, layer: Layer) -> float:
-    """Per token, of the MLP: gate, up, silu(gate), and the product, which down_proj reads."""
-    return compute_bytes(args) * 4 * c.mlp_width
+    """Per token, of the MLP: gate, up, silu(gate), and the product, which down_proj reads. Of
+    experts (moe.MoE) as much of each that a token takes, and what goes in and comes out, in the
+    order of experts; indices, and the scores of all. The shared one's output is scaled."""
+    b, D = compute_bytes(args), c.width
+    if not layer.experts:
+        return b * 4 * c.mlp_width
+    e = c.experts
+    kept = e.active * (b * (4 * e.width + 2 * D) + 3 * 8) + 4 * e.count
+    if e.shared:
+        kept += b * (4 * e.shared + D + 1)
+    return kept
+
+
+def fed_products(c: Config, layer: Layer) -> int:
+    """What the matrices of the MLP give, per token."""
+    if not layer.experts:
+        return 2 * c.mlp_width + c.width
+    e = c.experts
+    shared = 2 * e.shared + c.width + 1 if e.shared else 0
+    return e.count + e.active * (2 * e.width + c.width) + shared
 
 
 def adapted(c: Config, layer: Layer) -> int:
-    """Linear layers of a block."""
-    return (5 if layer.kind == LINEAR else 4) + 3
+    """Linear layers of a block: not the experts, but the one that is shared, and its gate."""
+    mixer = 5 if layer.kind == LINEAR else 4
+    if layer.experts:
+        return mixer + (4 if c.experts.shared else 0)
+    return mixer + 3
 
 
 def kept_by_block(args, c: Config, layer: Layer) -> float:
@@ -355,7 +376,7 @@ def kept_by_block(args, c: Config, layer: Layer) -> float:
             mixed = 2 * s.key_heads * s.key_dim + 2 * values + 2 * s.value_heads
         else:
             mixed = queries(c) + 2 * c.kv_heads * c.head_dim
-        return N * b * (3 * c.width + mixed + 2 * c.mlp_width)
+        return N * b * (2 * c.width + mixed + fed_products(c, layer))
     return block_activations(args, c, layer)
 
 
@@ -376,7 +397,8 @@ def inside_a_block(args, c: Config, layer: Layer) -> float:
     """Bytes beyond that while the backward pass is in a block: what was recomputed of it, and the
     gradients of silu(gate), of up, and of the residual stream."""
     recomputed = block_activations(args, c, layer) - kept_by_block(args, c, layer)
-    gradients = compute_bytes(args) * (2 * c.mlp_width + c.width)
+    width = c.experts.active * c.experts.width if layer.experts else c.mlp_width
+    gradients = compute_bytes(args) * (2 * width + c.width)
     # NF4 is made whole a layer at a time: 4 bytes in fp32, beside 2 in the folder's dtype.
     matrix = 6 * c.width * c.mlp_width if args.quantize == "nf4" else 0
     return recomputed + tokens_of_micro_batch(args) * gradients + matrix
@@ -536,7 +558,6 @@ def update(args) -> dict[str, float]:
     embedding = full * b * c.vocab_size * c.width
     head = 0 if args.script == "rm" else embedding
     waiting = head if sharded or c.tied else 0
-    down = full * sharded * b * c.width * c.mlp_width  # down_proj's, the first of a block
     of_root = sharded * (b * root.trained + 4 * root.trained + 4 * root.trained / ranks(args))
     if args.reproducible:  # two of fp64 while fixed point is computed, and this pass's gradients
         gradients = 4 * numbers(args.units, args.lora, ranks(args)).trained
@@ -548,7 +569,7 @@ def update(args) -> dict[str, float]:
     instants = [
         ("the head's forward pass", blocks + last, forward, whole + one, 0),
         ("the head's backward pass", blocks + last, backward, whole + one, head),
-        *in_blocks(args, whole, waiting, down),
+        *in_blocks(args, whole, waiting),
         ("the embedding", 0, 0, whole, waiting + embedding + first),
         ("the root's end", 0, 0, 0, of_root),
     ]
@@ -556,6 +577,7 @@ def update(args) -> dict[str, float]:
         waits = blocks + last + N * 4 * c.width  # hidden states, in fp32
         buffer = sharded * 4 * unit(args.units, "block", args.lora).trained
         one = gathered_bytes(args, unit(args.units, "block", args.lora))
+        down = first_gradients(args, v or c, (v or c).blocks[-1])
         if v:
             inside = max(inside_a_block(args, v, layer) for layer in {*v.blocks})
             waits += blocks_activations(args, v) + inside
@@ -572,9 +594,20 @@ def update(args) -> dict[str, float]:
     return {"gradients": gradient_bytes(args), **dict(zip(names, parts))}
 
 
-def in_blocks(args, root: float, waiting: float, down: float) -> list[tuple]:
+def first_gradients(args, c: Config, layer: Layer) -> float:
+    """Bytes of those of down_proj, the first of a block. Those of experts are put together, on a
+    CPU from one each; those of gate and up, twice as large, come while down's wait."""
+    b = compute_bytes(args)
+    if args.lora:
+        return 0
+    if layer.experts:
+        return b * c.experts.count * c.experts.width * c.width * (3 if cuda(args) else 5)
+    return is_sharded(args) * b * c.width * c.mlp_width
+
+
+def in_blocks(args, root: float, waiting: float) -> list[tuple]:
     """The instants of update while the backward pass is in the policy's blocks. root: bytes of it,
-    gathered. waiting, down: of gradients, of the head and of a block's first.
+    gathered. waiting: of the head's gradient.
 
     FSDP2 holds the root, a block, and the next one as it arrives. Of equal blocks with equal ones
     above them, the last counts: the others have less beneath them.
@@ -588,7 +621,7 @@ def in_blocks(args, root: float, waiting: float, down: float) -> list[tuple]:
         here, next_one = gathered_bytes(args, sizes[i]), gathered_bytes(args, sizes[max(0, i - 1)])
         buffer = sharded * 4 * sizes[i + 1].trained if i + 1 < c.layers else 0
         inside = waits + inside_a_block(args, c, layer)
-        flight = waiting + down + buffer
+        flight = waiting + first_gradients(args, c, layer) + buffer
         instants.append((f"block {i}", inside, 0, root + here + next_one, flight))
         mine = sharded * sizes[i].trained
         flight = waiting + b * mine + 4 * mine + 4 * mine / ranks(args)
