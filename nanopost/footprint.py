@@ -521,7 +521,10 @@ def teacher_pass(args) -> tuple[float, float]:
 def forward_bytes(args, c: Config) -> float:
     """Per token: what a block holds at the worst instant of a pass without gradients: norms, q, k,
     v, their fp32 copies, and the MLP; or what deltanet.delta_rule computes with."""
-    held = compute_bytes(args) * (3 * c.width + 3 * c.mlp_width)
+    width = c.mlp_width
+    if c.experts:
+        width = max(width, c.experts.active * (c.experts.width + c.width))
+    held = compute_bytes(args) * (3 * c.width + 3 * width)
     if any(layer.kind == LINEAR for layer in c.blocks):
         held = max(held, linear_attention(args, c))
     return held

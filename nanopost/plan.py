@@ -301,8 +301,7 @@ def optimizer_seconds(args) -> float:
 def rollout_seconds(args) -> float:
     """Prompts at the rate of matmuls; then each decoding step reads all weights, and the cache of
     all rows, half full on average. Completions are as long as --max_new_tokens."""
-    c, b = args.config, compute_bytes(args)
-    weights = b * policy_size(args)
+    c = args.config
     matrices, mixing, _ = forward_flops(args, c, args.length)
     gpus = args.server_gpus or args.gpus
     prefill = args.prompts * args.length * (matrices + mixing)
@@ -314,13 +313,24 @@ def rollout_seconds(args) -> float:
             servers_gpus(args) if args.server_gpus else 1
         )  # GPUs that hold one copy of the weights
         rows = -(-args.prompts * args.group * group // gpus)
-        size = weights + rows * cache_bytes(args, tokens)
+        size = weights_read(args, rows) + rows * cache_bytes(args, tokens)
         return prefill + args.max_new_tokens * size / (group * rate)
     rows = rows_at_once(args)
-    size = weights + rows * cache_bytes(args, tokens) + 24 * rows * c.vocab_size
+    size = weights_read(args, rows) + rows * cache_bytes(args, tokens) + 24 * rows * c.vocab_size
     step = size / rate + (LAUNCHES * c.layers if cuda(args) else 0)
     rounds = -(-args.prompts // args.gpus) * args.group / rows
     return prefill + math.ceil(rounds) * args.max_new_tokens * step
+
+
+def weights_read(args, rows: int) -> float:
+    """Bytes of the weights that a decoding step reads: of experts those that a row takes, if rows
+    take them at random."""
+    c, size = args.config, policy_size(args)
+    if c.experts:
+        e, mixtures = c.experts, sum(layer.experts for layer in c.blocks)
+        unused = (1 - e.active / e.count) ** rows
+        size -= unused * mixtures * 3 * e.count * e.width * c.width
+    return compute_bytes(args) * size
 
 
 def servers_gpus(args) -> int:
