@@ -305,11 +305,11 @@ def linear_attention(args, c: Config) -> float:
     """Per token, of deltanet.DeltaNet."""
     b, s = compute_bytes(args), c.delta
     H, K, W, T = s.value_heads, s.key_dim, s.value_dim, chunk_tokens(args)
-    padded = -(-longest(args) // T) * T / longest(args)
-    # J products of the convolution; its SiLU keeps what it reads, and the lengths of q and k are
-    # computed from what it gives.
+    padded = sum(-(-piece // T) * T for piece in pieces(args)) / sum(pieces(args))
+    # J products of the convolution, for the gradient of its weight; its SiLU keeps what it reads,
+    # and the lengths of q and k are computed from what it gives.
     channels = 2 * s.key_heads * K + H * W
-    convolution = channels * (s.kernel * b + 2 * 4)
+    convolution = channels * ((0 if args.lora else s.kernel * b) + 2 * 4)
     # q, k and v in chunks, and the factors of products of matrices, which are copies: beta k and q,
     # k with each of these, q and k with the state; what the triangular system gives for v and k,
     # and what is added to the state.
@@ -328,9 +328,19 @@ def norm_bytes_of_heads(args, heads: int, width: int) -> float:
     return heads * ((4 if args.lora else 8) * width + 4)
 
 
+def pieces(args) -> list[int]:
+    """Tokens of the parts into which deltanet.Chunks.of cuts what begins alike: what is shared, and
+    what each sequence has of its own."""
+    if args.script in SAMPLE and completions(args) > 1:
+        return [args.length, *[args.max_new_tokens] * completions(args)]
+    if args.script in PAIRS and args.script not in SAMPLE and args.prompt:
+        return [args.prompt, *[args.length - args.prompt] * 2]
+    return [longest(args)]
+
+
 def chunk_tokens(args) -> int:
-    """T: deltanet.Chunks.of cuts documents so."""
-    return min(deltanet.LONGEST, -(-longest(args) // 16) * 16)
+    """T."""
+    return min(deltanet.LONGEST, -(-max(pieces(args)) // 16) * 16)
 
 
 def fed(args, c: Config, layer: Layer) -> float:
