@@ -24,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanopost import InputError, nf4
+from nanopost.names import Form
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ABOUT = "nanopost.json"  # what a run here says beside peft's two files
 PREFIX = "base_model.model."  # of peft's tensor names
+INSIDE = "model.language_model."  # in transformers, of a decoder beside a vision tower
 HEADS = ("score.weight", "value.weight", "value.score.weight")  # they train in full
 
 
@@ -89,7 +91,7 @@ def apply(
     targets: names of layers, such as q_proj; None: all of them, peft's "all-linear". InputError for
     a name that no layer has, or a rank above the width of every layer.
     """
-    linear = _linear_layers(model)
+    linear = linear_layers(model)
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in linear)
     for target in targets or ():
         if target not in kinds:
@@ -111,7 +113,7 @@ def apply(
     return model
 
 
-def _linear_layers(model):
+def linear_layers(model):
     """{name: layer} of the blocks."""
     modules = model.named_modules()
     return {name: m for name, m in modules if isinstance(m, nn.Linear) and ".layers." in name}
@@ -126,7 +128,7 @@ def quantize(model: nn.Module) -> nn.Module:
     """Hold the matrices of the blocks in NF4 (QLoRA) -> the model. After `apply`, before it is
     sharded."""
     for part in _parts(model):
-        for name, layer in _linear_layers(part).items():
+        for name, layer in linear_layers(part).items():
             if not isinstance(layer, LoRALinear):
                 layer = nf4.FrozenLinear(layer)
                 _replace(part, name, layer)
@@ -237,8 +239,11 @@ class Reference:
 
 
 # ------------------------------------------------------------------------------------ peft's format
-def peft_name(name: str) -> str:
-    """A parameter's name -> its name in adapter_model.safetensors."""
+def peft_name(name: str, inside: bool = False) -> str:
+    """A parameter's name -> its name in adapter_model.safetensors. inside: of a model with more
+    than text (Config.is_inside), whose modules transformers names otherwise than the hub."""
+    if inside:
+        name = Form(INSIDE).there(name)
     return PREFIX + (f"{name}.weight" if is_adapter(name) else name)
 
 
@@ -248,6 +253,9 @@ def peft_config(model: nn.Module) -> dict:
     layer = next(iter(adapted.values()))
     scalar = model.config.scalar
     alpha = layer.alpha
+    targets = sorted({name.rpartition(".")[2] for name in adapted})
+    if model.config.is_inside:  # a vision tower has a q_proj too
+        targets = rf".*\.language_model\..*\.({'|'.join(targets)})"
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
@@ -255,7 +263,7 @@ def peft_config(model: nn.Module) -> dict:
         "r": layer.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "use_rslora": layer.rslora,
-        "target_modules": sorted({name.rpartition(".")[2] for name in adapted}),
+        "target_modules": targets,
         "modules_to_save": ["score"] if scalar else None,
         "lora_dropout": 0.0,
         "bias": "none",

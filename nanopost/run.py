@@ -98,6 +98,7 @@ class Run:
         self.boards = boards or Boards(out)
         self.hashes = {}  # of the files that flags name
         self.bases = {}  # of the folders whose weights adapters leave untouched
+        self.carried = {}  # of what models carry from the folders that they were loaded from
         self.model = None  # the model
         self.state = None  # the loop's own, which it changes
         self.boundary = None  # (step, state, random state) while the weights are as of that step
@@ -126,6 +127,7 @@ class Run:
         found = self._to_resume() if resume else None
         hashes = manifest.file_hashes(self.arguments) if self.writes else {}
         bases = _bases(model) if self.writes else {}
+        carried = _carried(model) if self.writes else {}
         meaning = lora.meaning(model)
         if found:
             saved = hf.read_json(found / "state.json").get("adapters", meaning)
@@ -140,11 +142,18 @@ class Run:
         saved_arguments = state.pop("args", self.arguments)
         state.pop("adapters", None)
         saved_bases = state.pop("bases", bases)
+        saved_carried = state.pop("carried", carried)
         if self.writes and sorted(saved_bases.values()) != sorted(bases.values()):
             raise InputError(
                 f"--resume: the checkpoints hold adapters alone; {' and '.join(bases)} no longer "
                 f"has the weights that they belong to (then: {' and '.join(saved_bases)}): restore "
                 "that folder, or --overwrite the run."
+            )
+        if self.writes and sorted(saved_carried.values()) != sorted(carried.values()):
+            raise InputError(
+                f"--resume: the weights beside the language model, which are saved with it, are "
+                f"not those that the run began with ({' and '.join(saved_carried or carried)}): "
+                "restore that folder, or --overwrite the run."
             )
         logged_step = -1
         if self.writes:
@@ -177,7 +186,8 @@ class Run:
         for path in hashes:
             if saved_hashes.get(path, hashes[path]) != hashes[path]:
                 self.say(f"WARNING: {path} has changed since the run started")
-        self.hashes, self.bases, self.model = hashes, bases, model
+        self.hashes, self.bases, self.carried = hashes, bases, carried
+        self.model = model
         self.say(lora.summary(model))
         self.say(moe.no_auxiliary_loss(model))
         self._watch(model, optimizer, state, others)
@@ -419,7 +429,7 @@ class Run:
     def _save(self, step, state, drawn=None):
         model, optimizer, others = self.trained
         record = {**state, "args": self.arguments, "hashes": self.hashes}
-        record |= {"bases": self.bases, "adapters": lora.meaning(model)}
+        record |= {"bases": self.bases, "carried": self.carried, "adapters": lora.meaning(model)}
         checkpoint.save(self.out, step, model, optimizer, record, self.keep, drawn, **others)
 
     # ------------------------------------------------------------------------------- in the loop
@@ -550,7 +560,10 @@ class Run:
         read = config.dtype
         written = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": read}[dtype]
         folder = self.out / part
-        hf.save_model(folder, named_tensors, config, files, written, write=self.writes)
+        carried = self.carried.get(config.carried.folder, "") if config.carried else ""
+        hf.save_model(
+            folder, named_tensors, config, files, written, write=self.writes, carried=carried
+        )
         note = ""
         if torch.float32 not in (read, written):
             note = f" in {written}, rounded from fp32 (--save_dtype fp32 keeps it)"
@@ -558,6 +571,9 @@ class Run:
             note = f" in {written}, though it was read in {read} (--save_dtype auto keeps that)"
         whole = ", its adapters merged," if adapted else ""
         self.say(f"the model{whole} is in {folder}{note.replace('torch.', '')}")
+        if config.carried:
+            count, source = len(config.carried.names), config.carried.folder
+            self.say(f"with it {count} tensors beside the language model, as they are in {source}")
 
     def _export_adapter(self, weights, folder, files):
         if lora.is_adapter_folder(weights.root.folder):
@@ -680,6 +696,12 @@ def _bases(model) -> dict[str, str]:
     if not lora.layers(model):
         folders = set()
     return {folder: hf.content_hash(folder) for folder in sorted(folders - {""})}
+
+
+def _carried(model) -> dict[str, str]:
+    """{folder from which a model carries weights: hash of these}."""
+    configs = [module.config for module in model.modules() if hasattr(module, "folder")]
+    return {c.carried.folder: hf.carried_hash(c) for c in configs if c.carried}
 
 
 def _is_text(path, text) -> bool:

@@ -335,7 +335,7 @@ class Servers:
         return f"{self.run}:{version}"
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int):
-        """Bring full weights, under their checkpoint names, to every server that answers.
+        """Bring full weights to every server that answers, under the names of the model's folder.
 
         A collective: every rank iterates over the tensors, rank 0 sends them; a second time if no
         server has them and the iterable allows it. Requests that run ahead go on under the new
@@ -361,7 +361,7 @@ class Servers:
         sound, errors = [], {}
         if self.world.rank == 0:
             sound = self._each(self.servers, errors, lambda s: self._begin(s, s.url in lost))
-        for bucket in _buckets(named_tensors, self.world):
+        for bucket in _buckets(self.config.form.published(named_tensors), self.world):
             if self.world.rank == 0:
                 sound = self.transport.send(self, sound, errors, bucket)
         if self.world.rank == 0:
