@@ -15,12 +15,13 @@ from scripts import metrics
 from small import random_ids
 from syncs import counted
 
-from nanopost import InputError, cli, dist, hf, lora, moe, optim, recording
+from nanopost import InputError, cli, dist, hf, lora, moe, optim, recording, replay
 from nanopost.batch import Example, batch_of, shared
 from nanopost.config import Config
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.forward import batches, logprobs
 from nanopost.model import ActorCritic, CausalLM, MoE
+from nanopost.retrace import Recorded
 from nanopost.rollout import Rollout
 from nanopost.server import ServerError
 from nanopost.vllm import Servers
@@ -648,3 +649,20 @@ def test_scripts_replay_what_their_engine_took(place, rounding, tmp_path, name, 
     assert 0 <= lines[-1]["experts/unused_ratio"] < 1
     assert "experts/unused_ratio" not in lines[0]  # before training
     assert "router_aux_loss_coef 0.001 of config.json is not used" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train_grpo.py", "train_online_dpo.py"])
+def test_a_recorded_step_follows_with_the_experts_that_it_names(
+    place, rounding, tmp_path, name, request
+):
+    """In float64, one sequence at a time. With experts of the model's own choice it does not."""
+    more = [str(x).format(place=place) for x in RUNS.get(name, REWARD)]
+    out = tmp_path / "out"
+    script(place, name, out, "--record", "--save_every", 1, "--keep", 9, *more)
+    request.getfixturevalue("alone")  # the script has ended its own group
+    run = Recorded(out)
+    lines = replay.replayed(run, 2)
+    assert all(line.holds for line in lines), "\n".join(replay.table(lines))
+    for n in (0, 1):
+        run.model(n)[0].model.replays = False
+    assert not all(line.holds for line in replay.replayed(run, 2))
