@@ -36,18 +36,26 @@ from nanopost.probe import (
 
 
 # --------------------------------------------------------------------------------- tensor by tensor
-def rotary_orders(heads: int, width: int) -> dict[str, np.ndarray]:
-    """Orders of a projection's rows: row i of it is row order[i] of Hugging Face's layout, which
-    has the halves of each head's rotation one after the other; the original has them in pairs."""
-    rows = np.arange(heads * width)
-    return {
-        "in the original rotary order (pairs side by side)": rows.reshape(heads, 2, width // 2)
-        .swapaxes(1, 2)
-        .ravel(),
-        "converted to Hugging Face's rotary order twice": rows.reshape(heads, width // 2, 2)
-        .swapaxes(1, 2)
-        .ravel(),
+def rotary_orders(config, part: str) -> dict[str, np.ndarray]:
+    """Orders of the rows of q_proj or k_proj, or of the columns of o_proj: row i is row order[i] of
+    Hugging Face's layout, which has the halves of each head's rotation one after the other; the
+    original has them in pairs. part: q, k, v or o."""
+    heads = config.kv_heads if part in "kv" else config.heads
+    width = config.head_dim
+    if part == "q" and config.traits.gated_attention:  # the gate, which does not turn, is below
+        width *= 2
+    turned = int(config.head_dim * config.ropes["full_attention"]["partial_rotary_factor"])
+    texts = {
+        "in the original rotary order (pairs side by side)": (2, turned // 2),
+        "converted to Hugging Face's rotary order twice": (turned // 2, 2),
     }
+    orders = {}
+    for text, shape in texts.items():
+        rows = np.arange(heads * width).reshape(heads, width)
+        first = rows[:, :turned].reshape(heads, *shape)
+        rows[:, :turned] = first.swapaxes(1, 2).reshape(heads, turned)
+        orders[text] = rows.ravel()
+    return orders
 
 
 def cause_of(
@@ -95,7 +103,7 @@ def cause_of(
     heads = {"q_proj": config.heads, "k_proj": config.kv_heads, "v_proj": config.kv_heads}
     heads = heads.get(name.split(".")[-2])
     if heads:
-        for text, order in rotary_orders(heads, config.head_dim).items():
+        for text, order in rotary_orders(config, name.split(".")[-2][0]).items():
             if same(y_O[order]):
                 return f"has its rows {text}"
         from_H = [
@@ -106,7 +114,7 @@ def cause_of(
             return f"has its heads in the order {' '.join(map(str, from_H))}"
     if name.endswith("o_proj.weight") and weight is not None:
         x_I = vector(weight.shape[1])
-        for text, order in rotary_orders(config.heads, config.head_dim).items():
+        for text, order in rotary_orders(config, "o").items():
             if same((weight[:, order].float() @ x_I).numpy()):
                 return f"has its columns {text}"
     if distance(np.sort(x_O), np.sort(y_O)) <= limit:
@@ -304,9 +312,9 @@ def _flat(scores):
 
 def hypotheses(own: dict, before: dict | None, config) -> Iterator[Iterable[tuple[str, dict]]]:
     """Groups of (clause, the tensors that a server would then have), the commonest first."""
-    layers = [name.removesuffix(".self_attn.q_proj.weight") for name in own if ".q_proj.w" in name]
-    orders = rotary_orders(config.heads, config.head_dim)
-    key_orders = rotary_orders(config.kv_heads, config.head_dim)
+    blocks = dict.fromkeys(name.split(".", 3)[2] for name in own if ".layers." in name)
+    layers = [f"model.layers.{number}" for number in blocks]
+    orders, key_orders = rotary_orders(config, "q"), rotary_orders(config, "k")
 
     def rotary(layers, text):
         edit = {}
@@ -321,13 +329,16 @@ def hypotheses(own: dict, before: dict | None, config) -> Iterator[Iterable[tupl
         edit = {}
         for layer in layers:
             gate, up = (f"{layer}.mlp.{part}_proj.weight" for part in ("gate", "up"))
-            edit |= {gate: own[up].clone(), up: own[gate].clone()}
+            if gate in own:
+                edit |= {gate: own[up].clone(), up: own[gate].clone()}
         return edit
 
     def layouts(layers, where):
         for text in orders:
-            yield f"q_proj and k_proj of {where} have their rows {text}", rotary(layers, text)
-        yield f"gate and up are swapped in {where}", swapped(layers)
+            if edit := rotary(layers, text):
+                yield f"q_proj and k_proj of {where} have their rows {text}", edit
+        if edit := swapped(layers):
+            yield f"gate and up are swapped in {where}", edit
 
     if before is not None:
         yield [("stale weights: every tensor is that of the version before", before)]

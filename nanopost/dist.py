@@ -34,6 +34,7 @@ from nanopost import InputError, StepError, lora, nf4
 from nanopost.reproducible import LARGEST, OrderFree, exact, rounded, sum_of_squares
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
+VARIANTS = 64  # of compiled code
 reproducible = False  # the same bytes on any number of ranks: set by init, see reproducible.py
 last_words: Callable[[], str] | None = None  # of a run: printed after an error that ends it
 
@@ -221,6 +222,9 @@ def shard(
     for decoder in decoders:
         decoder.checkpointing = checkpointing
     if compile:
+        # Blocks of a kind share what is compiled, once for gradients, for none, and for samples of
+        # prompts and of tokens, each for one size and for any. Beyond 8 torch would stop, silently.
+        torch._dynamo.config.recompile_limit = VARIANTS
         for block in blocks:
             block.compile()
     model.reduce_last = reduce == "step" and world.size > 1

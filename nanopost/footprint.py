@@ -9,7 +9,8 @@ args: plan.py's flags, and what it derives from them.
 
 Letters: N tokens of a micro-batch, M of them trained, L layers, D width, F width of the MLP, A
 heads times their width, G the same of key/value heads, V vocabulary, R ranks that share a weight, b
-bytes of a number in the dtype that computes.
+bytes of a number in the dtype that computes. In linear attention H value heads, K and W width of a
+key and of a value, C channels of the convolution and J tokens that it sees, T tokens of a chunk.
 """
 
 import math
@@ -19,11 +20,10 @@ from typing import NamedTuple
 
 import torch
 
-from nanopost import divergence
-from nanopost.config import Config
+from nanopost import deltanet, divergence, lora
+from nanopost.config import LINEAR, Config, Layer
 from nanopost.engine import PREFILL_TOKENS
 from nanopost.logprob import CHUNK_ELEMENTS, CHUNK_ENTRIES, SAVED_ELEMENTS
-from nanopost.lora import HEADS
 from nanopost.model import ActorCritic, CausalLM, ScalarModel
 
 NODE = 8  # GPUs of a node
@@ -36,14 +36,20 @@ SCRIPTS = ("sft", *PAIRS, "grpo", "ppo", "distill")
 
 
 # ------------------------------------------------------------------------------------------- models
+class Weight(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    linear: bool  # of a linear layer of a block
+
+
 @dataclass(frozen=True)
 class Unit:
-    """What FSDP2 shards and gathers at once: a block, of which there are `count`, or the root, with
-    embeddings, last norms and heads."""
+    """What FSDP2 shards and gathers at once: a block, or the root, with embeddings, last norms and
+    heads. layers: which blocks have these weights; of the root one."""
 
     kind: str  # root, block, or block of the value model
-    count: int
-    shapes: tuple[tuple[str, tuple[int, ...]], ...]
+    layers: tuple[int, ...]
+    weights: tuple[Weight, ...]
 
 
 def units_of(script: str, config: Config, value_config: Config | None = None) -> tuple[Unit, ...]:
@@ -55,19 +61,29 @@ def units_of(script: str, config: Config, value_config: Config | None = None) ->
             model = ActorCritic(config, value_config)
         else:
             model = CausalLM(config)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    of_root = tuple((name, shape) for name, shape in shapes.items() if ".layers." not in name)
-    units = [Unit("root", 1, of_root)]
-    policy = "policy.model" if script == "ppo" else "model"
-    for kind, decoder, c in (
-        ("block", policy, config),
-        ("value block", "value.model", value_config),
-    ):
-        first = f"{decoder}.layers.0."
-        of_block = tuple((name, x) for name, x in shapes.items() if name.startswith(first))
-        if of_block:
-            units.append(Unit(kind, c.layers, of_block))
+    linear = lora.linear_layers(model)
+    units = [Unit("root", (0,), _weights(model, linear, but=".layers."))]
+    decoders = {"block": "policy.model" if script == "ppo" else "model"}
+    if value_config:
+        decoders["value block"] = "value.model"
+    for kind, path in decoders.items():
+        equal = {}  # weights, with the names that they have in a block -> its blocks
+        for layer, block in enumerate(model.get_submodule(path).layers):
+            prefix = f"{path}.layers.{layer}."
+            equal.setdefault(_weights(block, linear, prefix), []).append(layer)
+        units += [Unit(kind, tuple(layers), weights) for weights, layers in equal.items()]
     return tuple(units)
+
+
+def _weights(module, linear, prefix="", but=None) -> tuple[Weight, ...]:
+    """prefix: of the module's names among those of `linear`. but: without names that have this."""
+    found = []
+    for name, p in module.named_parameters():
+        if but is None or but not in name:
+            layer = (prefix + name).rpartition(".")[0]
+            is_matrix = layer in linear and p.ndim == 2
+            found.append(Weight(name, tuple(p.shape), is_matrix))
+    return tuple(found)
 
 
 def share(shape: tuple[int, ...], ranks: int) -> int:
@@ -81,14 +97,15 @@ def numbers(units: tuple[Unit, ...], rank: int = 0, ranks: int = 1) -> "Numbers"
     everything trains."""
     trained = frozen = linear = 0
     for unit in units:
-        for name, shape in unit.shapes:
-            size = unit.count * share(shape, ranks)
-            if not rank or name in HEADS:
+        count = len(unit.layers)
+        for name, shape, is_linear in unit.weights:
+            size = count * share(shape, ranks)
+            if not rank or name in lora.HEADS:
                 trained += size
-            elif unit.kind != "root" and len(shape) == 2:
+            elif is_linear:
                 linear += size
                 out, into = shape
-                trained += unit.count * (share((rank, into), ranks) + share((out, rank), ranks))
+                trained += count * (share((rank, into), ranks) + share((out, rank), ranks))
             else:
                 frozen += size
     return Numbers(trained, frozen, linear)
@@ -105,8 +122,14 @@ def unit(units: tuple[Unit, ...], kind: str, rank: int = 0) -> Numbers:
     sizes = []
     for u in units:
         if u.kind.endswith(kind):
-            sizes.append(numbers((replace(u, count=1),), rank))
+            sizes.append(numbers((replace(u, layers=u.layers[:1]),), rank))
     return max(sizes, key=sum)
+
+
+def block(units: tuple[Unit, ...], layer: int, rank: int = 0) -> Numbers:
+    """Of one block of the policy."""
+    (found,) = [u for u in units if u.kind == "block" and layer in u.layers]
+    return numbers((replace(found, layers=(layer,)),), rank)
 
 
 def policy_size(args) -> int:
@@ -225,59 +248,170 @@ def least_tokens(args) -> int:
 
 
 # ------------------------------------------------------------------------------ memory: activations
-def block_activations(args, c: Config) -> float:
+def block_activations(args, c: Config, layer: Layer) -> float:
     """Bytes of one block that wait for its backward pass, all of them kept (model.Block)."""
-    b = compute_bytes(args)
-    D, F, A, G = c.width, c.mlp_width, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    # RMSNorm keeps its input and 1 / rms, in fp32; a CPU has no fused kernel, and keeps the input
-    # in fp32, and the quotient too, for the gradient of the weight. Its output waits in the layer
-    # that reads it.
-    norms = 2 * (norm_bytes(args, D) + b * D)
-    qk_norms = norm_bytes(args, A + G) + 4 * (c.heads + c.kv_heads - 1) if c.qk_norm else 0
-    # Attention keeps q, k, v, its output, and the logsumexp in fp32; on a GPU, k and v of whole
-    # sequences. On a CPU, where nothing is shared, o_proj reads a copy of the output: the stacks of
-    # documents are put together (attention._stacked).
-    whole = whole_tokens(args)
-    attention = b * (A + 2 * G * (whole if cuda(args) else 1) + A) + 4 * c.heads
-    if not cuda(args) and whole == 1:
-        attention += b * A
-    mlp = b * 4 * F  # gate, up, silu(gate), and the product, which down_proj reads
-    lora = b * 7 * args.lora  # x A^T, of each of seven layers
-    return tokens_of_micro_batch(args) * (norms + qk_norms + attention + mlp + lora)
+    b, D = compute_bytes(args), c.width
+    # RMSNorm's output waits in the layer that reads it, but for those whose output is added.
+    norms = 2 * (norm_bytes(args, c, D) + b * D)
+    if c.traits.post_norms:
+        norms += 2 * norm_bytes(args, c, D)
+    mixed = linear_attention(args, c) if layer.kind == LINEAR else attention(args, c, layer)
+    adapters = b * args.lora * adapted(c, layer)  # x A^T
+    kept = tokens_of_micro_batch(args) * (norms + mixed + fed(args, c, layer) + adapters)
+    return kept + mask_bytes(args, layer)
 
 
-def norm_bytes(args, width: int) -> float:
-    """Per token: what RMSNorm keeps of one row of a width."""
+def norm_bytes(args, c: Config, width: int) -> float:
+    """Per token: what RMSNorm keeps of one row of a width: its input and 1 / rms, in fp32. A CPU
+    has no fused kernel, and keeps the input in fp32, and the quotient too, for the gradient of the
+    weight; so does a norm with an offset, whose input is in fp32."""
     if cuda(args):
-        return compute_bytes(args) * width + 4
+        return (4 if c.traits.norm_offset else compute_bytes(args)) * width + 4
     return (4 if args.lora else 8) * width + 4
 
 
-def kept_by_block(args, c: Config) -> float:
-    """Bytes of each block from its forward to its backward pass, under --checkpointing."""
+def attention(args, c: Config, layer: Layer) -> float:
+    """Per token: q, k, v, the output, and the logsumexp in fp32; on a GPU, k and v of whole
+    sequences. On a CPU, where nothing is shared, o_proj reads a copy of the output: the stacks of
+    documents are put together (attention._stacked). So it is with a window, for whole sequences."""
+    b, A, G = compute_bytes(args), c.heads * c.head_dim, c.kv_heads * c.head_dim
+    whole, on_cpu = whole_tokens(args), not cuda(args)
+    in_stacks = on_cpu and (whole == 1 or is_cut(args, layer))
+    queries = whole if in_stacks else 1
+    keys = 1 if on_cpu and not in_stacks else whole
+    kept = queries * (b * 2 * A + 4 * c.heads) + keys * b * 2 * G
+    if in_stacks:
+        kept += b * A
+    if c.traits.qk_norm:
+        kept += norm_bytes(args, c, A + G) + 4 * (c.heads + c.kv_heads - 1)
+    if c.traits.gated_attention:  # the sigmoid, and the product, which o_proj reads
+        kept += b * 2 * A
+        if b == 4:  # q and its gate are one tensor, and q_norm keeps q
+            kept += b * A
+    return kept
+
+
+def mask_bytes(args, layer: Layer) -> float:
+    """On a CPU a window is a mask of numbers, for documents as long as the longest."""
+    return compute_bytes(args) * longest(args) ** 2 if is_cut(args, layer) and not cuda(args) else 0
+
+
+def is_cut(args, layer: Layer) -> bool:
+    """Whether a window leaves out keys."""
+    return layer.window is not None and layer.window < longest(args)
+
+
+def linear_attention(args, c: Config) -> float:
+    """Per token, of deltanet.DeltaNet."""
+    b, s = compute_bytes(args), c.delta
+    H, K, W, T = s.value_heads, s.key_dim, s.value_dim, chunk_tokens(args)
+    padded = sum(-(-piece // T) * T for piece in pieces(args)) / sum(pieces(args))
+    # J products of the convolution, for the gradient of its weight; its SiLU keeps what it reads,
+    # and the lengths of q and k are computed from what it gives.
+    channels = 2 * s.key_heads * K + H * W
+    convolution = channels * ((0 if args.lora else s.kernel * b) + 2 * 4)
+    # q, k and v in chunks, and the factors of products of matrices, which are copies: beta k and q,
+    # k with each of these, q and k with the state; what the triangular system gives for v and k,
+    # and what is added to the state.
+    vectors = 4 * H * ((3 + 4 + 2) * K + 3 * W)
+    squares = 4 * H * 5 * T  # decays, k k^T, the system, q k^T and its product with decays
+    states = 4 * H * K * W / T
+    scalars = 4 * H * 7 + 8 * s.key_heads
+    norm = norm_bytes_of_heads(args, H, W) + H * W * (2 * b + 2 * 4)  # SiLU in fp32
+    return convolution + padded * (vectors + squares + states) + scalars + norm
+
+
+def norm_bytes_of_heads(args, heads: int, width: int) -> float:
+    """As norm_bytes, of a norm without an offset over each head."""
+    if cuda(args):
+        return heads * (compute_bytes(args) * width + 4)
+    return heads * ((4 if args.lora else 8) * width + 4)
+
+
+def pieces(args) -> list[int]:
+    """Tokens of the parts into which deltanet.Chunks.of cuts what begins alike: what is shared, and
+    what each sequence has of its own."""
+    if args.script in SAMPLE and completions(args) > 1:
+        return [args.length, *[args.max_new_tokens] * completions(args)]
+    if args.script in PAIRS and args.script not in SAMPLE and args.prompt:
+        return [args.prompt, *[args.length - args.prompt] * 2]
+    return [longest(args)]
+
+
+def chunk_tokens(args) -> int:
+    """T."""
+    return min(deltanet.LONGEST, -(-max(pieces(args)) // 16) * 16)
+
+
+def fed(args, c: Config, layer: Layer) -> float:
+    """Per token, of the MLP: gate, up, silu(gate), and the product, which down_proj reads. Of
+    experts (moe.MoE) as much of each that a token takes, and what goes in and comes out, in the
+    order of experts; indices, and the scores of all. The shared one's output is scaled."""
+    b, D = compute_bytes(args), c.width
+    if not layer.experts:
+        return b * 4 * c.mlp_width
+    e = c.experts
+    kept = e.active * (b * (4 * e.width + 2 * D) + 3 * 8) + 4 * e.count
+    if e.shared:
+        kept += b * (4 * e.shared + D + 1)
+    return kept
+
+
+def fed_products(c: Config, layer: Layer) -> int:
+    """What the matrices of the MLP give, per token."""
+    if not layer.experts:
+        return 2 * c.mlp_width + c.width
+    e = c.experts
+    shared = 2 * e.shared + c.width + 1 if e.shared else 0
+    return e.count + e.active * (2 * e.width + c.width) + shared
+
+
+def adapted(c: Config, layer: Layer) -> int:
+    """Linear layers of a block: not the experts, but the one that is shared, and its gate."""
+    mixer = 5 if layer.kind == LINEAR else 4
+    if layer.experts:
+        return mixer + (4 if c.experts.shared else 0)
+    return mixer + 3
+
+
+def kept_by_block(args, c: Config, layer: Layer) -> float:
+    """Bytes of a block from its forward to its backward pass, under --checkpointing."""
     N, b = tokens_of_micro_batch(args), compute_bytes(args)
-    A, G = c.heads * c.head_dim, c.kv_heads * c.head_dim
     if args.checkpointing == "full":  # the input alone
         return N * b * c.width
-    if args.checkpointing == "selective":  # and what the seven matrices gave
-        return N * b * (3 * c.width + A + 2 * G + 2 * c.mlp_width)
-    return block_activations(args, c)
+    if args.checkpointing == "selective":  # and what its matrices gave
+        if layer.kind == LINEAR:
+            s = c.delta
+            values = s.value_heads * s.value_dim
+            mixed = 2 * s.key_heads * s.key_dim + 2 * values + 2 * s.value_heads
+        else:
+            mixed = queries(c) + 2 * c.kv_heads * c.head_dim
+        return N * b * (2 * c.width + mixed + fed_products(c, layer))
+    return block_activations(args, c, layer)
 
 
-def blocks_activations(args, c: Config) -> float:
-    """Bytes of all blocks, and of cos and sin of the positions, in fp32."""
-    rotary = tokens_of_micro_batch(args) * 4 * c.head_dim
-    return c.layers * kept_by_block(args, c) + rotary
+def queries(c: Config) -> int:
+    """Rows of q_proj: with gated attention, of the gate too."""
+    return c.heads * c.head_dim * (2 if c.traits.gated_attention else 1)
 
 
-def inside_a_block(args, c: Config) -> float:
+def blocks_activations(args, c: Config, last: int | None = None) -> float:
+    """Bytes of all blocks, or of those up to one, and of cos and sin of the positions, in fp32."""
+    turned = sum(int(c.head_dim * rope["partial_rotary_factor"]) for rope in c.ropes.values())
+    kept = {layer: kept_by_block(args, c, layer) for layer in {*c.blocks}}
+    blocks = c.blocks if last is None else c.blocks[: last + 1]
+    return sum(kept[layer] for layer in blocks) + tokens_of_micro_batch(args) * 4 * turned
+
+
+def inside_a_block(args, c: Config, layer: Layer) -> float:
     """Bytes beyond that while the backward pass is in a block: what was recomputed of it, and the
     gradients of silu(gate), of up, and of the residual stream."""
-    recomputed = block_activations(args, c) - kept_by_block(args, c)
-    gradients = compute_bytes(args) * (2 * c.mlp_width + c.width)
+    recomputed = block_activations(args, c, layer) - kept_by_block(args, c, layer)
+    width = c.experts.active * c.experts.width if layer.experts else c.mlp_width
+    gradients = compute_bytes(args) * (2 * width + c.width)
     # NF4 is made whole a layer at a time: 4 bytes in fp32, beside 2 in the folder's dtype.
-    layer = 6 * c.width * c.mlp_width if args.quantize == "nf4" else 0
-    return recomputed + tokens_of_micro_batch(args) * gradients + layer
+    matrix = 6 * c.width * c.mlp_width if args.quantize == "nf4" else 0
+    return recomputed + tokens_of_micro_batch(args) * gradients + matrix
 
 
 # -------------------------------------------------------------------------------- memory: log-probs
@@ -387,11 +521,23 @@ def teacher_pass(args) -> tuple[float, float]:
     """Bytes of activations in a block of the teacher's forward pass, and of gathered weights: the
     root, a block, and the next one as it arrives."""
     c, b = args.teacher_config, compute_bytes(args)
-    activations = tokens_of_micro_batch(args) * b * (3 * c.width + 3 * c.mlp_width)
+    activations = tokens_of_micro_batch(args) * forward_bytes(args, c)
     if not teacher_is_sharded(args):
         return activations, 0
-    root, block = unit(args.teacher_units, "root"), unit(args.teacher_units, "block")
-    return activations, b * (root.trained + 2 * block.trained)
+    root, largest = unit(args.teacher_units, "root"), unit(args.teacher_units, "block")
+    return activations, b * (root.trained + 2 * largest.trained)
+
+
+def forward_bytes(args, c: Config) -> float:
+    """Per token: what a block holds at the worst instant of a pass without gradients: norms, q, k,
+    v, their fp32 copies, and the MLP; or what deltanet.delta_rule computes with."""
+    width = c.mlp_width
+    if c.experts:
+        width = max(width, c.experts.active * (c.experts.width + c.width))
+    held = compute_bytes(args) * (3 * c.width + 3 * width)
+    if any(layer.kind == LINEAR for layer in c.blocks):
+        held = max(held, linear_attention(args, c))
+    return held
 
 
 def engine_weights(args) -> float:
@@ -409,10 +555,10 @@ def update(args) -> dict[str, float]:
     there are gradients already. {part: bytes}"""
     c, v, b, N = args.config, args.value_config, compute_bytes(args), tokens_of_micro_batch(args)
     sharded, full = is_sharded(args), not args.lora
-    block, root = (unit(args.units, kind, args.lora) for kind in ("block", "root"))
-    one, whole = gathered_bytes(args, block), gathered_bytes(args, root)
-    inside, blocks = inside_a_block(args, c), blocks_activations(args, c)
-    last, forward, backward = N * norm_bytes(args, c.width), 0, 0
+    root = unit(args.units, "root", args.lora)
+    one = gathered_bytes(args, block(args.units, c.layers - 1, args.lora))
+    whole, blocks = gathered_bytes(args, root), blocks_activations(args, c)
+    last, forward, backward = N * norm_bytes(args, c, c.width), 0, 0
     if args.script != "rm":
         of_head = divergence_bytes if args.script == "distill" else logprob_bytes
         kept, forward, backward = of_head(args, c)
@@ -425,38 +571,29 @@ def update(args) -> dict[str, float]:
     embedding = full * b * c.vocab_size * c.width
     head = 0 if args.script == "rm" else embedding
     waiting = head if sharded or c.tied else 0
-    down = full * sharded * b * c.width * c.mlp_width  # down_proj's, the first of a block
-    buffer = sharded * 4 * block.trained
-    mine = buffer / ranks(args)
-    ended = sharded * b * block.trained + buffer + mine
     of_root = sharded * (b * root.trained + 4 * root.trained + 4 * root.trained / ranks(args))
     if args.reproducible:  # two of fp64 while fixed point is computed, and this pass's gradients
         gradients = 4 * numbers(args.units, args.lora, ranks(args)).trained
-        ended += sharded * 16 * block.trained
         of_root += sharded * 16 * root.trained + gradients
         if not sharded:
-            of_root += 16 * max(math.prod(shape) for u in args.units for _, shape in u.shapes)
+            of_root += 16 * max(math.prod(w.shape) for u in args.units for w in u.weights)
 
-    # In a backward pass FSDP2 holds the root, a block, and the next one as it arrives.
+    first = sharded * 4 * block(args.units, 0, args.lora).trained
     instants = [
         ("the head's forward pass", blocks + last, forward, whole + one, 0),
         ("the head's backward pass", blocks + last, backward, whole + one, head),
-        ("the last block", blocks + inside, 0, whole + 2 * one, waiting + down),
-        (
-            "the block before it",
-            blocks - kept_by_block(args, c) + inside,
-            0,
-            whole + 2 * one,
-            waiting + down + buffer,
-        ),
-        ("a block's end", blocks - kept_by_block(args, c), 0, whole + one, waiting + ended),
-        ("the embedding", 0, 0, whole, waiting + embedding + buffer),
+        *in_blocks(args, whole, waiting),
+        ("the embedding", 0, 0, whole, waiting + embedding + first),
         ("the root's end", 0, 0, 0, of_root),
     ]
     if args.script == "ppo":  # the value model runs last: its backward pass comes first
         waits = blocks + last + N * 4 * c.width  # hidden states, in fp32
+        buffer = sharded * 4 * unit(args.units, "block", args.lora).trained
+        one = gathered_bytes(args, unit(args.units, "block", args.lora))
+        down = first_gradients(args, v or c, (v or c).blocks[-1])
         if v:
-            waits += blocks_activations(args, v) + inside_a_block(args, v)
+            inside = max(inside_a_block(args, v, layer) for layer in {*v.blocks})
+            waits += blocks_activations(args, v) + inside
             if sharded:  # its embedding is in the root, too
                 more = full * b * v.vocab_size * v.width
                 instants = [(*others, flight + more) for *others, flight in instants[:-1]]
@@ -470,16 +607,62 @@ def update(args) -> dict[str, float]:
     return {"gradients": gradient_bytes(args), **dict(zip(names, parts))}
 
 
+def first_gradients(args, c: Config, layer: Layer) -> float:
+    """Bytes of those of down_proj, the first of a block. Those of experts are put together, on a
+    CPU from one each; those of gate and up, twice as large, come while down's wait."""
+    b = compute_bytes(args)
+    if args.lora:
+        return 0
+    if layer.experts:
+        return b * c.experts.count * c.experts.width * c.width * (3 if cuda(args) else 5)
+    return is_sharded(args) * b * c.width * c.mlp_width
+
+
+def in_blocks(args, root: float, waiting: float) -> list[tuple]:
+    """The instants of update while the backward pass is in the policy's blocks. root: bytes of it,
+    gathered. waiting: of the head's gradient.
+
+    FSDP2 holds the root, a block, and the next one as it arrives. Of equal blocks with equal ones
+    above them, the last counts: the others have less beneath them.
+    """
+    c, b, sharded = args.config, compute_bytes(args), is_sharded(args)
+    sizes = [block(args.units, i, args.lora) for i in range(c.layers)]
+    above = zip(c.blocks, [*c.blocks[1:], None])
+    instants = []
+    for i in {pair: i for i, pair in enumerate(above)}.values():
+        layer, waits = c.blocks[i], blocks_activations(args, c, i)
+        here, next_one = gathered_bytes(args, sizes[i]), gathered_bytes(args, sizes[max(0, i - 1)])
+        buffer = sharded * 4 * sizes[i + 1].trained if i + 1 < c.layers else 0
+        inside = waits + inside_a_block(args, c, layer)
+        flight = waiting + first_gradients(args, c, layer) + buffer
+        instants.append((f"block {i}", inside, 0, root + here + next_one, flight))
+        mine = sharded * sizes[i].trained
+        flight = waiting + b * mine + 4 * mine + 4 * mine / ranks(args)
+        if args.reproducible:  # two of fp64 while fixed point is computed
+            flight += 16 * mine
+        waits -= kept_by_block(args, c, layer)
+        instants.append((f"the end of block {i}", waits, 0, root + next_one, flight))
+    return instants
+
+
 # ---------------------------------------------------------------------------- memory: other moments
-def cache_bytes_per_token(args) -> float:
-    """Keys and values in all layers (attention.Cache)."""
-    c = args.config
-    return 2 * c.layers * c.kv_heads * c.head_dim * compute_bytes(args)
+def cache_bytes(args, tokens: float) -> float:
+    """Of a row of so many tokens: keys and values, and the states of linear attention
+    (attention.Cache, deltanet.empty_states)."""
+    c, b, size = args.config, compute_bytes(args), 0
+    for layer in c.blocks:
+        if layer.kind == LINEAR:
+            s = c.delta
+            channels = 2 * s.key_heads * s.key_dim + s.value_heads * s.value_dim
+            size += b * (s.kernel - 1) * channels + 4 * s.value_heads * s.key_dim * s.value_dim
+        else:
+            size += tokens * 2 * c.kv_heads * c.head_dim * b
+    return size
 
 
 def rollout(args) -> dict[str, float]:
     """Bytes of a rank that samples with its own engine, beside what it holds."""
-    c, b, rows = args.config, compute_bytes(args), rows_at_once(args)
+    c, rows = args.config, rows_at_once(args)
     if args.engine == "colocate":
         return {"vLLM": args.vllm_memory * args.machine.memory}
     # engine.sample, per entry of the vocabulary, in fp32: logits, before and after the division by
@@ -487,9 +670,9 @@ def rollout(args) -> dict[str, float]:
     decode = 12 * rows * c.vocab_size
     # A prompt of several samples is computed once: norms, q, k, v, their fp32 copies, and the MLP.
     prompts = min(PREFILL_TOKENS, -(-rows // args.group) * args.length)
-    prefill = prompts * b * (3 * c.width + 3 * c.mlp_width)
+    prefill = prompts * forward_bytes(args, c)
     return {
-        "KV cache": rows * longest(args) * cache_bytes_per_token(args),
+        "KV cache": rows * cache_bytes(args, longest(args)),
         "decoding, or prompts": max(decode, prefill),
     }
 
@@ -497,7 +680,7 @@ def rollout(args) -> dict[str, float]:
 def sync(args) -> dict[str, float]:
     """Bytes of a rank while weights go to the engine, one at a time (dist.full_weights): a whole
     one in fp32, and what it was gathered into. One rank sends its own tensor."""
-    one = 4 * max(math.prod(shape) for u in args.policy for _, shape in u.shapes)
+    one = 4 * max(math.prod(w.shape) for u in args.policy for w in u.weights)
     if args.lora:
         return {"gathered weights": one * (2 if args.gpus > 1 else 1)}  # the merged one is new
     return {"gathered weights": 2 * one if args.gpus > 1 else 0}

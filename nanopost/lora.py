@@ -91,7 +91,7 @@ def apply(
     targets: names of layers, such as q_proj; None: all of them, peft's "all-linear". InputError for
     a name that no layer has, or a rank above the width of every layer.
     """
-    linear = _linear_layers(model)
+    linear = linear_layers(model)
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in linear)
     for target in targets or ():
         if target not in kinds:
@@ -113,7 +113,7 @@ def apply(
     return model
 
 
-def _linear_layers(model):
+def linear_layers(model):
     """{name: layer} of the blocks."""
     modules = model.named_modules()
     return {name: m for name, m in modules if isinstance(m, nn.Linear) and ".layers." in name}
@@ -128,7 +128,7 @@ def quantize(model: nn.Module) -> nn.Module:
     """Hold the matrices of the blocks in NF4 (QLoRA) -> the model. After `apply`, before it is
     sharded."""
     for part in _parts(model):
-        for name, layer in _linear_layers(part).items():
+        for name, layer in linear_layers(part).items():
             if not isinstance(layer, LoRALinear):
                 layer = nf4.FrozenLinear(layer)
                 _replace(part, name, layer)

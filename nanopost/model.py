@@ -202,6 +202,7 @@ class Documents:
 
     Decoder asks it for what a block needs, with of_layer: attend, and recur in linear attention.
     routes: which experts the tokens take.
+    What depends on the layer's number is not compiled: it would be compiled anew for each layer.
     """
 
     def __init__(self, packing: Packing, routes: Routes | None = None):
@@ -214,6 +215,7 @@ class Documents:
     def attend(self, q_NHK, k_NGK, v_NGK, window):
         return packed_attention(q_NHK, k_NGK, v_NGK, self.packing, window)
 
+    @torch.compiler.disable
     def recur(self, qkv_NC, decay_NH, beta_NH, weight_CJ, sizes):
         return self._recur(qkv_NC, decay_NH, beta_NH, weight_CJ, sizes)[0]
 
@@ -235,10 +237,12 @@ class Prompts(Documents):
         self.layer = layer
         return self
 
+    @torch.compiler.disable
     def attend(self, q_NHK, k_NGK, v_NGK, window):
         self.write(self.layer, *(of_documents(x, self.packing) for x in (k_NGK, v_NGK)))
         return super().attend(q_NHK, k_NGK, v_NGK, window)
 
+    @torch.compiler.disable
     def recur(self, qkv_NC, decay_NH, beta_NH, weight_CJ, sizes):
         out_NHV, states = self._recur(qkv_NC, decay_NH, beta_NH, weight_CJ, sizes)
         kept = deltanet.states_of_prompts(qkv_NC, states, self.chunks[sizes.kernel])
@@ -257,6 +261,7 @@ class NextTokens:
         self.layer = layer
         return self
 
+    @torch.compiler.disable
     def attend(self, q_BHK, k_BGK, v_BGK, window):
         keys, values = self.cache.append(self.layer, k_BGK, v_BGK)
         if window not in self.seen:
@@ -264,6 +269,7 @@ class NextTokens:
             self.seen[window] = seen(length_B, longest, window, q_BHK.dtype)
         return cached_attention(q_BHK, keys, values, self.seen[window])
 
+    @torch.compiler.disable
     def recur(self, qkv_BC, decay_BH, beta_BH, weight_CJ, sizes):
         held = self.cache.held[self.layer]
         return deltanet.step(qkv_BC, decay_BH, beta_BH, weight_CJ, sizes, *held)

@@ -22,13 +22,14 @@ from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations, product
+from typing import NamedTuple
 
 import torch
 
 from nanopost import InputError, hf
 from nanopost.batch import shared
 from nanopost.cli import Parser, above, at_least, command, is_address
-from nanopost.config import Config
+from nanopost.config import LINEAR, Config, Layer
 from nanopost.dist import finish
 from nanopost.footprint import (
     NODE,
@@ -36,7 +37,8 @@ from nanopost.footprint import (
     SAMPLE,
     SCRIPTS,
     asks_reference,
-    cache_bytes_per_token,
+    cache_bytes,
+    chunk_tokens,
     completions,
     compute_bytes,
     cuda,
@@ -51,6 +53,7 @@ from nanopost.footprint import (
     numbers,
     peak,
     policy_size,
+    queries,
     ranks,
     rows_at_once,
     samples_here,
@@ -132,13 +135,63 @@ DEFAULTS = {
 
 
 # --------------------------------------------------------------------------------------------- time
-def forward_flops(c: Config, length: int) -> tuple[float, float, float]:
-    """Per token: of the blocks' matrices, of causal attention over half a sequence, and of the
-    head."""
-    A, G = c.heads * c.head_dim, c.kv_heads * c.head_dim
-    matrices = 2 * c.layers * c.width * (2 * A + 2 * G + 3 * c.mlp_width)
-    attention = 4 * c.layers * A * length / 2
-    return matrices, attention, 2 * c.vocab_size * c.width
+class Flops(NamedTuple):
+    """Of a forward pass, per token."""
+
+    matrices: float  # of the blocks, in those of a token's experts
+    mixing: float  # attention, and the recurrence of linear attention
+    head: float
+
+
+def forward_flops(args, c: Config, length: float) -> Flops:
+    """length: twice the keys that a token sees on average, where no window cuts them.
+
+    The recurrence is in fp32, whatever else computes: where that is bf16 on a GPU, its operations
+    count as many as take the same time.
+    """
+    matrices = mixing = 0.0
+    slower = FP32 if cuda(args) and compute_bytes(args) == 2 else 1
+    for layer in c.blocks:
+        matrices += 2 * c.width * (mixer_rows(c, layer) + fed_rows(c, layer))
+        if layer.kind == LINEAR:
+            mixing += slower * recurrence_flops(c, chunk_tokens(args))
+        else:
+            mixing += 4 * c.heads * c.head_dim * mean_keys(length, layer.window)
+    return Flops(matrices, mixing, 2 * c.vocab_size * c.width)
+
+
+def mixer_rows(c: Config, layer: Layer) -> int:
+    """Rows of width D of a block's matrices, those of o_proj or out_proj as columns."""
+    if layer.kind != LINEAR:
+        return queries(c) + c.heads * c.head_dim + 2 * c.kv_heads * c.head_dim
+    s = c.delta
+    return 2 * s.key_heads * s.key_dim + 3 * s.value_heads * s.value_dim + 2 * s.value_heads
+
+
+def fed_rows(c: Config, layer: Layer) -> int:
+    """Of the MLP, or of a token's experts, the one that all share, and their router."""
+    if not layer.experts:
+        return 3 * c.mlp_width
+    e = c.experts
+    return 3 * (e.active * e.width + e.shared) + e.count + (1 if e.shared else 0)
+
+
+def mean_keys(length: float, window: int | None) -> float:
+    """That a token sees."""
+    if window is None or window >= length:
+        return length / 2
+    return window - window**2 / (2 * length)
+
+
+def recurrence_flops(c: Config, size: int) -> float:
+    """Of deltanet.delta_rule and the convolution before it, per token. size: tokens of a chunk."""
+    s = c.delta
+    K, W = s.key_dim, s.value_dim
+    channels = 2 * s.key_heads * K + s.value_heads * W
+    pairs = 2 * size * (2 * K + W)  # k k^T, q k^T, and the product of the latter with what is added
+    system = size * (K + W)
+    state = 3 * 2 * K * W  # two of each token with the state, and one that adds up the next one
+    return s.value_heads * (pairs + system + state) + 2 * s.kernel * channels
 
 
 def mean_length(args) -> float:
@@ -160,26 +213,29 @@ def update_flops(args) -> float:
         if c is None:
             continue
         is_policy = c is args.config and args.script != "rm"
-        matrices, attention, head = forward_flops(c, length)
+        matrices, mixing, head = forward_flops(args, c, length)
         head *= is_policy * args.trained
         # Forward, input gradients and weight gradients; adapters need no weight gradients.
         passes = 2 if args.lora else 3
-        # What is computed again ends before down_proj, whose output nothing waits for.
-        again = 0 if args.checkpointing == "none" else attention
+        # What is computed again ends before down_proj, if nothing waits for its output.
+        again = 0 if args.checkpointing == "none" else mixing
         if args.checkpointing == "full":
-            again += matrices - 2 * c.layers * c.width * c.mlp_width
+            again += matrices
+            if not c.traits.post_norms:
+                dense = sum(not layer.experts for layer in c.blocks)
+                again -= 2 * dense * c.width * c.mlp_width
         stored = (
             2 * tokens_of_micro_batch(args) * args.trained * c.vocab_size
             <= args.machine.memory / 16
         )
         if not (stored and cuda(args)) or args.script == "distill":
             again += head
-        total += epochs * (passes * (matrices + head) + 3 * attention + again)
-        forward = matrices + attention + head
+        total += epochs * (passes * (matrices + head) + 3 * mixing + again)
+        forward = matrices + mixing + head
         total += forward * passes_without_gradient(args, is_policy)
     if args.teacher_config:  # its head again in the backward pass
-        matrices, attention, head = forward_flops(args.teacher_config, length)
-        total += matrices + attention + 2 * head * args.trained
+        matrices, mixing, head = forward_flops(args, args.teacher_config, length)
+        total += matrices + mixing + 2 * head * args.trained
     return total * tokens
 
 
@@ -245,11 +301,10 @@ def optimizer_seconds(args) -> float:
 def rollout_seconds(args) -> float:
     """Prompts at the rate of matmuls; then each decoding step reads all weights, and the cache of
     all rows, half full on average. Completions are as long as --max_new_tokens."""
-    c, b = args.config, compute_bytes(args)
-    weights = b * policy_size(args)
-    matrices, attention, _ = forward_flops(c, args.length)
+    c = args.config
+    matrices, mixing, _ = forward_flops(args, c, args.length)
     gpus = args.server_gpus or args.gpus
-    prefill = args.prompts * args.length * (matrices + attention)
+    prefill = args.prompts * args.length * (matrices + mixing)
     prefill /= gpus * args.machine.matmul * UTILISATION
     rate = args.machine.bandwidth * BANDWIDTH
     tokens = args.length + args.max_new_tokens / 2
@@ -258,13 +313,24 @@ def rollout_seconds(args) -> float:
             servers_gpus(args) if args.server_gpus else 1
         )  # GPUs that hold one copy of the weights
         rows = -(-args.prompts * args.group * group // gpus)
-        size = weights + rows * tokens * cache_bytes_per_token(args)
+        size = weights_read(args, rows) + rows * cache_bytes(args, tokens)
         return prefill + args.max_new_tokens * size / (group * rate)
     rows = rows_at_once(args)
-    size = weights + rows * tokens * cache_bytes_per_token(args) + 24 * rows * c.vocab_size
+    size = weights_read(args, rows) + rows * cache_bytes(args, tokens) + 24 * rows * c.vocab_size
     step = size / rate + (LAUNCHES * c.layers if cuda(args) else 0)
     rounds = -(-args.prompts // args.gpus) * args.group / rows
     return prefill + math.ceil(rounds) * args.max_new_tokens * step
+
+
+def weights_read(args, rows: int) -> float:
+    """Bytes of the weights that a decoding step reads: of experts those that a row takes, if rows
+    take them at random."""
+    c, size = args.config, policy_size(args)
+    if c.experts:
+        e, mixtures = c.experts, sum(layer.experts for layer in c.blocks)
+        unused = (1 - e.active / e.count) ** rows
+        size -= unused * mixtures * 3 * e.count * e.width * c.width
+    return compute_bytes(args) * size
 
 
 def servers_gpus(args) -> int:

@@ -5,6 +5,7 @@
     python runs/toy.py out/toy                            # the model, and rows for SFT and for RL
     python runs/toy.py out/toy --pairs out/toy/sft        # preference pairs from its mistakes
     python runs/toy.py out/toy_tools --tools              # another model and task: see tool_rows
+    python runs/toy.py out/toy_gemma3 --arch gemma3       # the same with another architecture
 
 The SFT rows hold each sum six times, and half of their answers are near misses (off by 1, 2, 9, 10
 or 11). SFT on them teaches the skill and the format, but leaves the model as unsure as a base
@@ -25,7 +26,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # nanopost need not be installed
 
 from nanopost import hf
-from nanopost.config import Config
+from nanopost.config import FAMILIES, Config
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.model import CausalLM
 from nanopost.tokenizer import Tokenizer
@@ -57,29 +58,58 @@ NEAR_MISS = (1, 2, 9, 10, 11, -1, -2, -9, -10, -11)
 
 
 # -------------------------------------------------------------------------------------------- model
-def write_model(folder, seed: int = 0, with_tools: bool = False):
-    """Write a randomly initialised Qwen3 of 0.8 million parameters, with its tokenizer."""
+SIZES = {
+    "hidden_act": "silu",
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "initializer_range": 0.08,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+}
+# --arch -> what else its config.json says. All have about a million parameters.
+ARCHITECTURES = {
+    "qwen3": {"model_type": "qwen3"},
+    "qwen3_5": {
+        "model_type": "qwen3_5_text",
+        "layer_types": 3 * ["linear_attention"] + ["full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "partial_rotary_factor": 0.5,
+    },
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "layer_types": 3 * ["sliding_attention"] + ["full_attention"],
+        "sliding_window": 8,
+        "query_pre_attn_scalar": 32,
+        "rope_local_base_freq": 1000.0,
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0]},
+}
+
+
+def write_model(folder, seed: int = 0, with_tools: bool = False, arch: str = "qwen3"):
+    """Write a randomly initialised model of about a million parameters, with its tokenizer. arch: a
+    key of ARCHITECTURES."""
+    own = ARCHITECTURES[arch]
     config = Config.of(
         {
-            "architectures": ["Qwen3ForCausalLM"],
-            "model_type": "qwen3",
-            "hidden_act": "silu",
+            "architectures": [FAMILIES[own["model_type"]].causal],
+            "model_type": own["model_type"],
             "vocab_size": 272 if with_tools else 264,
-            "hidden_size": 128,
-            "intermediate_size": 384,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "rms_norm_eps": 1e-6,
-            "rope_theta": 10000.0,
-            "max_position_embeddings": 512,
-            "tie_word_embeddings": True,
-            "attention_bias": False,
-            "initializer_range": 0.08,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-            "bos_token_id": None,
+            **SIZES,
+            **own,
         }
     )
     model = CausalLM(config).init_weights(seed)
@@ -250,13 +280,14 @@ def main():
     parser.add_argument("folder", type=Path, help="where to write the files")
     parser.add_argument("--pairs", metavar="MODEL", help="write pairs from this model instead")
     parser.add_argument("--tools", action="store_true", help="write the task with a calculator")
+    parser.add_argument("--arch", default="qwen3", choices=ARCHITECTURES, help="of the model")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     if args.pairs:
         write_rows(args.folder / "pairs.jsonl", pair_rows(args.pairs, held_out=False))
         write_rows(args.folder / "pairs_heldout.jsonl", pair_rows(args.pairs, held_out=True))
         return
-    write_model(args.folder / "model", with_tools=args.tools)
+    write_model(args.folder / "model", with_tools=args.tools, arch=args.arch)
     if args.tools:
         write_rows(args.folder / "sft.jsonl", tool_rows(held_out=False))
         write_rows(args.folder / "sft_heldout.jsonl", tool_rows(held_out=True, noise=0.0))

@@ -2,6 +2,7 @@
 that were never killed, byte by byte.
 
     python tests/kills.py --kills 200 --seed 0       # about ten seconds a kill on two cores
+    python tests/kills.py --kills 20 --arch qwen3_5  # of another architecture of the toy
 
 Each run is on one or two ranks, or with --reproducible on one, two or four, drawn anew after each
 kill. It trains all weights or adapters (--lora), and is killed up to four times, by SIGKILL,
@@ -47,9 +48,9 @@ OWN = {
 }
 
 
-def write_data(folder):
-    toy.write_model(folder / "model")
-    toy.write_model(folder / "teacher", seed=1)
+def write_data(folder, arch):
+    toy.write_model(folder / "model", arch=arch)
+    toy.write_model(folder / "teacher", seed=1, arch=arch)
     prompts = toy.prompt_rows(held_out=False)[:64]
     said = [{"role": "assistant", "content": row["answer"]} for row in prompts]
     wrong = [{"role": "assistant", "content": row["answer"] + "7"} for row in prompts]
@@ -133,11 +134,11 @@ def wait_until_gone(process, out, where):
         time.sleep(0.05)
 
 
-def main(kills, seed, names):
+def main(kills, seed, names, arch="qwen3"):
     draw, done, references = random.Random(seed), 0, {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        write_data(folder)
+        write_data(folder, arch)
         for number in itertools.count():
             if done >= kills:
                 break
@@ -192,5 +193,6 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scripts", nargs="+", default=SCRIPTS)
+    parser.add_argument("--arch", default="qwen3", choices=toy.ARCHITECTURES)
     args = parser.parse_args()
-    main(args.kills, args.seed, args.scripts)
+    main(args.kills, args.seed, args.scripts, args.arch)

@@ -20,7 +20,6 @@ from nanopost.model import CausalLM
 MARK = "a micro-batch"
 SIZES = {
     "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
     "vocab_size": 2048,
     "hidden_size": 128,
     "intermediate_size": 384,

@@ -163,6 +163,22 @@ def test_fused_projections_are_taken_apart():
     }
 
 
+# Heads of 8, the first 4 of which turn, each with a gate of 8 below it.
+HYBRID = changed(small_model(model_type="qwen3_5_text"))
+GATED = "model.layers.3.self_attn.q_proj.weight"
+
+
+def test_rows_of_a_gated_projection_are_taken_apart_and_put_in_order():
+    fused = {"model.layers.3.self_attn.qkv_proj.weight": np.arange(96)}
+    found = probe.split(fused, HYBRID.config)
+    assert [len(x) for x in found.values()] == [64, 16, 16] and found[GATED][-1] == 63
+    own = state(HYBRID)
+    order = [0, 2, 1, 3, *range(4, 16)]
+    pairs = print_of(own[GATED].view(4, 16, 32)[:, order].flatten(0, 1))
+    cause = cause_of(GATED, pairs, prints(own), None, HYBRID.config, LIMIT)
+    assert cause == "has its rows in the original rotary order (pairs side by side)"
+
+
 OLD_ONE = "is that of the version before"
 NAMES = [*NEW]
 
@@ -343,6 +359,13 @@ def test_a_fault_is_found_by_scores_alone(alone, old, new, fault, clause):
     found = attribution.search(new, score(server), lambda: score(new), state(old), 1e-4)
     assert clause in found and bool(clause) == bool(found), found
     assert all(torch.equal(x, before[name]) for name, x in new.state_dict().items())
+
+
+def test_a_fault_of_a_block_without_attention_is_found_by_scores_alone(alone):
+    server = small_model(model_type="qwen3_5_text")
+    server.load_state_dict(swapped(state(HYBRID)))
+    found = attribution.search(HYBRID, score(server), lambda: score(HYBRID), None, 1e-4)
+    assert found == "gate and up are swapped in model.layers.0"
 
 
 def test_a_stale_tied_head_is_found_by_scores_alone(alone):

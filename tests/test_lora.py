@@ -148,6 +148,30 @@ def test_the_default_layers_are_those_of_peft_and_so_is_the_first_draw(base):
     assert torch.equal(next(iter(lora.layers(model).values())).lora_A, draws[0])
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_text", "gemma3_text"])
+def test_adapters_of_other_architectures_are_those_of_peft(name, tmp_path):
+    """On all linear layers: not on the convolution, the decays and norms of linear attention."""
+    base = save(tmp_path / "base", small_model(4, model_type=name))
+    model = adapted(base)
+    theirs = theirs_of(base, r=3, target_modules="all-linear", task_type="CAUSAL_LM")
+    there = [n for n, p in theirs.named_parameters() if p.requires_grad]
+    here = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert there == [lora.peft_name(n).replace(".weight", ".default.weight") for n in here]
+    theirs = theirs_of(base, write_adapter(model, tmp_path / "adapter"))
+    close(our_logits(model), their_logits(theirs), atol=1e-4)
+    (-model(batch_of([example()]))[0].sum() / 39).backward()
+    theirs(torch.tensor([IDS]), labels=torch.tensor([IDS])).loss.backward()
+    expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    assert [*expected] == there
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            gradient = expected[lora.peft_name(n).replace(".weight", ".default.weight")]
+            close(p.grad, gradient, atol=1e-4 * float(gradient.abs().max()))
+    whole = dict(dist.full_weights(model))
+    for n, p in theirs.merge_and_unload().named_parameters():
+        close(whole[n], p)
+
+
 @pytest.mark.parametrize("options", [{"alpha": 8.0}, {"alpha": 4.0, "rslora": True}])
 def test_gradients_and_weights_after_three_steps_are_those_of_peft(base, tmp_path, options):
     model = adapted(base, **options)

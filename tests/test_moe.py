@@ -549,7 +549,7 @@ def test_a_recording_gives_the_routes_again(tmp_path, alone):
 
 
 def test_a_vllm_servers_experts_are_those_of_its_layers_that_have_them(capsys):
-    """As vLLM 0.32 writes them: base64 of an .npy file, of all layers, and not of the last token."""
+    """As vLLM 0.32 writes them: base64 of an .npy file, of all layers, but the last token."""
     config = Config.of(
         {"model_type": "qwen3_moe", **SIZES, **CASES["not normalised, a dense layer"][1]}
     )

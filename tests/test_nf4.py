@@ -159,9 +159,8 @@ def write_adapter(model, folder):
     return folder
 
 
-@pytest.fixture(scope="module")
-def quantised(base, tmp_path_factory):
-    """The base as transformers and bitsandbytes quantise and save it, from fp32: of a matrix from
+def bitsandbytes_model(folder):
+    """A folder's model as transformers and bitsandbytes quantise it, from fp32: of a matrix from
     bf16, bitsandbytes' layers round what they dequantise to bf16 in the backward pass alone."""
     config = transformers.BitsAndBytesConfig(
         load_in_4bit=True,
@@ -169,9 +168,15 @@ def quantised(base, tmp_path_factory):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float32,
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        base, quantization_config=config, dtype=torch.float32, attn_implementation="eager"
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.float32, attn_implementation="eager"
     )
+
+
+@pytest.fixture(scope="module")
+def quantised(base, tmp_path_factory):
+    """The base as transformers and bitsandbytes quantise and save it."""
+    model = bitsandbytes_model(base)
     folder = tmp_path_factory.mktemp("quantised")
     model.save_pretrained(folder)
     return folder, model
@@ -231,6 +236,20 @@ def test_layers_without_adapters_are_packed_too(base):
     assert sum(isinstance(layer, lora.LoRALinear) for layer in linear) == 3
     bits = 8 * sum(getattr(m, part).nbytes for m in linear for part in nf4.PARTS)
     assert bits / sum(m.in_features * m.out_features for m in linear) < 4.2
+
+
+def test_linear_attention_is_packed_where_bitsandbytes_packs_it(tmp_path):
+    """Its projections, as narrow as some are; not its convolution, decays and norm."""
+    model = small_model(4, model_type="qwen3_5_text", **SIZES, linear_value_head_dim=16)
+    hf.save_model(tmp_path, model.state_dict().items(), model.config)
+    ours = in_4_bits(tmp_path, noise=0.0)
+    theirs = bitsandbytes_model(tmp_path)
+    packed = [name for name, m in ours.named_modules() if nf4.is_packed(m)]
+    kind = bitsandbytes.nn.Linear4bit
+    assert packed == [name for name, m in theirs.named_modules() if isinstance(m, kind)]
+    theirs.train()  # bitsandbytes evaluates in bf16 on some CPUs
+    expected = theirs(torch.tensor([IDS])).logits[0]
+    torch.testing.assert_close(logits(ours), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_other_quantisations_are_refused(quantised, tmp_path):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from inprocess import run_here
 from scripts import ROOT, SCRIPTS, parser_of
+from small import ARCHITECTURES
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -25,7 +26,7 @@ from bench.plan import SHAPES
 from nanopost import InputError, dist, divergence, footprint, hf, lora, packing, plan
 from nanopost.batch import Example, batch_of
 from nanopost.config import Config
-from nanopost.model import ActorCritic, CausalLM
+from nanopost.model import ActorCritic, CausalLM, ScalarModel
 from nanopost.tokenizer import Tokenizer
 from runs import toy
 
@@ -58,6 +59,16 @@ def planned(model, script, *flags) -> Namespace:
 
 
 PLAIN = {**plan_worker.SIZES, "vocab_size": 4096}
+HYBRID = {
+    **ARCHITECTURES["qwen3_5_text"],
+    "model_type": "qwen3_5_text",
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 24,
+}
+TWO = {**HYBRID, "num_hidden_layers": 2, "layer_types": HYBRID["layer_types"][2:]}
+GEMMA = {**ARCHITECTURES["gemma3_text"], "model_type": "gemma3_text", "sliding_window": 48}
 
 
 def total(parts) -> float:
@@ -96,12 +107,7 @@ DISTILLED = {"prompts": 32, "minibatches": 1, "tokens": 512, "max_new_tokens": 1
 RUNS = {
     "sft, tied, qk-norm": (
         "sft",
-        {
-            "vocab_size": 8192,
-            "tie_word_embeddings": True,
-            "model_type": "qwen3",
-            "architectures": ["Qwen3ForCausalLM"],
-        },
+        {"vocab_size": 8192, "tie_word_embeddings": True, "model_type": "qwen3"},
         (64, 64),
         {"rows": 16, "tokens": 1024},
         {},
@@ -120,6 +126,16 @@ RUNS = {
         {"rows": 16, "tokens": 1024, "checkpointing": "full"},
         {},
     ),
+    "sft, linear attention, gated attention": (
+        "sft",
+        TWO,
+        (64, 64),
+        {"rows": 16, "tokens": 1024},
+        {},
+    ),
+    "sft, windows, four norms": ("sft", GEMMA, (64, 64), {"rows": 16, "tokens": 1024}, {}),
+    "grpo, windows over what is shared": ("grpo", GEMMA, (112, 1), SAMPLED, {}),
+    "grpo, linear attention, bf16": ("grpo", TWO, (112, 1), {**SAMPLED, "dtype": "bf16"}, {}),
     "sft, bf16": ("sft", {}, (64, 64), {"rows": 16, "tokens": 1024, "dtype": "bf16"}, {}),
     "rm": ("rm", {}, (64, 64), PAIRS, {"prompt": 64}),
     "dpo, a frozen reference": ("dpo", {}, (64, 64), PAIRS, OF_PAIRS),
@@ -292,6 +308,10 @@ SHARDED = {
         "num_hidden_layers": 2,
     },
     "adapters": {"rows": 2, "length": 256, "how": {"lora": 16}, **BF16},
+    "linear attention": {"rows": 1, "length": 128, **TWO},
+    "recomputed linear attention": {"rows": 1, "length": 128, "how": FULL, **TWO},
+    "adapters of linear attention": {"rows": 1, "length": 128, "how": {"lora": 16}, **TWO, **BF16},
+    "windows, four norms": {"rows": 1, "length": 128, **GEMMA},
     "NF4": {"rows": 1, "length": 64, "how": {"lora": 4, "quantize": "nf4"}, **BLOCKS, **BF16},
 }
 OF_64 = [(name, "bfloat16") for name in SHARDED]
@@ -363,6 +383,36 @@ def test_numbers_of_parameters_are_those_of_the_models(tmp_path):
     assert found.trained == sum(trained) == 207_093_760
 
 
+@pytest.mark.parametrize("architecture", [HYBRID, GEMMA])
+def test_numbers_of_blocks_that_differ_are_those_of_the_model(architecture, tmp_path):
+    config = plan_worker.small_config(**{**plan_worker.SIZES, **architecture})
+    folder = write_config(tmp_path / "model", config.hf)
+    for script in ("grpo", "ppo"):
+        with torch.device("meta"):
+            policy = CausalLM(config)
+            value = ScalarModel(config.with_scalar_head(None))
+        size = sum(p.numel() for p in policy.parameters())
+        if script == "ppo":
+            size += sum(p.numel() for p in value.parameters())
+        assert plan.numbers(planned(folder, script).units).trained == size
+    found = plan.numbers(planned(folder, "sft", "--lora", 4).units, rank=4)
+    lora.apply(policy, 4)
+    trained = [p.numel() for p in policy.parameters() if p.requires_grad]
+    assert found.trained == sum(trained)
+    assert found.frozen + found.linear == sum(p.numel() for p in policy.parameters()) - sum(trained)
+    adapted = lora.layers(policy).values()
+    assert found.linear == sum(layer.weight.numel() for layer in adapted)
+
+
+def test_a_row_of_the_cache_is_as_large_as_the_engine_makes_it(tmp_path):
+    config = plan_worker.small_config(**{**plan_worker.SIZES, **HYBRID})
+    folder = write_config(tmp_path / "model", config.hf)
+    args = planned(folder, "grpo", "--gpu", "cpu")
+    cache = CausalLM(config).cache(3, 20)
+    held = sum(x.nbytes for layer in cache.held for x in layer)
+    assert 3 * footprint.cache_bytes(args, 20) == held
+
+
 # ------------------------------------------------------------------------------------------- a GPU
 def test_two_runs_on_an_h200_peak_where_the_plan_says(tmp_path):
     """bench/train_step.py's, of whole sequences, so as if each completion had a prompt of its own.
@@ -383,9 +433,10 @@ def test_two_runs_on_an_h200_peak_where_the_plan_says(tmp_path):
 
 # -------------------------------------------------------------------------------------------- time
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
-    """Attention apart, which torch does not count on a CPU."""
-    sizes = {**plan_worker.SIZES, "vocab_size": 16384, "num_hidden_layers": 2}
+@pytest.mark.parametrize("architecture", [{"num_hidden_layers": 2}, HYBRID, GEMMA])
+def test_operations_are_those_that_torch_counts(checkpointing, architecture, tmp_path):
+    """Of products with weights: torch counts no attention on a CPU."""
+    sizes = {**plan_worker.SIZES, "vocab_size": 16384, **architecture}
     config = plan_worker.small_config(**sizes)
     model = CausalLM(config).init_weights(0)
     model.model.checkpointing = checkpointing
@@ -393,14 +444,30 @@ def test_operations_are_those_that_torch_counts(checkpointing, tmp_path):
     batch = batch_of([Example(ids.roll(row), mask) for row in range(4)])
     with FlopCounterMode(display=False) as counter:
         (-model(batch)[0].sum()).backward()
-    counted = counter.get_total_flops()
+    counts = counter.get_flop_counts()["Global"]
+    counted = counts[torch.ops.aten.mm] + counts.get(torch.ops.aten.addmm, 0)
     folder = write_config(tmp_path / "model", config.hf)
     flags = ["--gpu", "cpu", "--rows", 4, "--length", 128, "--tokens", 512]
     flags += ["--trained", 127 / 128]
     args = planned(folder, "sft", *flags, "--checkpointing", checkpointing)
-    _, attention, _ = plan.forward_flops(config, 128)
+    attention = plan.forward_flops(args, config, 128).mixing
     attention *= 512 * (3 if checkpointing == "none" else 4)
     assert plan.update_flops(args) - attention == pytest.approx(counted, rel=1e-9)
+
+
+def test_operations_of_a_recurrence_are_those_that_torch_counts(tmp_path):
+    """It counts neither a triangular system nor the convolution."""
+    config = plan_worker.small_config(**{**plan_worker.SIZES, **HYBRID})
+    batch = batch_of([Example(torch.arange(128), torch.ones(128, dtype=torch.bool))])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        CausalLM(config).init_weights(0)(batch)
+    counted = counter.get_flop_counts()["Global"][torch.ops.aten.bmm]
+    s = config.delta
+    convolution = 2 * s.kernel * (2 * s.key_heads * s.key_dim + s.value_heads * s.value_dim)
+    system = 64 * s.value_heads * (s.key_dim + s.value_dim)
+    layers = sum(layer.kind == "linear_attention" for layer in config.blocks)
+    planned = plan.recurrence_flops(config, 64) - convolution - system
+    assert counted == layers * 128 * planned
 
 
 # script: flags, and of a row or prompt: how many sequences, tokens they share, and their own
@@ -434,6 +501,13 @@ def test_tokens_and_keys_are_those_of_the_different_beginnings(script, tmp_path)
     if script in footprint.PAIRS:  # the smallest micro-batch has one
         args = planned(folder, script, *flags, of_step, 1, "--gpus", 8)
         assert plan.tokens_of_micro_batch(args) == len(computed)
+
+
+@pytest.mark.parametrize("length, window", [(9, None), (9, 9), (9, 12), (9, 4), (200, 1)])
+def test_keys_that_a_window_leaves_are_counted(length, window):
+    """A token sees half of itself."""
+    keys = sum(min(i + 0.5, window or length) for i in range(length))
+    assert plan.mean_keys(length, window) == pytest.approx(keys / length, rel=1e-12)
 
 
 def test_bytes_that_ranks_exchange_are_those_of_fsdp2(fake, tmp_path, monkeypatch):
