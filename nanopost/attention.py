@@ -307,12 +307,17 @@ def cached_attention(q_BHK, k_BGTK, v_BGTK, seen_BT):
     return out_BGRK.reshape(q_BHK.shape)  # on CUDA some kernels write [B, R, G, K]
 
 
+ROUTES = -1  # in place of a layer, in a Cache
+
+
 class Cache:
     """What B rows keep of their tokens in every layer, written in place.
 
     held: of each layer a list of tensors: keys and values [B, G, capacity, K], or the states of
-    linear attention. length_B: tokens in use in each row. longest: how many positions attention
-    reads: the caller keeps it above all lengths, and at most at the capacity.
+    linear attention. After those of the layers, of a model with experts, [int16 [B, L, capacity,
+    A]]: the A experts that each token took in its L mixtures. length_B: tokens in use in each row.
+    longest: how many positions attention reads: the caller keeps it above all lengths, and at most
+    at the capacity.
     """
 
     def __init__(self, held: list[list[torch.Tensor]], rows: int, capacity: int, device):
@@ -323,18 +328,21 @@ class Cache:
     def write_prompts(self, layer, *new, row_A, prompt_A):
         """Write what prompts leave into rows: row_A[i] gets prompt prompt_A[i].
 
-        new: keys and values of each prompt [P, G, T, K], or states [P, ...].
+        new: keys and values of each prompt [P, G, T, K], or states [P, ...], or experts
+        [P, L, T, A].
         """
         for held, new_P in zip(self.held[layer], new):
             held[row_A, :, : new_P.shape[2]] = new_P[prompt_A].to(held.dtype)
 
-    def append(self, layer, k_BGK, v_BGK):
-        """Write one token per row after those in use -> the keys and values that are read."""
-        row_B = torch.arange(len(k_BGK), device=k_BGK.device)
-        keys, values = self.held[layer]
-        keys[row_B, :, self.length_B] = k_BGK
-        values[row_B, :, self.length_B] = v_BGK
-        return keys[:, :, : self.longest], values[:, :, : self.longest]
+    def append(self, layer, *new):
+        """Write one token per row after those in use -> what is read: keys and values, or experts.
+
+        new: keys and values of each row [B, G, K], or experts [B, L, A].
+        """
+        row_B = torch.arange(len(self.length_B), device=self.length_B.device)
+        for held, new_B in zip(self.held[layer], new):
+            held[row_B, :, self.length_B] = new_B
+        return [held[:, :, : self.longest] for held in self.held[layer]]
 
     def keep(self, row_A):
         """Keep only these rows. The memory of the others is freed, tensor by tensor: old and new

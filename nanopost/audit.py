@@ -35,6 +35,7 @@ from nanopost.probe import (
     examples,
     failed,
     gap,
+    has_print,
     ours_of,
     print_of,
     probes,
@@ -84,7 +85,7 @@ class Audit:
         self.before, self.prints = self.prints or None, {}
         self.digests = Digests(self.world.dtype)
         for name, tensor in named_tensors:
-            if self.every:
+            if self.every and has_print(tensor):
                 self.prints[name] = print_of(tensor.to(self.world.dtype))
             if self.due() and self.world.rank == 0:
                 self.digests.add(name, tensor)
@@ -238,7 +239,7 @@ class Command:
             return logprobs(model, examples(sequences), total, temperature, self.device)
 
         def prints(state):
-            return {name: print_of(x.to(dtype)) for name, x in state.items()}
+            return {n: print_of(x.to(dtype)) for n, x in state.items() if has_print(x)}
 
         own = {name: x.detach() for name, x in model.state_dict().items()}
         more = {}
@@ -284,9 +285,10 @@ class Command:
         return getattr(torch, answer.about.get("dtype", ""), None)
 
     def _check_shapes(self, answer, model):
+        kinds = {_kind(name) for name in answer.prints or ()}  # of some a server gives no prints
         for name, p in model.named_parameters():
             theirs = (answer.prints or {}).get(name)
-            if theirs is None and answer.prints is not None:
+            if theirs is None and _kind(name) in kinds:
                 raise InputError(
                     f"{self.args.vllm} serves another model: --model has {name}, and it has not."
                 )
@@ -367,6 +369,11 @@ class Command:
             q_T = cut(q_TV, values["top_k"], values["top_p"], values["min_p"])[at_T]
             ratio += float((q_T - p_T).sum())
         return "sampling without parameters", max(ratio, -99.0), 0.0
+
+
+def _kind(name) -> tuple[str, ...]:
+    """Of a tensor, whatever its layer: q_proj.weight."""
+    return tuple(name.split(".")[-2:])
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """An Example is one sequence of tokens; a Batch is several in one packed stream, without padding.
 
 Shapes: N packed tokens, S sequences, T tokens of one sequence, E pairs of a target and an id that
-the cut of its distribution kept.
+the cut of its distribution kept, L layers with experts, A experts of a token in each.
 
 Targets are shifted where a Batch is built, and shifted back in Batch.split. Nothing else shifts:
 code outside this file works on examples, whose masks and columns are aligned with their ids, or on
@@ -34,6 +34,9 @@ class Example:
     # [T] of int32 arrays: the ids that top-k, top-p or min-p kept, of which this token was drawn;
     # not read where mask is False. None: nothing was cut.
     kept: list[np.ndarray] | None = None
+    # int16 [T, L, A]: the experts that the engine took for each token, which a policy takes again
+    # (moe.py); -1: those that it finds best. None: that for all of them.
+    routes: np.ndarray | None = None
 
     def __post_init__(self):
         self.ids, self.mask = np.asarray(self.ids, np.int32), np.asarray(self.mask, bool)
@@ -47,6 +50,11 @@ class Example:
                 f"an example has {len(self.ids)} tokens and kept ids for {len(self.kept)}: give it "
                 "a set for each token, or none."
             )
+        if self.routes is not None and len(self.routes) != len(self.ids):
+            raise InputError(
+                f"an example has {len(self.ids)} tokens and the experts of {len(self.routes)}: "
+                "give those of each token, or none."
+            )
 
     def __len__(self):
         return len(self.ids)
@@ -54,7 +62,8 @@ class Example:
     def __getitem__(self, part: slice) -> "Example":
         columns = {k: v[part] if np.ndim(v) else v for k, v in self.columns.items()}
         kept = None if self.kept is None else self.kept[part]
-        return Example(self.ids[part], self.mask[part], columns, kept)
+        routes = None if self.routes is None else self.routes[part]
+        return Example(self.ids[part], self.mask[part], columns, kept, routes)
 
     @property
     def prompt_length(self) -> int:
@@ -126,6 +135,7 @@ class Batch:
     kept: tuple[torch.Tensor, torch.Tensor] | None = None
     examples: list[Example] = field(default_factory=list)  # none in a dummy
     prefixes: Prefixes | None = None  # None: no sequence shares anything
+    routes_NLA: torch.Tensor | None = None  # int16, of each token itself: see Example
 
     @property
     def num_sequences(self) -> int:
@@ -147,6 +157,13 @@ class Batch:
     def last_S(self) -> torch.Tensor:
         """int64: the index of each sequence's last token."""
         return self.cu_seqlens[1:].long() - 1
+
+    @property
+    def routes_ULA(self) -> torch.Tensor | None:
+        """Those of the tokens that are computed."""
+        if self.prefixes is None or self.routes_NLA is None:
+            return self.routes_NLA
+        return self.routes_NLA[self.prefixes.first_U]
 
     @property
     def at_M(self) -> torch.Tensor:
@@ -175,6 +192,8 @@ class Batch:
         columns = {k: v.to(device, non_blocking=True) for k, v in self.columns.items()}
         if self.kept is not None:
             moved["kept"] = tuple(x.to(device, non_blocking=True) for x in self.kept)
+        if self.routes_NLA is not None:
+            moved["routes_NLA"] = self.routes_NLA.to(device, non_blocking=True)
         if self.prefixes is not None:
             *tensors, max_own = self.prefixes
             on_device = [x.to(device, non_blocking=True) for x in tensors]
@@ -211,6 +230,7 @@ def batch_of(examples: list[Example], device="cpu") -> Batch:
         kept=_kept(examples, target_N),
         examples=given,
         prefixes=_prefixes(examples, length_S, mask_N),
+        routes_NLA=_routes(examples),
     ).to(device)
 
 
@@ -227,17 +247,22 @@ def shared(examples: list[Example]) -> list[int]:
     """
     counts = [0] * len(examples)
     for s, (before, e) in enumerate(pairwise(examples), 1):
-        counts[s] = _common(before.ids, e.ids[:-1])
+        counts[s] = common(before, e, len(e) - 1)
         if e.prompt_length <= counts[s] <= e.prompt_length * 9 // 8:
             counts[s] = e.prompt_length
         counts[s] = worth_sharing(counts[s], e)
     return counts
 
 
-def _common(a, b):
-    """The number of first tokens that two sequences have in common."""
-    length = min(len(a), len(b))
-    differs = a[:length] != b[:length]
+def common(a: Example, b: Example, most: int) -> int:
+    """The number of first tokens that two examples have in common, at most `most`: the same ids,
+    and the same experts."""
+    length = min(len(a), len(b), most)
+    differs = a.ids[:length] != b.ids[:length]
+    if a.routes is not None and b.routes is not None:
+        differs |= (a.routes[:length] != b.routes[:length]).any((1, 2))
+    elif a.routes is not b.routes:
+        return 0
     return int(differs.argmax()) if differs.any() else length
 
 
@@ -320,6 +345,23 @@ def _kept(examples, target_N):
             "from."
         )
     return torch.from_numpy(token_E.astype(np.int32)), torch.from_numpy(id_E)
+
+
+def _routes(examples):
+    """-> int16 [N, L, A], or None where no example names experts."""
+    shapes = {e.routes.shape[1:] for e in examples if e.routes is not None}
+    if not shapes:
+        return None
+    if len(shapes) > 1:
+        raise InputError(
+            "the examples in one batch name experts of different models: sample all of them with "
+            "one model."
+        )
+    (shape,) = shapes
+    own = [
+        np.full((len(e), *shape), -1, np.int16) if e.routes is None else e.routes for e in examples
+    ]
+    return torch.from_numpy(np.concatenate(own).astype(np.int16))
 
 
 def _shift(value_N, end_S):

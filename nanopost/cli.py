@@ -227,13 +227,15 @@ def parser(
         "--lora_targets",
         nargs="+",
         metavar="LAYER",
-        help="layers with adapters, such as q_proj v_proj; default: all linear ones of the blocks",
+        help="layers with adapters, such as q_proj v_proj; default: all linear ones of the blocks, "
+        "which experts are not, but for a shared one",
     )
     add(
         "--quantize",
         default="none",
         choices=["none", "nf4"],
-        help="nf4: with --lora, hold the matrices of the frozen blocks in 4 bits (QLoRA)",
+        help="nf4: with --lora, hold the matrices of the frozen blocks in 4 bits (QLoRA), but not "
+        "their experts",
     )
     add("--rslora", action="store_true", help="scale by alpha / sqrt(rank), for large ranks")
     add("--grad_clip", type=at_least(0.0), default=1.0, help="maximum gradient norm; 0: no limit")
@@ -392,6 +394,7 @@ def engine(args, folder, model, world, tokenizer):
     """The engine that the flags ask for. model: the policy, loaded from `folder`, or an ActorCritic
     that holds it."""
     policy = getattr(model, "policy", model)
+    policy.model.replays = True  # the experts that the engine names
     if args.replay:
         for start in starts_of(args.replay)[-1:]:
             changed = changed_arguments(start["args"], vars(args))
@@ -415,6 +418,11 @@ def engine(args, folder, model, world, tokenizer):
             raise InputError(
                 "--engine colocate sleeps while the model trains: with --max_staleness above 0 "
                 "sample on servers (--vllm), or with nanopost's own engine."
+            )
+        if policy.config.experts is not None:
+            say(
+                "warning: --engine colocate does not name the experts that its tokens took, so the "
+                "trainer chooses its own (no router replay)"
             )
         folder = lora.base_folder(folder)  # of an adapter; the first sync brings the merged weights
         return Colocated(folder, tokenizer, world, model.config, args.vllm_memory, args.tokens)

@@ -38,7 +38,7 @@ class Colocated:
             ) from error
         self.asleep = False
         self.sleeps = cuda
-        self.device = world.device
+        self.device, self.form = world.device, config.form
         self.stop_ids = sorted(tokenizer.stop_ids)
         self.positions = min(config.max_positions, tokens)
         self.version = 0
@@ -120,9 +120,13 @@ class Colocated:
         return Rollout(prompt, ids, logp, sample.finish_reason, self.version)
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int):
-        """Load full weights, under their checkpoint names, waking up first. A collective."""
+        """Load full weights, waking up first. A collective.
+
+        After a sleep what a model carries (a vision tower) is not there: no text needs it.
+        """
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
+        named_tensors = self.form.published(named_tensors)  # as in the model's folder
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
         if self.device.type == "cpu":
             self.llm.apply_model(_repack_heads)

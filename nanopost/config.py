@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from nanopost import InputError
+from nanopost.names import DECODER, Carried, Form
 from nanopost.rope import read_ropes
 
 FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -39,7 +40,9 @@ class Family:
     gated_attention: bool = False  # its output is multiplied by a sigmoid of the input
     experts: bool = False
     around: tuple[str, str] = ()  # model_type and architecture of a folder with more than text
-    prefix: str = "model."  # in such a folder, of the decoder's names
+    inside: tuple[str, ...] = ()  # prefixes of the decoder's names in it, the first for a new one
+    carried: tuple[str, ...] = ()  # of the tensors that the decoder does not use
+    split: bool = False  # each expert's matrices are tensors of their own (names.py)
     defaults: dict = field(default_factory=dict)
 
 
@@ -77,7 +80,8 @@ QWEN3_5_TRAITS = {
     "qk_norm": True,
     "norm_offset": 1.0,
     "gated_attention": True,
-    "prefix": "model.language_model.",
+    "inside": ("model.language_model.",),
+    "carried": ("model.visual.", "mtp."),  # images; heads that guess several tokens ahead
 }
 FAMILIES = {
     "llama": _llama("Llama"),
@@ -96,7 +100,13 @@ FAMILIES = {
         post_norms=True,
         scaled_embedding=True,
         around=("gemma3", "Gemma3ForConditionalGeneration"),
-        prefix="language_model.model.",
+        inside=("language_model.model.", "model.language_model."),
+        carried=(
+            "vision_tower.",
+            "multi_modal_projector.",
+            "model.vision_tower.",
+            "model.multi_modal_projector.",
+        ),
         defaults=GEMMA3,
     ),
     "qwen3_5_text": Family(
@@ -110,6 +120,7 @@ FAMILIES = {
         "Qwen3Moe",
         qk_norm=True,
         experts=True,
+        split=True,
         defaults={
             "sliding_window": 4096,
             "num_experts": 128,
@@ -188,6 +199,8 @@ class Config:
     scalar: bool
     delta: DeltaSizes | None
     experts: ExpertSizes | None
+    form: Form  # of the names in the folder that it is read from, or is to be saved as
+    carried: Carried | None = None  # what else is saved with it
 
     @classmethod
     def of(cls, hf: dict, source: str = "config.json") -> "Config":
@@ -199,6 +212,7 @@ class Config:
         heads, bias = text["num_attention_heads"], bool(text.get("attention_bias", False))
         head_dim = text.get("head_dim") or text["hidden_size"] // heads
         blocks = _blocks(text, family)
+        prefix = FAMILIES[family].inside[0] if "text_config" in hf else DECODER
         query_scale = 1.0
         if family == "gemma3_text":
             query_scale = (head_dim / text["query_pre_attn_scalar"]) ** 0.5
@@ -212,7 +226,7 @@ class Config:
             kv_heads=text.get("num_key_value_heads") or heads,
             head_dim=head_dim,
             norm_eps=text.get("rms_norm_eps", 1e-6),
-            tied=bool(hf.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
+            tied=_tied(hf, family),
             blocks=blocks,
             ropes=read_ropes(text, source),
             qkv_bias=FAMILIES[family].qkv_bias or bias,
@@ -222,7 +236,8 @@ class Config:
             query_scale=query_scale,
             scalar=_architecture(hf) == (FAMILIES[family].scalar or None),
             delta=_delta(text) if any(b.kind == LINEAR for b in blocks) else None,
-            experts=_experts(text) if FAMILIES[family].experts else None,
+            experts=_experts(text, source) if any(b.experts for b in blocks) else None,
+            form=Form(prefix, FAMILIES[family].split),
         )
 
     @property
@@ -234,14 +249,35 @@ class Config:
         return len(self.blocks)
 
     @property
+    def mixtures(self) -> int:
+        """Layers with experts."""
+        return sum(block.experts for block in self.blocks)
+
+    @property
     def text(self) -> dict:
         """What config.json says of the decoder."""
         return text_of(self.hf, self.family)
 
     @property
+    def architecture(self) -> str:
+        """What transformers and vLLM call the model."""
+        return _architecture(self.hf)
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """That the decoder's names may have in a folder."""
+        return (DECODER, *self.traits.inside)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether the folder has more than text (images, say), of which this is the decoder."""
+        return "text_config" in self.hf
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights in the folder that the model was loaded from; fp32 if it names none."""
-        kind = self.hf.get("dtype") or self.hf.get("torch_dtype")
+        said = [part.get(key) for part in (self.hf, self.text) for key in ("dtype", "torch_dtype")]
+        kind = next(filter(None, said), None)
         return getattr(torch, kind) if kind in ("bfloat16", "float16") else torch.float32
 
     @property
@@ -270,12 +306,24 @@ class Config:
             "id2label": {"0": "reward"},
             "label2id": {"reward": 0},
         }
-        return replace(self, hf={**text, **names}, scalar=True)
+        form = replace(self.form, prefix=DECODER)
+        return replace(self, hf={**text, **names}, scalar=True, form=form, carried=None)
 
 
 def text_of(hf: dict, family: str) -> dict:
     """The part of a config.json that describes the decoder, with the family's defaults."""
-    return FAMILIES[family].defaults | hf.get("text_config", hf)
+    given = hf.get("text_config", hf)
+    renamed = {}
+    if "num_local_experts" in given:  # as transformers 5 writes it
+        renamed = {"num_experts": given["num_local_experts"]}
+    return FAMILIES[family].defaults | renamed | given
+
+
+def _tied(hf, family) -> bool:
+    """As in transformers: of a folder with more than text, what its text_config says of it does not
+    count."""
+    usual = FAMILIES[family].defaults.get("tie_word_embeddings", False)
+    return bool(hf.get("tie_word_embeddings", usual))
 
 
 def _architecture(hf):
@@ -411,7 +459,9 @@ def _has_rope(text, layer) -> bool:
 
 def _sparse(text, family, layer) -> bool:
     """Whether a layer has experts."""
-    if not FAMILIES[family].experts or layer in (text.get("mlp_only_layers") or ()):
+    if not FAMILIES[family].experts or not text["num_experts"]:
+        return False
+    if layer in (text.get("mlp_only_layers") or ()):
         return False
     return (layer + 1) % text.get("decoder_sparse_step", 1) == 0
 
@@ -426,10 +476,16 @@ def _delta(text) -> DeltaSizes:
     )
 
 
-def _experts(text) -> ExpertSizes:
+def _experts(text, source) -> ExpertSizes:
+    count, active = text["num_experts"], text["num_experts_per_tok"]
+    if not 0 < active <= count:
+        raise InputError(
+            f"{source}: num_experts_per_tok {active} of num_experts {count}: copy the model's own "
+            "config.json."
+        )
     return ExpertSizes(
-        text["num_experts"],
-        text["num_experts_per_tok"],
+        count,
+        active,
         text["moe_intermediate_size"],
         bool(text.get("norm_topk_prob", False)),
         text.get("shared_expert_intermediate_size") or 0,

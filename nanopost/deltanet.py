@@ -187,7 +187,9 @@ def split(mixed_UC, sizes: DeltaSizes):
 def delta_rule(q_UHK, k_UHK, v_UHV, decay_UH, beta_UH, chunks: Chunks):
     """The gated delta rule in chunks -> out_UHV, and the states [X, H, K, V] after each level."""
     q, k, v = (_in_chunks(x, chunks) for x in (q_UHK, k_UHK, v_UHV))
-    decay, beta = (_in_chunks(x[..., None].to(v), chunks) for x in (decay_UH, beta_UH))
+    # Padding repeats a token: with a beta and a decay of 0 it changes nothing.
+    real = chunks.real_XT[:, None, :, None].to(v.dtype)
+    decay, beta = (_in_chunks(x[..., None].to(v), chunks) * real for x in (decay_UH, beta_UH))
     faded = decay.cumsum(2)  # [X, H, T, 1]: the log of what is left of the state before the chunk
     size = q.shape[2]
     later = torch.ones(size, size, dtype=torch.bool, device=q.device).triu(1)
@@ -195,8 +197,9 @@ def delta_rule(q_UHK, k_UHK, v_UHV, decay_UH, beta_UH, chunks: Chunks):
 
     # What each token adds to the state, v - S^T k with all that was added before it in the chunk:
     # the part that is known now, less the product of `read` and the state before the chunk.
-    system = (beta * k @ k.mT * between).tril(-1)
-    known = torch.cat([beta * v, beta * faded.exp() * k], -1)
+    k_beta = beta * k
+    system = (k_beta @ k.mT * between).tril(-1)
+    known = torch.cat([beta * v, faded.exp() * k_beta], -1)
     solved = torch.linalg.solve_triangular(system, known, upper=False, unitriangular=True)
     added, read = solved.split([v.shape[3], k.shape[3]], -1)
     inside = q @ k.mT * between
@@ -205,22 +208,24 @@ def delta_rule(q_UHK, k_UHK, v_UHV, decay_UH, beta_UH, chunks: Chunks):
     left = faded[:, :, -1:].exp()
 
     outs, states = [], []
-    for first, end, parent_X in chunks.levels:
-        if parent_X is None:
-            state = v.new_zeros(end, q.shape[1], k.shape[3], v.shape[3])
+    sizes = [level.end - level.first for level in chunks.levels]
+    parts = zip(*(x.split(sizes) for x in (q, k, added, read, inside, left)))
+    for level, (q, k, added, read, inside, left) in zip(chunks.levels, parts):
+        if level.parent_X is None:
+            state = v.new_zeros(*k.shape[:2], k.shape[3], v.shape[3])
         else:
-            state = repeat(states[-1], parent_X)
-        x = added[first:end] - read[first:end] @ state
-        outs.append(q[first:end] @ state + inside[first:end] @ x)
-        states.append(left[first:end] * state + k[first:end].mT @ x)
+            state = repeat(states[-1], level.parent_X)
+        x = added - read @ state
+        outs.append(q @ state + inside @ x)
+        states.append(left * state + k.mT @ x)
     out = torch.cat(outs).transpose(1, 2).flatten(0, 1)
     return out.index_select(0, chunks.inverse_U), states
 
 
 def _in_chunks(x_UHK, chunks):
-    """-> [X, H, T, K], 0 where padded."""
+    """-> [X, H, T, K]."""
     x = x_UHK.index_select(0, chunks.index_XT.flatten()).unflatten(0, chunks.index_XT.shape)
-    return (x * chunks.real_XT[..., None, None]).transpose(1, 2)
+    return x.transpose(1, 2)
 
 
 # ---------------------------------------------------------------------------------------- the cache

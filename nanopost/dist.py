@@ -307,7 +307,7 @@ class FullWeights:
         """(name in peft's format, whole tensor) of adapters and scalar heads. A collective."""
         for name, p in self.held():
             if lora.is_trained(name):
-                yield lora.peft_name(name), full_tensor(p)
+                yield lora.peft_name(name, self.root.config.is_inside), full_tensor(p)
 
     @property
     def adapted(self) -> bool:

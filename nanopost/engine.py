@@ -7,7 +7,8 @@ An engine has four calls: generate, sync_weights, sleep, close. Tokens in, token
 of each sampled token is that of the distribution it was drawn from, in fp32. Each rollout draws its
 own random numbers, from its own seed. So it depends on weights, prompt, sampling and seed, but not
 on its neighbours, the number of ranks, or the order in which rollouts finish. One thread may sync
-the weights, or close the engine, while another one generates.
+the weights, or close the engine, while another one generates. Of a model with experts each rollout
+names those that its tokens took, so that the trainer takes the same (moe.py).
 
 Batching is continuous: a rollout that ends gives its row of the cache to the next one. A step draws
 one token for each row. It works in place, on shapes that stay the same, and the host reads nothing
@@ -24,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.tensor import DTensor
 
-from nanopost import InputError, dist, hf, lora
-from nanopost.attention import Cache
+from nanopost import InputError, dist, hf, lora, moe
+from nanopost.attention import ROUTES, Cache
 from nanopost.packing import CHUNK
 from nanopost.rollout import Rollout
 
@@ -92,7 +93,8 @@ class Engine:
         cuda = self.device.type == "cuda"
         # Looking for ends makes the host wait for the device, and the device then for the host.
         self.check_every = 16 if cuda else 1
-        self.graphs = cuda  # False: no step is captured as a CUDA graph
+        # False: no step is captured as a CUDA graph, as where its experts make the host wait.
+        self.graphs = cuda and moe.needs_no_host(model)
         # Each shape is captured by itself, so on CUDA there are few: attention reads a multiple of
         # so many positions, and rows are dropped once one in so many is free.
         self.positions, self.spare = (256, 2) if cuda else (1, 8)
@@ -404,6 +406,7 @@ class Rows:
     logp_BT: np.ndarray
     version_BT: np.ndarray
     kept_B: list
+    routed: bool  # the cache has the experts of each token
 
     @classmethod
     def of(cls, model, size: int, capacity: int, most: int) -> "Rows":
@@ -425,6 +428,7 @@ class Rows:
             logp_BT=np.zeros((size, most), np.float32),
             version_BT=np.zeros((size, most), np.int64),
             kept_B=[None] * size,
+            routed=model.config.experts is not None,
         )
 
     def taken(self) -> np.ndarray:
@@ -454,6 +458,12 @@ class Rows:
                 self.kept_B[b] += kept
 
     def rollout(self, b: int, length: int, finish: str) -> Rollout:
+        routes = None
+        if self.routed:
+            given = len(self.prompt_B[b]) + length - 1  # the last token was not given to the model
+            (routes_BLTA,) = self.cache.held[ROUTES]
+            routes = routes_BLTA[b, :, :given].transpose(0, 1).cpu().numpy()
+            routes = np.concatenate([routes, np.full_like(routes[:1], -1)])
         return Rollout(
             self.prompt_B[b],
             self.ids_BT[b, :length].tolist(),
@@ -461,6 +471,7 @@ class Rows:
             finish,
             self.version_BT[b, :length].copy(),
             kept=self.kept_B[b][:length] or None,
+            routes=routes,
         )
 
     def idle(self):

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from nanopost import StepError, dist
-from nanopost.batch import Batch, Example, batch_of, shared, worth_sharing
+from nanopost.batch import Batch, Example, batch_of, common, shared, worth_sharing
 from nanopost.dist import even, exchange, gather
 from nanopost.packing import cost, deal, micro_batches, pack
 
@@ -53,11 +53,14 @@ def _unit(examples: tuple[Example, ...], rank: int, index: int) -> Unit:
     first, last, shared_S = examples[0], examples[-1], shared(examples)
     own_S = [len(e) - count for e, count in zip(examples, shared_S)]
     total = sum(map(cost, own_S, shared_S))
-    prompt = first.ids[: first.prompt_length]
-    saved = worth_sharing(len(prompt), first)
-    if not np.array_equal(prompt, last.ids[: len(prompt)]):
+    length = first.prompt_length
+    saved = worth_sharing(length, first)
+    if common(first, last, length) < length:
         saved = 0
-    prompt = hashlib.blake2b(prompt.tobytes(), digest_size=16).digest()
+    prompt = first.ids[:length].tobytes()
+    if first.routes is not None:
+        prompt += first.routes[:length].tobytes()
+    prompt = hashlib.blake2b(prompt, digest_size=16).digest()
     return Unit(prompt, digest_of(examples), rank, index, sum(own_S), total, saved)
 
 
@@ -125,6 +128,8 @@ def digest_of(examples: tuple[Example, ...]) -> bytes:
         arrays = {"ids": e.ids, "mask": e.mask, **e.columns}
         if e.kept is not None:
             arrays |= {"sizes": [len(ids) for ids in e.kept], "kept": np.concatenate(e.kept)}
+        if e.routes is not None:
+            arrays["routes"] = e.routes
         for name, x in sorted(arrays.items()):
             digest.update(f"{name} {np.shape(x)} ".encode())
             digest.update(np.ascontiguousarray(x).tobytes())
@@ -160,9 +165,10 @@ def add_values(examples: list[Example], model, tokens: int, device):
 def per_token(forward: Callable, examples: list[Example], tokens: int, device) -> list[np.ndarray]:
     """forward(batch) -> x_N, 0 where there is no target; returns fp32 [T] for each example.
 
-    A collective: see batches. Examples of the same ids, mask and kept ids get the same numbers.
+    A collective: see batches. Examples of the same ids, mask, kept ids and routes get the same
+    numbers.
     """
-    units = [(Example(e.ids, e.mask, kept=e.kept),) for e in examples]
+    units = [(Example(e.ids, e.mask, kept=e.kept, routes=e.routes),) for e in examples]
     keys = [digest_of(unit) for unit in units]
     found = {}
     for part in _dealt(units, tokens, once=True):

@@ -1,7 +1,9 @@
 """Hugging Face folders: config.json and sharded safetensors, in and out.
 
 A folder with a LoRA adapter in peft's format reads as its base model with the adapter merged in. A
-model that bitsandbytes has quantised to NF4 reads as its dequantised one.
+model that bitsandbytes has quantised to NF4 reads as its dequantised one. Of a folder with images
+beside the text (Gemma 3, Qwen3.5) the decoder is read, and the rest of it is carried: copied bit
+for bit into the folder that is written, which has the names and files of the one that was read.
 
 Reading streams tensor by tensor, and only this rank's slice of each. Writing streams too, and is
 atomic: anything slow or fallible (a full disk) happens in FOLDER/.saving, and only renames follow.
@@ -18,7 +20,8 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +33,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from nanopost import InputError, lora, nf4
 from nanopost.config import Config
 from nanopost.model import ActorCritic, CausalLM, ScalarModel
+from nanopost.names import DECODER, Carried, Form, ours
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -38,6 +42,11 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 SCORE = "score.weight"
 QUANTISED = ".quant_state.bitsandbytes__nf4"  # after the name of a matrix
+PROCESSOR = (  # files of a folder with images beside the text
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+)
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # of safetensors
 
 
@@ -128,7 +137,11 @@ def load_scalar_model(
     new_head: bool = False,
     pad_id: int | None = None,
 ) -> ScalarModel:
-    """A reward model. new_head: also take a language model, and replace its head with a new one."""
+    """A reward model. new_head: also take a language model, and replace its head with a new one.
+
+    Of a folder with images beside the text it is the decoder alone, and is saved so, as a model of
+    text: nothing is carried.
+    """
     config = _config_and_dtype(folder, device)
     if not config.scalar and not new_head:
         raise InputError(
@@ -160,6 +173,7 @@ def load_actor_critic(
         value_config = _config_and_dtype(value_folder, device).with_scalar_head(pad_id)
     model = _empty(lambda: ActorCritic(config, value_config), device, torch.float32, shard)
     load_weights(model.policy, folder)
+    model.config = model.policy.config
     if value_folder:
         load_weights(model.value, value_folder)
     else:
@@ -174,9 +188,10 @@ def _config_and_dtype(folder, device) -> Config:
     if torch.device(device).type == "meta":
         return config
     file_of = _weight_files(lora.base_folder(folder))
-    if EMBEDDING in file_of:
-        with _opened(file_of[EMBEDDING]) as file:
-            stored = DTYPES.get(file.get_slice(EMBEDDING).get_dtype(), torch.float32)
+    embedding = Form.of(file_of, config.prefixes, config.form).there(EMBEDDING)
+    if embedding in file_of:
+        with _opened(file_of[embedding]) as file:
+            stored = DTYPES.get(file.get_slice(embedding).get_dtype(), torch.float32)
         kind = str(stored).removeprefix("torch.")
         config.hf.update(dtype=kind, torch_dtype=kind)
     return config
@@ -196,15 +211,19 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     Names and shapes must match the model. A tied head's copy and rotary buffers are skipped, and so
     is a language model's head if a scalar model needs a new one, which is normal with variance
     1 / (width + 1), as in 2403.17031. An adapter in the folder is merged; the model's own adapters
-    begin anew. On the meta device nothing is read.
+    begin anew. The model's config then says what names the folder has, and what else is in it that
+    is saved with the model. On the meta device nothing is read.
     """
     folder = Path(folder)
     model.folder = str(folder)
     if next(model.parameters()).is_meta:
         return
+    config = model.config
     adapter = lora.read(folder) if lora.is_adapter_folder(folder) else None
     base = adapter.base if adapter else folder
-    factors = adapter.factors if adapter else {}
+    factors = {}
+    if adapter:
+        factors = {ours(name, config.prefixes): x for name, x in adapter.factors.items()}
     wanted = {
         name: p
         for name, p in model.named_parameters()
@@ -217,44 +236,57 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     for name, layer in packed_layers.items():
         shapes[name] = [layer.out_features, layer.in_features]
     stored = _weight_files(base)
-    quantised = {name.removesuffix(QUANTISED) for name in stored if name.endswith(QUANTISED)}
-    # Beside X.weight, bitsandbytes stores X.weight.absmax and the like.
-    beside = {name for name in stored if name.rpartition(".weight.")[0] + ".weight" in quantised}
-    file_of = {name: path for name, path in stored.items() if name not in beside}
+    quantised = _quantised_names(stored)
+    file_of = {name: path for name, path in stored.items() if not _is_beside(name, quantised)}
+    form = Form.of(file_of, config.prefixes, config.form)
     if adapter:
         if adapter.base_hash not in ("", content_hash(base)):
             raise InputError(
                 f"{folder}: its base model, {base}, has other weights than it was trained beside: "
                 "restore that folder, or give the merged model of the run that wrote the adapter."
             )
-        _check_adapter(folder, adapter, shapes)
-    if model.config.scalar and SCORE not in file_of:
+        _check_adapter(folder, adapter, factors, shapes)
+    if config.scalar and SCORE not in file_of:
         _new_head(wanted.pop(SCORE))
-        file_of.pop(HEAD, None)
-    _check_names(base, wanted, file_of, model.config.tied)
-    for path in sorted({file_of[name] for name in wanted}):
+        file_of.pop(form.there(HEAD), None)
+    carried = tuple(sorted(name for name in file_of if name.startswith(config.traits.carried)))
+    for name in carried:
+        del file_of[name]
+    tensors_of = {name: form.all_there(name, shapes[name]) for name in wanted}
+    _check_names(base, tensors_of, file_of, form.there(HEAD) if config.tied else "")
+    split = [name for name in wanted if form.is_split(name)]
+    there = {name: form.there(name) for name in wanted if name not in split}
+    if config.dtype != torch.float32:
+        form = replace(form, fp32=_in_fp32(file_of, there))
+    model.config = _as_read(config, form, base, carried)
+
+    for path in sorted({file_of[stored_name] for stored_name in there.values()}):
         with _opened(path) as file:
-            for name, p in wanted.items():
-                if file_of[name] != path:
+            for name, stored_name in there.items():
+                if file_of[stored_name] != path:
                     continue
-                layer = packed_layers.get(name)
-                if layer is not None and name in quantised and name not in factors:
-                    _fill_packed(layer, *_quantised(stored, name))
+                p, layer = wanted[name], packed_layers.get(name)
+                is_quantised = stored_name in quantised
+                if layer is not None and is_quantised and name not in factors:
+                    _fill_packed(layer, *_quantised(stored, stored_name))
                     continue
-                source = file.get_slice(name)
-                if name in quantised:
-                    packed, shape, dtype = _quantised(stored, name)
-                    source = nf4.dequantize(packed, shape[1], dtype)
+                source = file.get_slice(stored_name)
+                if is_quantised:
+                    source = _dequantised(stored, stored_name)
                 elif adapter and adapter.nf4 and ".layers." in name and p.ndim == 2:
                     dense = source[:]  # the adapter belongs to what NF4 makes of it
                     source = nf4.dequantize(nf4.quantize(dense), dense.shape[1], dense.dtype)
                 if layer is None:
-                    _fill(p, source, name, path, factors.get(name))
+                    _fill(p, source, stored_name, path, factors.get(name))
                 else:
                     dense = torch.empty(layer.out_features, layer.in_features)
-                    _fill(dense, source, name, path, factors.get(name))
+                    _fill(dense, source, stored_name, path, factors.get(name))
                     dense = dense.to(p.device, layer.stored_dtype)
                     _fill_packed(layer, nf4.quantize(dense), dense.shape, dense.dtype)
+    for name in split:
+        p = wanted[name]
+        with _experts(stored, quantised, form.matrices(name, len(p)), p.shape) as source:
+            _copy(p, source)
     for name, head in (adapter.heads if adapter else {}).items():
         _copy(model.get_parameter(name), head)
     for layer in lora.layers(model).values():
@@ -264,13 +296,37 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     for name, layer in packed_layers.items():  # where a block is not finite, its scale is not
         found[name] = _local(layer.weight_nested).view(torch.float32)
     _check_finite(folder, found)
-    if model.config.tied and HEAD in file_of:
-        if not torch.equal(_whole(file_of, HEAD), _whole(file_of, EMBEDDING)):
+    head, embedding = form.there(HEAD), form.there(EMBEDDING)
+    if config.tied and head in file_of:
+        if not torch.equal(_whole(file_of, head), _whole(file_of, embedding)):
+            place = "config.json (not in its text_config)" if config.is_inside else "config.json"
             raise InputError(
                 f"{base}: config.json ties the head to the embedding, but the weights hold a "
-                f"{HEAD} that differs from it: set tie_word_embeddings to false in config.json to "
-                "use it."
+                f"{head} that differs from it: set tie_word_embeddings to false in {place} to use "
+                "it."
             )
+
+
+def _in_fp32(file_of, there) -> frozenset[str]:
+    """The parameters that are so in the folder: Qwen3.5 has decays in fp32 among bf16. there:
+    parameter -> its name in the folder."""
+    found = set()
+    for path in {file_of[stored_name] for stored_name in there.values()}:
+        with _opened(path) as file:
+            for name, stored_name in there.items():
+                if file_of[stored_name] == path and stored_name in file.keys():
+                    if file.get_slice(stored_name).get_dtype() == "F32":
+                        found.add(name)
+    return frozenset(found)
+
+
+def _as_read(config, form, folder, carried) -> Config:
+    """The Config of a model that has been read from a folder of this form."""
+    if not config.is_inside:  # a model of text alone: transformers' and vLLM's own names
+        form = replace(form, prefix=DECODER)
+    if config.scalar or not carried:
+        return replace(config, form=form, carried=None)
+    return replace(config, form=form, carried=Carried(str(folder), carried))
 
 
 def content_hash(folder) -> str:
@@ -324,17 +380,21 @@ def _new_head(p):
     _copy(p, head)
 
 
-def _check_names(folder, wanted, file_of, tied):
+def _check_names(folder, there, file_of, copy):
+    """there: parameter -> the names of its tensors in the folder. copy: a tied head's, or ""."""
+    wanted = set()
+    for names in there.values():
+        wanted.update(names)
     extra = {
         name
-        for name in set(file_of) - set(wanted)
-        if not name.endswith("rotary_emb.inv_freq") and not (tied and name == HEAD)
+        for name in set(file_of) - wanted
+        if not name.endswith("rotary_emb.inv_freq") and name != copy
     }
-    missing = set(wanted) - set(file_of)
+    missing = wanted - set(file_of)
     if not missing and not extra:
         return
     untied = ""
-    if HEAD in missing:
+    if not missing.isdisjoint(there.get(HEAD, [])):
         untied = " (config.json says the head is not tied to the embedding)"
     raise InputError(
         f"{folder}: the weights do not match config.json{untied}; missing: {_some(missing)}; "
@@ -342,9 +402,9 @@ def _check_names(folder, wanted, file_of, tied):
     )
 
 
-def _check_adapter(folder, adapter, shapes):
+def _check_adapter(folder, adapter, factors, shapes):
     """InputError for an adapter of another model, or of layers that have none here."""
-    for name, (a, b, _) in adapter.factors.items():
+    for name, (a, b, _) in factors.items():
         shape = [len(b), a.shape[1]]
         if shapes.get(name) != shape:
             here = shapes.get(name, "not there")
@@ -361,11 +421,7 @@ def _check_adapter(folder, adapter, shapes):
 
 def _fill(p, source, name, path, factors=None):
     """factors: A, B and scale of an adapter to merge."""
-    shape = list(source.shape) if isinstance(source, torch.Tensor) else source.get_shape()
-    if list(p.shape) != shape:
-        raise InputError(
-            f"{path}: {name} has shape {shape}, but config.json wants {list(p.shape)}."
-        )
+    _check_shape(source, name, path, list(p.shape))
     if factors is None:
         _copy(p, source)
         return
@@ -374,10 +430,68 @@ def _fill(p, source, name, path, factors=None):
     _local(p).copy_(lora.merged(source[rows], a, b[rows], scale))
 
 
+def _check_shape(source, name, path, wanted):
+    shape = list(source.shape) if isinstance(source, torch.Tensor) else source.get_shape()
+    if shape != wanted:
+        raise InputError(f"{path}: {name} has shape {shape}, but config.json wants {wanted}.")
+
+
+class _Stack:
+    """A parameter [E, R, C] whose experts' matrices are tensors of their own, or slices of files:
+    only what is asked for is read."""
+
+    def __init__(self, matrices: list[list], shape):
+        self.matrices, self.shape = matrices, shape
+
+    def __getitem__(self, index):
+        experts, rows, columns = index
+        _, height, width = self.shape
+        stacked = [torch.empty(0, height, width)[:, rows, columns]]
+        for parts in self.matrices[experts]:
+            matrix_RC = torch.cat([part[:] for part in parts])
+            stacked.append(matrix_RC[rows, columns][None])
+        return torch.cat(stacked)
+
+
+@contextmanager
+def _experts(stored, quantised, names, shape):
+    """A _Stack of the tensors with these names, of each expert's matrices."""
+    rows, columns = shape[1] // len(names[0]), shape[2]
+    with ExitStack() as files:
+        paths = {stored[name] for parts in names for name in parts}
+        file_of = {path: files.enter_context(_opened(path)) for path in sorted(paths)}
+        matrices = []
+        for parts in names:
+            sources = []
+            for name in parts:
+                source = file_of[stored[name]].get_slice(name)
+                if name in quantised:
+                    source = _dequantised(stored, name)
+                _check_shape(source, name, stored[name], [rows, columns])
+                sources.append(source)
+            matrices.append(sources)
+        yield _Stack(matrices, shape)
+
+
 def _fill_packed(layer, packed, shape, dtype):
     layer.stored_dtype = dtype
     for part, tensor in zip(nf4.PARTS, packed):
         _copy(getattr(layer, part), tensor)
+
+
+def _quantised_names(stored) -> set[str]:
+    """The matrices that bitsandbytes has quantised."""
+    return {name.removesuffix(QUANTISED) for name in stored if name.endswith(QUANTISED)}
+
+
+def _is_beside(name, quantised) -> bool:
+    """Whether a tensor is one that bitsandbytes stores beside X.weight: X.weight.absmax, say."""
+    return name.rpartition(".weight.")[0] + ".weight" in quantised
+
+
+def _dequantised(file_of, name) -> torch.Tensor:
+    packed, shape, dtype = _quantised(file_of, name)
+    return nf4.dequantize(packed, shape[1], dtype)
 
 
 def _quantised(file_of, name) -> tuple[nf4.Packed, list[int], torch.dtype]:
@@ -465,13 +579,16 @@ def save_model(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5 * 2**30,
     write: bool = True,
+    carried: str = "",
 ):
     """Write a folder that transformers and vLLM load: weights, config.json, and `files`.
 
-    named_tensors is consumed one by one and held up to max_shard_bytes; dtype casts. files: name ->
-    content, or None to delete what another model left there. If the tensors are gathered from
-    shards, every rank must call this; only the one with write=True writes. After a kill or a full
-    disk, the folder is as the module docstring says.
+    named_tensors is consumed one by one and held up to max_shard_bytes; dtype casts all but the few
+    that the model's folder has in fp32 among bf16. What the model carries (config.carried) is read
+    from that folder, one by one, and keeps its dtype; InputError if it is not there any more, or if
+    its carried_hash is not `carried`. files: name -> content, or None to delete what another model
+    left there. If the tensors are gathered from shards, every rank must call this; only the one
+    with write=True writes. After a kill or a full disk, the folder is as the module docstring says.
     """
     if not write:
         for _ in named_tensors:  # each is a collective
@@ -482,15 +599,21 @@ def save_model(
     shutil.rmtree(saving, ignore_errors=True)
     saving.mkdir(parents=True)
     try:
-        paths, sizes_of, saved_as = [], [], None
-        for tensors in _shards(named_tensors, dtype, max_shard_bytes):
+        paths, sizes_of, saved_as, sums = [], [], None, {}
+        weights = _to_save(named_tensors, config, dtype, sums)
+        for tensors in _shards(weights, max_shard_bytes):
             paths.append(saving / f"{len(paths)}.safetensors")
             save_file(tensors, paths[-1], metadata={"format": "pt"})
             sizes_of.append({name: tensor.nbytes for name, tensor in tensors.items()})
-            saved_as = next(iter(tensors.values())).dtype
-        files = {**(files or {}), "config.json": _config_text(config, saved_as)}
+            saved_as = saved_as or next(iter(tensors.values())).dtype  # the decoder's come first
+        if carried and _hash_of(sums) != carried:
+            raise InputError(
+                f"{config.carried.folder}: the weights beside its language model have changed "
+                f"since the run began, and are saved with it: restore that folder, then --resume."
+            )
+        files = {**_files_of(config, files or {}), "config.json": _config_text(config, saved_as)}
         _install(folder, saving, paths, sizes_of, files)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, InputError) as error:
         shutil.rmtree(saving, ignore_errors=True)
         if _full_disk(error):
             raise InputError(
@@ -498,6 +621,74 @@ def save_model(
                 "disk space, then --resume from the last checkpoint."
             ) from error
         raise
+
+
+def _to_save(named_tensors, config, dtype, sums) -> Iterator[tuple[str, torch.Tensor]]:
+    """All tensors of a folder, under their names there. sums: gets those of what is carried."""
+    cast = _cast(named_tensors, dtype, config.form.fp32)
+    for name, tensor in config.form.published(cast):
+        yield name, tensor.contiguous()
+    for name, tensor in carried_tensors(config):
+        sums[name] = _sum(tensor)
+        yield name, tensor
+
+
+def _cast(named_tensors, dtype, fp32):
+    """On the CPU. fp32: the names of those that keep it."""
+    for name, tensor in named_tensors:
+        tensor = tensor.detach().cpu()
+        if dtype and not (name in fp32 and tensor.dtype == torch.float32):
+            tensor = tensor.to(dtype)
+        yield name, tensor
+
+
+def _files_of(config, files):
+    """The files of a folder; a model of text alone has none for images."""
+    if config.is_inside:
+        return files
+    return {name: None if name in PROCESSOR else content for name, content in files.items()}
+
+
+def carried_tensors(config: Config) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of what a model carries, from the folder that it was loaded from. As it is
+    there, but for matrices in NF4, which are dequantised. InputError if it is gone."""
+    if config.carried is None:
+        return
+    folder, names = Path(config.carried.folder), config.carried.names
+    try:
+        stored = _weight_files(folder)
+    except (InputError, OSError):
+        stored = {}
+    if missing := set(names) - set(stored):
+        raise InputError(
+            f"{folder}: weights beside its language model, which are saved with it, are no longer "
+            f"there ({_some(missing)}): restore that folder, then --resume."
+        )
+    quantised = _quantised_names(stored)
+    for path in sorted({stored[name] for name in names}):
+        with _opened(path) as file:
+            for name in names:
+                if stored[name] != path:
+                    continue
+                is_quantised = name in quantised
+                yield name, _dequantised(stored, name) if is_quantised else file.get_tensor(name)
+
+
+def carried_hash(config: Config) -> str:
+    """Hash of what a model carries; "" for nothing. It is read whole: about a second per GB."""
+    if config.carried is None:
+        return ""
+    return _hash_of({name: _sum(tensor) for name, tensor in carried_tensors(config)})
+
+
+def _sum(tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _hash_of(sums) -> str:
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def save_adapter(
@@ -544,10 +735,9 @@ def to_disk(path):
         os.close(handle)
 
 
-def _shards(named_tensors, dtype, max_bytes) -> Iterator[dict[str, torch.Tensor]]:
+def _shards(named_tensors, max_bytes) -> Iterator[dict[str, torch.Tensor]]:
     shard, size = {}, 0
     for name, tensor in named_tensors:
-        tensor = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         if shard and size + tensor.nbytes > max_bytes:
             yield shard
             shard, size = {}, 0
@@ -559,8 +749,14 @@ def _shards(named_tensors, dtype, max_bytes) -> Iterator[dict[str, torch.Tensor]
 def _config_text(config, dtype):
     """config.json. transformers 4 reads torch_dtype, transformers 5 dtype."""
     kind = str(dtype).removeprefix("torch.")
-    architectures = [config.traits.causal]
-    hf = {"architectures": architectures, **config.hf, "dtype": kind, "torch_dtype": kind}
+    hf = {"architectures": [config.architecture], **config.hf, "dtype": kind, "torch_dtype": kind}
+    if config.is_inside:
+        # Of the two places where it is said whether the head is tied, transformers reads this one
+        # and vLLM the one in text_config.
+        hf["tie_word_embeddings"] = config.tied
+        text = hf["text_config"] | {"tie_word_embeddings": config.tied}
+        written = {key: kind for key in ("dtype", "torch_dtype") if key in text}
+        hf["text_config"] = text | written
     return json.dumps(hf, indent=2) + "\n"
 
 

@@ -122,7 +122,7 @@ def _largest_logit(run, step) -> float:
     if not hasattr(policy, "head_weight"):
         return 1.0
     e = max(step.examples, key=lambda e: len(e.ids))
-    logits_TV = hidden(policy.model, e.ids) @ policy.head_weight.T
+    logits_TV = hidden(policy.model, e) @ policy.head_weight.T
     return max(1.0, float(logits_TV.abs().max()) / getattr(step.flags, "temperature", 1.0))
 
 

@@ -5,7 +5,8 @@
 W and b keep their checkpoint names. Only A, B and a scalar head train. B begins at 0, so training
 begins from the base. With adapters off the model is the base: a reference that costs no memory.
 Merged weights, W + scale B A, are made anew from W each time: nothing is ever added to W itself,
-so nothing drifts.
+so nothing drifts. Adapters are beside linear layers, as peft's "all-linear": of a mixture of
+experts, beside the one that all tokens share; the others and their router stay as they are.
 
 Shapes: N tokens, I inputs and O outputs of a layer, r rank: A [r, I], B [O, r].
 """
@@ -23,11 +24,13 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanopost import InputError, nf4
+from nanopost.names import Form
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 ABOUT = "nanopost.json"  # what a run here says beside peft's two files
 PREFIX = "base_model.model."  # of peft's tensor names
+INSIDE = "model.language_model."  # in transformers, of a decoder beside a vision tower
 HEADS = ("score.weight", "value.weight", "value.score.weight")  # they train in full
 
 
@@ -205,15 +208,21 @@ def summary(model: nn.Module) -> str:
 # ---------------------------------------------------------------------------------------- reference
 @contextmanager
 def off(model: nn.Module):
-    """Inside, the model is its base: adapters are left out. A scalar head is not."""
+    """Inside, the model is its base: adapters are left out, and it chooses its own experts. A
+    scalar head is not left out."""
     adapted = layers(model).values()
+    replaying = [module for module in model.modules() if getattr(module, "replays", False)]
     for layer in adapted:
         layer.active = False
+    for decoder in replaying:
+        decoder.replays = False
     try:
         yield
     finally:
         for layer in adapted:
             layer.active = True
+        for decoder in replaying:
+            decoder.replays = True
 
 
 class Reference:
@@ -230,8 +239,11 @@ class Reference:
 
 
 # ------------------------------------------------------------------------------------ peft's format
-def peft_name(name: str) -> str:
-    """A parameter's name -> its name in adapter_model.safetensors."""
+def peft_name(name: str, inside: bool = False) -> str:
+    """A parameter's name -> its name in adapter_model.safetensors. inside: of a model with more
+    than text (Config.is_inside), whose modules transformers names otherwise than the hub."""
+    if inside:
+        name = Form(INSIDE).there(name)
     return PREFIX + (f"{name}.weight" if is_adapter(name) else name)
 
 
@@ -241,6 +253,9 @@ def peft_config(model: nn.Module) -> dict:
     layer = next(iter(adapted.values()))
     scalar = model.config.scalar
     alpha = layer.alpha
+    targets = sorted({name.rpartition(".")[2] for name in adapted})
+    if model.config.is_inside:  # a vision tower has a q_proj too
+        targets = rf".*\.language_model\..*\.({'|'.join(targets)})"
     return {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS" if scalar else "CAUSAL_LM",
@@ -248,7 +263,7 @@ def peft_config(model: nn.Module) -> dict:
         "r": layer.rank,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "use_rslora": layer.rslora,
-        "target_modules": sorted({name.rpartition(".")[2] for name in adapted}),
+        "target_modules": targets,
         "modules_to_save": ["score"] if scalar else None,
         "lora_dropout": 0.0,
         "bias": "none",

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import (
 
 from nanopost import deltanet
 from nanopost.attention import (
+    ROUTES,
     Cache,
     Packing,
     cached_attention,
@@ -35,7 +36,7 @@ from nanopost.attention import (
 )
 from nanopost.config import LINEAR, Config
 from nanopost.logprob import logprob, matmul_fp32
-from nanopost.moe import MoE
+from nanopost.moe import MLP, MoE, Routes
 from nanopost.rope import rope_frequencies, rotate
 
 
@@ -85,21 +86,6 @@ class Attention(nn.Module):
         return self.o_proj(out_NHK.flatten(1))
 
 
-ACTIVATIONS = {"silu": F.silu, "gelu": partial(F.gelu, approximate="tanh")}
-
-
-class MLP(nn.Module):
-    def __init__(self, c: Config, width: int):
-        super().__init__()
-        self.activation = ACTIVATIONS[c.activation]
-        self.gate_proj = nn.Linear(c.width, width, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.width, width, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(width, c.width, bias=c.mlp_bias)
-
-    def forward(self, x_ND):
-        return self.down_proj(self.activation(self.gate_proj(x_ND)) * self.up_proj(x_ND))
-
-
 class Block(nn.Module):
     def __init__(self, c: Config, layer: int):
         super().__init__()
@@ -108,7 +94,8 @@ class Block(nn.Module):
             self.linear_attn = deltanet.DeltaNet(c)
         else:
             self.self_attn = Attention(c, layer)
-        self.mlp = MoE(c) if c.blocks[layer].experts else MLP(c, c.mlp_width)
+        self.mixture = c.blocks[layer].experts
+        self.mlp = MoE(c, layer) if self.mixture else MLP(c, c.mlp_width)
         self.input_layernorm = RMSNorm(c.width, c)
         self.post_attention_layernorm = RMSNorm(c.width, c)
         if self.post_norms:
@@ -122,14 +109,24 @@ class Block(nn.Module):
             mixed_ND = self.self_attn(self.input_layernorm(x_ND), cos_NR, sin_NR, mixer.attend)
         if self.post_norms:
             x_ND = x_ND + self.post_attention_layernorm(mixed_ND)
-            fed_ND = self.mlp(self.pre_feedforward_layernorm(x_ND))
+            fed_ND = self._feed(self.pre_feedforward_layernorm(x_ND), mixer)
             return x_ND + self.post_feedforward_layernorm(fed_ND)
         x_ND = x_ND + mixed_ND
-        return x_ND + self.mlp(self.post_attention_layernorm(x_ND))
+        return x_ND + self._feed(self.post_attention_layernorm(x_ND), mixer)
+
+    def _feed(self, x_ND, mixer):
+        return self.mlp(x_ND, mixer.routes) if self.mixture else self.mlp(x_ND)
+
+
+PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._grouped_mm.default,
+)
 
 
 def _keep_products(context, operator, *args, **kwargs):
-    if operator in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+    if operator in PRODUCTS:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -143,11 +140,17 @@ KEEP = {
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm: everything under `model.` in a checkpoint."""
+    """Embedding, blocks, final norm: everything under `model.` in a checkpoint.
+
+    replays: whether it takes the experts that a batch names (moe.Routes): the policy, which sampled
+    with them, does; a reference, a teacher or a value model chooses its own. used_LE: how many
+    tokens each expert has had in training, until moe.load_metrics has read it.
+    """
 
     def __init__(self, c: Config):
         super().__init__()
         self.config, self.checkpointing = c, "none"
+        self.replays, self.used_LE = False, None
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.layers))
         self.norm = RMSNorm(c.width, c)
@@ -175,9 +178,19 @@ class Decoder(nn.Module):
         angle_NR = position_N[:, None].float() * freq_R
         return angle_NR.cos() * magnitude, angle_NR.sin() * magnitude
 
-    def packed(self, token_N, position_N, cu_seqlens, max_seqlen, prefixes=None):
-        """Packed documents -> hidden_ND; with batch.Prefixes hidden_UD, of what is computed."""
-        documents = Documents(Packing(cu_seqlens, max_seqlen, prefixes))
+    def packed(
+        self,
+        token_N,
+        position_N,
+        cu_seqlens,
+        max_seqlen,
+        prefixes=None,
+        routes: Routes | None = None,
+    ):
+        """Packed documents -> hidden_ND; with batch.Prefixes hidden_UD, of what is computed.
+
+        routes: of what is computed, too; None: each token takes its best experts."""
+        documents = Documents(Packing(cu_seqlens, max_seqlen, prefixes), routes)
         if prefixes is not None:
             token_N, position_N = token_N[prefixes.first_U], position_N[prefixes.first_U]
         return self(token_N, position_N, documents)
@@ -188,11 +201,12 @@ class Documents:
     """Packed documents, which do not see each other.
 
     Decoder asks it for what a block needs, with of_layer: attend, and recur in linear attention.
+    routes: which experts the tokens take.
     What depends on the layer's number is not compiled: it would be compiled anew for each layer.
     """
 
-    def __init__(self, packing: Packing):
-        self.packing = packing
+    def __init__(self, packing: Packing, routes: Routes | None = None):
+        self.packing, self.routes = packing, routes or Routes()
         self.chunks = {}  # tokens that a convolution sees -> Chunks, made once for all layers
 
     def of_layer(self, layer: int):
@@ -240,7 +254,7 @@ class NextTokens:
     """One more token for each row of a cache, which is changed in place."""
 
     def __init__(self, cache: Cache):
-        self.cache, self.layer = cache, 0
+        self.cache, self.layer, self.routes = cache, 0, Routes()
         self.seen = {}  # window -> what each row sees
 
     def of_layer(self, layer: int):
@@ -317,17 +331,26 @@ class CausalLM(nn.Module):
                 held.append(deltanet.empty_states(c.delta, rows, **like))
             else:
                 held.append([torch.zeros(keys, **like), torch.zeros(keys, **like)])
+        if c.experts is not None:
+            routes = rows, c.mixtures, capacity, c.experts.active
+            held.append([torch.zeros(routes, dtype=torch.int16, device=like["device"])])
         return Cache(held, rows, capacity, like["device"])
 
     def prefill(self, token_N, position_N, cu_seqlens, max_seqlen, write):
         """Packed prompts -> hidden_PD of their last tokens. write: see Prompts."""
         prompts = Prompts(Packing(cu_seqlens, max_seqlen), write)
-        return self.model(token_N, position_N, prompts)[cu_seqlens[1:].long() - 1]
+        hidden_ND = self.model(token_N, position_N, prompts)
+        if self.config.experts is not None:
+            write(ROUTES, of_documents(prompts.routes.taken_NLA(), prompts.packing))
+        return hidden_ND[cu_seqlens[1:].long() - 1]
 
     def decode(self, token_B, cache: Cache):
         """One more token for each row -> hidden_BD. The cache is changed in place; its `longest` is
         above all lengths."""
-        hidden_BD = self.model(token_B, cache.length_B, NextTokens(cache))
+        next_tokens = NextTokens(cache)
+        hidden_BD = self.model(token_B, cache.length_B, next_tokens)
+        if self.config.experts is not None:
+            cache.append(ROUTES, next_tokens.routes.taken_NLA())
         cache.length_B.add_(1)
         return hidden_BD
 
@@ -426,4 +449,11 @@ def _at_targets(hidden_UD, batch):
 def _hidden(decoder, batch):
     """-> hidden_UD, of the tokens that are computed."""
     where = batch.position_N, batch.cu_seqlens, batch.max_seqlen, batch.prefixes
-    return decoder.packed(batch.token_N, *where)
+    if decoder.config.experts is None:
+        return decoder.packed(batch.token_N, *where)
+    routes = Routes(batch.routes_ULA if decoder.replays else None)
+    hidden_UD = decoder.packed(batch.token_N, *where, routes)
+    if torch.is_grad_enabled() and not batch.dummy:
+        count_LE = routes.count_LE(decoder.config.experts.count)
+        decoder.used_LE = count_LE if decoder.used_LE is None else decoder.used_LE + count_LE
+    return hidden_UD

@@ -200,7 +200,7 @@ def row_of(line: dict, arguments: dict) -> Row | None:
         return None
     about, columns = {}, {}
     for name, value in line.items():
-        if name in ("ids", "mask", "rank"):
+        if name in ("ids", "mask", "rank", "routes"):
             continue
         if name == "kept":
             value = _sizes(value)

@@ -34,6 +34,7 @@ PLAIN, CUT, CACHED = DRAWN
 # rounds by 0.1 on average in a sound SmolLM2-135M.
 SCORE = {torch.float32: 1e-4, torch.bfloat16: 0.4}
 PRINT = {torch.float32: 5e-5, torch.bfloat16: 4e-2}  # largest difference, in units of the rms
+INSIDE = "language_model."  # what vLLM's names of a decoder beside a vision tower begin with
 NOTHING = hashlib.sha256(b"").hexdigest()  # the checksum of a packed layer on a CPU
 
 
@@ -155,6 +156,11 @@ def print_of(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().float().cpu().numpy().copy()
 
 
+def has_print(tensor: torch.Tensor) -> bool:
+    """Not experts, which are stacked, and convolutions."""
+    return tensor.ndim <= 2
+
+
 def prints_of(server: Server, config) -> tuple[dict | None, dict]:
     """A server's prints under checkpoint names, and how it computes; None if it gives none."""
     widths = {config.width, config.mlp_width, config.heads * config.head_dim}
@@ -172,7 +178,8 @@ def prints_of(server: Server, config) -> tuple[dict | None, dict]:
     if about["ranks"] > 1:
         return None, about
     prints = {
-        name: np.frombuffer(base64.b64decode(text), np.float32) for name, text in found.items()
+        name.removeprefix(INSIDE): np.frombuffer(base64.b64decode(text), np.float32)
+        for name, text in found.items()
     }
     return split(prints, config), about
 
@@ -186,6 +193,13 @@ def split(prints: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
         if ".qkv_proj." in name:
             for part, x in zip("qkv", np.split(x_O, [query, key])):
                 found[name.replace("qkv_proj", f"{part}_proj")] = x
+        elif ".in_proj_qkvz." in name:
+            values = config.delta.value_heads * config.delta.value_dim
+            found[name.replace("qkvz", "qkv")] = x_O[:-values]
+            found[name.replace("qkvz", "z")] = x_O[-values:]
+        elif ".in_proj_ba." in name:
+            for part, x in zip("ba", np.split(x_O, 2)):
+                found[name.replace("in_proj_ba", f"in_proj_{part}")] = x
         elif ".gate_up_proj." in name:
             for part, x in zip(("gate", "up"), np.split(x_O, 2)):
                 found[name.replace("gate_up", part)] = x
@@ -222,7 +236,10 @@ class Digests:
         self.dtype, self.hashes = dtype, {}
 
     def add(self, name: str, tensor: torch.Tensor):
-        """In the order of the checkpoint: q, k, v, and gate, up."""
+        """In the order of the checkpoint: q, k, v, and gate, up. vLLM has A_log in fp32, whatever
+        the dtype of the others."""
+        if name.endswith(".A_log"):
+            return
         fused = re.sub(r"\b[qkv]_proj", "qkv_proj", name)
         fused = re.sub(r"\b(gate|up)_proj", "gate_up_proj", fused)
         data = tensor.detach().to("cpu", self.dtype).contiguous().view(torch.uint8)
@@ -251,7 +268,8 @@ def checksums(server: Server) -> dict[str, str]:
         return {}
     if len({key.rpartition(":")[0] for key in found}) != 1:
         return {}
-    return {key.rpartition(":")[2]: h for key, h in found.items() if h != NOTHING}
+    names = {key: key.rpartition(":")[2].removeprefix(INSIDE) for key in found}
+    return {names[key]: h for key, h in found.items() if h != NOTHING}
 
 
 # ------------------------------------------------------------------------------------------ verdict

@@ -7,6 +7,7 @@ the groups. What ran ahead and was never taken is not written, so a resume drops
 of the steps that were lost.
 """
 
+import base64
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, fields
@@ -103,7 +104,7 @@ class Replay:
                     "give the --data, --chat_template and tokenizer of that run, and an --env, if "
                     "any, that says the same again."
                 )
-            columns = [map(_array, line[name]) for name in FIELDS]
+            columns = [map(_array, line.get(name) or [None] * n) for name in FIELDS]
             groups.append([Rollout(prompt, **dict(zip(FIELDS, x))) for x in zip(*columns)])
         return groups
 
@@ -133,8 +134,22 @@ def _lines(path) -> Iterator[dict]:
         yield json.loads(line)
 
 
+def encoded(array: np.ndarray) -> dict:
+    """An array of many numbers as JSON."""
+    text = base64.b64encode(np.ascontiguousarray(array)).decode()
+    return {"dtype": array.dtype.name, "shape": array.shape, "base64": text}
+
+
+def decoded(value: dict) -> np.ndarray:
+    """The array that encoded was given."""
+    data = base64.b64decode(value["base64"])
+    return np.frombuffer(data, value["dtype"]).reshape(value["shape"])
+
+
 def _plain(value):
-    """As JSON, arrays with their dtype, kept ids as lists."""
+    """As JSON, arrays with their dtype, kept ids as lists, experts in base64."""
+    if isinstance(value, np.ndarray) and value.ndim > 1:
+        return encoded(value)
     if isinstance(value, np.ndarray):
         return {"dtype": value.dtype.name, "values": value.tolist()}
     if isinstance(value, list):
@@ -143,6 +158,8 @@ def _plain(value):
 
 
 def _array(value):
+    if isinstance(value, dict) and "base64" in value:
+        return decoded(value)
     if isinstance(value, dict):
         return np.array(value["values"], value["dtype"])
     if isinstance(value, list) and value and isinstance(value[0], list):

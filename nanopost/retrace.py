@@ -17,7 +17,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, checkpoint, hf, lora, optim, packing, pairs, plain, rows
+from nanopost import (
+    InputError,
+    checkpoint,
+    hf,
+    lora,
+    optim,
+    packing,
+    pairs,
+    plain,
+    recording,
+    rows,
+)
+from nanopost.moe import Routes
 from nanopost.packing import order
 from nanopost.run import starts_of
 from nanopost.tokenizer import Tokenizer
@@ -73,7 +85,9 @@ class Recorded:
             raise InputError(f"{self.paths[number]} was written before there was a replay.")
         examples = []
         for i, line in enumerate(lines):
-            e = Namespace(**{"kept": None, "logp": None, **line}, index=i)
+            e = Namespace(**{"kept": None, "routes": None, "logp": None, **line}, index=i)
+            if e.routes is not None:
+                e.routes = torch.tensor(recording.decoded(e.routes))
             e.at = [t for t in range(1, len(e.ids)) if e.mask[t]]
             if "rewards" in line:
                 e.rewards = [None if x != x else x for x in e.rewards]
@@ -247,10 +261,13 @@ def _start(f, kind):
 
     if kind == "ppo":
         folder = None if f.value_model == "head" else f.value_model
-        return hf.load_actor_critic(f.model, folder, "cpu", prepare)
-    if kind == "rm":
-        return hf.load_scalar_model(f.model, "cpu", shard=prepare, new_head=True)
-    return hf.load_model(f.model, "cpu", shard=prepare)
+        model = hf.load_actor_critic(f.model, folder, "cpu", prepare)
+    elif kind == "rm":
+        model = hf.load_scalar_model(f.model, "cpu", shard=prepare, new_head=True)
+    else:
+        model = hf.load_model(f.model, "cpu", shard=prepare)
+    getattr(model, "policy", model).model.replays = True
+    return model
 
 
 def value_rate(f) -> float:
@@ -300,24 +317,25 @@ def turns_of(tokenizer, row, train_on, ids) -> list[bool] | None:
 
 
 # --------------------------------------------------------------------------------------- a sequence
-def hidden(decoder, ids):
+def hidden(decoder, e):
     """The last hidden state of each token -> [T, D]."""
-    token_T = torch.tensor(ids)
-    bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
-    return decoder.packed(token_T, torch.arange(len(ids)), bounds, len(ids))
+    token_T = torch.tensor(e.ids)
+    bounds = torch.tensor([0, len(e.ids)], dtype=torch.int32)
+    routes = Routes(e.routes if decoder.replays else None)
+    return decoder.packed(token_T, torch.arange(len(e.ids)), bounds, len(e.ids), None, routes)
 
 
 def passed(model, e, temperature, kept=True):
     """Log-prob of each token and entropy before it -> two [T]. kept: renormalised over what a cut
     of the sampling kept, if there was one."""
     policy = getattr(model, "policy", model)
-    logits_TV = hidden(policy.model, e.ids) @ policy.head_weight.T
+    logits_TV = hidden(policy.model, e) @ policy.head_weight.T
     return plain.logp_and_entropy(logits_TV, e.ids, temperature, e.kept if kept else None)
 
 
 def divergences(model, teacher, e, flags) -> list:
     """Of a student from its teacher, at each trained token."""
-    student_TV, teacher_TV = (hidden(m.model, e.ids) @ m.head_weight.T for m in (model, teacher))
+    student_TV, teacher_TV = (hidden(m.model, e) @ m.head_weight.T for m in (model, teacher))
     teacher_TV = teacher_TV[:, : student_TV.shape[1]]
     return [plain.divergence(flags, student_TV[t - 1], teacher_TV[t - 1]) for t in e.at]
 
@@ -325,9 +343,9 @@ def divergences(model, teacher, e, flags) -> list:
 def values(model, e):
     """An ActorCritic's value of the state before each token -> list; 0 for the first."""
     if isinstance(model.value, torch.nn.Linear):
-        after_T = hidden(model.policy.model, e.ids) @ model.value.weight[0]
+        after_T = hidden(model.policy.model, e) @ model.value.weight[0]
     else:
-        after_T = hidden(model.value.model, e.ids) @ model.value.score.weight[0]
+        after_T = hidden(model.value.model, e) @ model.value.score.weight[0]
     return [after_T[0] * 0, *after_T[: len(e.ids) - 1]]
 
 

@@ -34,6 +34,9 @@ class Rollout:
     # [T] of int32 arrays: the ids that top-k, top-p or min-p kept, of which the token was drawn,
     # none where not sampled. None: nothing was cut, or Sampling.kept did not ask for them.
     kept: list[np.ndarray] | None = None
+    # int16 [prompt + T, L, A], of a model with experts: those that the engine took for each token,
+    # in L layers; -1 of the last token, which it was never given. None: the engine does not say.
+    routes: np.ndarray | None = None
     arrived: int | None = None  # if it ran ahead: its place in the order in which groups finished
     answer: object = None  # the column of its row, once it has been rewarded: see rewards.score
     episode: object = None  # what an environment made of it: see environment.Episode
@@ -62,18 +65,22 @@ class Rollout:
         self.versions = np.concatenate([self.versions, [self.version] * len(turn), answer.versions])
         if self.kept is not None:
             self.kept = self.kept + [NO_IDS] * len(turn) + answer.kept
+        if self.routes is not None:
+            # Each token was sampled with the experts that the tokens before it had then.
+            given = len(self.routes) - 1
+            self.routes = np.concatenate([self.routes[:given], answer.routes[given:]])
         self.finish = answer.finish
 
     def example(self) -> Example:
         """Prompt and completion as one sequence; sampled tokens are its mask. Columns: engine_logp,
-        and version, -1 where not sampled. Its kept ids are those of the rollout."""
+        and version, -1 where not sampled. Its kept ids and its routes are those of the rollout."""
         prompt = len(self.prompt)
         mask = np.concatenate([np.zeros(prompt, bool), self.sampled])
         logp = np.concatenate([np.zeros(prompt, np.float32), self.logp * self.sampled])
         version = np.concatenate([np.full(prompt, -1), np.where(self.sampled, self.versions, -1)])
         columns = {"engine_logp": logp, "version": version}
         kept = None if self.kept is None else [NO_IDS] * prompt + self.kept
-        return Example(self.prompt + self.ids, mask, columns, kept)
+        return Example(self.prompt + self.ids, mask, columns, kept, self.routes)
 
 
 def unsampled(prompt: list[int], e: Example, max_new_tokens: int) -> Example:

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, checkpoint, dist, hf, lora, manifest
+from nanopost import InputError, checkpoint, dist, hf, lora, manifest, moe, recording
 from nanopost.alarms import Alarms
 from nanopost.batch import Example
 from nanopost.boards import Boards
@@ -98,6 +98,8 @@ class Run:
         self.boards = boards or Boards(out)
         self.hashes = {}  # of the files that flags name
         self.bases = {}  # of the folders whose weights adapters leave untouched
+        self.carried = {}  # of what models carry from the folders that they were loaded from
+        self.model = None  # the model
         self.state = None  # the loop's own, which it changes
         self.boundary = None  # (step, state, random state) while the weights are as of that step
 
@@ -125,6 +127,7 @@ class Run:
         found = self._to_resume() if resume else None
         hashes = manifest.file_hashes(self.arguments) if self.writes else {}
         bases = _bases(model) if self.writes else {}
+        carried = _carried(model) if self.writes else {}
         meaning = lora.meaning(model)
         if found:
             saved = hf.read_json(found / "state.json").get("adapters", meaning)
@@ -139,11 +142,18 @@ class Run:
         saved_arguments = state.pop("args", self.arguments)
         state.pop("adapters", None)
         saved_bases = state.pop("bases", bases)
+        saved_carried = state.pop("carried", carried)
         if self.writes and sorted(saved_bases.values()) != sorted(bases.values()):
             raise InputError(
                 f"--resume: the checkpoints hold adapters alone; {' and '.join(bases)} no longer "
                 f"has the weights that they belong to (then: {' and '.join(saved_bases)}): restore "
                 "that folder, or --overwrite the run."
+            )
+        if self.writes and sorted(saved_carried.values()) != sorted(carried.values()):
+            raise InputError(
+                f"--resume: the weights beside the language model, which are saved with it, are "
+                f"not those that the run began with ({' and '.join(saved_carried or carried)}): "
+                "restore that folder, or --overwrite the run."
             )
         logged_step = -1
         if self.writes:
@@ -176,8 +186,10 @@ class Run:
         for path in hashes:
             if saved_hashes.get(path, hashes[path]) != hashes[path]:
                 self.say(f"WARNING: {path} has changed since the run started")
-        self.hashes, self.bases = hashes, bases
+        self.hashes, self.bases, self.carried = hashes, bases, carried
+        self.model = model
         self.say(lora.summary(model))
+        self.say(moe.no_auxiliary_loss(model))
         self._watch(model, optimizer, state, others)
         return state
 
@@ -417,7 +429,7 @@ class Run:
     def _save(self, step, state, drawn=None):
         model, optimizer, others = self.trained
         record = {**state, "args": self.arguments, "hashes": self.hashes}
-        record |= {"bases": self.bases, "adapters": lora.meaning(model)}
+        record |= {"bases": self.bases, "carried": self.carried, "adapters": lora.meaning(model)}
         checkpoint.save(self.out, step, model, optimizer, record, self.keep, drawn, **others)
 
     # ------------------------------------------------------------------------------- in the loop
@@ -442,8 +454,11 @@ class Run:
         """Write one object per step to metrics.jsonl, and one line with the time left to stdout.
 
         time/elapsed: seconds since the run began; what a resumed run spent before its checkpoint
-        counts.
+        counts. A model with experts adds moe.load_metrics of its training since the last line. A
+        collective then.
         """
+        if self.model is not None:
+            metrics = metrics | moe.load_metrics(self.model)
         if not self.writes:
             return
         now = time.monotonic()
@@ -487,8 +502,9 @@ class Run:
 
         The first line holds `about`, such as divisors, and updates, an entry per optimizer step of
         the tape. Then follows a line per example, rank by rank: ids, mask (1: trained), kept (a
-        list for each id, of the ids that a cut kept; only if there was a cut), the example's own
-        columns and the tape's (aligned with its ids, or one number; see Tape.take), and `columns`,
+        list for each id, of the ids that a cut kept; only if there was a cut), routes (the experts
+        of each id, see recording.encoded; only if the engine named them), the example's own columns
+        and the tape's (aligned with its ids, or one number; see Tape.take), and `columns`,
         one value per example. Floats are written with all their digits.
         """
         updates, passed = tape.take(examples)
@@ -497,6 +513,8 @@ class Run:
             line = {"rank": self.rank, "ids": e.ids.tolist(), "mask": e.mask.astype(int).tolist()}
             if e.kept is not None:
                 line["kept"] = [ids.tolist() for ids in e.kept]
+            if e.routes is not None:
+                line["routes"] = recording.encoded(e.routes)
             line |= {name: np.asarray(value).tolist() for name, value in e.columns.items()}
             for name, value in passed[i].items():
                 line[name] = value.tolist() if isinstance(value, np.ndarray) else value
@@ -542,7 +560,10 @@ class Run:
         read = config.dtype
         written = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": read}[dtype]
         folder = self.out / part
-        hf.save_model(folder, named_tensors, config, files, written, write=self.writes)
+        carried = self.carried.get(config.carried.folder, "") if config.carried else ""
+        hf.save_model(
+            folder, named_tensors, config, files, written, write=self.writes, carried=carried
+        )
         note = ""
         if torch.float32 not in (read, written):
             note = f" in {written}, rounded from fp32 (--save_dtype fp32 keeps it)"
@@ -550,6 +571,9 @@ class Run:
             note = f" in {written}, though it was read in {read} (--save_dtype auto keeps that)"
         whole = ", its adapters merged," if adapted else ""
         self.say(f"the model{whole} is in {folder}{note.replace('torch.', '')}")
+        if config.carried:
+            count, source = len(config.carried.names), config.carried.folder
+            self.say(f"with it {count} tensors beside the language model, as they are in {source}")
 
     def _export_adapter(self, weights, folder, files):
         if lora.is_adapter_folder(weights.root.folder):
@@ -672,6 +696,12 @@ def _bases(model) -> dict[str, str]:
     if not lora.layers(model):
         folders = set()
     return {folder: hf.content_hash(folder) for folder in sorted(folders - {""})}
+
+
+def _carried(model) -> dict[str, str]:
+    """{folder from which a model carries weights: hash of these}."""
+    configs = [module.config for module in model.modules() if hasattr(module, "folder")]
+    return {c.carried.folder: hf.carried_hash(c) for c in configs if c.carried}
 
 
 def _is_text(path, text) -> bool:

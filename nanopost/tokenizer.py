@@ -20,7 +20,7 @@ from tokenizers import processors
 
 from nanopost import InputError, lora
 from nanopost.batch import Example
-from nanopost.hf import is_own
+from nanopost.hf import PROCESSOR, is_own
 from nanopost.rows import errors_at, place
 from nanopost.spans import answer_spans
 from nanopost.template import Template
@@ -42,6 +42,7 @@ FILES = (
     "merges.txt",
     "tokenizer.model",
     "generation_config.json",
+    *PROCESSOR,
 )
 
 REASONING = ("reasoning_content", "reasoning", "thinking")  # what models call it in a message
@@ -446,7 +447,8 @@ def tokenizer_files(folder, tokenizer: Tokenizer) -> dict[str, str | bytes | Non
     generation = read_optional_json(_path(folder, "generation_config.json"))
     known = listed(generation.get("eos_token_id"))
     if not known:
-        declared = listed(read_optional_json(_path(folder, "config.json")).get("eos_token_id"))
+        model = read_optional_json(_path(folder, "config.json"))
+        declared = listed((model.get("text_config", {}) | model).get("eos_token_id"))
         known = [i for i in declared if i in tokenizer.stop_ids]
     if new := sorted(tokenizer.stop_ids - {*known}):
         generation["eos_token_id"] = known + new

@@ -35,7 +35,8 @@ def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict]:
         config |= read_optional_json(folder / "special_tokens_map.json")
     _add_named_tokens(raw, config, folder)
     last = max(raw.get_vocab().values())
-    vocab_size = read_optional_json(folder / "config.json").get("vocab_size")
+    model = read_optional_json(folder / "config.json")
+    vocab_size = model.get("text_config", model).get("vocab_size")
     if vocab_size and last >= vocab_size:
         raise InputError(
             f"{folder}: the tokenizer's last id is {last}, for {raw.id_to_token(last)!r}, but "

@@ -13,6 +13,8 @@ fails in a sync stays paused until a whole one succeeds; if the trainer dies, se
 vllm_worker.py.
 """
 
+import base64
+import io
 import os
 import secrets
 import socket
@@ -65,7 +67,8 @@ class Servers:
         """config: the model's. timeout: seconds that any request may take. audit: audit.Audit."""
         self.audit = audit
         self.servers = [Server(url, timeout) for url in dict.fromkeys(urls)]
-        self.tokenizer, self.world = tokenizer, world
+        self.tokenizer, self.world, self.config = tokenizer, world, config
+        self.named = False  # whether it was said that a server names no experts
         self.stop_ids = sorted(tokenizer.stop_ids)
         self.transport = (Nccl if world.device.type == "cuda" else SharedMemory)()
         self.lock = threading.Lock()
@@ -295,14 +298,44 @@ class Servers:
                     "nanopost's own engine"
                 )
             kept = [np.array(sorted(ids), np.int32) for ids in choice["sampling_mask"]]
-        return Rollout(prompt, ids, logp, finish, versions, kept=kept)
+        routes = None
+        if self.config.experts is not None:
+            routes = self._routes(server, choice, len(prompt) + len(ids))
+        return Rollout(prompt, ids, logp, finish, versions, kept=kept, routes=routes)
+
+    def _routes(self, server, choice, tokens) -> np.ndarray | None:
+        """Rollout.routes of one choice; None, which is said once, if the server names no experts.
+
+        It names those of every layer, whether it has any, and of all tokens but the last.
+        """
+        if choice.get("routed_experts") is None:
+            if not self.named:
+                say(
+                    f"warning: {server.url} does not name the experts that its tokens took, so the "
+                    "trainer chooses its own (no router replay): start it with "
+                    "--enable-return-routed-experts (GPUs only), or sample with nanopost's own "
+                    "engine"
+                )
+            self.named = True
+            return None
+        c = self.config
+        routes = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
+        expected = tokens - 1, c.layers, c.experts.active
+        if routes.shape != expected or routes.max(initial=0) >= c.experts.count:
+            raise ServerError(
+                f"{server.url}: experts up to {routes.max(initial=0)} of {routes.shape} tokens, "
+                f"layers and places, instead of {c.experts.count} of {expected}"
+            )
+        routes = routes[:, [i for i, block in enumerate(c.blocks) if block.experts]]
+        routes = routes.astype(np.int16)
+        return np.concatenate([routes, np.full_like(routes[:1], -1)])
 
     # ----------------------------------------------------------------------------------------- sync
     def _name(self, version: int) -> str:
         return f"{self.run}:{version}"
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, torch.Tensor]], version: int):
-        """Bring full weights, under their checkpoint names, to every server that answers.
+        """Bring full weights to every server that answers, under the names of the model's folder.
 
         A collective: every rank iterates over the tensors, rank 0 sends them; a second time if no
         server has them and the iterable allows it. Requests that run ahead go on under the new
@@ -328,7 +361,7 @@ class Servers:
         sound, errors = [], {}
         if self.world.rank == 0:
             sound = self._each(self.servers, errors, lambda s: self._begin(s, s.url in lost))
-        for bucket in _buckets(named_tensors, self.world):
+        for bucket in _buckets(self.config.form.published(named_tensors), self.world):
             if self.world.rank == 0:
                 sound = self.transport.send(self, sound, errors, bucket)
         if self.world.rank == 0:

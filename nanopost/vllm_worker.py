@@ -148,7 +148,7 @@ class Extension:
 
         -> {vLLM's name: fp32 numbers in base64}, and "about": how the server computes.
         """
-        from vllm.model_executor.layers.layernorm import RMSNorm
+        from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
         from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.layers.vocab_parallel_embedding import (
             ParallelLMHead,
@@ -166,7 +166,7 @@ class Extension:
         if about["ranks"] > 1:  # this worker has only a part of each matrix
             return {"about": about}
         for name, module in self.model_runner.get_model().named_modules():
-            if isinstance(module, RMSNorm) and module.has_weight:
+            if isinstance(module, (RMSNorm, GemmaRMSNorm)) and getattr(module, "has_weight", True):
                 prints[f"{name}.weight"] = module.weight
             head = isinstance(module, ParallelLMHead)
             if isinstance(module, LinearBase):

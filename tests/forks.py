@@ -33,9 +33,11 @@ def files(name: str) -> list[str]:
 
 
 def script_of(name: str) -> str:
-    """The script that a fork changes."""
-    (found,) = [file for file in files(name) if file.startswith("train_")]
-    return found
+    """The script that a fork changes, or that its header runs if it changes none."""
+    found = [file for file in files(name) if file.startswith("train_")]
+    found = found or re.findall(r"^ +python (train_\w+\.py)", header(name), re.MULTILINE)
+    (script,) = found
+    return script
 
 
 def flags_of(name: str) -> list[str]:

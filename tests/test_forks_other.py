@@ -8,6 +8,7 @@ ppo_kl_loss      its slow twin alone
 tr_dpo           closed form, on the weights of a checkpoint; a resumed run
 ld_dpo           TRL's loss and gradient
 wpo              TRL's loss and gradient; transformers' logits
+olmo2            transformers' logits and gradients
 muon             torch's two optimizers by themselves; singular values; a resumed run
 multiple_choice  rows by hand; BIG-Bench Hard
 """
@@ -378,3 +379,42 @@ def test_sft_on_questions_of_big_bench_hard(shared, sft_place, tmp_path):
     lines = metrics(tmp_path / "run")
     assert lines[-1]["eval/loss"] < 0.7 * lines[0]["eval/loss"]
     assert "untrained" not in done.stdout
+
+
+# ------------------------------------------------------------------------------------------ models
+COMPARE = """
+import sys
+import torch
+from nanopost import hf
+
+torch.set_num_threads(1)
+model, expected = hf.load_model(sys.argv[1]), torch.load(sys.argv[2])
+token_N = expected["ids"]
+where = torch.arange(len(token_N)), torch.tensor([0, len(token_N)]).int(), len(token_N)
+logits = model.logits(model.model.packed(token_N, *where))
+logits.square().sum().backward()
+gradient = model.model.layers[0].self_attn.q_norm.weight.grad
+print(float((logits - expected["logits"]).abs().max()))
+print(float((gradient / expected["gradient"] - 1).abs().max()))
+"""
+
+
+def test_olmo2_gives_the_logits_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 61}
+    config = transformers.Olmo2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    oracle = transformers.Olmo2ForCausalLM(config)
+    with torch.no_grad():
+        for p in oracle.parameters():
+            p.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(p.numel()))
+    oracle.save_pretrained(tmp_path / "model")
+    ids = torch.arange(40) * 7 % 61
+    logits = oracle(ids[None]).logits[0]
+    logits.square().sum().backward()
+    gradient = oracle.model.layers[0].self_attn.q_norm.weight.grad
+    expected = {"ids": ids, "logits": logits.detach(), "gradient": gradient}
+    torch.save(expected, tmp_path / "expected.pt")
+    folder = patched(tmp_path, "olmo2")
+    (folder / "compare.py").write_text(COMPARE)
+    said = run(folder / "compare.py", tmp_path / "model", tmp_path / "expected.pt").stdout
+    assert all(float(gap) <= 1e-4 for gap in said.split()) and logits.std() > 0.5

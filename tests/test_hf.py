@@ -29,6 +29,14 @@ SMALL = {
     "eos_token_id": None,
     "max_position_embeddings": 256,
 }
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 FAMILIES = {
     "llama3": (
         "Llama",
@@ -47,6 +55,14 @@ FAMILIES = {
     "mistral": ("Mistral", {"sliding_window": 5}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": None}),
+    "gemma3": ("Gemma3Text", {"head_dim": 16, "sliding_window": 5, "pad_token_id": None}),
+    "qwen3_5": ("Qwen3_5Text", {"head_dim": 16, **DELTA}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 16, **EXPERTS}),
+    "qwen3_5_moe": (
+        "Qwen3_5MoeText",
+        {"head_dim": 16, **DELTA, **EXPERTS, "shared_expert_intermediate_size": 24},
+    ),
 }
 
 
@@ -107,6 +123,8 @@ def test_what_transformers_writes_is_read_and_it_reads_what_we_write_with_no_key
         report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     )
     assert again.dtype == torch.float32 and torch.equal(logits(again, ids), logits(theirs, ids))
+    names = [set(hf._weight_files(tmp_path / folder)) for folder in ("theirs", "ours")]
+    assert names[0] == names[1]
     assert equal(hf.load_model(tmp_path / "ours"), ours)
 
 
@@ -188,14 +206,24 @@ def _rank(rank, folder, store, size):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("shard_bytes", [2**30, 4_000])
-def test_ranks_read_their_uneven_slices_and_write_the_whole_again(tmp_path, shard_bytes):
-    model = small_model(head_dim=2, intermediate_size=50)
+MIXTURE = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    **EXPERTS,
+}
+
+
+@pytest.mark.parametrize("shard_bytes, more", [(2**30, {}), (4_000, {}), (4_000, MIXTURE)])
+def test_ranks_read_their_uneven_slices_and_write_the_whole_again(tmp_path, shard_bytes, more):
+    model = small_model(head_dim=2, intermediate_size=50, **more)
     save(tmp_path, model, max_shard_bytes=shard_bytes)
     mp.start_processes(_rank, (tmp_path, tmp_path / "store", 3), nprocs=3, start_method="fork")
     local = [torch.load(tmp_path / f"local-{rank}.pt") for rank in range(3)]
     assert [shapes["model.embed_tokens.weight"][0] for shapes in local] == [21, 21, 19]
     assert [shapes["model.layers.0.self_attn.q_norm.weight"][0] for shapes in local] == [1, 1, 0]
+    if more:
+        name = "model.layers.0.mlp.experts.down_proj"
+        assert [shapes[name][0] for shapes in local] == [2, 2, 0]
     assert equal(hf.load_model(tmp_path / "again"), model)
 
 
@@ -419,7 +447,10 @@ def test_where_other_files_change_too_a_killed_save_is_whole_or_says_that_it_is_
         loaded = hf.load_model(folder)
         seen.add(state := (folder / "tokenizer.json").read_text())
         assert equal(loaded, {"old": old, "new": new}[state])
-        assert loaded.config.rope["rope_theta"] == {"old": 10000.0, "new": 5e5}[state]
+        assert (
+            loaded.config.ropes["full_attention"]["rope_theta"]
+            == {"old": 10000.0, "new": 5e5}[state]
+        )
     assert seen == {"old", "new"} and state == "new"
 
 

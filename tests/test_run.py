@@ -16,6 +16,7 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
 from small import small_model
+from test_names import is_carried, rewrite, weights, write_whole
 
 from nanopost import InputError, checkpoint, dist, hf, optim
 from nanopost.batch import Example, batch_of
@@ -1070,3 +1071,34 @@ def test_a_process_that_a_reward_forks_ends_when_it_is_told_to_and_saves_nothing
     child.join(10)
     assert child.exitcode == -signal.SIGTERM
     assert checkpoint.latest(tmp_path) is None and run.signal == 0
+
+
+def test_what_a_model_carries_is_watched_from_the_start_of_a_run_to_its_end(tmp_path, capsys):
+    out, source = tmp_path / "out", tmp_path / "whole"
+    write_whole(source)
+    held = weights(source)
+
+    def begin(**flags):
+        run, model = new_run(out, **flags), hf.load_model(source)
+        trained = model, optim.adamw(model, 0.01)
+        state = run.start(*trained, {"step": 0}, "resume" in flags, False, ABOUT)
+        return run, state, trained
+
+    run, state, trained = begin()
+    run.save(3, *trained, {**state, "step": 3})
+    rewrite(source, held | {"mtp.norm.weight": held["mtp.norm.weight"] + 1})
+    with pytest.raises(InputError, match="--resume: the weights beside the language model, which"):
+        begin(resume=True)
+    rewrite(source, {name: held[name] for name in reversed(held)})
+    run, state, (model, _) = begin(resume=True)
+    rewrite(source, held | {"mtp.norm.weight": held["mtp.norm.weight"] + 1})
+    with pytest.raises(InputError, match="have changed since the run began"):
+        run.export(dist.full_weights(model), model.config, {})
+    rewrite(source, held)
+    run.export(dist.full_weights(model), model.config, {})
+    saved = weights(out)
+    assert saved.keys() == held.keys()
+    assert all(torch.equal(saved[name], held[name]) for name in held if is_carried(name))
+    assert (
+        f"2 tensors beside the language model, as they are in {source}" in capsys.readouterr().out
+    )
