@@ -626,12 +626,14 @@ def in_blocks(args, root: float, waiting: float) -> list[tuple]:
     above them, the last counts: the others have less beneath them.
     """
     c, b, sharded = args.config, compute_bytes(args), is_sharded(args)
+    nothing = Numbers(0, 0, 0)
     sizes = [block(args.units, i, args.lora) for i in range(c.layers)]
     above = zip(c.blocks, [*c.blocks[1:], None])
     instants = []
     for i in {pair: i for i, pair in enumerate(above)}.values():
         layer, waits = c.blocks[i], blocks_activations(args, c, i)
-        here, next_one = gathered_bytes(args, sizes[i]), gathered_bytes(args, sizes[max(0, i - 1)])
+        here = gathered_bytes(args, sizes[i])
+        next_one = gathered_bytes(args, sizes[i - 1] if i else nothing)
         buffer = sharded * 4 * sizes[i + 1].trained if i + 1 < c.layers else 0
         inside = waits + inside_a_block(args, c, layer)
         flight = waiting + first_gradients(args, c, layer) + buffer
