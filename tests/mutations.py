@@ -4577,6 +4577,20 @@ MUTATIONS = [
         "return renamed | given",
         "test_model.py::test_a_published_gemma_that_leaves_out_the_defaults_is_read_as_in_transformers",
     ),
+    mutation(
+        "records-without-experts",
+        "nanopost/run.py",
+        "            if e.routes is not None:\n",
+        "            if False:\n",
+        "test_moe.py::test_a_recorded_step_follows_with_the_experts_that_it_names",
+    ),
+    mutation(
+        "a-graph-that-waits-for-counts",
+        "nanopost/moe.py",
+        "    return all(is_grouped(experts.down_proj) for experts in mixtures)",
+        "    return True",
+        "test_moe.py::test_a_step_of_the_engine_waits_for_no_count_where_there_is_one_kernel",
+    ),
 ]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from gpu_on_cpu import graphs
 from inprocess import run_here
 from scripts import metrics
 from small import random_ids
@@ -215,6 +216,22 @@ def test_a_step_of_the_engine_waits_for_no_count_where_there_is_one_kernel(monke
     with counted() as reads:
         model.decode(torch.tensor([5, 9]), cache)
     assert reads
+
+
+def test_a_graph_of_a_step_names_the_experts_of_each_repetition(monkeypatch):
+    """Its shapes stay the same, whatever experts are taken."""
+    monkeypatch.setattr(moe, "is_grouped", lambda weight_EDF: True)
+    found = []
+    for as_graph in (False, True):
+        engine = Engine(small(), range(4), rows=6)
+        engine.check_every, engine.graphs = 4, as_graph
+        engine.positions, engine.spare = 16, 2
+        with graphs() as captured:
+            found.append(flat(engine.generate(PROMPTS, 3, Sampling(24), SEEDS)))
+    assert sum(graph.replays for graph in captured) > 12
+    for eager, repeated in zip(*found, strict=True):
+        assert eager.ids == repeated.ids
+        assert np.array_equal(eager.routes, repeated.routes)
 
 
 @pytest.mark.parametrize("how", ["full", "selective", "compile"])
