@@ -1,6 +1,6 @@
 """torchrun, FSDP2, reductions over ranks, and full weights from shards.
 
-There is no tensor and no context parallelism: both would put collectives into the formulas of
+There is no tensor, context or expert parallelism: each would put collectives into the formulas of
 model.py, and shards, packed rows and recomputed activations make dense models of 70B fit without.
 A run always has a process group, even with a single process, so no call site checks for one.
 """
