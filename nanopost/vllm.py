@@ -68,7 +68,7 @@ class Servers:
         self.audit = audit
         self.servers = [Server(url, timeout) for url in dict.fromkeys(urls)]
         self.tokenizer, self.world, self.config = tokenizer, world, config
-        self.named = False  # whether it was said that a server names no experts
+        self.warned = False  # whether it was said that a server names no experts
         self.stop_ids = sorted(tokenizer.stop_ids)
         self.transport = (Nccl if world.device.type == "cuda" else SharedMemory)()
         self.lock = threading.Lock()
@@ -309,14 +309,14 @@ class Servers:
         It names those of every layer, whether it has any, and of all tokens but the last.
         """
         if choice.get("routed_experts") is None:
-            if not self.named:
+            if not self.warned:
                 say(
                     f"warning: {server.url} does not name the experts that its tokens took, so the "
                     "trainer chooses its own (no router replay): start it with "
                     "--enable-return-routed-experts (GPUs only), or sample with nanopost's own "
                     "engine"
                 )
-            self.named = True
+            self.warned = True
             return None
         c = self.config
         routes = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))

@@ -554,7 +554,7 @@ def test_a_vllm_servers_experts_are_those_of_its_layers_that_have_them(capsys):
         {"model_type": "qwen3_moe", **SIZES, **CASES["not normalised, a dense layer"][1]}
     )
     servers = object.__new__(Servers)
-    servers.config, servers.named = config, False
+    servers.config, servers.warned = config, False
     server = SimpleNamespace(url="http://there")
     given = np.random.default_rng(0).integers(0, 16, (6, 3, 3)).astype(np.uint8)
 

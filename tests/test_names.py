@@ -225,6 +225,31 @@ def test_a_reward_model_of_such_a_folder_is_one_of_text(tmp_path, kind):
     torch.testing.assert_close(ours.score(hidden[-1])[0], score, rtol=0, atol=1e-4)
 
 
+def test_of_a_folder_in_nf4_what_is_carried_is_saved_dequantised_too(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    kind = type(published(tmp_path / "base", "gemma3"))
+    how = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    theirs = kind.from_pretrained(tmp_path / "base", quantization_config=how, dtype=torch.float32)
+    theirs.save_pretrained(tmp_path / "nf4")
+    packed = [n for n, x in weights(tmp_path / "nf4").items() if x.dtype == torch.uint8]
+    assert any(map(is_carried, packed)) and not all(map(is_carried, packed))
+    save(tmp_path / "ours", hf.load_model(tmp_path / "nf4"))
+    again, report = kind.from_pretrained(
+        tmp_path / "ours", dtype=torch.float32, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    expected, found = theirs.dequantize(torch.float32).state_dict(), again.state_dict()
+    assert expected.keys() == found.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name], x.float(), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("text", [None, True, False])
 @pytest.mark.parametrize("top", [None, True, False])
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3_5"])
