@@ -251,8 +251,11 @@ def least_tokens(args) -> int:
 def block_activations(args, c: Config, layer: Layer) -> float:
     """Bytes of one block that wait for its backward pass, all of them kept (model.Block)."""
     b, D = compute_bytes(args), c.width
-    # RMSNorm's output waits in the layer that reads it, but for those whose output is added.
+    # RMSNorm's output waits in the layer that reads it, but for those whose output is added, and
+    # for what frozen experts read.
     norms = 2 * (norm_bytes(args, c, D) + b * D)
+    if args.lora and layer.experts and not c.experts.shared:
+        norms -= b * D
     if c.traits.post_norms:
         norms += 2 * norm_bytes(args, c, D)
     mixed = linear_attention(args, c) if layer.kind == LINEAR else attention(args, c, layer)
@@ -345,13 +348,15 @@ def chunk_tokens(args) -> int:
 
 def fed(args, c: Config, layer: Layer) -> float:
     """Per token, of the MLP: gate, up, silu(gate), and the product, which down_proj reads. Of
-    experts (moe.MoE) as much of each that a token takes, and what goes in and comes out, in the
-    order of experts; indices, and the scores of all. The shared one's output is scaled."""
+    experts (moe.MoE) as much of each that a token takes, and what comes out; indices, and the
+    scores of all. What an expert's matrices read is kept for their gradients, which --lora does
+    not ask for. The output of the shared one is scaled."""
     b, D = compute_bytes(args), c.width
     if not layer.experts:
         return b * 4 * c.mlp_width
     e = c.experts
-    kept = e.active * (b * (4 * e.width + 2 * D) + 3 * 8) + 4 * e.count
+    read = 0 if args.lora else D + e.width
+    kept = e.active * (b * (3 * e.width + D + read) + 3 * 8) + 4 * e.count
     if e.shared:
         kept += b * (4 * e.shared + D + 1)
     return kept

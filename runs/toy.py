@@ -96,6 +96,14 @@ ARCHITECTURES = {
         "rope_local_base_freq": 1000.0,
     },
     "smollm3": {"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0]},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "router_aux_loss_coef": 0.0,
+    },
 }
 
 

@@ -22,7 +22,7 @@ from nanopost.model import CausalLM
 from runs import toy
 
 CPU = torch.device("cpu")
-NAMES = [name for name in ARCHITECTURES if name != "qwen3_moe"]
+NAMES = [*ARCHITECTURES]
 
 
 def example(ids, first=1):
@@ -62,7 +62,7 @@ def test_what_is_recomputed_has_the_same_gradient(name):
         same(gradients(model, groups()), whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["qwen3_5_text", "gemma3_text"])
 def test_layers_of_a_kind_share_the_compiled_code(name):
     """A kind of layer has two variants: for the first number of tokens, and for any. Sampling with
     the trainer's own model has some more, but none for each layer."""
@@ -108,7 +108,7 @@ def test_matrices_decay_and_all_else_does_not(name):
     assert (decayed["weight_decay"], left["weight_decay"]) == (0.1, 0.0)
     names = {id(p): n for n, p in model.named_parameters()}
     for p in left["params"]:
-        assert names[id(p)].endswith(("norm.weight", "layernorm.weight", "A_log", "dt_bias"))
+        assert names[id(p)].endswith(("norm.weight", "A_log", "dt_bias"))
     assert all(p.ndim > 1 for p in decayed["params"])
 
 
@@ -147,8 +147,8 @@ def test_weights_are_the_same_bytes_on_any_number_of_ranks(name, tmp_path, monke
         norms, found = trained(name, rank, size)
         return norms, {n: w.tobytes() for n, w in found.items()}
 
-    (one,), two, three = (on_ranks(size, tmp_path, task) for size in (1, 2, 3))
-    assert two == [one] * 2 and three == [one] * 3
+    (one,), three = (on_ranks(size, tmp_path, task) for size in (1, 3))
+    assert three == [one] * 3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -178,6 +178,11 @@ SHARED = (
     "--model {place}/{name} --holdout 4 --steps 3 --warmup 0 --lr 3e-3 --eval_every 2 "
     "--save_every 2 --keep 9 --tokens 256 --device cpu --reproducible"
 )
+
+
+TRAINED = [(script, "qwen3_5_text") for script in RUNS]
+TRAINED += [(script, "gemma3_text") for script in ("train_dpo.py", "train_grpo.py")]
+TRAINED += [("train_grpo.py", "qwen3_moe")]
 
 
 @pytest.fixture(scope="module")
@@ -216,8 +221,7 @@ def remains(out):
     return json.dumps(lines), weights(out)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("script", RUNS)
+@pytest.mark.parametrize("script, name", TRAINED)
 def test_a_script_trains_it_on_two_ranks_as_on_one_and_after_a_kill(place, tmp_path, script, name):
     given = f"{SHARED} {RUNS[script]}".format(place=place, name=name).split()
     one, two = tmp_path / "one", tmp_path / "two"

@@ -241,12 +241,13 @@ def test_layers_without_adapters_are_packed_too(base):
 def test_linear_attention_is_packed_where_bitsandbytes_packs_it(tmp_path):
     """Its projections, as narrow as some are; not its convolution, decays and norm."""
     model = small_model(4, model_type="qwen3_5_text", **SIZES, linear_value_head_dim=16)
-    hf.save_model(tmp_path, model.state_dict().items(), model.config)
-    ours = in_4_bits(tmp_path, noise=0.0)
-    theirs = bitsandbytes_model(tmp_path)
-    packed = [name for name, m in ours.named_modules() if nf4.is_packed(m)]
+    hf.save_model(tmp_path / "dense", model.state_dict().items(), model.config)
+    theirs = bitsandbytes_model(tmp_path / "dense")
+    theirs.save_pretrained(tmp_path / "packed")
+    ours = in_4_bits(tmp_path / "packed", noise=0.0)
+    packed = {name for name, m in ours.named_modules() if nf4.is_packed(m)}
     kind = bitsandbytes.nn.Linear4bit
-    assert packed == [name for name, m in theirs.named_modules() if isinstance(m, kind)]
+    assert packed == {name for name, m in theirs.named_modules() if isinstance(m, kind)}
     theirs.train()  # bitsandbytes evaluates in bf16 on some CPUs
     expected = theirs(torch.tensor([IDS])).logits[0]
     torch.testing.assert_close(logits(ours), expected, rtol=1e-3, atol=1e-3)

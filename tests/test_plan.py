@@ -13,12 +13,13 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import plan_worker
 import pytest
 import torch
 from inprocess import run_here
 from scripts import ROOT, SCRIPTS, parser_of
-from small import ARCHITECTURES
+from small import ARCHITECTURES, small_config
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -67,7 +68,20 @@ HYBRID = {
     "linear_key_head_dim": 16,
     "linear_value_head_dim": 24,
 }
+WIDE = {
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+}
 TWO = {**HYBRID, "num_hidden_layers": 2, "layer_types": HYBRID["layer_types"][2:]}
+EXPERTS = {
+    **ARCHITECTURES["qwen3_moe"],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 128,
+    "num_hidden_layers": 2,
+}
 GEMMA = {**ARCHITECTURES["gemma3_text"], "model_type": "gemma3_text", "sliding_window": 48}
 
 
@@ -134,6 +148,7 @@ RUNS = {
         {},
     ),
     "sft, windows, four norms": ("sft", GEMMA, (64, 64), {"rows": 16, "tokens": 1024}, {}),
+    "sft, experts": ("sft", EXPERTS, (64, 64), {"rows": 16, "tokens": 1024}, {}),
     "grpo, windows over what is shared": ("grpo", GEMMA, (112, 1), SAMPLED, {}),
     "grpo, linear attention, bf16": ("grpo", TWO, (112, 1), {**SAMPLED, "dtype": "bf16"}, {}),
     "sft, bf16": ("sft", {}, (64, 64), {"rows": 16, "tokens": 1024, "dtype": "bf16"}, {}),
@@ -270,6 +285,51 @@ def test_on_gpus_the_head_of_a_teacher_is_held_whole(tmp_path):
         assert parts["teacher's head"] == 2 * 2**17 * 1024
 
 
+# ------------------------------------------------------------------------------------------- blocks
+BLOCKS_OF = []
+for name in ARCHITECTURES:
+    for layer in range(small_config(name).layers):
+        # With adapters nothing asks for the gradient of what the first block reads.
+        BLOCKS_OF += [(name, layer, rank) for rank in (0, 4) if layer or not rank]
+
+
+@pytest.mark.parametrize("name, layer, rank", BLOCKS_OF)
+def test_a_block_keeps_for_its_backward_pass_what_the_plan_says(name, layer, rank, tmp_path):
+    """rank: of adapters. Two documents of two chunks each."""
+    config = small_config(name, **{**WIDE, "sliding_window": 48})
+    model = CausalLM(config).init_weights(0)
+    if rank:
+        lora.apply(model, rank).to_empty(device="cpu")
+        for p in model.parameters():
+            p.data.fill_(0.01)
+    ids, mask = np.arange(128) % 61, np.ones(128, bool)
+    batch = batch_of([Example(ids, mask), Example((ids + 1) % 61, mask)])
+    kept, own = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return x
+
+    forward = model.model.layers[layer].forward
+
+    def watched(*inputs):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            return forward(*inputs)
+
+    model.model.layers[layer].forward = watched
+    outputs = model(batch)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    assert outputs[0].requires_grad
+    folder = write_config(tmp_path / "model", config.hf)
+    flags = ["--gpu", "cpu", "--rows", 2, "--length", 128, "--tokens", 256, "--lora", rank]
+    expected = footprint.block_activations(
+        planned(folder, "sft", *flags), config, config.blocks[layer]
+    )
+    assert expected == pytest.approx(measured, rel=0.02)
+
+
 # ------------------------------------------------------------------------------------------- FSDP2
 @pytest.fixture
 def fake():
@@ -308,10 +368,7 @@ SHARDED = {
         "num_hidden_layers": 2,
     },
     "adapters": {"rows": 2, "length": 256, "how": {"lora": 16}, **BF16},
-    "linear attention": {"rows": 1, "length": 128, **TWO},
     "recomputed linear attention": {"rows": 1, "length": 128, "how": FULL, **TWO},
-    "adapters of linear attention": {"rows": 1, "length": 128, "how": {"lora": 16}, **TWO, **BF16},
-    "windows, four norms": {"rows": 1, "length": 128, **GEMMA},
     "NF4": {"rows": 1, "length": 64, "how": {"lora": 4, "quantize": "nf4"}, **BLOCKS, **BF16},
 }
 OF_64 = [(name, "bfloat16") for name in SHARDED]

@@ -86,6 +86,14 @@ def test_the_held_out_rows_are_right_and_of_other_sums(folder):
         assert not trained & {f"{a}+{b}=?", f"{b}+{a}=?"}
 
 
+@pytest.mark.parametrize("arch", toy.ARCHITECTURES)
+def test_models_of_all_architectures_are_of_one_size(tmp_path, arch):
+    toy.write_model(tmp_path, arch=arch)
+    model = hf.load_model(tmp_path)
+    assert model.config.family == toy.ARCHITECTURES[arch]["model_type"]
+    assert 0.7e6 < sum(p.numel() for p in model.parameters()) < 1.1e6
+
+
 def test_the_model_is_the_same_each_time_and_knows_its_tokens(folder, tmp_path):
     toy.write_model(tmp_path)
     names = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
