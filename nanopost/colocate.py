@@ -129,7 +129,7 @@ class Colocated:
         named_tensors = self.form.published(named_tensors)  # as in the model's folder
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": named_tensors})
         if self.device.type == "cpu":
-            self.llm.apply_model(_repack_heads)
+            self.llm.apply_model(_repack)
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
@@ -146,10 +146,10 @@ class Colocated:
         """Nothing to release: the engine ends with the process."""
 
 
-def _repack_heads(model):
-    from nanopost.vllm_worker import repack_heads
+def _repack(model):
+    from nanopost.vllm_worker import repack
 
-    repack_heads(model)
+    repack(model)
 
 
 class _without_our_kernels:

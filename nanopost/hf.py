@@ -260,6 +260,7 @@ def load_weights(model: CausalLM | ScalarModel, folder):
         form = replace(form, fp32=_in_fp32(file_of, there))
     model.config = _as_read(config, form, base, carried)
 
+    matrices = {f"{name}.weight" for name in lora.linear_layers(model)}
     for path in sorted({file_of[stored_name] for stored_name in there.values()}):
         with _opened(path) as file:
             for name, stored_name in there.items():
@@ -273,7 +274,7 @@ def load_weights(model: CausalLM | ScalarModel, folder):
                 source = file.get_slice(stored_name)
                 if is_quantised:
                     source = _dequantised(stored, stored_name)
-                elif adapter and adapter.nf4 and ".layers." in name and p.ndim == 2:
+                elif adapter and adapter.nf4 and name in matrices:
                     dense = source[:]  # the adapter belongs to what NF4 makes of it
                     source = nf4.dequantize(nf4.quantize(dense), dense.shape[1], dense.dtype)
                 if layer is None:

@@ -84,20 +84,24 @@ class SharedMemory(WeightTransferEngine):
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
-        repack_heads(self.model)
+        repack(self.model)
 
     def shutdown(self):
         pass
 
 
-def repack_heads(model):
+def repack(model):
     """On a CPU vLLM computes with a packed copy of each matrix. Loading weights packs every layer
-    anew but for a tied head: it would go on with the weights before."""
+    anew but for a tied head, which would go on with the weights before, and for experts, whose new
+    weights would be read as if they were packed."""
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
     for module in model.modules():
+        method = getattr(module, "quant_method", None)
         if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
+            method.process_weights_after_loading(module)
+        elif getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel.fused_experts.process_weights_after_loading(module)
 
 
 if __name__ == "nanopost.vllm_worker":  # a spawned process runs the main module once more
@@ -139,7 +143,7 @@ class Extension:
         model = self.model_runner.get_model()
         self.model_runner.reload_weights()
         if not torch.cuda.is_available():
-            repack_heads(model)
+            repack(model)
 
     @torch.no_grad()
     def nanopost_prints(self, vectors: dict[str, list[float]]) -> dict:

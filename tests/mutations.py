@@ -4470,6 +4470,13 @@ MUTATIONS = [
         "renamed = {}",
         "test_moe.py::test_logits_and_gradients_are_transformers",
     ),
+    mutation(
+        "an-adapters-base-in-nf4-has-rounded-routers",
+        "nanopost/hf.py",
+        "elif adapter and adapter.nf4 and name in matrices:",
+        'elif adapter and adapter.nf4 and ".layers." in name and p.ndim == 2:',
+        "test_nf4.py::test_of_an_adapters_base_in_4_bits_only_linear_layers_are_rounded",
+    ),
     # ---- linear attention, local and other layers
     mutation(
         "delta-convolution-runs-on-into-the-next-document",

@@ -406,6 +406,22 @@ def test_an_adapter_trains_on_in_4_bits(tmp_path, capsys):
     assert (tmp_path / "toy" / "config.json").exists()
 
 
+def test_of_an_adapters_base_in_4_bits_only_linear_layers_are_rounded(tmp_path):
+    """Not routers and experts: the policy that was trained had them as they are."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    made = small_model(4, model_type="qwen3_moe", **sizes)
+    hf.save_model(base, made.state_dict().items(), made.config)
+    model = in_4_bits(base)
+    files = {lora.ABOUT: json.dumps({"base_nf4": True})}
+    trained = dist.full_weights(model).trained()
+    hf.save_adapter(adapter, trained, lora.peft_config(model), files)
+    read = hf.load_model(adapter).state_dict()
+    for name, x in dist.full_weights(model):
+        torch.testing.assert_close(read[name], x, rtol=0, atol=1e-6)
+    assert sum(name.endswith("mlp.gate.weight") for name in read) == 2
+
+
 def test_a_base_that_is_not_finite_is_refused_in_4_bits_too(tmp_path):
     model = small_model(**SIZES)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
