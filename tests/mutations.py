@@ -3358,7 +3358,7 @@ MUTATIONS = [
     mutation(
         "nf4-adapter-beside-a-dense-base",
         "nanopost/hf.py",
-        'elif adapter and adapter.nf4 and ".layers." in name and p.ndim == 2:',
+        "elif adapter and adapter.nf4 and name in matrices:",
         "elif False:",
         "test_nf4.py::test_an_adapter_trains_on_in_4_bits",
     ),
