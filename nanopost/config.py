@@ -346,9 +346,11 @@ def _check(hf, source) -> str:
         computed = (traits.causal, traits.scalar or traits.causal, *traits.around[1:])
     if architecture not in computed:
         causal = ", ".join(family.causal for family in FAMILIES.values())
+        larger = " and ".join(f.around[1] for f in FAMILIES.values() if f.around)
         raise InputError(
             f"{source}: architecture {architecture} (model_type {model_type}) is not supported, "
-            f"only {causal}, and ...ForSequenceClassification of the same families."
+            f"only {causal}, ...ForSequenceClassification of the same families, and the text of "
+            f"{larger}: take one of these, or add it as forks/olmo2.diff does."
         )
     if (family == model_type) == ("text_config" in hf):
         there = "has no" if family != model_type else "has a"

@@ -212,11 +212,14 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     is a language model's head if a scalar model needs a new one, which is normal with variance
     1 / (width + 1), as in 2403.17031. An adapter in the folder is merged; the model's own adapters
     begin anew. The model's config then says what names the folder has, and what else is in it that
-    is saved with the model. On the meta device nothing is read.
+    is saved with the model. On the meta device nothing is read; a folder need not have weights, but
+    no index of files that are not there.
     """
     folder = Path(folder)
     model.folder = str(folder)
     if next(model.parameters()).is_meta:
+        if (lora.base_folder(folder) / INDEX).is_file():
+            _weight_files(lora.base_folder(folder))
         return
     config = model.config
     adapter = lora.read(folder) if lora.is_adapter_folder(folder) else None

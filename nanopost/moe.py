@@ -212,7 +212,9 @@ def no_auxiliary_loss(model) -> str:
     for decoder in model.modules():
         if not hasattr(decoder, "used_LE") or decoder.config.experts is None:
             continue
-        if weight := decoder.config.text.get("router_aux_loss_coef"):
+        text = decoder.config.text
+        weight = text.get("router_aux_loss_coef")
+        if weight and text.get("output_router_logits"):
             return (
                 f"router_aux_loss_coef {weight:g} of config.json is not used: no auxiliary loss "
                 "makes the router use its experts evenly; experts/* in the metrics say whether it "

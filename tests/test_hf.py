@@ -536,3 +536,18 @@ def test_a_file_is_a_folders_own_unless_it_is_a_link_to_elsewhere(tmp_path):
     assert own == ["cached", "plain", "within"]
     (tmp_path / "link").symlink_to(snapshot)  # the folder itself may be one
     assert hf.is_own(tmp_path / "link" / "plain") and not hf.is_own(tmp_path / "link" / "leak")
+
+
+def test_an_index_of_files_that_are_not_there_is_refused_by_a_dry_run_too(tmp_path):
+    model = small_model()
+    tensors = model.state_dict().items()
+    hf.save_model(tmp_path, tensors, model.config, max_shard_bytes=20_000)
+    gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    gone.unlink()
+    for device in ("cpu", "meta"):
+        with pytest.raises(InputError, match=f"names {gone.name}, which is not there; copy the"):
+            hf.load_model(tmp_path, device)
+    (tmp_path / hf.INDEX).unlink()
+    for path in tmp_path.glob("*.safetensors"):
+        path.unlink()
+    hf.load_model(tmp_path, "meta")  # config.json is enough for --dry_run

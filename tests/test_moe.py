@@ -371,7 +371,9 @@ def test_the_load_is_counted_once_in_training_alone(alone):
 
 
 def test_an_auxiliary_loss_that_is_asked_for_is_said_to_be_off():
-    assert "router_aux_loss_coef 0.02" in moe.no_auxiliary_loss(small(router_aux_loss_coef=0.02))
+    asked = {"router_aux_loss_coef": 0.02, "output_router_logits": True}
+    assert "router_aux_loss_coef 0.02" in moe.no_auxiliary_loss(small(**asked))
+    assert moe.no_auxiliary_loss(small(router_aux_loss_coef=0.02)) == ""  # as in transformers
     assert moe.no_auxiliary_loss(small()) == ""
     assert moe.no_auxiliary_loss(small(router_aux_loss_coef=0.0)) == ""
 
@@ -606,6 +608,7 @@ TOY = {
     "max_position_embeddings": 512,
     "initializer_range": 0.2,
     "router_aux_loss_coef": 0.001,
+    "output_router_logits": True,
     "tie_word_embeddings": True,
     "eos_token_id": 1,
     "pad_token_id": 0,
