@@ -205,13 +205,16 @@ class Config:
     @classmethod
     def of(cls, hf: dict, source: str = "config.json") -> "Config":
         """Read the content of a config.json. InputError for what this decoder does not support."""
-        hf = {key: value for key, value in hf.items()}
+        hf = dict(hf)
+        if hf.get("text_config", 0) is None:
+            hf.pop("text_config")
         family = _check(hf, source)
         hf.pop("quantization_config", None)
         text = text_of(hf, family)
         heads, bias = text["num_attention_heads"], bool(text.get("attention_bias", False))
         head_dim = text.get("head_dim") or text["hidden_size"] // heads
-        blocks = _blocks(text, family)
+        blocks, ropes = _blocks(text, family, source), read_ropes(text, source)
+        _check_ropes(ropes, family, source)
         prefix = FAMILIES[family].inside[0] if "text_config" in hf else DECODER
         query_scale = 1.0
         if family == "gemma3_text":
@@ -228,14 +231,14 @@ class Config:
             norm_eps=text.get("rms_norm_eps", 1e-6),
             tied=_tied(hf, family),
             blocks=blocks,
-            ropes=read_ropes(text, source),
+            ropes=ropes,
             qkv_bias=FAMILIES[family].qkv_bias or bias,
             out_bias=bias and family not in ("mistral", "qwen2"),
             mlp_bias=bool(text.get("mlp_bias", False)) and family in ("llama", "smollm3"),
             activation=ACTIVATIONS[_activation(text)],
             query_scale=query_scale,
             scalar=_architecture(hf) == (FAMILIES[family].scalar or None),
-            delta=_delta(text) if any(b.kind == LINEAR for b in blocks) else None,
+            delta=_delta(text, source) if any(b.kind == LINEAR for b in blocks) else None,
             experts=_experts(text, source) if any(b.experts for b in blocks) else None,
             form=Form(prefix, FAMILIES[family].split),
         )
@@ -316,7 +319,9 @@ def text_of(hf: dict, family: str) -> dict:
     renamed = {}
     if "num_local_experts" in given:  # as transformers 5 writes it
         renamed = {"num_experts": given["num_local_experts"]}
-    return FAMILIES[family].defaults | renamed | given
+    defaults = FAMILIES[family].defaults
+    said = {key: value for key, value in given.items() if value is not None or key not in defaults}
+    return defaults | renamed | said
 
 
 def _tied(hf, family) -> bool:
@@ -370,12 +375,6 @@ def _check(hf, source) -> str:
             "double quantization; take the unquantized checkpoint of this model."
         )
     text = text_of(hf, family)
-    partial = text.get("partial_rotary_factor") or 1.0
-    if partial != 1.0 and "partial_rotary_factor" not in traits.defaults:
-        raise InputError(
-            f"{source}: a partial_rotary_factor of {partial:g} is not supported in this family, "
-            "only in Qwen3.5."
-        )
     if _activation(text) not in ACTIVATIONS:
         raise InputError(
             f"{source}: activation {_activation(text)!r} is not supported, only "
@@ -387,6 +386,10 @@ def _check(hf, source) -> str:
                 f"{source}: {key} {text[key]:g}, as Gemma 2 has, is not supported; Gemma 3 has "
                 "none."
             )
+    if traits.gated_attention and not text.get("attn_output_gate", True):
+        raise InputError(
+            f"{source}: attn_output_gate false is not supported: in Qwen3.5 attention has a gate."
+        )
     if text.get("use_bidirectional_attention"):
         raise InputError(
             f"{source}: use_bidirectional_attention, as of an embedding model, is not supported: "
@@ -402,6 +405,16 @@ def _check(hf, source) -> str:
     return family
 
 
+def _check_ropes(ropes, family, source):
+    """InputError if a part of each head turns in a family where transformers turns all of it."""
+    partial = min(rope["partial_rotary_factor"] for rope in ropes.values())
+    if partial != 1.0 and "partial_rotary_factor" not in FAMILIES[family].defaults:
+        raise InputError(
+            f"{source}: a partial_rotary_factor of {partial:g} is not supported in this family, "
+            "only in Qwen3.5."
+        )
+
+
 def _activation(text):
     return text.get("hidden_activation") or text.get("hidden_act", "silu")
 
@@ -415,9 +428,21 @@ def _is_nf4(quantised: dict | None) -> bool:
     return by == ("bitsandbytes", "nf4") and bool(quantised.get("load_in_4bit") and twice)
 
 
-def _blocks(text, family) -> tuple[Layer, ...]:
+def _blocks(text, family, source) -> tuple[Layer, ...]:
     layers, window = text["num_hidden_layers"], text.get("sliding_window")
+    for name in ("layer_types", "no_rope_layers"):
+        if text.get(name) and len(text[name]) < layers:
+            raise InputError(
+                f"{source}: {name} has {len(text[name])} entries for {layers} layers "
+                "(num_hidden_layers); copy the model's own config.json."
+            )
     kinds = text.get("layer_types") or _kinds(text, family)
+    known = (FULL, LINEAR) if "full_attention_interval" in text else (FULL, SLIDING)
+    if other := [kind for kind in kinds if kind not in known]:
+        raise InputError(
+            f"{source}: layer_types has {other[0]!r}; of this family only {' and '.join(known)} "
+            "are supported."
+        )
     slides = window is not None and (
         family in ("mistral", "gemma3_text") or text.get("use_sliding_window", False)
     )
@@ -468,7 +493,14 @@ def _sparse(text, family, layer) -> bool:
     return (layer + 1) % text.get("decoder_sparse_step", 1) == 0
 
 
-def _delta(text) -> DeltaSizes:
+def _delta(text, source) -> DeltaSizes:
+    keys, values = text["linear_num_key_heads"], text["linear_num_value_heads"]
+    if values % keys or text["linear_conv_kernel_dim"] < 2:
+        raise InputError(
+            f"{source}: linear attention with {values} value heads for {keys} key heads, and a "
+            f"convolution over {text['linear_conv_kernel_dim']} tokens, is not supported: the "
+            "first must be a multiple of the second, and the last at least 2."
+        )
     return DeltaSizes(
         text["linear_num_key_heads"],
         text["linear_num_value_heads"],

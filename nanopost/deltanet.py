@@ -72,8 +72,9 @@ class GatedNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_UHV, z_UHV):
-        normed_UHV = F.rms_norm(x_UHV, self.weight.shape, self.weight, self.eps)
         precision = torch.promote_types(x_UHV.dtype, torch.float32)
+        weight = self.weight.to(precision)
+        normed_UHV = F.rms_norm(x_UHV.to(precision), weight.shape, weight, self.eps)
         return (normed_UHV * F.silu(z_UHV.to(precision))).to(x_UHV.dtype)
 
 

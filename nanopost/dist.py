@@ -233,7 +233,10 @@ def shard(
         return model
     sharded = [*blocks, model]
     model.held_on = torch.device("cpu") if offload else world.device
-    frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.is_floating_point()}
+    frozen = set()
+    for name, p in model.named_parameters():
+        if not p.requires_grad and p.is_floating_point() and not lora.is_exact(name):
+            frozen.add(p.dtype)
     is_whole = world.dtype == torch.float32 or frozen == {world.dtype}
     if world.size > 1 or offload or not is_whole:
         _fully_shard(sharded, world, replicas, offload)

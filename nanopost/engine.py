@@ -5,10 +5,10 @@ positions, V vocabulary, C blocks of it.
 
 An engine has four calls: generate, sync_weights, sleep, close. Tokens in, tokens out. The log-prob
 of each sampled token is that of the distribution it was drawn from, in fp32. Each rollout draws its
-own random numbers, from its own seed. So it depends on weights, prompt, sampling and seed, but not
-on its neighbours, the number of ranks, or the order in which rollouts finish. One thread may sync
-the weights, or close the engine, while another one generates. Of a model with experts each rollout
-names those that its tokens took, so that the trainer takes the same (moe.py).
+own random numbers, from its own seed. So it depends on weights, prompt, sampling and seed, and, but
+for rounding, not on its neighbours, the number of ranks, or the order in which rollouts finish. One
+thread may sync the weights, or close the engine, while another one generates. Of a model with
+experts each rollout names those that its tokens took, so that the trainer takes the same (moe.py).
 
 Batching is continuous: a rollout that ends gives its row of the cache to the next one. A step draws
 one token for each row. It works in place, on shapes that stay the same, and the host reads nothing

@@ -163,13 +163,18 @@ def hold_in_stored_dtype(model: nn.Module):
     weights."""
     for part in _parts(model):
         for name, p in part.named_parameters():
-            if not is_trained(name) and p.is_floating_point():
+            if not is_trained(name) and not is_exact(name) and p.is_floating_point():
                 p.data = p.data.to(part.config.dtype)
 
 
 def _parts(model):
     """The CausalLM and ScalarModels in a model: what is loaded from a folder."""
     return [module for module in model.modules() if hasattr(module, "folder")]
+
+
+def is_exact(name: str) -> bool:
+    """Of a parameter: Qwen3.5's folders have it in fp32 among bf16."""
+    return name.endswith(("linear_attn.A_log", "linear_attn.norm.weight"))
 
 
 def is_adapter(name: str) -> bool:

@@ -31,6 +31,11 @@ def read_ropes(text: dict, source: str) -> dict[str, dict]:
                 f"only one of {', '.join(ROPE_NEEDS)} for all layers."
             )
         given, local = given.get("full_attention") or {}, given.get("sliding_attention") or {}
+    elif "rope_local_base_freq" in text and text.get("rope_parameters"):
+        raise InputError(
+            f"{source}: rope_parameters of this family has full_attention and sliding_attention; "
+            "copy the model's own config.json."
+        )
     ropes = {"full_attention": _read(given, text, source)}
     if "rope_local_base_freq" in text:
         local = {"rope_theta": text["rope_local_base_freq"], **local}
@@ -41,10 +46,10 @@ def read_ropes(text: dict, source: str) -> dict[str, dict]:
 def _read(given, text, source) -> dict:
     kind = given.get("rope_type", given.get("type", "default"))
     rope = {
-        "rope_theta": text.get("rope_theta", 10000.0),
+        "rope_theta": text.get("rope_theta") or 10000.0,
         "max": text.get("max_position_embeddings", 2048),
-        "partial_rotary_factor": text.get("partial_rotary_factor", 1.0),
-        **given,
+        "partial_rotary_factor": text.get("partial_rotary_factor") or 1.0,
+        **{key: value for key, value in given.items() if value is not None},
         "rope_type": kind,
     }
     kinds = ", ".join(ROPE_NEEDS)

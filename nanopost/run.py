@@ -582,6 +582,12 @@ class Run:
                 "is no folder"
             )
             return
+        if weights.root.config.scalar and hf.read_config(weights.root.folder).is_inside:
+            self.say(
+                f"{folder} is not written: its base, {weights.root.folder}, has images beside the "
+                "text, and peft would not find its layers in that"
+            )
+            return
         config, nf4 = lora.peft_config(weights.root), lora.is_quantized(weights.root)
         about = json.loads(files[lora.ABOUT]) if files.get(lora.ABOUT) else {}
         about |= {"base": self.bases.get(weights.root.folder, ""), "base_nf4": nf4}

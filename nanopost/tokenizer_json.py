@@ -6,6 +6,7 @@ matched.
 """
 
 import json
+from itertools import groupby
 from pathlib import Path
 
 import tokenizers
@@ -23,6 +24,7 @@ NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
+IMAGE = "<image_soft_token>"
 
 
 def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict]:
@@ -34,9 +36,11 @@ def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict]:
     else:
         config |= read_optional_json(folder / "special_tokens_map.json")
     _add_named_tokens(raw, config, folder)
-    last = max(raw.get_vocab().values())
     model = read_optional_json(folder / "config.json")
-    vocab_size = model.get("text_config", model).get("vocab_size")
+    vocab_size = (model.get("text_config") or model).get("vocab_size")
+    # The small Gemma 3 have the tokenizer of the large ones, whose token for an image they lack.
+    ids = [i for token, i in raw.get_vocab().items() if token != IMAGE]
+    last = max(ids)
     if vocab_size and last >= vocab_size:
         raise InputError(
             f"{folder}: the tokenizer's last id is {last}, for {raw.id_to_token(last)!r}, but "
@@ -108,9 +112,11 @@ def _read_raw(folder):
 def _add_declared_tokens(raw, config, folder):
     """Add the tokens of added_tokens_decoder, which must get the ids that it gives them."""
     declared = {int(i): AddedToken(**token) for i, token in config["added_tokens_decoder"].items()}
+    # By runs: Gemma 3 declares 6,415 of them, and each call costs milliseconds.
+    for special, run in groupby(sorted(declared), lambda i: declared[i].special):
+        add = raw.add_special_tokens if special else raw.add_tokens
+        add([declared[i] for i in run])
     for i, token in sorted(declared.items()):
-        add = raw.add_special_tokens if token.special else raw.add_tokens
-        add([token])
         if raw.token_to_id(token.content) != i:
             raise InputError(
                 f"{folder}: {token.content!r} has the id {i} in tokenizer_config.json and "

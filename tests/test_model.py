@@ -355,6 +355,30 @@ def tiny(case="qwen3", **given):
             "use_bidirectional_attention",
         ),
         ({"model_type": "gemma3", "architectures": None}, "has no text_config"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor of 0.5"),
+        ({"layer_types": ["chunked_attention"] * 2}, "'chunked_attention'"),
+        ({"layer_types": ["linear_attention"] * 2}, "'linear_attention'"),
+        ({"layer_types": ["full_attention"]}, "1 entries for 2 layers"),
+        (
+            {"model_type": "smollm3", "architectures": None, "no_rope_layers": [1]},
+            "no_rope_layers has 1 entries for 2 layers",
+        ),
+        (
+            {"model_type": "qwen3_5_text", "architectures": None, "linear_num_value_heads": 24},
+            "24 value heads for 16 key heads",
+        ),
+        (
+            {"model_type": "qwen3_5_text", "architectures": None, "attn_output_gate": False},
+            "attn_output_gate",
+        ),
+        (
+            {
+                "model_type": "gemma3_text",
+                "architectures": None,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            },
+            "full_attention and sliding_attention",
+        ),
         ({"text_config": {}}, "has a text_config"),
         ({"hidden_act": "gelu"}, "'gelu'"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantized .awq."),
@@ -371,7 +395,7 @@ def test_what_is_not_computed_is_refused_in_one_sentence(change, words):
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
-    assert Config.of(known).kv_heads == 4
+    assert Config.of({**known, "text_config": None}).kv_heads == 4
     with pytest.raises(InputError, match=f"^here: .*{words}.*[.]$"):
         Config.of({**known, **change}, "here")
 
@@ -427,6 +451,38 @@ def test_a_published_gemma_that_leaves_out_the_defaults_is_read_as_in_transforme
     for kind, rope in theirs.rope_parameters.items():
         for key, value in rope.items():
             assert ours.ropes[kind][key] == value
+
+
+@pytest.mark.parametrize("case", ["gemma3", "qwen3.5"])
+@torch.no_grad()
+def test_in_bf16_what_is_rounded_is_what_transformers_rounds(case):
+    """The scaled embedding and the norms to the bit; the decays of linear attention not at all."""
+    oracle, model = make_oracle(case).bfloat16(), tiny(case).bfloat16()
+    inputs, ids = [], documents([9])[0]
+    hook = model.model.layers[0].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    model.model.packed(*packed([ids]))
+    hook.remove()
+    assert torch.equal(inputs[0], oracle.model.embed_tokens(ids))
+    block, theirs = model.model.layers[0], oracle.model.layers[0]
+    assert torch.equal(block.input_layernorm(inputs[0]), theirs.input_layernorm(inputs[0]))
+    if case == "gemma3":
+        return
+    found = []
+    x_ND = torch.randn(70, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+
+    def recur(qkv, decay, *given):
+        found.append(decay)
+        return x_ND.new_zeros(70, 4, 12)
+
+    block.linear_attn(x_ND, recur)
+    layer = theirs.linear_attn
+    step = torch.nn.functional.softplus(layer.in_proj_a(x_ND).double() + layer.dt_bias)
+    exact = -layer.A_log.double().exp() * step
+    torch.testing.assert_close(found[0].double(), exact, rtol=1e-5, atol=0)
+    assert model.cache(2, 8).held[0][1].dtype == torch.float32  # a state adds up many small parts
+    out, z = (torch.randn(9, 4, 12).bfloat16() for _ in range(2))
+    gap = block.linear_attn.norm(out, z).float() - layer.norm(out, z).float()
+    assert gap.abs().max() <= 2**-7 * layer.norm(out, z).abs().max()
 
 
 def test_init_weights_depends_on_the_seed_alone_and_has_the_configs_spread():

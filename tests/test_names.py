@@ -23,6 +23,8 @@ from test_hf import (
 
 from nanopost import InputError, dist, hf, lora
 from nanopost.config import Config
+from nanopost.dist import World
+from nanopost.engine import Engine, Sampling
 from nanopost.model import CausalLM
 from nanopost.names import Form
 
@@ -320,10 +322,42 @@ def test_decays_in_fp32_among_bf16_stay_so(whole):
     decay = "model.language_model.layers.0.linear_attn.A_log"
     held = {name: x if name == decay else x.bfloat16() for name, x in weights(whole).items()}
     rewrite(whole, held)
-    save(whole.with_name("out"), hf.load_model(whole), dtype=torch.bfloat16)
-    saved = weights(whole.with_name("out"))
-    assert held[decay].dtype == torch.float32
-    assert held.keys() == saved.keys() and all(same(held[name], saved[name]) for name in held)
+    for adapters in (False, True):  # beside adapters all else is held in bf16
+        model = hf.load_model(whole, shard=beside_adapters if adapters else lambda model: model)
+        out, named = whole.with_name(f"out{adapters}"), dist.full_weights(model)
+        hf.save_model(out, named, model.config, dtype=torch.bfloat16)
+        saved = weights(out)
+        assert held[decay].dtype == torch.float32
+        assert held.keys() == saved.keys() and all(same(held[name], saved[name]) for name in held)
+
+
+def beside_adapters(model):
+    lora.apply(model, 2)
+    lora.hold_in_stored_dtype(model)
+    (kept,) = {p.dtype for n, p in model.named_parameters() if n.endswith("A_log")}
+    assert kept == torch.float32
+    return dist.shard(model, World(0, 1, torch.device("cpu"), torch.bfloat16))
+
+
+def test_what_config_json_says_of_the_decoder_is_kept_up(whole):
+    """Its dtype, also of a reward model, whose head replaces one that is not tied; and what it says
+    of positions counts."""
+    stored = json.loads((whole / "config.json").read_text())
+    stored["text_config"] |= {"dtype": "float32", "max_position_embeddings": 50}
+    stored["tie_word_embeddings"] = stored["text_config"]["tie_word_embeddings"] = False
+    (whole / "config.json").write_text(json.dumps(stored))
+    held = weights(whole)
+    head = torch.ones_like(held["model.language_model.embed_tokens.weight"])
+    rewrite(whole, held | {"lm_head.weight": head})
+    model = hf.load_model(whole)
+    save(whole.with_name("out"), model, dtype=torch.bfloat16)
+    saved = json.loads((whole.with_name("out") / "config.json").read_text())
+    assert saved["text_config"]["dtype"] == saved["dtype"] == "bfloat16"
+    with pytest.raises(InputError, match="exceed the model's 50 positions"):
+        Engine(model, []).generate([IDS], 1, Sampling(11))
+    scalar = hf.load_scalar_model(whole, new_head=True, pad_id=0)
+    assert scalar.config.hf["tie_word_embeddings"] is False
+    assert scalar.config.hf["dtype"] == "float32" and "lm_head.weight" not in tensors(scalar)
 
 
 def test_what_no_decoder_of_this_family_carries_is_unexpected(whole):

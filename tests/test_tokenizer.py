@@ -134,6 +134,16 @@ def added(content, **more):
             },
             {},
         ),
+        (
+            {
+                "eos_token": "<e>",
+                "added_tokens_decoder": {
+                    str(259 + i): added(f"<{name}>", special=name in "bd")
+                    for i, name in enumerate("abcde")
+                },
+            },
+            {},
+        ),
         ({"bos_token": "<s>", "eos_token": "<e>", "add_bos_token": False}, {}),
         ({"bos_token": "<s>", "eos_token": "<e>", "add_bos_token": True}, {}),
     ],
@@ -622,6 +632,19 @@ def test_templates_come_from_every_place(tmp_path):
     assert Tokenizer.load(folder).template.render([user("a")]) == "J"
     (tmp_path / "f.jinja").write_text("F")
     assert Tokenizer.load(folder, str(tmp_path / "f.jinja")).template.render([user("a")]) == "F"
+
+
+def test_a_small_gemma_need_not_have_the_token_for_an_image(tmp_path):
+    """Its tokenizer is that of the large ones, and its embedding is a row short."""
+    raw = raw_bytes(SPECIAL)
+    size = raw.get_vocab_size()
+    raw.add_special_tokens(["<image_soft_token>"])
+    folder_of(tmp_path, raw)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
+    assert Tokenizer.load(tmp_path).raw.token_to_id("<image_soft_token>") == size
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size - 1}))
+    with pytest.raises(InputError, match=f"last id is {size - 1}.*vocab_size of {size - 1}"):
+        Tokenizer.load(tmp_path)
 
 
 @pytest.mark.parametrize(
