@@ -452,6 +452,7 @@ def _hidden(decoder, batch):
     if decoder.config.experts is None:
         return decoder.packed(batch.token_N, *where)
     routes = Routes(batch.routes_ULA if decoder.replays else None)
+    routes.check(decoder.config)
     hidden_UD = decoder.packed(batch.token_N, *where, routes)
     if torch.is_grad_enabled() and not batch.dummy:
         count_LE = routes.count_LE(decoder.config.experts.count)

@@ -148,18 +148,25 @@ class Routes:
         self.given_NLA = given_NLA
         self.taken = {}  # number of a mixture -> expert_NA
 
+    def check(self, c: Config):
+        """InputError if what is given cannot be of a model of this config."""
+        if self.given_NLA is None:
+            return
+        _, layers, active = self.given_NLA.shape
+        # On a GPU the host would wait for the largest number.
+        last = -1 if self.given_NLA.is_cuda else int(self.given_NLA.max())
+        if (layers, active) != (c.mixtures, c.experts.active) or last >= c.experts.count:
+            raise InputError(
+                f"the rollouts name {active} experts of {layers} layers, up to number {last}, and "
+                f"the model takes {c.experts.active} of {c.experts.count} in {c.mixtures}: they "
+                "are of another model; record (--replay) or serve (--vllm) this one."
+            )
+
     def choose(self, number: int, score_NE, active: int):
         """-> expert_NA, int64."""
         if number not in self.taken:
             expert_NA = score_NE.detach().topk(active).indices
             if self.given_NLA is not None:
-                _, mixtures, given = self.given_NLA.shape
-                if number >= mixtures or given != active:
-                    raise InputError(
-                        f"the rollouts name {given} experts of {mixtures} layers, and the model "
-                        f"takes {active} in layer {number + 1} of those with experts: they are of "
-                        "another model (--replay, --vllm)."
-                    )
                 given_NA = self.given_NLA[:, number].long()
                 expert_NA = given_NA.where(given_NA >= 0, expert_NA)
             self.taken[number] = expert_NA

@@ -62,11 +62,17 @@ class Rollout:
         self.ids = self.ids + turn + answer.ids
         self.logp = np.concatenate([self.logp, np.zeros(len(turn), np.float32), answer.logp])
         self.sampled = np.concatenate([self.sampled, np.zeros(len(turn), bool), answer.sampled])
+        is_newer = answer.version > self.versions[-1]
         self.versions = np.concatenate([self.versions, [self.version] * len(turn), answer.versions])
         if self.kept is not None:
             self.kept = self.kept + [NO_IDS] * len(turn) + answer.kept
-        if self.routes is not None:
-            # Each token was sampled with the experts that the tokens before it had then.
+        if self.routes is None or answer.routes is None:
+            self.routes = None
+        elif is_newer:  # what was sampled with older weights is off-policy anyway
+            self.routes = answer.routes
+        else:
+            # A token was sampled with the experts that those before it had then. The answer was
+            # with what its own prefill found best for the turns before, which rounding may change.
             given = len(self.routes) - 1
             self.routes = np.concatenate([self.routes[:given], answer.routes[given:]])
         self.finish = answer.finish

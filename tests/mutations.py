@@ -4580,8 +4580,8 @@ MUTATIONS = [
     mutation(
         "published-defaults-ignored",
         "nanopost/config.py",
-        "return FAMILIES[family].defaults | renamed | given",
-        "return renamed | given",
+        "return defaults | renamed | said",
+        "return renamed | said",
         "test_model.py::test_a_published_gemma_that_leaves_out_the_defaults_is_read_as_in_transformers",
     ),
     mutation(

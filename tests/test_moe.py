@@ -534,8 +534,11 @@ def test_examples_without_routes_choose_among_those_with_them(alone):
 
 def test_the_routes_of_another_model_are_refused(alone):
     model = replaying(small())
-    for shape in ((9, 2, 4), (9, 1, 3)):
-        e = Example(random_ids(9, 1), np.arange(9) > 0, routes=np.zeros(shape, np.int16))
+    (count, active), layers = model.config.experts[:2], model.config.mixtures
+    wrong = [np.zeros((9, layers, active + 1)), np.zeros((9, layers - 1, active))]
+    wrong += [np.zeros((9, layers + 1, active)), np.full((9, layers, active), count)]
+    for routes in wrong:
+        e = Example(random_ids(9, 1), np.arange(9) > 0, routes=routes.astype(np.int16))
         with pytest.raises(InputError, match="are of another model"):
             model(batch_of([e]))
     with pytest.raises(InputError, match="9 tokens and the experts of 3"):
@@ -554,6 +557,13 @@ def test_a_second_turn_adds_its_routes_to_those_that_were_taken():
     assert len(first.example().routes) == len(first.example())
     part = first.example()[1:3]
     assert part.routes.flatten().tolist() == [11, 12]
+    # Newer weights saw the turns before with experts of their own.
+    third = Rollout([1] * 7, [8], zeros[:1], "stop", 1, routes=routes(*range(30, 38)))
+    first.extend([], third)
+    assert first.routes.flatten().tolist() == [*range(30, 38)]
+    # A server that names none: the trainer chooses.
+    first.extend([], Rollout([1] * 8, [9], zeros[:1], "stop", 1))
+    assert first.routes is None
 
 
 def test_a_recording_gives_the_routes_again(tmp_path, alone):

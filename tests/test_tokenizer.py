@@ -138,8 +138,8 @@ def added(content, **more):
             {
                 "eos_token": "<e>",
                 "added_tokens_decoder": {
-                    str(259 + i): added(f"<{name}>", special=name in "bd")
-                    for i, name in enumerate("abcde")
+                    str(259 + i): added(f"<{name}>", special=name in "wy")
+                    for i, name in enumerate("vwxyz")
                 },
             },
             {},
