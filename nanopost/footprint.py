@@ -410,12 +410,15 @@ def blocks_activations(args, c: Config, last: int | None = None) -> float:
 
 def inside_a_block(args, c: Config, layer: Layer) -> float:
     """Bytes beyond that while the backward pass is in a block: what was recomputed of it, and the
-    gradients of silu(gate), of up, and of the residual stream."""
+    gradients of silu(gate), of up, and of the residual stream; or of what experts gave, and of that
+    in the order of the tokens."""
     recomputed = block_activations(args, c, layer) - kept_by_block(args, c, layer)
     width = c.experts.active * c.experts.width if layer.experts else c.mlp_width
     gradients = compute_bytes(args) * (2 * width + c.width)
+    if layer.experts:
+        gradients = max(gradients, compute_bytes(args) * 2 * c.experts.active * c.width)
     # NF4 is made whole a layer at a time: 4 bytes in fp32, beside 2 in the folder's dtype.
-    matrix = 6 * c.width * c.mlp_width if args.quantize == "nf4" else 0
+    matrix = 6 * c.width * max(c.mlp_width, queries(c)) if args.quantize == "nf4" else 0
     return recomputed + tokens_of_micro_batch(args) * gradients + matrix
 
 
@@ -654,8 +657,8 @@ def in_blocks(args, root: float, waiting: float) -> list[tuple]:
 
 # ---------------------------------------------------------------------------- memory: other moments
 def cache_bytes(args, tokens: float) -> float:
-    """Of a row of so many tokens: keys and values, and the states of linear attention
-    (attention.Cache, deltanet.empty_states)."""
+    """Of a row of so many tokens: keys and values, the states of linear attention, and which
+    experts were taken (CausalLM.cache)."""
     c, b, size = args.config, compute_bytes(args), 0
     for layer in c.blocks:
         if layer.kind == LINEAR:
@@ -664,6 +667,8 @@ def cache_bytes(args, tokens: float) -> float:
             size += b * (s.kernel - 1) * channels + 4 * s.value_heads * s.key_dim * s.value_dim
         else:
             size += tokens * 2 * c.kv_heads * c.head_dim * b
+        if layer.experts:
+            size += tokens * 2 * c.experts.active
     return size
 
 
