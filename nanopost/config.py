@@ -288,14 +288,15 @@ class Config:
         return self.text.get("max_position_embeddings") or 2**31
 
     def with_scalar_head(self, pad_id: int | None) -> "Config":
-        """The same decoder as a reward model, of text alone.
+        """The same decoder as a text-only reward model.
 
         pad_id: transformers scores the last token that is not this one.
         """
         if not self.traits.scalar:
             raise InputError(
                 f"{self.traits.causal} has no ...ForSequenceClassification in transformers, so no "
-                "reward model: take a model of another family."
+                "reward or value model: take one of another family (train_ppo.py: --value_model "
+                "head)."
             )
         kept = ("dtype", "torch_dtype", "bos_token_id", "eos_token_id")
         around = {key: self.hf[key] for key in kept if key in self.hf}

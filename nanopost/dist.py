@@ -34,7 +34,7 @@ from nanopost import InputError, StepError, lora, nf4
 from nanopost.reproducible import LARGEST, OrderFree, exact, rounded, sum_of_squares
 
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
-VARIANTS = 64  # of compiled code
+VARIANTS = 64  # of a block's compiled code, at most
 reproducible = False  # the same bytes on any number of ranks: set by init, see reproducible.py
 last_words: Callable[[], str] | None = None  # of a run: printed after an error that ends it
 

@@ -198,11 +198,11 @@ class Decoder(nn.Module):
 
 # ------------------------------------------------------------------------- which token sees which
 class Documents:
-    """Packed documents, which do not see each other.
+    """A mixer: packed documents, which do not see each other.
 
-    Decoder asks it for what a block needs, with of_layer: attend, and recur in linear attention.
-    routes: which experts the tokens take.
-    What depends on the layer's number is not compiled: it would be compiled anew for each layer.
+    A mixer has what the blocks of a decoder need to know of other tokens: attend, recur (in linear
+    attention), and routes (which experts the tokens take). Decoder takes it with of_layer. What
+    depends on the layer's number is not compiled: it would be compiled anew for each layer.
     """
 
     def __init__(self, packing: Packing, routes: Routes | None = None):
@@ -227,7 +227,8 @@ class Documents:
 
 
 class Prompts(Documents):
-    """Packed prompts that are written to a cache: write(layer, *new), as Cache.write_prompts."""
+    """The mixer of prompts that are written to a cache: write(layer, *new), as
+    Cache.write_prompts."""
 
     def __init__(self, packing: Packing, write):
         super().__init__(packing)
@@ -251,7 +252,7 @@ class Prompts(Documents):
 
 
 class NextTokens:
-    """One more token for each row of a cache, which is changed in place."""
+    """The mixer of one more token for each row of a cache, which is changed in place."""
 
     def __init__(self, cache: Cache):
         self.cache, self.layer, self.routes = cache, 0, Routes()

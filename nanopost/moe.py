@@ -66,7 +66,8 @@ class MoE(nn.Module):
 
 
 class Router(nn.Module):
-    """softmax(x W^T), in fp32. It is no nn.Linear: it gets no adapter, and is never quantised."""
+    """softmax(x W^T), the softmax in fp32. It is no nn.Linear: it gets no adapter, and is never
+    quantised."""
 
     def __init__(self, c: Config):
         super().__init__()
