@@ -4635,7 +4635,8 @@ def pytest(tree, tests, *flags):
         "PYTHONPATH": str(tree),
         "PYTHONDONTWRITEBYTECODE": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfEs", *flags]
+    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider"]
+    command += ["-rfEs", *flags]
     done = subprocess.run(
         [*command, *(f"tests/{test}" for test in tests)],
         cwd=tree,

@@ -62,7 +62,9 @@ def test_what_is_recomputed_has_the_same_gradient(name):
         same(gradients(model, groups()), whole, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text"])
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["qwen3_5_text", "gemma3_text"])
 def test_layers_of_a_kind_share_the_compiled_code(name):
     """A kind of layer has two variants: for the first number of tokens, and for any. Sampling with
     the trainer's own model has some more, but none for each layer."""
@@ -139,7 +141,7 @@ def trained(name, rank, size, **how):
     return norms, {n: w.numpy() for n, w in dist.full_weights(model)}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text"])
 def test_weights_are_the_same_bytes_on_any_number_of_ranks(name, tmp_path, monkeypatch):
     monkeypatch.setattr(dist, "reproducible", True)
 
@@ -151,7 +153,7 @@ def test_weights_are_the_same_bytes_on_any_number_of_ranks(name, tmp_path, monke
     assert three == [one] * 3
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["qwen3_5_text", "gemma3_text"])
 def test_two_ranks_train_as_one_does(name, tmp_path):
     def task(rank, size):
         return trained(name, rank, size, checkpointing="full" if size > 1 else "none")
@@ -180,13 +182,12 @@ SHARED = (
 )
 
 
-# Each script, and each kind of model, once: bench/architectures.py has them all.
-TRAINED = [
-    ("train_sft.py", "qwen3_5_text"),
-    ("train_dpo.py", "gemma3_text"),
-    ("train_grpo.py", "qwen3_moe"),
-    ("train_ppo.py", "qwen3_5_text"),
-]
+LONG = (pytest.mark.slow, pytest.mark.long)
+TRAINED = [("train_ppo.py", "qwen3_5_text"), ("train_dpo.py", "gemma3_text")]
+for script in RUNS:
+    for name in ("qwen3_5_text", "gemma3_text", "qwen3_moe"):
+        if (script, name) not in TRAINED:
+            TRAINED.append(pytest.param(script, name, marks=LONG))
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,19 @@ def words(flags) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", RUNS)
+LONG = (
+    "grpo, windows over what is shared",
+    "grpo, linear attention, bf16",
+    "sft, windows, four norms",
+)
+
+
+def in_turn(names):
+    marks = [pytest.mark.slow, pytest.mark.long]
+    return [pytest.param(name, marks=marks if name in LONG else ()) for name in names]
+
+
+@pytest.mark.parametrize("name", in_turn(RUNS))
 def test_a_script_peaks_where_the_plan_says(name, tmp_path):
     script, sizes, (prompt, answer), flags, of_plan = RUNS[name]
     of_plan = dict(of_plan)
