@@ -612,9 +612,9 @@ def test_compiled_blocks_give_the_same_loss_and_gradients():
 def test_all_blocks_share_the_compiled_code():
     """One layer's code must serve all: after eight variants torch silently stops compiling."""
     torch._dynamo.reset()
-    model = CausalLM(Config.of({**tiny("qwen3").config.hf, "num_hidden_layers": 10})).init_weights(
-        0
-    )
+    model = CausalLM(
+        Config.of({**tiny("qwen3").config.hf, "num_hidden_layers": 10, "layer_types": None})
+    ).init_weights(0)
     compiled = copy.deepcopy(model)
     for block in compiled.model.layers:
         block.compile(backend="eager")
