@@ -104,7 +104,7 @@ class Replay:
                     "give the --data, --chat_template and tokenizer of that run, and an --env, if "
                     "any, that says the same again."
                 )
-            columns = [map(_array, line.get(name) or [None] * n) for name in FIELDS]
+            columns = [map(_array, line[name]) for name in FIELDS]
             groups.append([Rollout(prompt, **dict(zip(FIELDS, x))) for x in zip(*columns)])
         return groups
 

@@ -2,8 +2,6 @@
 they compute is in test_model.py and test_deltanet.py."""
 
 import copy
-import json
-import os
 import shutil
 
 import numpy as np
@@ -11,8 +9,9 @@ import pytest
 import torch
 from inprocess import run_here
 from ranks import on_ranks
-from scripts import metrics, weights
+from scripts import metrics
 from small import ARCHITECTURES, random_ids, small_config, small_model
+from test_reproducible import plainly, remains
 from twins import double
 
 from nanopost import dist, hf, optim
@@ -211,19 +210,6 @@ def place(tmp_path_factory):
         toy.write_rows(folder / f"{name}.jsonl", rows)
     (folder / "reward.py").write_text(REWARD)
     return folder
-
-
-def plainly(script, arguments, stop):
-    run_here(os.path.basename(script), *arguments)
-
-
-def remains(out):
-    """The bytes of what a run leaves, but for what a clock measures."""
-    lines = metrics(out)
-    for line in lines:
-        for name in [n for n in line if n.startswith("time/") or n == "tokens_per_second"]:
-            del line[name]
-    return json.dumps(lines), weights(out)
 
 
 @pytest.mark.parametrize("script, name", TRAINED)

@@ -13,6 +13,7 @@ import torch.multiprocessing as mp
 from gpu_on_cpu import graphs
 from inprocess import run_here
 from scripts import metrics
+from small import SIZES as SMALL
 from small import random_ids
 from syncs import counted
 
@@ -30,19 +31,10 @@ from runs import toy
 
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
+SIZES = SMALL | {
     "num_experts": 16,
     "num_experts_per_tok": 3,
     "moe_intermediate_size": 24,
-    "tie_word_embeddings": False,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
