@@ -7,6 +7,8 @@
 kernels     log-probs, entropies and gradients of the Triton kernel and of its torch twin against
             float64; the same call twice gives the same bits.
 attention   packed and cached attention on the GPU in bf16 against the CPU in fp64.
+blocks      linear attention, local windows and experts: log-probs and gradients of rollouts that
+            share prompts, in fp32 and bf16, against float64 on the CPU.
 decoding    the native engine, with each step repeated as a CUDA graph, against the same steps one
             kernel at a time (tokens and log-probs), and against the trainer's forward; also with
             new weights between two tokens, and tokens/s of both.
@@ -193,6 +195,54 @@ def check_prefixes(checks, device, draw):
                 of_whole,
                 device,
             )
+
+
+# ------------------------------------------------------------------------------------------ blocks
+BLOCKS = {
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention"] * 3 + ["full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 64,
+        "linear_value_head_dim": 64,
+    },
+    "gemma3_text": {
+        "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+        "sliding_window": 24,
+    },
+    "qwen3_moe": {"num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 128},
+}
+
+
+def check_blocks(checks: Checks, device: str):
+    """The rollouts are those of the exact model, and name its experts: rounding changes none."""
+    draw = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(0, 500, (n,), generator=draw).tolist() for n in (5, 90, 17)]
+    sampling, seeds = Sampling(8 if device == "cpu" else 40), [0, 10, 20]
+    for family, more in BLOCKS.items():
+        sizes = {"model_type": family, "architectures": None, "head_dim": 64}
+        config = Config.of({**small().hf, **sizes, **more})
+        for dtype, limits in ((torch.float32, (1e-5, 1e-4)), (torch.bfloat16, (5e-3, 5e-2))):
+            model = CausalLM(config).init_weights(0).to(device, dtype)
+            exact = CausalLM(config).double()
+            exact.load_state_dict({name: x.cpu() for name, x in model.state_dict().items()})
+            groups = Engine(exact, stop_ids=[]).generate(prompts, 4, sampling, seeds)
+            examples = [r.example() for group in groups for r in group]
+            found = [values_and_gradients(m, examples) for m in (model, exact)]
+            kind = f"blocks, {family}, {str(dtype).removeprefix('torch.')}"
+            parts = zip(("log-probs", "gradients"), limits, zip(*found))
+            for what, limit, (ours, theirs) in parts:
+                checks.add(f"{kind}: {what}", relative(ours, theirs), limit)
+
+
+def values_and_gradients(model, examples):
+    """-> logp_M, and the gradient of its sum by all parameters, as one tensor."""
+    model.model.replays = True
+    batch = batch_of(examples, model.head_weight.device)
+    logp_N, _ = model(batch)
+    logp_N.sum().backward()
+    gradient = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+    return logp_N[batch.mask_N], gradient
 
 
 # ---------------------------------------------------------------------------------------- decoding
@@ -471,7 +521,7 @@ def weights(folder: Path) -> torch.Tensor:
 
 def main():
     parser = common.parser(__doc__)
-    parts = ["kernels", "attention", "decoding", "scripts", "resume"]
+    parts = ["kernels", "attention", "blocks", "decoding", "scripts", "resume"]
     parser.add_argument("--try", action="store_true", dest="tiny", help="write no results")
     parser.add_argument("--only", nargs="+", default=parts, choices=parts)
     parser.add_argument("--out", type=Path, default=common.RESULTS, help="folder")
@@ -484,6 +534,7 @@ def main():
         work = {
             "kernels": lambda: check_kernels(checks, device),
             "attention": lambda: check_attention(checks, device),
+            "blocks": lambda: check_blocks(checks, device),
             "decoding": lambda: check_decoding(checks, device),
             "scripts": lambda: check_scripts(checks, folder, args.tiny),
             "resume": lambda: check_resume(checks, folder, args.tiny),

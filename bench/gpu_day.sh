@@ -4,6 +4,8 @@
 #     bash bench/gpu_day.sh PART [--try] [--out DIR]
 #
 #     correctness  every kernel and script against the CPU
+#     blocks       linear attention, windows and experts against the CPU; DeltaNet beside
+#                  flash-linear-attention, if that is installed
 #     resume       runs killed with -9
 #     kernels      log-probs beside Liger, Cut Cross-Entropy and compiled torch, and the targets
 #     mfu          SFT of a 1.5B shape: share of the matmul rate, beside TRL
@@ -17,7 +19,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-parts="correctness|resume|kernels|mfu|grpo|decode|prefixes|steps"
+parts="correctness|blocks|resume|kernels|mfu|grpo|decode|prefixes|steps"
 part=${1:-}
 shift || true
 if [[ " $* " == *" --try "* ]]; then
@@ -26,6 +28,10 @@ fi
 case $part in
     correctness)
         OMP_NUM_THREADS=1 python -m bench.gpu_correctness --only kernels attention decoding scripts "$@"
+        ;;
+    blocks)
+        OMP_NUM_THREADS=1 python -m bench.gpu_correctness --only blocks "$@"
+        python -m bench.blocks "$@"
         ;;
     resume) OMP_NUM_THREADS=1 python -m bench.gpu_correctness --only resume "$@" ;;
     kernels) python -m bench.kernels "$@" ;;

@@ -22,7 +22,7 @@ REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu"}  # config.json's name -> ours
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Config:
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
-    activation: str
+    activation: str  # one of ACTIVATIONS
     query_scale: float  # queries are multiplied by it, before the usual 1 / sqrt(head_dim)
     scalar: bool
     delta: DeltaSizes | None
@@ -235,7 +235,7 @@ class Config:
             qkv_bias=FAMILIES[family].qkv_bias or bias,
             out_bias=bias and family not in ("mistral", "qwen2"),
             mlp_bias=bool(text.get("mlp_bias", False)) and family in ("llama", "smollm3"),
-            activation=ACTIVATIONS[_activation(text)],
+            activation=_activation(text),
             query_scale=query_scale,
             scalar=_architecture(hf) == (FAMILIES[family].scalar or None),
             delta=_delta(text, source) if any(b.kind == LINEAR for b in blocks) else None,

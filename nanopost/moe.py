@@ -22,7 +22,7 @@ from nanopost import InputError
 from nanopost.attention import repeat
 from nanopost.config import Config
 
-ACTIVATIONS = {"silu": F.silu, "gelu": partial(F.gelu, approximate="tanh")}
+ACTIVATIONS = {"silu": F.silu, "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh")}
 
 
 class MLP(nn.Module):

@@ -13,6 +13,7 @@ EXPECTED = {
         *("grpo judged, bf16: step 3 engine and trainer:", "sft, bf16: grad_norm"),
         "decoding, bfloat16, sampled: rollouts that a graph changes: 0.00e+00",
     ],
+    "blocks": ["blocks, qwen3_moe, bfloat16: gradients:", "deltanet, ragged documents: nanopost"],
     "resume": ["resume, grpo: killed and resumed: 0.00e+00"],
     "kernels": [
         "(64, 257, 32) peaked nanopost kernel, stored {'forward_ms'",
@@ -55,4 +56,4 @@ def test_a_part_that_there_is_not_is_refused(tmp_path):
     done = subprocess.run(
         ["bash", ROOT / "bench/gpu_day.sh", "all"], capture_output=True, text=True, timeout=60
     )
-    assert done.returncode == 2 and "correctness|resume|kernels|mfu|grpo|" in done.stderr
+    assert done.returncode == 2 and "correctness|blocks|resume|kernels|mfu|grpo|" in done.stderr
