@@ -70,13 +70,16 @@ def test_every_twin_is_compared_in_all_its_runs_and_after_a_resume_and_on_two_ra
     assert [text for text in needed if text not in test] == []
 
 
+ARCHITECTURES = {"olmo2"}  # no twin has another model; test_forks_other.py compares transformers
+
+
 def test_every_fork_has_a_run_that_gives_its_flags():
     there = {}
     for script in SCRIPTS:
         for name, flags in module(script).RUNS.items():
             if name.startswith("fork "):
                 there[name.removeprefix("fork ")] = script, flags
-    assert sorted(there) == forks.NAMES
+    assert there.keys() == {*forks.NAMES} - ARCHITECTURES
     for fork, (script, flags) in there.items():
         assert script == forks.script_of(fork)
         own = {flag for flag in forks.flags_of(fork) if flag.startswith("--")}
