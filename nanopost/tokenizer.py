@@ -58,13 +58,19 @@ class Tokenizer:
     """
 
     def __init__(
-        self, raw: tokenizers.Tokenizer, config: dict, template: str | None, extra_stops=()
+        self,
+        raw: tokenizers.Tokenizer,
+        config: dict,
+        template: str | None,
+        extra_stops=(),
+        lacking_id: int | None = None,
     ):
-        """config: tokenizer_config.json. template: Jinja, or None for a base model."""
+        """config: tokenizer_config.json. template: Jinja, or None for a base model. lacking_id: a
+        token that the model has no embedding for."""
         raw.no_truncation()
         raw.no_padding()
         named = named_tokens(config)
-        self.raw = raw
+        self.raw, self.lacking_id = raw, lacking_id
         self.bos_id = raw.token_to_id(named.get("bos_token", ""))
         self.eos_id = raw.token_to_id(named.get("eos_token", ""))
         self.pad_id = raw.token_to_id(named.get("pad_token", ""))
@@ -83,11 +89,11 @@ class Tokenizer:
     def load(cls, folder, chat_template=None) -> "Tokenizer":
         """Read a folder; chat_template: a file to use instead of the model's template."""
         own = _own_folder(folder)
-        raw, config = read_tokenizer(own)
+        raw, config, lacking_id = read_tokenizer(own)
         template = read_template(own, config, chat_template)
         stops = read_optional_json(_path(folder, "generation_config.json")).get("eos_token_id")
         try:
-            return cls(raw, config, template, listed(stops))
+            return cls(raw, config, template, listed(stops), lacking_id)
         except InputError as error:
             raise InputError(f"{chat_template or folder}: {error}") from error
 
@@ -103,7 +109,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids. Special tokens spelled out in the text are recognised; none are added."""
-        return self.raw.encode(text, add_special_tokens=False).ids
+        return self._encoding(text).ids
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        encoding = self.raw.encode(text, add_special_tokens=False)
+        if self.lacking_id in encoding.ids:
+            raise InputError(
+                f"the text has {self.raw.id_to_token(self.lacking_id)!r}, for which this model, of "
+                "text alone, has no embedding: remove it."
+            )
+        return encoding
 
     def decode(self, ids, skip_special: bool = False) -> str:
         return self.raw.decode([int(i) for i in ids], skip_special_tokens=skip_special)
@@ -268,7 +283,7 @@ class Tokenizer:
         messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
         given = variables(row)
         text = self.template.render(messages, **given)
-        encoding = self.raw.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         if train_on == "all":
             return Example(encoding.ids, np.ones(len(encoding.ids)))
         turns = _trained_turns(row, messages, train_on)

@@ -27,8 +27,9 @@ NAMED_TOKENS = (
 IMAGE = "<image_soft_token>"
 
 
-def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict]:
-    """The tokenizer, with every token that its folder declares, and tokenizer_config.json."""
+def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict, int | None]:
+    """The tokenizer, with every token that its folder declares; tokenizer_config.json; and the id
+    of the token for an image, if the model has no embedding for it."""
     raw = _read_raw(folder)
     config = read_optional_json(folder / "tokenizer_config.json")
     if config.get("added_tokens_decoder"):
@@ -39,14 +40,15 @@ def read_tokenizer(folder: Path) -> tuple[tokenizers.Tokenizer, dict]:
     model = read_optional_json(folder / "config.json")
     vocab_size = (model.get("text_config") or model).get("vocab_size")
     # The small Gemma 3 have the tokenizer of the large ones, whose token for an image they lack.
-    ids = [i for token, i in raw.get_vocab().items() if token != IMAGE]
-    last = max(ids)
+    image_id = raw.token_to_id(IMAGE)
+    last = max(i for i in raw.get_vocab().values() if i != image_id)
     if vocab_size and last >= vocab_size:
         raise InputError(
             f"{folder}: the tokenizer's last id is {last}, for {raw.id_to_token(last)!r}, but "
             f"config.json has a vocab_size of {vocab_size}: they do not belong together."
         )
-    return raw, config
+    lacks_image = image_id is not None and vocab_size and image_id >= vocab_size
+    return raw, config, image_id if lacks_image else None
 
 
 def read_template(folder: Path, config: dict, chat_template=None) -> str | None:

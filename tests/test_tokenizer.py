@@ -641,7 +641,12 @@ def test_a_small_gemma_need_not_have_the_token_for_an_image(tmp_path):
     raw.add_special_tokens(["<image_soft_token>"])
     folder_of(tmp_path, raw)
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
-    assert Tokenizer.load(tmp_path).raw.token_to_id("<image_soft_token>") == size
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.raw.token_to_id("<image_soft_token>") == size
+    for row in [{"text": "a<image_soft_token>"}, {"messages": [user("<image_soft_token>b")]}]:
+        with pytest.raises(InputError, match="'<image_soft_token>', for which this model"):
+            tokenizer.example(row, "all")
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size - 1}))
     with pytest.raises(InputError, match=f"last id is {size - 1}.*vocab_size of {size - 1}"):
         Tokenizer.load(tmp_path)
