@@ -211,7 +211,7 @@ def why(
         if answer.prints is not None:
             return (
                 "not the weights, which are all the trainer's: it computes something else with "
-                "them (config.json, say rope_theta; a quantized cache; an attention kernel)"
+                "them (config.json, say rope_theta; a quantised cache; an attention kernel)"
             )
         return ""
     off = {

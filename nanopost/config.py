@@ -343,7 +343,7 @@ def _architecture(hf):
 
 def _check(hf, source) -> str:
     """The family of a config.json; InputError for another model, or one that is incomplete or
-    quantized."""
+    quantised."""
     model_type, architecture = hf.get("model_type"), _architecture(hf)
     family = AROUND.get(model_type, model_type)
     computed = ()
@@ -372,8 +372,8 @@ def _check(hf, source) -> str:
     if not _is_nf4(hf.get("quantization_config")):
         method = hf["quantization_config"].get("quant_method")
         raise InputError(
-            f"{source}: the weights are quantized ({method}), and not by bitsandbytes to NF4 with "
-            "double quantization; take the unquantized checkpoint of this model."
+            f"{source}: the weights are quantised ({method}), and not by bitsandbytes to NF4 with "
+            "double quantisation; take the unquantised checkpoint of this model."
         )
     text = text_of(hf, family)
     if _activation(text) not in ACTIVATIONS:

@@ -53,6 +53,7 @@ PANELS = [
     Panel(("clip_ratio/region_mean", "policy/clipfrac_avg", "cispo_clip_ratio")),
     Panel(("val/explained_variance",)),
     Panel(("loss/value_avg",)),
+    Panel(("experts/max_violation",), ("experts/unused_ratio",)),
     Panel(("sampling/sampling_logp_difference/mean",), log=True),
     Panel(("grad_norm",), log=True),
     Panel(("lr",)),

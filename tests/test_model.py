@@ -381,7 +381,7 @@ def tiny(case="qwen3", **given):
         ),
         ({"text_config": {}}, "has a text_config"),
         ({"hidden_act": "gelu"}, "'gelu'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantized .awq."),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised .awq."),
         ({"hidden_size": None}, "hidden_size missing"),
     ],
 )

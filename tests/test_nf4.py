@@ -260,7 +260,7 @@ def test_other_quantisations_are_refused(quantised, tmp_path):
     config["quantization_config"]["bnb_4bit_use_double_quant"] = False
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        InputError, match="are quantized .bitsandbytes., and not by bitsandbytes to"
+        InputError, match="are quantised .bitsandbytes., and not by bitsandbytes to"
     ):
         hf.load_model(tmp_path)
     config["quantization_config"]["bnb_4bit_use_double_quant"] = True
