@@ -3,14 +3,19 @@
     python -m bench.blocks          # anywhere; on a GPU in bf16, beside flash-linear-attention too
     python -m bench.blocks --try      # tiny: does the script work?
 
-deltanet: the gated delta rule with its convolution, forward and backward, on packed documents, of
-Qwen3.5-0.8B's sizes (16 heads of 128). transformers pads documents to the longest; its torch path
-is what runs without extra packages, flash-linear-attention takes them packed. Ways take turns,
-medians count.
+Forward and backward pass; ways take turns, medians count.
+
+deltanet: the gated delta rule with its convolution, on packed documents, of Qwen3.5-0.8B's sizes
+(16 heads of 128). transformers pads documents to the longest; its torch path is what runs without
+extra packages, flash-linear-attention takes them packed.
+
+experts: of a mixture whose routes are given: on a GPU Qwen3-30B-A3B's, 8 of 128 and 8,192 tokens;
+on a CPU smaller ones. transformers has a loop over experts, and a grouped product.
 """
 
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,16 +24,30 @@ import torch.nn.functional as F
 from bench import common
 from nanopost import deltanet
 from nanopost.attention import Packing
-from nanopost.config import DeltaSizes
+from nanopost.config import Config, DeltaSizes
+from nanopost.moe import Experts
 
 CASES = {  # tokens of each document
     "one long document": [2048],
     "equal documents": [256] * 8,
     "ragged documents": [700, 30, 410, 90, 250, 16, 512, 40],
 }
+DELTA_SIZES = DeltaSizes(16, 16, 128, 128, 4)
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 512,
+    "moe_intermediate_size": 192,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "vocab_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+}
+ON_GPU = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128}
 
 
-def inputs(lengths, sizes, device, dtype):
+# ----------------------------------------------------------------------------------- gated DeltaNet
+def delta_inputs(lengths, sizes, device, dtype):
     draw = torch.Generator().manual_seed(0)
     count, heads = sum(lengths), sizes.value_heads
     channels = 2 * sizes.key_heads * sizes.key_dim + heads * sizes.value_dim
@@ -38,8 +57,7 @@ def inputs(lengths, sizes, device, dtype):
     return [x.to(device, dtype).requires_grad_() for x in given]
 
 
-# --------------------------------------------------------------------------------------------- ways
-def ours(given, lengths, sizes):
+def delta_of_nanopost(given, lengths, sizes):
     cu_seqlens = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).int().to(given[0].device)
     chunks = deltanet.Chunks.of(Packing(cu_seqlens, max(lengths)), sizes.kernel)
     return lambda: deltanet.packed(*given, sizes, chunks)[0]
@@ -93,13 +111,56 @@ def flash_linear_attention(given, lengths, sizes):
     return forward
 
 
-WAYS = {
-    "nanopost": ours,
+DELTA = {
+    "nanopost": delta_of_nanopost,
     "transformers, torch": transformers_padded,
     "flash-linear-attention": flash_linear_attention,
 }
 
 
+# ------------------------------------------------------------------------------------------ experts
+def expert_inputs(sizes, tokens, device, dtype):
+    """x_ND, the experts' matrices, which experts each token takes, and their weights."""
+    draw = torch.Generator().manual_seed(0)
+    count, active, width = sizes["num_experts"], sizes["num_experts_per_tok"], sizes["hidden_size"]
+    inner = sizes["moe_intermediate_size"]
+    shapes = [(tokens, width), (count, 2 * inner, width), (count, width, inner)]
+    x, gate_up, down = (torch.randn(shape, generator=draw) for shape in shapes)
+    weight, expert = torch.randn(tokens, count, generator=draw).softmax(-1).topk(active)
+    given = x, gate_up / width**0.5, down / inner**0.5, weight
+    return [*(t.to(device, dtype).requires_grad_() for t in given), expert.to(device)]
+
+
+def experts_of_nanopost(given, sizes):
+    x_ND, gate_up, down, weight_NA, expert_NA = given
+    with torch.device("meta"):
+        experts = Experts(Config.of(sizes))
+    matrices = {"gate_up_proj": gate_up, "down_proj": down}
+    call = torch.func.functional_call
+    return lambda: call(experts, matrices, (x_ND, expert_NA, weight_NA))
+
+
+def experts_of_transformers(given, sizes, kind):
+    from transformers.models.qwen3_moe import modeling_qwen3_moe as theirs
+
+    x_ND, gate_up, down, weight_NA, expert_NA = given
+    config = theirs.Qwen3MoeConfig(**sizes)
+    config._experts_implementation = kind
+    with torch.device("meta"):
+        experts = theirs.Qwen3MoeExperts(config)
+    matrices = {"gate_up_proj": gate_up, "down_proj": down}
+    call = torch.func.functional_call
+    return lambda: call(experts, matrices, (x_ND, expert_NA, weight_NA))
+
+
+OF_EXPERTS = {
+    "nanopost": experts_of_nanopost,
+    "transformers, a loop": partial(experts_of_transformers, kind="eager"),
+    "transformers, grouped": partial(experts_of_transformers, kind="grouped_mm"),
+}
+
+
+# -------------------------------------------------------------------------------------- measurement
 def seconds_of(forward, given) -> float:
     """Of a forward and backward pass."""
     cuda = given[0].is_cuda
@@ -112,25 +173,47 @@ def seconds_of(forward, given) -> float:
     return time.perf_counter() - began
 
 
-def measure(lengths, sizes, rounds, device) -> dict[str, float]:
-    given = inputs(lengths, sizes, device, torch.bfloat16 if device == "cuda" else torch.float32)
-    forwards = {}
-    for name, way in WAYS.items():
-        if name == "flash-linear-attention" and device == "cpu":
-            continue
-        try:
-            forwards[name] = way(given, lengths, sizes)
-        except ImportError:
-            print(f"{name}: not installed, not measured", flush=True)
+def measure(forwards, given, rounds) -> dict[str, float]:
+    """Median seconds of each, if all compute the same."""
     expected = forwards["nanopost"]().float()
     for name, forward in forwards.items():
         gap = (forward().float() - expected).norm() / expected.norm()
-        assert gap < (2e-2 if device == "cuda" else 1e-4), f"{name} computes something else: {gap}"
+        assert gap < (2e-2 if expected.is_cuda else 1e-4), f"{name} computes something else: {gap}"
     seconds = {name: [] for name in forwards}
     for _ in range(rounds + 1):
         for name, forward in forwards.items():
             seconds[name].append(seconds_of(forward, given))
     return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+def report(what, found):
+    for name, seconds in found.items():
+        ratio = seconds / found["nanopost"]
+        print(f"{what}: {name} {seconds:.3f} s, {ratio:.2f} of ours", flush=True)
+
+
+def deltanet_table(cases, sizes, rounds, device, dtype) -> dict[str, dict[str, float]]:
+    table = {}
+    for case, lengths in cases.items():
+        given, forwards = delta_inputs(lengths, sizes, device, dtype), {}
+        for name, way in DELTA.items():
+            if name == "flash-linear-attention" and device == "cpu":
+                continue
+            try:
+                forwards[name] = way(given, lengths, sizes)
+            except ImportError:
+                print(f"{name}: not installed, not measured", flush=True)
+        table[case] = measure(forwards, given, rounds)
+        report(f"deltanet, {case}", table[case])
+    return table
+
+
+def experts_table(sizes, tokens, rounds, device, dtype) -> dict[str, float]:
+    *given, expert_NA = expert_inputs(sizes, tokens, device, dtype)
+    forwards = {name: way([*given, expert_NA], sizes) for name, way in OF_EXPERTS.items()}
+    found = measure(forwards, given, rounds)
+    report("experts", found)
+    return found
 
 
 def main():
@@ -140,18 +223,21 @@ def main():
     parser.add_argument("--out", default=common.RESULTS, type=Path, help="folder")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() and not args.tiny else "cpu"
-    sizes, cases, rounds = DeltaSizes(16, 16, 128, 128, 4), CASES, args.rounds
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    sizes, cases, experts, tokens, rounds = DELTA_SIZES, CASES, EXPERTS, 2048, args.rounds
+    if device == "cuda":
+        experts, tokens = {**EXPERTS, **ON_GPU}, 8192
     if args.tiny:
-        sizes, cases, rounds = DeltaSizes(2, 4, 8, 8, 4), {"ragged documents": [70, 3, 41]}, 1
-    table = {}
-    for case, lengths in cases.items():
-        table[case] = found = measure(lengths, sizes, rounds, device)
-        for name, seconds in found.items():
-            ratio = seconds / found["nanopost"]
-            print(f"deltanet, {case}: {name} {seconds:.3f} s, {ratio:.2f} of ours", flush=True)
+        sizes, cases = DeltaSizes(2, 4, 8, 8, 4), {"ragged documents": [70, 3, 41]}
+        experts, tokens, rounds = {**EXPERTS, "num_experts": 16}, 20, 1
+    result = {
+        **common.origin("torch", "transformers", "flash-linear-attention"),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "deltanet": deltanet_table(cases, sizes, rounds, device, dtype),
+        "experts": experts_table(experts, tokens, rounds, device, dtype),
+        "sizes": {"deltanet": sizes._asdict(), "experts": experts, "tokens": tokens},
+    }
     if not args.tiny:
-        versions = common.origin("torch", "transformers", "flash-linear-attention")
-        result = {**versions, "device": device, "sizes": sizes._asdict(), "deltanet": table}
         common.save(args.out / f"{'gpu' if device == 'cuda' else 'cpu'}_blocks.json", result)
 
 

@@ -4,8 +4,8 @@
 #     bash bench/gpu_day.sh PART [--try] [--out DIR]
 #
 #     correctness  every kernel and script against the CPU
-#     blocks       linear attention, windows and experts against the CPU; DeltaNet beside
-#                  flash-linear-attention, if that is installed
+#     blocks       linear attention, windows and experts against the CPU; their time beside
+#                  transformers', and flash-linear-attention's if that is installed
 #     resume       runs killed with -9
 #     kernels      log-probs beside Liger, Cut Cross-Entropy and compiled torch, and the targets
 #     mfu          SFT of a 1.5B shape: share of the matmul rate, beside TRL

@@ -13,7 +13,10 @@ EXPECTED = {
         *("grpo judged, bf16: step 3 engine and trainer:", "sft, bf16: grad_norm"),
         "decoding, bfloat16, sampled: rollouts that a graph changes: 0.00e+00",
     ],
-    "blocks": ["blocks, qwen3_moe, bfloat16: gradients:", "deltanet, ragged documents: nanopost"],
+    "blocks": [
+        *("blocks, qwen3_moe, bfloat16: gradients:", "deltanet, ragged documents: nanopost"),
+        "experts: transformers, grouped",
+    ],
     "resume": ["resume, grpo: killed and resumed: 0.00e+00"],
     "kernels": [
         "(64, 257, 32) peaked nanopost kernel, stored {'forward_ms'",
