@@ -496,18 +496,15 @@ def _sparse(text, family, layer) -> bool:
 
 def _delta(text, source) -> DeltaSizes:
     keys, values = text["linear_num_key_heads"], text["linear_num_value_heads"]
-    if values % keys or text["linear_conv_kernel_dim"] < 2:
+    kernel = text["linear_conv_kernel_dim"]
+    if values % keys or kernel < 2:
         raise InputError(
             f"{source}: linear attention with {values} value heads for {keys} key heads, and a "
-            f"convolution over {text['linear_conv_kernel_dim']} tokens, is not supported: the "
-            "first must be a multiple of the second, and the last at least 2."
+            f"convolution over {kernel} tokens, is not supported: the first must be a multiple of "
+            "the second, and the last at least 2."
         )
     return DeltaSizes(
-        text["linear_num_key_heads"],
-        text["linear_num_value_heads"],
-        text["linear_key_head_dim"],
-        text["linear_value_head_dim"],
-        text["linear_conv_kernel_dim"],
+        keys, values, text["linear_key_head_dim"], text["linear_value_head_dim"], kernel
     )
 
 
