@@ -117,19 +117,22 @@ class Numbers(NamedTuple):
     linear: int  # linear layers of blocks
 
 
-def unit(units: tuple[Unit, ...], kind: str, rank: int = 0) -> Numbers:
-    """Of one unit; of the largest of its blocks, for "block"."""
-    sizes = []
-    for u in units:
-        if u.kind.endswith(kind):
-            sizes.append(numbers((replace(u, layers=u.layers[:1]),), rank))
-    return max(sizes, key=sum)
+def whole(unit: Unit, rank: int = 0, ranks: int = 1) -> Numbers:
+    """Of all ranks, with the rows that FSDP2 adds to cut them evenly: a block of 8 experts is
+    gathered by 64 ranks as one of 64."""
+    of_rank = numbers((replace(unit, layers=unit.layers[:1]),), rank, ranks)
+    return Numbers(*(ranks * count for count in of_rank))
 
 
-def block(units: tuple[Unit, ...], layer: int, rank: int = 0) -> Numbers:
-    """Of one block of the policy."""
+def unit(units: tuple[Unit, ...], kind: str, rank: int = 0, ranks: int = 1) -> Numbers:
+    """Of one unit, whole; of the largest of its blocks, for "block"."""
+    return max((whole(u, rank, ranks) for u in units if u.kind.endswith(kind)), key=sum)
+
+
+def block(units: tuple[Unit, ...], layer: int, rank: int = 0, ranks: int = 1) -> Numbers:
+    """Of one block of the policy, whole."""
     (found,) = [u for u in units if u.kind == "block" and layer in u.layers]
-    return numbers((replace(found, layers=(layer,)),), rank)
+    return whole(found, rank, ranks)
 
 
 def policy_size(args) -> int:
@@ -408,18 +411,29 @@ def blocks_activations(args, c: Config, last: int | None = None) -> float:
     return sum(kept[layer] for layer in blocks) + tokens_of_micro_batch(args) * 4 * turned
 
 
-def inside_a_block(args, c: Config, layer: Layer) -> float:
-    """Bytes beyond that while the backward pass is in a block: what was recomputed of it, and the
-    gradients of silu(gate), of up, and of the residual stream; or of what experts gave, and of that
-    in the order of the tokens."""
+def inside_a_block(args, c: Config, layer: Layer) -> tuple[float, float]:
+    """Bytes beyond that at the worst instant of the backward pass in a block: what was recomputed
+    of it, and gradients of activations; and gradients of weights."""
+    b, N = compute_bytes(args), tokens_of_micro_batch(args)
     recomputed = block_activations(args, c, layer) - kept_by_block(args, c, layer)
-    width = c.experts.active * c.experts.width if layer.experts else c.mlp_width
-    gradients = compute_bytes(args) * (2 * width + c.width)
-    if layer.experts:
-        gradients = max(gradients, compute_bytes(args) * 2 * c.experts.active * c.width)
     # NF4 is made whole a layer at a time: 4 bytes in fp32, beside 2 in the folder's dtype.
-    matrix = 6 * c.width * max(c.mlp_width, queries(c)) if args.quantize == "nf4" else 0
-    return recomputed + tokens_of_micro_batch(args) * gradients + matrix
+    if args.quantize == "nf4":
+        recomputed += 6 * c.width * max(c.mlp_width, queries(c))
+    if not layer.experts:
+        # Those of silu(gate), of up, and of the residual stream; and down_proj's, the first.
+        first = 0 if args.lora else is_sharded(args) * b * c.width * c.mlp_width
+        return recomputed + N * b * (2 * c.mlp_width + c.width), first
+    e = c.experts
+    D, F = e.active * c.width, e.active * e.width
+    matrix = 0 if args.lora else b * e.count * e.width * c.width
+    copies = 1 if cuda(args) else 2  # on a CPU those of each expert are put together
+    instants = [
+        (2 * D, 0),  # of what experts gave, in the order of the tokens and in theirs
+        (2 * F, copies * matrix),  # of what down_proj read
+        (2 * F - D + c.width, matrix),  # of silu(gate) and up; what experts gave is gone
+        (copies * D + c.width - 2 * F, (1 + 2 * copies) * matrix),  # of gate, up and the input
+    ]
+    return max(((recomputed + N * b * more, first) for more, first in instants), key=sum)
 
 
 # -------------------------------------------------------------------------------- memory: log-probs
@@ -532,7 +546,7 @@ def teacher_pass(args) -> tuple[float, float]:
     activations = tokens_of_micro_batch(args) * forward_bytes(args, c)
     if not teacher_is_sharded(args):
         return activations, 0
-    root, largest = unit(args.teacher_units, "root"), unit(args.teacher_units, "block")
+    root, largest = (unit(args.teacher_units, kind, 0, ranks(args)) for kind in ("root", "block"))
     return activations, b * (root.trained + 2 * largest.trained)
 
 
@@ -563,8 +577,8 @@ def update(args) -> dict[str, float]:
     there are gradients already. {part: bytes}"""
     c, v, b, N = args.config, args.value_config, compute_bytes(args), tokens_of_micro_batch(args)
     sharded, full = is_sharded(args), not args.lora
-    root = unit(args.units, "root", args.lora)
-    one = gathered_bytes(args, block(args.units, c.layers - 1, args.lora))
+    root = unit(args.units, "root", args.lora, ranks(args))
+    one = gathered_bytes(args, block(args.units, c.layers - 1, args.lora, ranks(args)))
     whole, blocks = gathered_bytes(args, root), blocks_activations(args, c)
     last, forward, backward = N * norm_bytes(args, c, c.width), 0, 0
     if args.script != "rm":
@@ -586,7 +600,7 @@ def update(args) -> dict[str, float]:
         if not sharded:
             of_root += 16 * max(math.prod(w.shape) for u in args.units for w in u.weights)
 
-    first = sharded * 4 * block(args.units, 0, args.lora).trained
+    first = sharded * 4 * block(args.units, 0, args.lora, ranks(args)).trained
     instants = [
         ("the head's forward pass", blocks + last, forward, whole + one, 0),
         ("the head's backward pass", blocks + last, backward, whole + one, head),
@@ -596,34 +610,25 @@ def update(args) -> dict[str, float]:
     ]
     if args.script == "ppo":  # the value model runs last: its backward pass comes first
         waits = blocks + last + N * 4 * c.width  # hidden states, in fp32
-        buffer = sharded * 4 * unit(args.units, "block", args.lora).trained
-        one = gathered_bytes(args, unit(args.units, "block", args.lora))
-        down = first_gradients(args, v or c, (v or c).blocks[-1])
+        largest = unit(args.units, "block", args.lora, ranks(args))
+        buffer, one = sharded * 4 * largest.trained, gathered_bytes(args, largest)
+        first_of_block = 0
         if v:
-            inside = max(inside_a_block(args, v, layer) for layer in {*v.blocks})
+            inside_each = (inside_a_block(args, v, layer) for layer in {*v.blocks})
+            inside, first_of_block = max(inside_each, key=sum)
             waits += blocks_activations(args, v) + inside
             if sharded:  # its embedding is in the root, too
                 more = full * b * v.vocab_size * v.width
                 instants = [(*others, flight + more) for *others, flight in instants[:-1]]
                 instants.append(("the root's end", 0, 0, 0, of_root))
-        instants.append(("the value model", waits, 0, whole + 2 * one, down + buffer))
+        flight = first_of_block + buffer
+        instants.append(("the value model", waits, 0, whole + 2 * one, flight))
     if args.teacher_config:
         activations, gathered = teacher_pass(args)
         instants.append(("the teacher's forward pass", activations, 0, gathered, 0))
     name, *parts = max(instants, key=lambda parts: sum(parts[1:]))
     names = ("activations", "log-prob buffers", "gathered weights", "gradients in flight")
     return {"gradients": gradient_bytes(args), **dict(zip(names, parts))}
-
-
-def first_gradients(args, c: Config, layer: Layer) -> float:
-    """Bytes of those of down_proj, the first of a block. Those of experts are put together, on a
-    CPU from one each; those of gate and up, twice as large, come while down's wait."""
-    b = compute_bytes(args)
-    if args.lora:
-        return 0
-    if layer.experts:
-        return b * c.experts.count * c.experts.width * c.width * (3 if cuda(args) else 5)
-    return is_sharded(args) * b * c.width * c.mlp_width
 
 
 def in_blocks(args, root: float, waiting: float) -> list[tuple]:
@@ -635,7 +640,7 @@ def in_blocks(args, root: float, waiting: float) -> list[tuple]:
     """
     c, b, sharded = args.config, compute_bytes(args), is_sharded(args)
     nothing = Numbers(0, 0, 0)
-    sizes = [block(args.units, i, args.lora) for i in range(c.layers)]
+    sizes = [block(args.units, i, args.lora, ranks(args)) for i in range(c.layers)]
     above = zip(c.blocks, [*c.blocks[1:], None])
     instants = []
     for i in {pair: i for i, pair in enumerate(above)}.values():
@@ -643,11 +648,12 @@ def in_blocks(args, root: float, waiting: float) -> list[tuple]:
         here = gathered_bytes(args, sizes[i])
         next_one = gathered_bytes(args, sizes[i - 1] if i else nothing)
         buffer = sharded * 4 * sizes[i + 1].trained if i + 1 < c.layers else 0
-        inside = waits + inside_a_block(args, c, layer)
-        flight = waiting + first_gradients(args, c, layer) + buffer
-        instants.append((f"block {i}", inside, 0, root + here + next_one, flight))
+        inside, first = inside_a_block(args, c, layer)
+        flight = waiting + first + buffer
+        instants.append((f"block {i}", waits + inside, 0, root + here + next_one, flight))
         mine = sharded * sizes[i].trained
-        flight = waiting + b * mine + 4 * mine + 4 * mine / ranks(args)
+        own = sharded * block(args.units, i, args.lora).trained
+        flight = waiting + b * own + 4 * mine + 4 * mine / ranks(args)
         if args.reproducible:  # two of fp64 while fixed point is computed
             flight += 16 * mine
         waits -= kept_by_block(args, c, layer)

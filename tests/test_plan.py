@@ -381,6 +381,12 @@ SHARDED = {
     },
     "adapters": {"rows": 2, "length": 256, "how": {"lora": 16}, **BF16},
     "recomputed linear attention": {"rows": 1, "length": 128, "how": FULL, **TWO},
+    "fewer experts than ranks": {
+        "rows": 2,
+        "length": 256,
+        "how": FULL,
+        **{**EXPERTS, "num_experts": 16, "num_experts_per_tok": 8},
+    },
     "NF4": {"rows": 1, "length": 64, "how": {"lora": 4, "quantize": "nf4"}, **BLOCKS, **BF16},
 }
 OF_64 = [(name, "bfloat16") for name in SHARDED]
