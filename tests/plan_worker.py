@@ -74,9 +74,10 @@ def local(x: torch.Tensor) -> torch.Tensor:
     return x.to_local() if hasattr(x, "to_local") else x
 
 
-def measured(world, rows: int, length: int, how: dict | None = None, **sizes) -> int:
-    """Peak bytes of a rank in micro-batches of SFT, when there are gradients and moments already.
-    how: lora, quantize, and what dist.shard takes. sizes: of the model."""
+def measured(world, rows: int, length: int, how: dict | None = None, again=1, **sizes) -> int:
+    """Peak bytes of a rank in a micro-batch of SFT, when there are gradients and moments already.
+    how: lora, quantize, and what dist.shard takes. again: steps, of which one counts (see
+    peak_of_marks). sizes: of the model."""
     how = dict(how or {})
     rank, packed = how.pop("lora", 0), how.pop("quantize", "none") == "nf4"
     dist.reproducible = how.pop("reproducible", False)
@@ -120,7 +121,7 @@ def measured(world, rows: int, length: int, how: dict | None = None, **sizes) ->
         whole = 0
         if how.get("reduce") == "step":
             whole = 4 * sum(p.numel() for p in model.parameters())
-        for _ in range(3):
+        for _ in range(again):
             optimizer.zero_grad(set_to_none=True)
             micro_batch()  # there are gradients
             live.append(held() + whole)
@@ -136,7 +137,7 @@ if __name__ == "__main__":
     found, world = [], dist.init("cpu", "fp32")
     for dtype, setting in json.loads(sys.argv[2]):
         of_setting = dist.World(world.rank, world.size, world.device, getattr(torch, dtype))
-        found.append(measured(of_setting, **setting))
+        found.append(measured(of_setting, again=3, **setting))
     if world.rank == 0:
         Path(sys.argv[1]).write_text(json.dumps(found))
     dist.finish()

@@ -3,9 +3,10 @@
 import json
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
+
+import forked
 
 from nanopost import cli
 
@@ -27,13 +28,8 @@ def command(script, *arguments, ranks=0):
 
 def run(script, *arguments, ranks=0, ok=True, timeout=300):
     """-> CompletedProcess; with ok, its success is asserted."""
-    done = subprocess.run(
-        command(script, *arguments, ranks=ranks),
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+    command = [ROOT / script, *arguments]
+    done = forked.run(command, ENVIRONMENT, ranks=ranks, timeout=timeout)
     assert not ok or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

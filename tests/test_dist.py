@@ -1,34 +1,22 @@
 """Ranks and micro-batches: any split of uneven data gives the gradient of one batch on one process,
 and the statistics of it."""
 
-import os
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
+from scripts import ENVIRONMENT, ROOT, TORCHRUN
 from small import small_model
 
 from nanopost import InputError, StepError, dist, packing
 
 WORKER = Path(__file__).parent / "dist_worker.py"
-
-
-def run(ranks, out, mode, *tokens, timeout=180):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
-    start = [sys.executable]
-    if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    return subprocess.run(
-        [*start, str(WORKER), str(out), mode, *map(str, tokens)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
+PATHS = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +26,7 @@ def results(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("dist"), {}
     for ranks, tokens in ((1, [1000, 40]), (2, [1000, 40]), (4, [45])):
         out = folder / f"{ranks}.pt"
-        done = run(ranks, out, "step", *tokens)
+        done = forked.run([WORKER, out, "step", *tokens], PATHS, ranks=ranks)
         assert done.returncode == 0, done.stderr
         for name, saved in torch.load(out).items():
             found[ranks, name] = saved
@@ -124,7 +112,13 @@ def test_the_head_is_neither_a_shard_nor_stale(results, ranks):
 def test_an_error_on_one_rank_ends_all_of_them_promptly(tmp_path, when):
     """At the start, and amid a step, while the others wait for its gradients."""
     start = time.monotonic()
-    done = run(2, tmp_path / "x.pt", when, "1000", timeout=60)
+    done = subprocess.run(
+        [*TORCHRUN, "2", WORKER, tmp_path / "x.pt", when, "1000"],
+        env=PATHS,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode != 0 and "error: the last rank has had enough" in done.stderr
     report = done.stderr.split("Root Cause")[-1]
     assert "had enough" in report  # torchrun's own, which comes last

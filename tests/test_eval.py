@@ -5,14 +5,14 @@ import json
 import math
 import random
 import shutil
-import subprocess
 import sys
 from statistics import NormalDist
 
+import forked
 import numpy as np
 import pytest
 import torch
-from scripts import ENVIRONMENT, ROOT, run
+from scripts import ENVIRONMENT, run
 
 from nanopost import InputError, hf
 from nanopost.batch import Example, batch_of
@@ -181,10 +181,7 @@ def read(path):
 
 def evaluated(*arguments, ok=True):
     """-> {name: (value, low, high, rows)}, or the error."""
-    command = [sys.executable, "-m", "nanopost.eval", *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=300
-    )
+    done = forked.run(["-m", "nanopost.eval", *arguments], ENVIRONMENT)
     if not ok:
         assert done.returncode == 1
         return done.stderr

@@ -8,17 +8,17 @@ import os
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import forked
 import numpy as np
 import plan_worker
 import pytest
 import torch
 from inprocess import run_here
-from scripts import ROOT, SCRIPTS, parser_of
+from scripts import ENVIRONMENT, ROOT, SCRIPTS, parser_of
 from small import ARCHITECTURES, small_config
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
@@ -359,7 +359,7 @@ def of_setting(folder, ranks, dtype, rows, length, how=None, **sizes):
     return plan.peak(planned(folder, "sft", *words({**flags, **(how or {})})))
 
 
-BLOCKS = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "vocab_size": 1024}
+BLOCKS = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 1024}
 FULL = {"checkpointing": "full"}
 BF16 = {"torch_dtype": "bfloat16"}
 SHARDED = {
@@ -387,7 +387,13 @@ SHARDED = {
         "how": FULL,
         **{**EXPERTS, "num_experts": 16, "num_experts_per_tok": 8},
     },
-    "NF4": {"rows": 1, "length": 64, "how": {"lora": 4, "quantize": "nf4"}, **BLOCKS, **BF16},
+    "NF4": {
+        "rows": 1,
+        "length": 64,
+        "how": {"lora": 4, "quantize": "nf4"},
+        **{**BLOCKS, "num_hidden_layers": 6},
+        **BF16,
+    },
 }
 OF_64 = [(name, "bfloat16") for name in SHARDED]
 OF_64 += [(name, "float32") for name in ("activations", "a tied head")]
@@ -405,12 +411,8 @@ def test_a_rank_of_64_peaks_where_the_plan_says(name, dtype, fake, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_over_gloo_peak_where_the_plan_says(tmp_path):
     settings = [("float32", SHARDED["activations"]), ("bfloat16", SHARDED["an untied head"])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    worker = [plan_worker.__file__, str(tmp_path / "found"), json.dumps(settings)]
-    done = subprocess.run(
-        [sys.executable, *torchrun, *worker], env=environment, capture_output=True, text=True
-    )
+    worker = [plan_worker.__file__, tmp_path / "found", json.dumps(settings)]
+    done = forked.run(worker, {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}, ranks=2)
     assert done.returncode == 0, done.stderr
     for (dtype, setting), measured in zip(settings, json.loads((tmp_path / "found").read_text())):
         expected = of_setting(tmp_path / "model", 2, dtype, **setting)

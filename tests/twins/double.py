@@ -3,17 +3,15 @@
 The library is imported anew from its source, with float64 written wherever it says float32.
 """
 
-import multiprocessing.connection
 import os
 import re
 import runpy
-import socket
 import sys
-import traceback
 from contextlib import contextmanager
 from importlib.machinery import PathFinder, SourceFileLoader
 from pathlib import Path
 
+import forked
 import torch
 
 
@@ -94,61 +92,25 @@ def _stop_after(stop):
 
 
 # ------------------------------------------------------------------------------------------ ranks
-# A server that has imported everything and run nothing forks the ranks, which begin at once.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["__main__", "torch.distributed.fsdp", "nanopost.checkpoint", "nanopost.tokenizer", __name__]
-)
-
-
-def run_ranks(ranks, script, arguments, log, stop=0, seconds=200, run=run_script):
+def run_ranks(ranks, script, arguments, log, stop=0, timeout=300, run=run_script):
     """Run a script on `ranks` processes. log: the file for what they print. RuntimeError if one
-    fails, or if none has ended for so many seconds: ranks that wait for each other.
+    fails, or if not all have ended after so many seconds: ranks that wait for each other.
 
     run: run(script, arguments, stop), with which a process runs it.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    running = {}
-    for rank in range(ranks):
-        arguments = [str(x) for x in arguments]
-        given = (rank, ranks, port, str(script), arguments, str(log), stop, run)
-        process = SERVER.Process(target=_rank, args=given)
-        process.start()
-        running[process.sentinel] = process
-    failed = False
-    while running:
-        ended = multiprocessing.connection.wait(running, seconds)
-        for sentinel in ended:
-            process = running.pop(sentinel)
-            process.join()
-            failed = failed or process.exitcode != 0
-        if failed or not ended:
-            failed = True
-            for process in running.values():  # they would wait for the one that failed
-                process.kill()
-    if failed:
+    arguments = [str(x) for x in arguments]
+    processes = [
+        forked.start(_rank, log, log, environment, str(script), arguments, stop, run)
+        for environment in forked.ranks_of(ranks)
+    ]
+    if forked.finished(processes, timeout) != 0:
         raise RuntimeError(Path(log).read_text()[-6000:])
 
 
-def _rank(rank, ranks, port, script, arguments, log, stop, run):
-    with open(log, "a") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
+def _rank(environment, script, arguments, stop, run):
+    os.environ |= environment
     torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    status = 1
     try:
         run(script, arguments, stop)  # several ranks exit with 0 where it ends
-        status = 0
     except Stopped:
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        pass
