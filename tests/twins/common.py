@@ -5,11 +5,13 @@ Shapes: T tokens of one sequence, V vocabulary. Whatever belongs to tokens is al
 entry t is about token t, given those before it; entry 0 is 0.
 """
 
+import importlib
 import importlib.util
 import json
 import math
 import shlex
 from argparse import Namespace
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +31,8 @@ from twins import double
 __all__ = ["metrics"]  # of a run's folder -> list of dicts
 clip_gradients, learning_rate, AdamW = plain.clip_gradients, plain.learning_rate, plain.AdamW
 STOP = 2  # the step after which a run is stopped that is then resumed
-UNTWINNED = ("tokens_per_second", "seconds", "time/")  # a clock's metrics
+# Of a clock; and how many tokens experts have, which depends on what shares prefixes.
+UNTWINNED = ("tokens_per_second", "seconds", "time/", "experts/")
 
 
 # ----------------------------------------------------------------------------------------- running
@@ -190,13 +193,29 @@ def of_module(module) -> dict[str, torch.Tensor]:
         if kind == "weight":
             p = p + layers[layer].get_delta_weight("default")
         found[name.replace(".base_layer.", ".")] = p.detach()
+    for name in [name for name in found if ".experts." in name]:
+        found |= _one_by_one(name, found.pop(name))
+    return found
+
+
+def _one_by_one(name, stacked):
+    """The experts' matrices, which are one tensor each in a folder."""
+    start, _, kind = name.rpartition(".")
+    found = {}
+    for number, matrix in enumerate(stacked):
+        if kind == "gate_up_proj":
+            gate, up = matrix.chunk(2)
+            parts = {"gate_proj": gate, "up_proj": up}
+        else:
+            parts = {kind: matrix}
+        found |= {f"{start}.{number}.{part}.weight": x for part, x in parts.items()}
     return found
 
 
 # ---------------------------------------------------------------------------------------- comparing
 def compare(found: list[dict], expected: list[dict], rel=1e-9, abs=1e-11):
     """AssertionError unless a script's metrics are the twin's: the same steps, the same names, the
-    same numbers. Metrics of a clock (UNTWINNED) are left out."""
+    same numbers, but for UNTWINNED."""
     assert [line["step"] for line in found] == [line["step"] for line in expected]
     wrong = []
     for mine, theirs in zip(found, expected):
@@ -373,27 +392,69 @@ def fitted(pairs, longest, how) -> list:
 
 # ------------------------------------------------------------------------------------------- models
 @cache
-def modeling():
-    """transformers' modules of Qwen3, which compute norms and angles in float32, in float64."""
+def modeling(kind="qwen3"):
+    """transformers' modules of Qwen3 (kind: qwen3_moe: with experts), which compute norms, angles
+    and scores of experts in float32, in float64."""
     transformers = pytest.importorskip("transformers")
-    import transformers.models.qwen3.modeling_qwen3 as usual
-
+    usual = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # silent about a new head
     loader = double.Loader(usual.__name__, usual.__file__)
     spec = importlib.util.spec_from_file_location(usual.__name__, usual.__file__, loader=loader)
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
+    if kind == "qwen3_moe":
+        module.Qwen3MoeTopKRouter.forward = _route
+        module.Qwen3MoeTopKRouter.given = None
     return module
 
 
 def language_model(folder):
-    """A folder's Qwen3ForCausalLM in float64."""
-    model = modeling().Qwen3ForCausalLM.from_pretrained(
-        folder, dtype=torch.float64, attn_implementation="eager"
-    )
-    model.model.embed_tokens.padding_idx = None  # a pad that was sampled has a gradient too
-    return model
+    """A folder's Qwen3ForCausalLM, or Qwen3MoeForCausalLM, in float64."""
+    kind = json.loads((Path(folder) / "config.json").read_text())["model_type"]
+    options, name = {"attn_implementation": "eager"}, "Qwen3ForCausalLM"
+    if kind == "qwen3_moe":
+        options["experts_implementation"], name = "eager", "Qwen3MoeForCausalLM"
+    loaded = getattr(modeling(kind), name).from_pretrained(folder, dtype=torch.float64, **options)
+    loaded.model.embed_tokens.padding_idx = None  # a pad that was sampled has a gradient too
+    return loaded
+
+
+# ---- experts
+def _route(router, hidden):
+    """A router's scores: each token takes its best experts, the first ones those of `given`."""
+    logits = hidden.reshape(-1, router.hidden_dim) @ router.weight.T
+    p = logits.softmax(-1)
+    router.taken = p.topk(router.top_k).indices
+    if router.given is not None:
+        router.taken = torch.cat([router.given, router.taken[len(router.given) :]])
+    scores = p.gather(1, router.taken)
+    if router.norm_topk_prob:
+        scores = scores / scores.sum(-1, keepdim=True)
+    return logits, scores, router.taken
+
+
+def _routers(model):
+    return [m for m in model.modules() if type(m).__name__ == "Qwen3MoeTopKRouter"]
+
+
+def routes(model) -> list:
+    """The experts that all tokens but the last of the last forward pass have taken, in each layer
+    that has some."""
+    return [router.taken[:-1] for router in _routers(model)]
+
+
+@contextmanager
+def routed(model, given):
+    """Inside, tokens take the experts of `routes`."""
+    for router, taken in zip(_routers(model), given, strict=True):
+        router.given = taken
+    yield
+    for router in _routers(model):
+        router.given = None
+
+
+# ---- value models
 
 
 def scalar_model(folder):
@@ -482,7 +543,7 @@ def write_model(folder, seed=0, scalar=False, **changes):
     model = ScalarModel(config) if scalar else CausalLM(config)
     for i, p in enumerate(model.parameters()):
         noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * seed + i))
-        p.data.copy_(0.2 * noise if p.ndim == 2 else 1 + noise / 8)  # norms other than 1
+        p.data.copy_(0.2 * noise if p.ndim > 1 else 1 + noise / 8)  # norms other than 1
     hf.save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
 
 
@@ -578,7 +639,8 @@ CHAT_TEMPLATE = (
 
 
 def write_place(folder):
-    """A folder with model/, other/ (another random model), rm/ (a reward model), rows of each kind
+    """A folder with model/, other/ (another random model), rm/ (a reward model), experts/ (a
+    mixture of experts), rows of each kind
     with held-out ones beside them (NAME.jsonl and NAME_held_out.jsonl: sft, pairs, labelled,
     prompts), rows whose columns have other names (dialogs.jsonl of sft, theirs.jsonl of pairs),
     questions.jsonl of a fork, reward.py, chat.jinja, and lines.jinja,
@@ -586,6 +648,7 @@ def write_place(folder):
     write_model(folder / "model")
     write_model(folder / "other", seed=1)
     write_model(folder / "rm", seed=2, scalar=True)
+    write_model(folder / "experts", model_type="qwen3_moe")
     kinds = {"sft": sft_rows, "pairs": pair_rows, "labelled": labelled_rows, "prompts": prompt_rows}
     for name, rows in kinds.items():
         toy.write_rows(folder / f"{name}.jsonl", rows(9))

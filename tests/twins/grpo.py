@@ -60,6 +60,7 @@ RUNS = {
     "--old_logp trainer --correct token-truncate --beta 0.2",
     "environment": PLAIN + rollouts.TALKS + "--max_turns 2 --agg sequence "
     "--reward environment {place}/rewards.py:letters",
+    "experts": PLAIN + TWO + "--model {place}/experts --minibatches 4 --beta 0.1",
     "fork curriculum": PLAIN + TWO,
     "fork distill": PLAIN + TWO + "--teacher {place}/other --beta 0.1 --clip 0.02 0.05",
     "fork echo": PLAIN + rollouts.TALKS + "--max_turns 2 --echo_coef 0.3 --agg sequence",
@@ -170,7 +171,8 @@ def divisor(args, examples) -> int:
 def loss_of(args, model, sample, meter, gap):
     """The summed loss of one sample. gap: of engine and trainer, or None after the first update."""
     given = sample.ids, args.temperature, sample.kept_ids
-    logp_T, entropy_T = common.logp_and_entropy(model, *given)
+    with common.routed(model, sample.routes):
+        logp_T, entropy_T = common.logp_and_entropy(model, *given)
     sample.passed = logp_T.tolist(), entropy_T.tolist()
     at = positions(sample)
     weight = 1 / len(at) if args.agg == "sequence" and at else 1.0
@@ -274,6 +276,7 @@ def twin(args):
             with torch.no_grad():
                 given = sample.ids, args.temperature, sample.kept_ids
                 logp_T, entropy_T = common.logp_and_entropy(model, *given)
+                sample.routes = common.routes(model)
                 sample.policy = spread(sample, [float(logp_T[t]) for t in positions(sample)])
                 sample.entropy = spread(sample, [float(entropy_T[t]) for t in positions(sample)])
                 if args.beta:

@@ -25,6 +25,7 @@ RUNS = {
     "--lr 1e-3 --seed 5 --grad_clip 0",
     "lora": PLAIN + "--steps 3 --rows 5 --lr 2e-2 --warmup 0 --weight_decay 0.4 --lora 3 "
     "--lora_alpha 5 --rslora --lora_targets q_proj down_proj --checkpointing full",
+    "experts": PLAIN + "--model {place}/experts --steps 3 --rows 5 --lr 4e-3 --tokens 90",
     "compiled": PLAIN + "--steps 3 --compile --dtype fp32",
     "bf16": PLAIN + "--steps 2 --lr 1e-3 --dtype bf16",
     "fork muon": "--model {place}/model --data {place}/sft.jsonl --holdout 0 "
