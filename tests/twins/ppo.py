@@ -43,6 +43,7 @@ RUNS = {
     "lora, head": PLAIN + TWO + "--lora 2 --lora_targets v_proj up_proj --beta 0.3 --lr 2e-2 "
     "--value_model head --weight_decay 0.3",
     "environment": PLAIN + rollouts.TALKS + "--max_turns 2 --beta 0.2 --lam 0.9 --eos_penalty 0.2",
+    "experts": PLAIN + TWO + "--model {place}/experts --value_model head --beta 0.1",
     "fork adaptive_kl": PLAIN
     + TWO
     + "--kl_target 1.1 --beta 0.3 --value_warmup 1 --lr 8e-3 --steps 4",
@@ -100,10 +101,11 @@ def explained(samples) -> float:
 def loss_of(args, model, sample, meter, gaps):
     """The summed loss of a sample. gaps: of engine and trainer, or None after the first update."""
     given = sample.ids, args.temperature, sample.kept_ids
-    logp_T, entropy_T = common.logp_and_entropy(model.policy, *given)
+    with common.routed(model.policy, sample.routes):
+        logp_T, entropy_T = common.logp_and_entropy(model.policy, *given)
+        value_T = values(model, sample.ids)
     if not hasattr(sample, "passed"):
         sample.passed = logp_T.tolist(), entropy_T.tolist()
-    value_T = values(model, sample.ids)
     loss = 0.0
     for i, t in enumerate(positions(sample)):
         log_ratio = logp_T[t] - sample.old[i]
@@ -168,6 +170,7 @@ def twin(args):
             with torch.no_grad():
                 given = sample.ids, args.temperature, sample.kept_ids
                 logp_T, _ = common.logp_and_entropy(model.policy, *given)
+                sample.routes = common.routes(model.policy)
                 value_T = values(model, sample.ids)
                 sample.policy = sample.ref = [logp_T[t].item() for t in at]
                 if reference is not None:
