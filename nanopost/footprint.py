@@ -117,22 +117,22 @@ class Numbers(NamedTuple):
     linear: int  # linear layers of blocks
 
 
-def whole(unit: Unit, rank: int = 0, ranks: int = 1) -> Numbers:
-    """Of all ranks, with the rows that FSDP2 adds to cut them evenly: a block of 8 experts is
-    gathered by 64 ranks as one of 64."""
-    of_rank = numbers((replace(unit, layers=unit.layers[:1]),), rank, ranks)
-    return Numbers(*(ranks * count for count in of_rank))
+def gathered(units: tuple[Unit, ...], rank: int = 0, ranks: int = 1) -> Numbers:
+    """Of all ranks, with the rows that FSDP2 adds to cut them evenly: 8 experts are gathered by 64
+    ranks as 64."""
+    return Numbers(*(ranks * count for count in numbers(units, rank, ranks)))
 
 
 def unit(units: tuple[Unit, ...], kind: str, rank: int = 0, ranks: int = 1) -> Numbers:
-    """Of one unit, whole; of the largest of its blocks, for "block"."""
-    return max((whole(u, rank, ranks) for u in units if u.kind.endswith(kind)), key=sum)
+    """One unit, gathered; of blocks, for "block", the largest."""
+    each = [(replace(u, layers=u.layers[:1]),) for u in units if u.kind.endswith(kind)]
+    return max((gathered(u, rank, ranks) for u in each), key=sum)
 
 
 def block(units: tuple[Unit, ...], layer: int, rank: int = 0, ranks: int = 1) -> Numbers:
-    """Of one block of the policy, whole."""
+    """One block of the policy, gathered."""
     (found,) = [u for u in units if u.kind == "block" and layer in u.layers]
-    return whole(found, rank, ranks)
+    return gathered((replace(found, layers=(layer,)),), rank, ranks)
 
 
 def policy_size(args) -> int:
@@ -624,8 +624,8 @@ def update(args) -> dict[str, float]:
         flight = first_of_block + buffer
         instants.append(("the value model", waits, 0, whole + 2 * one, flight))
     if args.teacher_config:
-        activations, gathered = teacher_pass(args)
-        instants.append(("the teacher's forward pass", activations, 0, gathered, 0))
+        activations, weights = teacher_pass(args)
+        instants.append(("the teacher's forward pass", activations, 0, weights, 0))
     name, *parts = max(instants, key=lambda parts: sum(parts[1:]))
     names = ("activations", "log-prob buffers", "gathered weights", "gradients in flight")
     return {"gradients": gradient_bytes(args), **dict(zip(names, parts))}

@@ -42,6 +42,7 @@ from nanopost.footprint import (
     completions,
     compute_bytes,
     cuda,
+    gathered,
     gathered_bytes,
     gradient_bytes,
     has_reference,
@@ -271,12 +272,12 @@ def collective_seconds(args) -> float:
     if args.gpus == 1:
         return 0
     shards, count = ranks(args), micro_batches(args)
-    every = numbers(args.units, args.lora)
+    every = gathered(args.units, args.lora, shards)
     weights, gradients = gathered_bytes(args, every), 4 * every.trained
-    policy = gathered_bytes(args, numbers(args.policy, args.lora))
+    policy = gathered_bytes(args, gathered(args.policy, args.lora, shards))
     without = passes_without_gradient(args, True) * policy
     if args.teacher_config:
-        without += compute_bytes(args) * numbers(args.teacher_units).trained
+        without += compute_bytes(args) * gathered(args.teacher_units, 0, shards).trained
     epochs = args.ppo_epochs if args.script == "ppo" else 1
     gathers = count * 2 * weights + count / epochs * without
     reductions = optimizer_steps(args) if args.reduce == "step" else count
