@@ -40,11 +40,10 @@ def run(command, env, cwd=ROOT, ranks=0, timeout=300) -> subprocess.CompletedPro
 
     subprocess.TimeoutExpired after so many seconds.
     """
-    command = [str(word) for word in command]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "stdout"), Path(folder, "stderr")
         environments = [{**env, **more} for more in (ranks_of(ranks) if ranks else [{}])]
-        processes = [start(_python, out, err, command, e, str(cwd)) for e in environments]
+        processes = [start(python, out, err, command, e, cwd) for e in environments]
         status = finished(processes, timeout)
         said = out.read_text(errors="replace"), err.read_text(errors="replace")
     if status is None:
@@ -67,7 +66,7 @@ def start(function, out, err, *arguments):
     """Call a function in a fork, whose streams are appended to two files -> the process."""
     for path in (out, err):
         Path(path).touch()
-    process = FORKS.Process(target=_fork, args=(function, str(out), str(err), *arguments))
+    process = FORKS.Process(target=_fork, args=(function, out, err, *arguments))
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # of what is forked from
         process.start()
     return process
@@ -105,12 +104,14 @@ def _fork(function, out, err, *arguments):
         atexit._run_exitfuncs()
 
 
-def _python(command, env, cwd):
+def python(command, env, cwd=ROOT):
+    """What `python` does with a command line, in a fork: see run."""
+    command = [str(word) for word in command]
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
     is_module = command[0] == "-m"
-    first = cwd if is_module else str(Path(command[0]).resolve().parent)
+    first = str(cwd) if is_module else str(Path(command[0]).resolve().parent)
     added = [path for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:] = [first, *added, *(path for path in sys.path if not _is_ours(path))]
     if is_module:

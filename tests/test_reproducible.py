@@ -278,9 +278,11 @@ def remains(out):
     return json.dumps(lines), weights(out), values.read_bytes() if values.exists() else b""
 
 
+ADAPTED = ("train_sft.py", "train_grpo.py", "train_ppo.py")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 3])
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script, rank", [(s, 0) for s in SCRIPTS] + [(s, 3) for s in ADAPTED])
 def test_a_run_has_the_same_bytes_on_any_number_of_ranks(place, tmp_path, script, rank):
     """rank: of adapters; 0: all weights train."""
     found = []

@@ -9,10 +9,11 @@ import subprocess
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from kills import workers
-from scripts import ENVIRONMENT, command, metrics, run, weights
+from scripts import ENVIRONMENT, ROOT, command, metrics, run, weights
 
 from nanopost import hf
 from runs import toy
@@ -252,16 +253,15 @@ class Killed:
     """
 
     def __init__(self, script, arguments, out, save_every):
-        self.command = command(script, *arguments, "--out", out, "--resume")
+        self.command = [ROOT / script, *arguments, "--out", out, "--resume"]
         self.out, self.save_every = Path(out), save_every
 
     def start(self):
         """Start, and wait until the folder is this start's: what an earlier one logged is gone."""
         before = self.manifest()
-        with open(f"{self.out}.log", "w") as log:
-            self.process = subprocess.Popen(
-                self.command, env=ENVIRONMENT, stdout=log, stderr=subprocess.STDOUT
-            )
+        log = Path(f"{self.out}.log")
+        log.unlink(missing_ok=True)
+        self.process = forked.start(forked.python, log, log, self.command, ENVIRONMENT)
         self.wait(lambda: self.manifest() != before)
 
     def manifest(self):
@@ -273,13 +273,14 @@ class Killed:
     def wait(self, reached, *step):
         deadline = time.monotonic() + 200
         while not reached(*step):
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log()
+            assert self.process.is_alive() and time.monotonic() < deadline, self.log()
             time.sleep(0.001)
 
     def kill(self) -> str:
         """-> where the run was: "save 4" or "step 5"."""
         self.process.kill()
-        assert self.process.wait() == -signal.SIGKILL, self.log()
+        self.process.join()
+        assert self.process.exitcode == -signal.SIGKILL, self.log()
         unfinished = [*(self.out / "checkpoints").glob("*.tmp")]
         if unfinished:
             return f"save {int(unfinished[0].stem.removeprefix('step-'))}"
@@ -319,7 +320,7 @@ def killed_and_resumed(run, instants, seed, longest) -> list[str]:
         run.wait({"step": run.begins_step, "save": run.begins_save}[kind], step)
         time.sleep(draw.random() * longest[kind])
         found.append(run.kill())
-    done = subprocess.run(run.command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    done = forked.run(run.command, ENVIRONMENT)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     kinds = {where.split()[0] for where in found}
     assert kinds == {"step", "save"}, found

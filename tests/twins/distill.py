@@ -150,7 +150,8 @@ def twin(args):
     records = common.records(args.out)
     ranks = rollouts.num_ranks(records)
     rollouts.synced(model, s)
-    lines, num_tokens = [{"step": 0, **evaluated(model, teacher, s)}], 0
+    yield {"step": 0, **evaluated(model, teacher, s)}
+    num_tokens = 0
     for step in range(1, args.steps + 1):
         consumed = (step - 1) * args.prompts
         answers, drawn, stored = {}, [], {}
@@ -217,5 +218,5 @@ def twin(args):
         rollouts.synced(model, s)
         if rollouts.is_due(args, step):
             line |= evaluated(model, teacher, s)
-        lines.append(line)
-    return lines, {"": common.of_module(model)}
+        yield line
+    return {"": common.of_module(model)}

@@ -198,7 +198,8 @@ def twin(args):
         every = [pair_metrics(*pair, loss, args) for pair, loss in zip(sides, losses)]
         return {f"eval/{name}": value for name, value in means(every).items()}
 
-    lines, tokens = [{"step": 0, **evaluated()}], 0
+    yield {"step": 0, **evaluated()}
+    tokens = 0
     for step in range(1, steps + 1):
         drawn = common.drawn(len(train), args.seed, (step - 1) * args.rows, args.rows)
         pairs = [train[i] for i in drawn]
@@ -246,5 +247,5 @@ def twin(args):
         }
         if is_due(step, args.eval_every, steps):
             line |= evaluated()
-        lines.append(line)
-    return lines, {"": common.of_module(model)}
+        yield line
+    return {"": common.of_module(model)}

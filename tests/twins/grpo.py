@@ -253,7 +253,7 @@ def twin(args):
     records = common.records(args.out)
     ranks = rollouts.num_ranks(records)
     rollouts.synced(model, s)
-    lines = [{"step": 0, **rollouts.evaluate(model, s)}]
+    yield {"step": 0, **rollouts.evaluate(model, s)}
     consumed, num_tokens, again = 0, 0, []
     for step in range(1, args.steps + 1):
         batch = rollout_batch(model, s, consumed, ranks, again)
@@ -374,5 +374,5 @@ def twin(args):
         rollouts.synced(model, s)
         if rollouts.is_due(args, step):
             line |= rollouts.evaluate(model, s)
-        lines.append(line)
-    return lines, {"": common.of_module(model)}
+        yield line
+    return {"": common.of_module(model)}

@@ -187,7 +187,8 @@ def twin(args):
         found = step_metrics(sides, label_P, losses, args)
         return {f"eval/{name}": value for name, value in found.items()}
 
-    lines, tokens = [{"step": 0, **evaluated()}], 0
+    yield {"step": 0, **evaluated()}
+    tokens = 0
     for step in range(1, steps + 1):
         drawn = common.drawn(len(train), args.seed, (step - 1) * args.rows, args.rows)
         units = [train[i] for i in drawn]
@@ -234,5 +235,5 @@ def twin(args):
         }
         if dpo.is_due(step, args.eval_every, steps):
             line |= evaluated()
-        lines.append(line)
-    return lines, {"": common.of_module(model)}
+        yield line
+    return {"": common.of_module(model)}

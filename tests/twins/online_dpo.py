@@ -178,7 +178,8 @@ def twin(args):
     records = common.records(args.out)
 
     rollouts.synced(model, s)
-    lines, tokens = [{"step": 0, **evaluated(model, reference, s)}], 0
+    yield {"step": 0, **evaluated(model, reference, s)}
+    tokens = 0
     for step in range(1, args.steps + 1):
         consumed = (step - 1) * args.prompts
         drawn = common.drawn(len(s.rows), args.seed, consumed, args.prompts)
@@ -244,5 +245,5 @@ def twin(args):
         rollouts.synced(model, s)
         if dpo.is_due(step, args.eval_every, args.steps):
             line |= evaluated(model, reference, s)
-        lines.append(line)
-    return lines, {"": common.of_module(model)}
+        yield line
+    return {"": common.of_module(model)}

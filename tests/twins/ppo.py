@@ -144,7 +144,7 @@ def twin(args):
     records = common.records(args.out)
     ranks = rollouts.num_ranks(records)
     rollouts.synced(model.policy, s)
-    lines = [{"step": 0, **rollouts.evaluate(model.policy, s)}]
+    yield {"step": 0, **rollouts.evaluate(model.policy, s)}
     num_tokens, all_scores, beta = 0, [], args.beta
     for step in range(1, args.steps + 1):
         about, recorded = records[step]
@@ -283,8 +283,8 @@ def twin(args):
         rollouts.synced(model.policy, s)
         if rollouts.is_due(args, step):
             line |= rollouts.evaluate(model.policy, s)
-        lines.append(line)
+        yield line
     parts = {"": common.of_module(model.policy)}
     if own:
         parts["value"] = common.of_module(model.value)
-    return lines, parts
+    return parts

@@ -71,7 +71,8 @@ def twin(args):
             "eval/score/q95": high,
         }
 
-    lines, tokens = [{"step": 0, **evaluated()}], 0
+    yield {"step": 0, **evaluated()}
+    tokens = 0
     for step in range(1, steps + 1):
         drawn = common.drawn(len(train), args.seed, (step - 1) * args.rows, args.rows)
         batch = [train[i] for i in drawn]
@@ -103,8 +104,8 @@ def twin(args):
         }
         if step == steps or args.eval_every and step % args.eval_every == 0:
             line |= evaluated()
-        lines.append(line)
-    return lines, {"": common.of_module(model)}
+        yield line
+    return {"": common.of_module(model)}
 
 
 def check_record(record, batch, chosen_scores, rejected_scores):

@@ -167,7 +167,8 @@ def twin(args):
             return {}
         return {"eval/loss": loss / targets, "eval/entropy": entropy / targets}
 
-    lines, tokens = [{"step": 0, **evaluated()}], 0
+    yield {"step": 0, **evaluated()}
+    tokens = 0
     for step in range(1, steps + 1):
         batch = [train[i] for i in rows_of_step(lengths, step, args)]
         targets = sum(sum(mask[1:]) for _, mask in batch)
@@ -200,5 +201,5 @@ def twin(args):
         }
         if step == steps or args.eval_every and step % args.eval_every == 0:
             line |= evaluated()
-        lines.append(line)
-    return lines, {"": common.of_module(model)}
+        yield line
+    return {"": common.of_module(model)}
