@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -221,12 +222,8 @@ def load_weights(model: CausalLM | ScalarModel, folder):
         if (lora.base_folder(folder) / INDEX).is_file():
             _weight_files(lora.base_folder(folder))
         return
-    config = model.config
-    adapter = lora.read(folder) if lora.is_adapter_folder(folder) else None
-    base = adapter.base if adapter else folder
-    factors = {}
-    if adapter:
-        factors = {ours(name, config.prefixes): x for name, x in adapter.factors.items()}
+    config, source = model.config, _Source(folder, model.config)
+    form, file_of = source.form, source.file_of
     wanted = {
         name: p
         for name, p in model.named_parameters()
@@ -238,17 +235,8 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     shapes = {name: list(p.shape) for name, p in wanted.items()}
     for name, layer in packed_layers.items():
         shapes[name] = [layer.out_features, layer.in_features]
-    stored = _weight_files(base)
-    quantised = _quantised_names(stored)
-    file_of = {name: path for name, path in stored.items() if not _is_beside(name, quantised)}
-    form = Form.of(file_of, config.prefixes, config.form)
-    if adapter:
-        if adapter.base_hash not in ("", content_hash(base)):
-            raise InputError(
-                f"{folder}: its base model, {base}, has other weights than it was trained beside: "
-                "restore that folder, or give the merged model of the run that wrote the adapter."
-            )
-        _check_adapter(folder, adapter, factors, shapes)
+    if source.adapter:
+        _check_adapter(source, shapes)
     if config.scalar and SCORE not in file_of:
         _new_head(wanted.pop(SCORE))
         file_of.pop(form.there(HEAD), None)
@@ -256,12 +244,12 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     for name in carried:
         del file_of[name]
     tensors_of = {name: form.all_there(name, shapes[name]) for name in wanted}
-    _check_names(base, tensors_of, file_of, form.there(HEAD) if config.tied else "")
+    _check_names(source.base, tensors_of, file_of, form.there(HEAD) if config.tied else "")
     split = [name for name in wanted if form.is_split(name)]
     there = {name: form.there(name) for name in wanted if name not in split}
     if config.dtype != torch.float32:
         form = replace(form, fp32=_in_fp32(file_of, there))
-    model.config = _as_read(config, form, base, carried)
+    model.config = _as_read(config, form, source.base, carried)
 
     matrices = {f"{name}.weight" for name in lora.linear_layers(model)}
     for path in sorted({file_of[stored_name] for stored_name in there.values()}):
@@ -269,29 +257,16 @@ def load_weights(model: CausalLM | ScalarModel, folder):
             for name, stored_name in there.items():
                 if file_of[stored_name] != path:
                     continue
-                p, layer = wanted[name], packed_layers.get(name)
-                is_quantised = stored_name in quantised
-                if layer is not None and is_quantised and name not in factors:
-                    _fill_packed(layer, *_quantised(stored, stored_name))
-                    continue
-                source = file.get_slice(stored_name)
-                if is_quantised:
-                    source = _dequantised(stored, stored_name)
-                elif adapter and adapter.nf4 and name in matrices:
-                    dense = source[:]  # the adapter belongs to what NF4 makes of it
-                    source = nf4.dequantize(nf4.quantize(dense), dense.shape[1], dense.dtype)
-                if layer is None:
-                    _fill(p, source, stored_name, path, factors.get(name))
+                tensor = _Tensor(source, file, path, stored_name, name in matrices)
+                factors = source.factors.get(name)
+                if name in packed_layers:
+                    _fill_layer(packed_layers[name], tensor, factors)
                 else:
-                    dense = torch.empty(layer.out_features, layer.in_features)
-                    _fill(dense, source, stored_name, path, factors.get(name))
-                    dense = dense.to(p.device, layer.stored_dtype)
-                    _fill_packed(layer, nf4.quantize(dense), dense.shape, dense.dtype)
+                    _fill(wanted[name], tensor, factors)
     for name in split:
-        p = wanted[name]
-        with _experts(stored, quantised, form.matrices(name, len(p)), p.shape) as source:
-            _copy(p, source)
-    for name, head in (adapter.heads if adapter else {}).items():
+        with _experts(source, form.matrices(name, len(wanted[name])), shapes[name]) as stack:
+            _copy(wanted[name], stack)
+    for name, head in (source.adapter.heads if source.adapter else {}).items():
         _copy(model.get_parameter(name), head)
     for layer in lora.layers(model).values():
         _copy(layer.lora_A, layer.first_A())
@@ -300,15 +275,82 @@ def load_weights(model: CausalLM | ScalarModel, folder):
     for name, layer in packed_layers.items():  # where a block is not finite, its scale is not
         found[name] = _local(layer.weight_nested).view(torch.float32)
     _check_finite(folder, found)
+    if config.tied:
+        _check_tied(source, form, config)
+
+
+class _Source:
+    """Where the weights of a folder are; of one with an adapter, those of its base model."""
+
+    def __init__(self, folder: Path, config: Config):
+        self.folder = folder
+        self.adapter = lora.read(folder) if lora.is_adapter_folder(folder) else None
+        self.base = self.adapter.base if self.adapter else folder
+        self.stored = _weight_files(self.base)  # name of a tensor -> its file
+        self.quantised = _quantised_names(self.stored)
+        self.file_of = {  # without what bitsandbytes stores beside a matrix
+            name: path for name, path in self.stored.items() if not _is_beside(name, self.quantised)
+        }
+        self.form = Form.of(self.file_of, config.prefixes, config.form)
+        factors = self.adapter.factors if self.adapter else {}
+        self.factors = {ours(name, config.prefixes): x for name, x in factors.items()}
+
+
+class _Tensor(NamedTuple):
+    """One tensor of a source. is_matrix: of a layer that may have an adapter."""
+
+    source: _Source
+    file: safe_open
+    path: Path
+    name: str
+    is_matrix: bool
+
+    def read(self):
+        """-> a slice of the file, of which only what is asked for is read, or a tensor."""
+        adapter = self.source.adapter
+        if self.name in self.source.quantised:
+            return _dequantised(self.source.stored, self.name)
+        found = self.file.get_slice(self.name)
+        if adapter and adapter.nf4 and self.is_matrix:
+            dense = found[:]  # the adapter belongs to what NF4 makes of it
+            return nf4.dequantize(nf4.quantize(dense), dense.shape[1], dense.dtype)
+        return found
+
+
+def _fill(p, tensor: _Tensor, factors=None):
+    """factors: A, B and scale of an adapter to merge."""
+    found = tensor.read()
+    _check_shape(found, tensor.name, tensor.path, list(p.shape))
+    if factors is None:
+        _copy(p, found)
+        return
+    a, b, scale = factors
+    rows = _mine(p)[0]
+    _local(p).copy_(lora.merged(found[rows], a, b[rows], scale))
+
+
+def _fill_layer(layer, tensor: _Tensor, factors=None):
+    """Fill a layer in NF4, from the same bits if the folder has them."""
+    if tensor.name in tensor.source.quantised and factors is None:
+        _fill_packed(layer, *_quantised(tensor.source.stored, tensor.name))
+        return
+    dense = torch.empty(layer.out_features, layer.in_features)
+    _fill(dense, tensor, factors)
+    dense = dense.to(layer.weight.device, layer.stored_dtype)
+    _fill_packed(layer, nf4.quantize(dense), dense.shape, dense.dtype)
+
+
+def _check_tied(source, form, config):
+    """InputError if the folder has a head that is another than the embedding."""
     head, embedding = form.there(HEAD), form.there(EMBEDDING)
-    if config.tied and head in file_of:
-        if not torch.equal(_whole(file_of, head), _whole(file_of, embedding)):
-            place = "config.json (not in its text_config)" if config.is_inside else "config.json"
-            raise InputError(
-                f"{base}: config.json ties the head to the embedding, but the weights hold a "
-                f"{head} that differs from it: set tie_word_embeddings to false in {place} to use "
-                "it."
-            )
+    if head not in source.file_of:
+        return
+    if not torch.equal(_whole(source.file_of, head), _whole(source.file_of, embedding)):
+        place = "config.json (not in its text_config)" if config.is_inside else "config.json"
+        raise InputError(
+            f"{source.base}: config.json ties the head to the embedding, but the weights hold a "
+            f"{head} that differs from it: set tie_word_embeddings to false in {place} to use it."
+        )
 
 
 def _in_fp32(file_of, there) -> frozenset[str]:
@@ -406,9 +448,16 @@ def _check_names(folder, there, file_of, copy):
     )
 
 
-def _check_adapter(folder, adapter, factors, shapes):
+def _check_adapter(source, shapes):
     """InputError for an adapter of another model, or of layers that have none here."""
-    for name, (a, b, _) in factors.items():
+    folder, adapter = source.folder, source.adapter
+    if adapter.base_hash not in ("", content_hash(source.base)):
+        raise InputError(
+            f"{folder}: its base model, {source.base}, has other weights than it was trained "
+            "beside: restore that folder, or give the merged model of the run that wrote the "
+            "adapter."
+        )
+    for name, (a, b, _) in source.factors.items():
         shape = [len(b), a.shape[1]]
         if shapes.get(name) != shape:
             here = shapes.get(name, "not there")
@@ -421,17 +470,6 @@ def _check_adapter(folder, adapter, factors, shapes):
             f"{folder}: the adapter has a {name}, as a reward model has, but its task_type is not "
             "SEQ_CLS."
         )
-
-
-def _fill(p, source, name, path, factors=None):
-    """factors: A, B and scale of an adapter to merge."""
-    _check_shape(source, name, path, list(p.shape))
-    if factors is None:
-        _copy(p, source)
-        return
-    a, b, scale = factors
-    rows = _mine(p)[0]
-    _local(p).copy_(lora.merged(source[rows], a, b[rows], scale))
 
 
 def _check_shape(source, name, path, wanted):
@@ -458,22 +496,21 @@ class _Stack:
 
 
 @contextmanager
-def _experts(stored, quantised, names, shape):
+def _experts(source, names, shape):
     """A _Stack of the tensors with these names, of each expert's matrices."""
+    stored = source.stored
     rows, columns = shape[1] // len(names[0]), shape[2]
     with ExitStack() as files:
         paths = {stored[name] for parts in names for name in parts}
         file_of = {path: files.enter_context(_opened(path)) for path in sorted(paths)}
         matrices = []
         for parts in names:
-            sources = []
+            found = []
             for name in parts:
-                source = file_of[stored[name]].get_slice(name)
-                if name in quantised:
-                    source = _dequantised(stored, name)
-                _check_shape(source, name, stored[name], [rows, columns])
-                sources.append(source)
-            matrices.append(sources)
+                tensor = _Tensor(source, file_of[stored[name]], stored[name], name, False)
+                found.append(tensor.read())
+                _check_shape(found[-1], name, stored[name], [rows, columns])
+            matrices.append(found)
         yield _Stack(matrices, shape)
 
 

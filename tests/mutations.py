@@ -3358,14 +3358,14 @@ MUTATIONS = [
     mutation(
         "nf4-adapter-beside-a-dense-base",
         "nanopost/hf.py",
-        "elif adapter and adapter.nf4 and name in matrices:",
-        "elif False:",
+        "if adapter and adapter.nf4 and self.is_matrix:",
+        "if False:",
         "test_nf4.py::test_an_adapter_trains_on_in_4_bits",
     ),
     mutation(
         "adapter-on-changed-weights",
         "nanopost/hf.py",
-        'if adapter.base_hash not in ("", content_hash(base)):',
+        'if adapter.base_hash not in ("", content_hash(source.base)):',
         "if False:",
         "test_lora.py::test_an_adapter_knows_its_base_and_its_rank",
     ),
@@ -3565,7 +3565,7 @@ MUTATIONS = [
     mutation(
         "checkpoint-of-bitsandbytes-quantised-anew",
         "nanopost/hf.py",
-        "if layer is not None and is_quantised and name not in factors:",
+        "if tensor.name in tensor.source.quantised and factors is None:",
         "if False:",
         "test_nf4.py::test_a_checkpoint_of_bitsandbytes_keeps_its_bits_or_reads_as_dequantised",
     ),
@@ -4473,8 +4473,8 @@ MUTATIONS = [
     mutation(
         "an-adapters-base-in-nf4-has-rounded-routers",
         "nanopost/hf.py",
-        "elif adapter and adapter.nf4 and name in matrices:",
-        'elif adapter and adapter.nf4 and ".layers." in name and p.ndim == 2:',
+        "if adapter and adapter.nf4 and self.is_matrix:",
+        'if adapter and adapter.nf4 and ".layers." in self.name and len(found.get_shape()) == 2:',
         "test_nf4.py::test_of_an_adapters_base_in_4_bits_only_linear_layers_are_rounded",
     ),
     # ---- linear attention, local and other layers

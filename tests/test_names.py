@@ -286,13 +286,13 @@ def test_experts_are_taken_apart_and_put_together_as_by_transformers(tmp_path):
     assert form == Form("model.", split=True)
     apart = dict(form.published(stacked.items()))
     assert apart.keys() == held.keys() and all(torch.equal(apart[n], held[n]) for n in held)
-    stored = hf._weight_files(tmp_path)
+    source = hf._Source(tmp_path, Config.of(json.loads((tmp_path / "config.json").read_text())))
     for name in ("gate_up_proj", "down_proj"):
         name = f"model.layers.1.mlp.experts.{name}"
         whole = stacked[name]
-        with hf._experts(stored, (), form.matrices(name, 4), whole.shape) as source:
+        with hf._experts(source, form.matrices(name, 4), whole.shape) as stack:
             for experts in (slice(0, 4), slice(1, 3), slice(4, 4)):
-                assert torch.equal(source[experts, :, 5:], whole[experts, :, 5:])
+                assert torch.equal(stack[experts, :, 5:], whole[experts, :, 5:])
 
 
 # ----------------------------------------------------------------------------- mistakes and changes
