@@ -1,4 +1,4 @@
-"""Running the training scripts as a person does: as subprocesses, by their command lines."""
+"""Running the training scripts by their command lines, in processes of their own."""
 
 import json
 import os
