@@ -13,9 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
@@ -32,6 +35,15 @@ FORKS.set_forkserver_preload(
         ),
     ]
 )
+STARTED = weakref.WeakSet()  # processes
+
+
+@atexit.register
+def kill_all():
+    """After a test that has failed python would wait for what it had started."""
+    for process in STARTED:
+        if process.is_alive():
+            process.kill()
 
 
 def run(command, env, cwd=ROOT, ranks=0, timeout=300) -> subprocess.CompletedProcess:
@@ -69,6 +81,7 @@ def start(function, out, err, *arguments):
     process = FORKS.Process(target=_fork, args=(function, out, err, *arguments))
     with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # of what is forked from
         process.start()
+    STARTED.add(process)
     return process
 
 
@@ -93,6 +106,7 @@ def _fork(function, out, err, *arguments):
     """Ends as python does: with what SystemExit says, or after the excepthook with 1."""
     for number, path in enumerate((out, err), 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    np.random.seed()  # random is seeded anew by itself
     try:
         function(*arguments)
     except SystemExit:
