@@ -618,6 +618,30 @@ def test_bytes_that_ranks_exchange_are_those_of_fsdp2(more, fake, tmp_path, monk
     assert plan.collective_seconds(args) == pytest.approx(seconds, rel=1e-3)
 
 
+def test_a_pass_without_gradients_gathers_the_rows_that_fsdp2_adds(tmp_path):
+    """Of a teacher and of a reference, with fewer experts than ranks."""
+    config = plan_worker.small_config(**{**PLAIN, **EXPERTS})
+    folder = write_config(tmp_path / "model", config.hf)
+    with torch.device("meta"):
+        model = CausalLM(config)
+
+    def gathered(module):
+        return sum(64 * -(-len(p) // 64) * p[0].numel() for p in module.parameters())
+
+    def seconds(script, *more):
+        args = planned(folder, script, "--gpus", 64, "--network", 1, *more)
+        return plan.collective_seconds(args) / plan.micro_batches(args)
+
+    whole, blocks = gathered(model), [gathered(block) for block in model.model.layers]
+    teacher = planned(folder, "distill", "--gpus", 64, "--teacher", folder)
+    weights = whole - sum(blocks) + 2 * max(blocks)
+    assert footprint.teacher_pass(teacher)[1] == 2 * weights
+    one_pass = 2 * whole * 63 / 64 / (1e9 * plan.COLLECTIVES)
+    served = seconds("distill", "--teacher", "http://localhost:1")
+    assert seconds("distill", "--teacher", folder) - served == pytest.approx(one_pass)
+    assert seconds("grpo", "--beta", 0.1) - seconds("grpo") == pytest.approx(one_pass)
+
+
 def test_more_of_what_costs_time_takes_longer(tmp_path):
     folder = write_config(tmp_path / "model", LLAMA_70B)
     base = ["--gpus", 64, "--tokens", 8192, "--checkpointing", "full", "--server_gpus", 16]
