@@ -387,6 +387,7 @@ SHARDED = {
         "how": FULL,
         **{**EXPERTS, "num_experts": 16, "num_experts_per_tok": 8},
     },
+    "gradients of experts": {"rows": 1, "length": 64, "how": FULL, **EXPERTS, "num_experts": 64},
     "NF4": {
         "rows": 1,
         "length": 64,
@@ -618,12 +619,12 @@ def test_bytes_that_ranks_exchange_are_those_of_fsdp2(more, fake, tmp_path, monk
     assert plan.collective_seconds(args) == pytest.approx(seconds, rel=1e-3)
 
 
-def test_a_pass_without_gradients_gathers_the_rows_that_fsdp2_adds(tmp_path):
-    """Of a teacher and of a reference, with fewer experts than ranks."""
+def test_rows_that_fsdp2_adds_are_gathered_in_every_pass(tmp_path):
+    """Of a teacher, a reference and a value model, with fewer experts than ranks."""
     config = plan_worker.small_config(**{**PLAIN, **EXPERTS})
     folder = write_config(tmp_path / "model", config.hf)
     with torch.device("meta"):
-        model = CausalLM(config)
+        policy, both = CausalLM(config), ActorCritic(config, config.with_scalar_head(None))
 
     def gathered(module):
         return sum(64 * -(-len(p) // 64) * p[0].numel() for p in module.parameters())
@@ -632,14 +633,20 @@ def test_a_pass_without_gradients_gathers_the_rows_that_fsdp2_adds(tmp_path):
         args = planned(folder, script, "--gpus", 64, "--network", 1, *more)
         return plan.collective_seconds(args) / plan.micro_batches(args)
 
-    whole, blocks = gathered(model), [gathered(block) for block in model.model.layers]
+    block = max(gathered(block) for block in policy.model.layers)
+    root = gathered(policy) - sum(gathered(block) for block in policy.model.layers)
     teacher = planned(folder, "distill", "--gpus", 64, "--teacher", folder)
-    weights = whole - sum(blocks) + 2 * max(blocks)
-    assert footprint.teacher_pass(teacher)[1] == 2 * weights
-    one_pass = 2 * whole * 63 / 64 / (1e9 * plan.COLLECTIVES)
+    assert footprint.teacher_pass(teacher)[1] == 2 * (root + 2 * block)
+    one_pass = 2 * gathered(policy) * 63 / 64 / (1e9 * plan.COLLECTIVES)
     served = seconds("distill", "--teacher", "http://localhost:1")
     assert seconds("distill", "--teacher", folder) - served == pytest.approx(one_pass)
     assert seconds("grpo", "--beta", 0.1) - seconds("grpo") == pytest.approx(one_pass)
+
+    decoders = both.policy.model, both.value.model
+    root = gathered(both) - sum(gathered(x) for decoder in decoders for x in decoder.layers)
+    found = footprint.update(planned(folder, "ppo", "--gpus", 64))  # the value model's pass is it
+    assert found["gathered weights"] == 2 * (root + 2 * block)
+    assert 4 * block < found["gradients in flight"] < 4.1 * block
 
 
 def test_more_of_what_costs_time_takes_longer(tmp_path):
