@@ -1,4 +1,4 @@
-"""Running the training scripts as a person does: as subprocesses, by their command lines."""
+"""Running the training scripts as a person does, by their command lines, in forks (forked.py)."""
 
 import json
 import os
