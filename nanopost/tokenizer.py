@@ -113,7 +113,7 @@ class Tokenizer:
 
     def _encoding(self, text: str) -> tokenizers.Encoding:
         encoding = self.raw.encode(text, add_special_tokens=False)
-        if self.lacking_id in encoding.ids:
+        if self.lacking_id is not None and self.lacking_id in encoding.ids:
             raise InputError(
                 f"the text has {self.raw.id_to_token(self.lacking_id)!r}, for which this model, of "
                 "text alone, has no embedding: remove it."

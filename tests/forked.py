@@ -1,7 +1,8 @@
-"""Command lines of Python, in forks of a process that has imported torch, which takes seconds, but
-nothing of nanopost. Otherwise they are subprocesses: each has an environment, a folder, streams and
-an exit status of its own. That python and torchrun start the scripts as well is seen in the tests
-of recipes, kills and failing ranks.
+"""Run python command lines in forks of a process that has already imported torch, which takes
+seconds. It has imported nothing of nanopost, so a script finds the library of its own folder. Each
+run has its own environment, folder, streams and exit status, as a subprocess has. Forks share one
+hash seed: the order of sets differs between ranks only where torchrun starts them (test_scripts.py,
+kills.py).
 """
 
 import atexit
@@ -13,25 +14,27 @@ import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from multiprocessing.connection import wait
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    [
-        *("torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"),
-        *(
-            "torch.distributed.tensor",
-            "sympy",
-            "numpy",
-            "safetensors.torch",
-            "tokenizers",
-            "jinja2",
-        ),
-    ]
-)
+IMPORTED = ["torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+IMPORTED += ["sympy", "safetensors.torch", "tokenizers", "jinja2"]
+FORKS.set_forkserver_preload(IMPORTED)
+STARTED = weakref.WeakSet()  # processes
+
+
+@atexit.register
+def kill_all():
+    """Python would wait for what a failed test has left running."""
+    for process in STARTED:
+        if process.is_alive():
+            process.kill()
 
 
 def run(command, env, cwd=ROOT, ranks=0, timeout=300) -> subprocess.CompletedProcess:
@@ -67,8 +70,9 @@ def start(function, out, err, *arguments):
     for path in (out, err):
         Path(path).touch()
     process = FORKS.Process(target=_fork, args=(function, out, err, *arguments))
-    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # of what is forked from
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # of the server
         process.start()
+    STARTED.add(process)
     return process
 
 
@@ -93,6 +97,7 @@ def _fork(function, out, err, *arguments):
     """Ends as python does: with what SystemExit says, or after the excepthook with 1."""
     for number, path in enumerate((out, err), 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    np.random.seed()  # random is seeded anew by itself
     try:
         function(*arguments)
     except SystemExit:

@@ -1,4 +1,4 @@
-"""Running the training scripts by their command lines, in processes of their own."""
+"""Running the training scripts as a person does, by their command lines, in forks (forked.py)."""
 
 import json
 import os

@@ -26,7 +26,7 @@ def results(tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("dist"), {}
     for ranks, tokens in ((1, [1000, 40]), (2, [1000, 40]), (4, [45])):
         out = folder / f"{ranks}.pt"
-        done = forked.run([WORKER, out, "step", *tokens], PATHS, ranks=ranks)
+        done = forked.run([WORKER, out, "step", *tokens], PATHS, ranks=ranks if ranks > 1 else 0)
         assert done.returncode == 0, done.stderr
         for name, saved in torch.load(out).items():
             found[ranks, name] = saved

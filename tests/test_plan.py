@@ -387,6 +387,7 @@ SHARDED = {
         "how": FULL,
         **{**EXPERTS, "num_experts": 16, "num_experts_per_tok": 8},
     },
+    "gradients of experts": {"rows": 1, "length": 64, "how": FULL, **EXPERTS, "num_experts": 64},
     "NF4": {
         "rows": 1,
         "length": 64,
@@ -616,6 +617,36 @@ def test_bytes_that_ranks_exchange_are_those_of_fsdp2(more, fake, tmp_path, monk
     each = (sent["gather"] + sent["reduce"]) / 3
     seconds = each * 63 / 64 / (1e9 * plan.COLLECTIVES)
     assert plan.collective_seconds(args) == pytest.approx(seconds, rel=1e-3)
+
+
+def test_rows_that_fsdp2_adds_are_gathered_in_every_pass(tmp_path):
+    """Of a teacher, a reference and a value model, with fewer experts than ranks."""
+    config = plan_worker.small_config(**{**PLAIN, **EXPERTS})
+    folder = write_config(tmp_path / "model", config.hf)
+    with torch.device("meta"):
+        policy, both = CausalLM(config), ActorCritic(config, config.with_scalar_head(None))
+
+    def gathered(module):
+        return sum(64 * -(-len(p) // 64) * p[0].numel() for p in module.parameters())
+
+    def seconds(script, *more):
+        args = planned(folder, script, "--gpus", 64, "--network", 1, *more)
+        return plan.collective_seconds(args) / plan.micro_batches(args)
+
+    block = max(gathered(block) for block in policy.model.layers)
+    root = gathered(policy) - sum(gathered(block) for block in policy.model.layers)
+    teacher = planned(folder, "distill", "--gpus", 64, "--teacher", folder)
+    assert footprint.teacher_pass(teacher)[1] == 2 * (root + 2 * block)
+    one_pass = 2 * gathered(policy) * 63 / 64 / (1e9 * plan.COLLECTIVES)
+    served = seconds("distill", "--teacher", "http://localhost:1")
+    assert seconds("distill", "--teacher", folder) - served == pytest.approx(one_pass)
+    assert seconds("grpo", "--beta", 0.1) - seconds("grpo") == pytest.approx(one_pass)
+
+    decoders = both.policy.model, both.value.model
+    root = gathered(both) - sum(gathered(x) for decoder in decoders for x in decoder.layers)
+    found = footprint.update(planned(folder, "ppo", "--gpus", 64))  # the value model's pass is it
+    assert found["gathered weights"] == 2 * (root + 2 * block)
+    assert 4 * block < found["gradients in flight"] < 4.1 * block
 
 
 def test_more_of_what_costs_time_takes_longer(tmp_path):

@@ -6,6 +6,7 @@ import random
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -138,7 +139,8 @@ def test_grpo_writes_metrics_samples_and_evaluations(grpo_run):
 def test_grpo_on_two_ranks_is_grpo_on_one(place, grpo_run):
     """The same prompts, rollouts and minibatches, until rounding flips the draw of a token some
     steps later."""
-    run("train_grpo.py", *grpo(place, place / "grpo2"), ranks=2)
+    started = command("train_grpo.py", *grpo(place, place / "grpo2"), ranks=2)
+    subprocess.run(started, env=ENVIRONMENT, check=True, timeout=300)
     one, two = metrics(grpo_run), metrics(place / "grpo2")
     for a, b in zip(one[:3], two):
         for name in (
@@ -320,7 +322,9 @@ def killed_and_resumed(run, instants, seed, longest) -> list[str]:
         run.wait({"step": run.begins_step, "save": run.begins_save}[kind], step)
         time.sleep(draw.random() * longest[kind])
         found.append(run.kill())
-    done = forked.run(run.command, ENVIRONMENT)
+    # The rest in a python of its own: forks share how strings hash, and so the order of a set.
+    python = [sys.executable, *map(str, run.command)]
+    done = subprocess.run(python, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     kinds = {where.split()[0] for where in found}
     assert kinds == {"step", "save"}, found

@@ -647,6 +647,9 @@ def test_a_small_gemma_need_not_have_the_token_for_an_image(tmp_path):
     for row in [{"text": "a<image_soft_token>"}, {"messages": [user("<image_soft_token>b")]}]:
         with pytest.raises(InputError, match="'<image_soft_token>', for which this model"):
             tokenizer.example(row, "all")
+    for has_row in ({"vocab_size": size + 1}, {}):  # {}: nobody knows
+        (tmp_path / "config.json").write_text(json.dumps(has_row))
+        assert Tokenizer.load(tmp_path).encode("<image_soft_token>") == [size]
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size - 1}))
     with pytest.raises(InputError, match=f"last id is {size - 1}.*vocab_size of {size - 1}"):
         Tokenizer.load(tmp_path)

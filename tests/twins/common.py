@@ -117,9 +117,11 @@ def agree(module, args, rel=1e-9, abs=1e-9):
         COMPUTED.setdefault(module.SCRIPT, set()).update(line)
         compare(found, line, rel)
     try:
-        raise AssertionError(f"the twin goes on with step {next(twin)['step']}")
+        more = next(twin)
     except StopIteration as end:
         parts = end.value
+    else:
+        raise AssertionError(f"the twin goes on with step {more['step']}")
     for part, theirs in parts.items():
         compare_weights(weights(Path(args.out) / part), theirs, abs)
 
@@ -644,11 +646,10 @@ CHAT_TEMPLATE = (
 
 def write_place(folder):
     """A folder with model/, other/ (another random model), rm/ (a reward model), experts/ (a
-    mixture of experts), rows of each kind
-    with held-out ones beside them (NAME.jsonl and NAME_held_out.jsonl: sft, pairs, labelled,
-    prompts), rows whose columns have other names (dialogs.jsonl of sft, theirs.jsonl of pairs),
-    questions.jsonl of a fork, reward.py, chat.jinja, and lines.jinja,
-    which writes a newline, not trained, after an answer."""
+    mixture of experts), rows of each kind with held-out ones beside them (NAME.jsonl and
+    NAME_held_out.jsonl: sft, pairs, labelled, prompts), rows whose columns have other names
+    (dialogs.jsonl of sft, theirs.jsonl of pairs), questions.jsonl of a fork, reward.py, chat.jinja,
+    and lines.jinja, which writes a newline, not trained, after an answer."""
     write_model(folder / "model")
     write_model(folder / "other", seed=1)
     write_model(folder / "rm", seed=2, scalar=True)
