@@ -131,26 +131,16 @@ def expert_inputs(sizes, tokens, device, dtype):
     return [*(t.to(device, dtype).requires_grad_() for t in given), expert.to(device)]
 
 
-def experts_of_nanopost(given, sizes):
-    x_ND, gate_up, down, weight_NA, expert_NA = given
-    with torch.device("meta"):
-        experts = Experts(Config.of(sizes))
-    matrices = {"gate_up_proj": gate_up, "down_proj": down}
-    call = torch.func.functional_call
-    return lambda: call(experts, matrices, (x_ND, expert_NA, weight_NA))
+def experts_of_nanopost(sizes):
+    return Experts(Config.of(sizes))
 
 
-def experts_of_transformers(given, sizes, kind):
+def experts_of_transformers(sizes, kind):
     from transformers.models.qwen3_moe import modeling_qwen3_moe as theirs
 
-    x_ND, gate_up, down, weight_NA, expert_NA = given
     config = theirs.Qwen3MoeConfig(**sizes)
     config._experts_implementation = kind
-    with torch.device("meta"):
-        experts = theirs.Qwen3MoeExperts(config)
-    matrices = {"gate_up_proj": gate_up, "down_proj": down}
-    call = torch.func.functional_call
-    return lambda: call(experts, matrices, (x_ND, expert_NA, weight_NA))
+    return theirs.Qwen3MoeExperts(config)
 
 
 OF_EXPERTS = {
@@ -210,7 +200,13 @@ def deltanet_table(cases, sizes, rounds, device, dtype) -> dict[str, dict[str, f
 
 def experts_table(sizes, tokens, rounds, device, dtype) -> dict[str, float]:
     *given, expert_NA = expert_inputs(sizes, tokens, device, dtype)
-    forwards = {name: way([*given, expert_NA], sizes) for name, way in OF_EXPERTS.items()}
+    x_ND, gate_up, down, weight_NA = given
+    matrices, forwards = {"gate_up_proj": gate_up, "down_proj": down}, {}
+    for name, way in OF_EXPERTS.items():
+        with torch.device("meta"):
+            experts = way(sizes)
+        inputs = matrices, (x_ND, expert_NA, weight_NA)
+        forwards[name] = partial(torch.func.functional_call, experts, *inputs)
     found = measure(forwards, given, rounds)
     report("experts", found)
     return found

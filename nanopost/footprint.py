@@ -424,14 +424,14 @@ def inside_a_block(args, c: Config, layer: Layer) -> tuple[float, float]:
         first = 0 if args.lora else is_sharded(args) * b * c.width * c.mlp_width
         return recomputed + N * b * (2 * c.mlp_width + c.width), first
     e = c.experts
-    D, F = e.active * c.width, e.active * e.width
+    given, inner = e.active * c.width, e.active * e.width
     matrix = 0 if args.lora else b * e.count * e.width * c.width
     copies = 1 if cuda(args) else 2  # on a CPU those of each expert are put together
-    instants = [
-        (2 * D, 0),  # of what experts gave, in the order of the tokens and in theirs
-        (2 * F, copies * matrix),  # of what down_proj read
-        (2 * F - D + c.width, matrix),  # of silu(gate) and up; what experts gave is gone
-        (copies * D + c.width - 2 * F, (1 + 2 * copies) * matrix),  # of gate, up and the input
+    instants = [  # gradients of activations, in numbers per token, and of weights, in bytes
+        (2 * given, 0),  # of what experts gave, in the order of tokens and in that of experts
+        (2 * inner, copies * matrix),  # of what down_proj read
+        (2 * inner - given + c.width, matrix),  # of silu(gate) and up; what experts gave is gone
+        (copies * given + c.width - 2 * inner, (1 + 2 * copies) * matrix),  # of the input
     ]
     return max(((recomputed + N * b * more, first) for more, first in instants), key=sum)
 
@@ -651,11 +651,11 @@ def in_blocks(args, root: float, waiting: float) -> list[tuple]:
         inside, first = inside_a_block(args, c, layer)
         flight = waiting + first + buffer
         instants.append((f"block {i}", waits + inside, 0, root + here + next_one, flight))
-        mine = sharded * sizes[i].trained
-        own = sharded * block(args.units, i, args.lora).trained
-        flight = waiting + b * own + 4 * mine + 4 * mine / ranks(args)
+        trained = sharded * block(args.units, i, args.lora).trained
+        padded = sharded * sizes[i].trained
+        flight = waiting + b * trained + 4 * padded + 4 * padded / ranks(args)
         if args.reproducible:  # two of fp64 while fixed point is computed
-            flight += 16 * mine
+            flight += 16 * padded
         waits -= kept_by_block(args, c, layer)
         instants.append((f"the end of block {i}", waits, 0, root + next_one, flight))
     return instants

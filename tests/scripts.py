@@ -28,8 +28,7 @@ def command(script, *arguments, ranks=0):
 
 def run(script, *arguments, ranks=0, ok=True, timeout=300):
     """-> CompletedProcess; with ok, its success is asserted."""
-    command = [ROOT / script, *arguments]
-    done = forked.run(command, ENVIRONMENT, ranks=ranks, timeout=timeout)
+    done = forked.run([ROOT / script, *arguments], ENVIRONMENT, ranks=ranks, timeout=timeout)
     assert not ok or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done
 

@@ -461,8 +461,6 @@ def routed(model, given):
 
 
 # ---- value models
-
-
 def scalar_model(folder):
     """A folder's Qwen3ForSequenceClassification in float64. A language model gets a new head: drawn
     from seed 0, normal, of variance 1 / (width + 1)."""
