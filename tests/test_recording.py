@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from inprocess import run_here
+from kills import wait_until_gone
 from scripts import ENVIRONMENT, command, metrics, run, weights
 from test_loops import ROLLOUTS, flags, place
 
@@ -143,7 +144,7 @@ def killed(process, out, seconds):
         time.sleep(0.01)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    wait_until_gone(process, out, "killed")  # its workers end a moment later
 
 
 @pytest.mark.slow
