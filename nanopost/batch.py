@@ -19,9 +19,10 @@ import torch
 from nanopost import InputError, StepError
 
 IGNORED = -100
-# A sequence shares what it begins with if that is this part of it: less is not worth the pieces
-# that attention is then made of. Above 1, nothing is shared.
+# A sequence shares what it begins with if that is this part of it and a few tokens more: less
+# is not worth the pieces that attention is then made of. Above 1, nothing is shared.
 SHARED = 1 / 16
+FEW = 4
 
 
 @dataclass
@@ -236,7 +237,7 @@ def batch_of(examples: list[Example], device="cpu") -> Batch:
 
 def worth_sharing(count: int, example: Example) -> int:
     """The count, or 0 if so few of its first tokens are not worth sharing."""
-    return count if count >= SHARED * len(example) else 0
+    return count if count >= SHARED * len(example) + FEW else 0
 
 
 def shared(examples: list[Example]) -> list[int]:

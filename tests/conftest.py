@@ -13,8 +13,24 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed  # noqa: E402
 
+from nanopost import batch  # noqa: E402
+
 torch.set_num_threads(1)
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What is long is slow too."""
+    for item in items:
+        if item.get_closest_marker("long"):
+            item.add_marker("slow")
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Sequences share the few tokens that small tests have."""
+    monkeypatch.setattr(batch, "FEW", 0)
 
 
 @pytest.fixture

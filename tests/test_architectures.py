@@ -61,7 +61,6 @@ def test_what_is_recomputed_has_the_same_gradient(name):
         same(gradients(model, groups()), whole, atol=1e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["qwen3_5_text", "gemma3_text"])
 def test_layers_of_a_kind_share_the_compiled_code(name):
@@ -181,12 +180,11 @@ SHARED = (
 )
 
 
-LONG = (pytest.mark.slow, pytest.mark.long)
 TRAINED = [("train_ppo.py", "qwen3_5_text"), ("train_dpo.py", "gemma3_text")]
 for script in RUNS:
     for name in ("qwen3_5_text", "gemma3_text", "qwen3_moe"):
         if (script, name) not in TRAINED:
-            TRAINED.append(pytest.param(script, name, marks=LONG))
+            TRAINED.append(pytest.param(script, name, marks=pytest.mark.long))
 
 
 @pytest.fixture(scope="module")

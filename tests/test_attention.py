@@ -16,6 +16,7 @@ from nanopost.attention import (
 )
 from nanopost.batch import Example, Prefixes
 
+pytestmark = pytest.mark.usefixtures("few")
 PACKINGS = {
     "one document": [37],
     "single tokens": [1, 1, 1, 1],

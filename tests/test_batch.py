@@ -11,6 +11,8 @@ from nanopost import batch as batch_module
 from nanopost.batch import Example, batch_of
 from runs import toy
 
+pytestmark = pytest.mark.usefixtures("few")
+
 
 def examples_of(lengths, seed=0, **columns):
     """Random examples; columns: name -> f(T) that gives an array or a number."""
@@ -238,6 +240,13 @@ def test_what_neighbours_begin_with_is_computed_once_token_by_token():
 )
 def test_how_much_a_sequence_shares(ids, prompt, expected):
     assert batch_module.shared(sequences(*ids, prompt=prompt)) == expected
+
+
+@pytest.mark.parametrize("length, alike, expected", [(16, 4, 0), (16, 5, 5), (17, 5, 0)])
+def test_a_few_tokens_are_not_worth_sharing(length, alike, expected, monkeypatch):
+    monkeypatch.undo()
+    one, other = ([*[1] * alike, *[n] * (length - alike)] for n in (2, 3))
+    assert batch_module.shared(sequences(one, other, prompt=1)) == [0, expected]
 
 
 def test_random_trees_are_computed_once_where_each_sequence_says_so():

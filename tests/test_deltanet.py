@@ -22,6 +22,7 @@ from nanopost.deltanet import (
 )
 from nanopost.engine import Engine, Sampling
 
+pytestmark = pytest.mark.usefixtures("few")
 qwen3_5 = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
 
 SIZES = DeltaSizes(key_heads=2, value_heads=4, key_dim=6, value_dim=5, kernel=4)

@@ -26,6 +26,8 @@ from nanopost.logprob import logprob
 from nanopost.model import ActorCritic, ScalarModel
 from nanopost.packing import cost
 
+pytestmark = pytest.mark.usefixtures("few")
+
 
 def examples(*lengths, prompt=1):
     return [Example(random_ids(n, seed), np.arange(n) >= prompt) for seed, n in enumerate(lengths)]

@@ -664,7 +664,7 @@ RUNS = {
     "name",
     [
         "train_grpo.py",
-        *(pytest.param(x, marks=[pytest.mark.slow, pytest.mark.long]) for x in [*RUNS][1:]),
+        *(pytest.param(x, marks=pytest.mark.long) for x in [*RUNS][1:]),
     ],
 )
 def test_scripts_replay_what_their_engine_took(place, rounding, tmp_path, name, capsys):
@@ -679,7 +679,6 @@ def test_scripts_replay_what_their_engine_took(place, rounding, tmp_path, name, 
     assert "router_aux_loss_coef 0.001 of config.json is not used" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["train_grpo.py", "train_online_dpo.py"])
 def test_a_recorded_step_follows_with_the_experts_that_it_names(

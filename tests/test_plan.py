@@ -210,16 +210,19 @@ def words(flags) -> list[str]:
     return found
 
 
+long = pytest.mark.long
 LONG = (
     "grpo, windows over what is shared",
     "grpo, linear attention, bf16",
     "sft, windows, four norms",
+    "sft, recomputed",
+    "distill, bf16",
+    "ppo, a value model",
 )
 
 
 def in_turn(names):
-    marks = [pytest.mark.slow, pytest.mark.long]
-    return [pytest.param(name, marks=marks if name in LONG else ()) for name in names]
+    return [pytest.param(name, marks=long if name in LONG else ()) for name in names]
 
 
 @pytest.mark.parametrize("name", in_turn(RUNS))
@@ -398,9 +401,13 @@ SHARDED = {
 }
 OF_64 = [(name, "bfloat16") for name in SHARDED]
 OF_64 += [(name, "float32") for name in ("activations", "a tied head")]
+LONG_OF_64 = ("recomputed activations", "kept products", "an untied head", "adapters")
 
 
-@pytest.mark.parametrize("name, dtype", OF_64)
+@pytest.mark.parametrize(
+    "name, dtype",
+    [pytest.param(*case, marks=long if case[0] in LONG_OF_64 else ()) for case in OF_64],
+)
 def test_a_rank_of_64_peaks_where_the_plan_says(name, dtype, fake, tmp_path):
     world = dist.World(0, 64, torch.device("cpu"), getattr(torch, dtype))
     measured = plan_worker.measured(world, **SHARDED[name])

@@ -278,11 +278,16 @@ def remains(out):
     return json.dumps(lines), weights(out), values.read_bytes() if values.exists() else b""
 
 
-ADAPTED = ("train_sft.py", "train_grpo.py", "train_ppo.py")
+CASES = [(script, 0) for script in SCRIPTS]
+CASES += [(script, 3) for script in ("train_sft.py", "train_grpo.py", "train_ppo.py")]
+SHORT = ("train_sft.py", 3), ("train_dpo.py", 0), ("train_grpo.py", 0)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, rank", [(s, 0) for s in SCRIPTS] + [(s, 3) for s in ADAPTED])
+@pytest.mark.parametrize(
+    "script, rank",
+    [pytest.param(*case, marks=() if case in SHORT else pytest.mark.long) for case in CASES],
+)
 def test_a_run_has_the_same_bytes_on_any_number_of_ranks(place, tmp_path, script, rank):
     """rank: of adapters; 0: all weights train."""
     found = []
@@ -299,20 +304,20 @@ def test_a_run_has_the_same_bytes_on_any_number_of_ranks(place, tmp_path, script
 def test_a_run_killed_on_four_ranks_and_resumed_on_one_is_one_on_two(place, tmp_path):
     script = "train_grpo.py"
     out, log = tmp_path / "killed", tmp_path / "log"
-    more = ("--steps", "20", "--save_every", "2")
+    more = ("--steps", "10", "--save_every", "2")
     process = subprocess.Popen(
         command(script, *flags(place, script, out), *more, ranks=4),
         env=ENVIRONMENT,
         stdout=open(log, "w"),
         stderr=subprocess.STDOUT,
     )
-    while not (out / "checkpoints/step-000004/state.json").exists():
+    while not (out / "checkpoints/step-000002/state.json").exists():
         assert process.poll() is None, log.read_text()[-3000:]
         time.sleep(0.05)
     for pid in (process.pid, *kills.workers(out)):
         os.kill(pid, signal.SIGKILL)
     kills.wait_until_gone(process, out, "killed")
-    assert len(metrics(out)) < 15
+    assert len(metrics(out)) < 9
     double.run_ranks(1, script, [*flags(place, script, out), *more, "--resume"], log, run=plainly)
     other = tmp_path / "other"
     double.run_ranks(2, script, [*flags(place, script, other), *more], log, run=plainly)

@@ -154,8 +154,11 @@ def exact_match(model) -> float:
     "script, flags, rise",
     [
         ("train_dpo.py", ("--beta", 1), 0.5),
-        ("train_dpo.py", ("--loss", "simpo", "--beta", 2, "--gamma", 1), 0.1),  # per token
-        ("train_kto.py", ("--loss", "kto", "--beta", 1), 0.5),
+        pytest.param(
+            *("train_dpo.py", ("--loss", "simpo", "--beta", 2, "--gamma", 1), 0.1),  # per token
+            marks=pytest.mark.long,
+        ),
+        pytest.param("train_kto.py", ("--loss", "kto", "--beta", 1), 0.5, marks=pytest.mark.long),
     ],
 )
 def test_a_preference_loss_tells_pairs_apart_and_raises_held_out_exact_match(

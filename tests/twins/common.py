@@ -90,6 +90,11 @@ def parsed(module, name, place, out, folder=ROOT) -> Namespace:
     return args
 
 
+def long(*names):
+    """Runs that only `pytest -m long` takes."""
+    return [pytest.param(name, marks=pytest.mark.long) for name in names]
+
+
 def check(module, name, place, tmp, ranks=1, resume=False, **tolerances) -> Namespace:
     """Run a script and its twin: AssertionError unless they agree -> args, for check_flags_matter.
     tmp: an empty folder."""

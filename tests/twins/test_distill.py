@@ -24,7 +24,13 @@ def folder(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", distill.RUNS)
-def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, folder, name):
+def test_the_twin_agrees(place, tmp_path, folder, name):
+    common.check(distill, name, place, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", distill.RUNS)
+def test_each_flag_matters(place, tmp_path, folder, name):
     args = common.check(distill, name, place, tmp_path)
     also = {"max_new_tokens": 4, "prompts": 2, "steps": 2}  # by default, many
     if name != "mixed":
@@ -38,7 +44,7 @@ def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mixed", "forward, likeliest", "given", "stale"])
+@pytest.mark.parametrize("name", ["mixed", "given", *common.long("forward, likeliest", "stale")])
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, folder, name):
     common.check(distill, name, place, tmp_path, ranks=2, resume=True)
 

@@ -12,7 +12,13 @@ def place(place):
 
 
 @pytest.mark.parametrize("name", dpo.RUNS)
-def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, name):
+def test_the_twin_agrees(place, tmp_path, name):
+    common.check(dpo, name, place, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", dpo.RUNS)
+def test_each_flag_matters(place, tmp_path, name):
     args = common.check(dpo, name, place, tmp_path)
     # What the first run gives is not tried once more.
     shown = common.given(dpo, "forward_kl", args) if name != "forward_kl" else {}
@@ -25,7 +31,7 @@ def test_it_agrees_after_a_resume(place, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["forward_kl", "alpha", "orpo", "fork tr_dpo"])
+@pytest.mark.parametrize("name", ["forward_kl", "orpo", *common.long("alpha", "fork tr_dpo")])
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, name):
     common.check(dpo, name, place, tmp_path, ranks=2, resume=True)
 

@@ -24,7 +24,13 @@ def folder(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", grpo.RUNS)
-def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, folder, name):
+def test_the_twin_agrees(place, tmp_path, folder, name):
+    common.check(grpo, name, place, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", grpo.RUNS)
+def test_each_flag_matters(place, tmp_path, folder, name):
     args = common.check(grpo, name, place, tmp_path)
     rollouts.check_flags_matter(grpo, name, args, place, folder)
 
@@ -40,13 +46,9 @@ def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
     [
         "grpo",
         "resampled",
-        "stale",
         "token-mask",
-        "cut",
-        "lora",
-        "fork curriculum",
         "fork top_entropy",
-        "fork echo",
+        *common.long("stale", "cut", "lora", "fork curriculum", "fork echo"),
     ],
 )
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, folder, name):

@@ -12,7 +12,13 @@ def place(place):
 
 
 @pytest.mark.parametrize("name", kto.RUNS)
-def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, name):
+def test_the_twin_agrees(place, tmp_path, name):
+    common.check(kto, name, place, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", kto.RUNS)
+def test_each_flag_matters(place, tmp_path, name):
     args = common.check(kto, name, place, tmp_path)
     shown = common.given(kto, "kto", args) if name != "kto" else {}
     common.check_flags_matter(kto, args, also=shown)
@@ -24,7 +30,7 @@ def test_it_agrees_after_a_resume(place, tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kto", "bco", "aot_unpaired"])
+@pytest.mark.parametrize("name", ["kto", "bco", *common.long("aot_unpaired")])
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, name):
     common.check(kto, name, place, tmp_path, ranks=2, resume=True)
 

@@ -12,7 +12,13 @@ def place(place):
 
 
 @pytest.mark.parametrize("name", online_dpo.RUNS)
-def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, name):
+def test_the_twin_agrees(place, tmp_path, name):
+    common.check(online_dpo, name, place, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", online_dpo.RUNS)
+def test_each_flag_matters(place, tmp_path, name):
     args = common.check(online_dpo, name, place, tmp_path)
     also = common.given(online_dpo, "all", args)
     if name == "all":

@@ -24,7 +24,13 @@ def folder(request, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ppo.RUNS)
-def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, folder, name):
+def test_the_twin_agrees(place, tmp_path, folder, name):
+    common.check(ppo, name, place, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ppo.RUNS)
+def test_each_flag_matters(place, tmp_path, folder, name):
     args = common.check(ppo, name, place, tmp_path)
     rollouts.check_flags_matter(ppo, name, args, place, folder)
 
@@ -35,7 +41,9 @@ def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ppo", "warmed up", "the engine's", "lora", "fork adaptive_kl"])
+@pytest.mark.parametrize(
+    "name", ["ppo", "fork adaptive_kl", *common.long("warmed up", "the engine's", "lora")]
+)
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, folder, name):
     common.check(ppo, name, place, tmp_path, ranks=2, resume=True)
 

@@ -6,7 +6,13 @@ from twins import common, rm
 
 
 @pytest.mark.parametrize("name", rm.RUNS)
-def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, name):
+def test_the_twin_agrees(place, tmp_path, name):
+    common.check(rm, name, place, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", rm.RUNS)
+def test_each_flag_matters(place, tmp_path, name):
     args = common.check(rm, name, place, tmp_path)
     common.check_flags_matter(rm, args)
 

@@ -11,7 +11,13 @@ EXACT = [name for name in sft.RUNS if name not in ("compiled", "bf16")]
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_the_twin_agrees_and_each_flag_matters(place, tmp_path, name):
+def test_the_twin_agrees(place, tmp_path, name):
+    common.check(sft, name, place, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", EXACT)
+def test_each_flag_matters(place, tmp_path, name):
     args = common.check(sft, name, place, tmp_path)
     common.check_flags_matter(sft, args)
 
