@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from nanopost import hf
 from nanopost.config import Config
 from nanopost.model import CausalLM
+from nanopost.save import save_model
 from nanopost.tokenizer import Tokenizer
 
 
@@ -37,4 +37,4 @@ def write(folder, tokenizer_folder, width: int = 192, layers: int = 4, positions
         if (source / name).exists():
             files[name] = (source / name).read_bytes()
     model = CausalLM(config).init_weights(0)
-    hf.save_model(folder, model.state_dict().items(), config, files)
+    save_model(folder, model.state_dict().items(), config, files)

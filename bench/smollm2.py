@@ -25,6 +25,7 @@ from bench import common
 from bench.common import flags
 from nanopost import hf
 from nanopost.config import Config
+from nanopost.save import save_model
 from nanopost.tokenizer import Tokenizer, tokenizer_files
 
 SUMS = "out/smollm2/train.jsonl", "out/smollm2/held_out.jsonl"
@@ -110,7 +111,7 @@ def write_student(model):
         elif int(layer[1]) in KEPT:
             place = KEPT.index(int(layer[1]))
             kept.append((name.replace(layer[0], f"model.layers.{place}."), p))
-    hf.save_model(STUDENT, kept, config, tokenizer_files(model, Tokenizer.load(model)))
+    save_model(STUDENT, kept, config, tokenizer_files(model, Tokenizer.load(model)))
 
 
 def run(name: str, command: list[str], model: str):

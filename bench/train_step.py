@@ -30,10 +30,11 @@ import torch
 from bench import common
 from bench.common import flags
 from bench.kernels import matmul_flops, seconds
-from nanopost import hf, losses
+from nanopost import losses
 from nanopost.batch import Sequences
 from nanopost.config import Config
 from nanopost.model import CausalLM
+from nanopost.save import save_model
 from runs import toy
 
 WARM = 2
@@ -119,7 +120,7 @@ def write_inputs(
     with torch.device(device):
         model = CausalLM(config).init_weights(0)
     files = tokenizer_files(config.vocab_size)
-    hf.save_model(folder / "model", model.state_dict().items(), config, files)
+    save_model(folder / "model", model.state_dict().items(), config, files)
     draw = random.Random(0)
 
     def said(role, log_mean):

@@ -41,6 +41,7 @@ from nanopost.probe import (
     probes,
 )
 from nanopost.server import WRONG, Refused, Server, ServerError, as_server_error
+from nanopost.storage import read_json
 from nanopost.terminal import say
 from nanopost.tokenizer import Tokenizer
 
@@ -345,7 +346,7 @@ class Command:
         the whole distribution.
         """
         path = Path(self.args.model, "generation_config.json")
-        given = hf.read_json(path) if path.is_file() else {}
+        given = read_json(path) if path.is_file() else {}
         values = {
             "temperature": given.get("temperature") or 1.0,
             "top_k": given.get("top_k") or 0,

@@ -23,7 +23,8 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, StorageM
 
 from nanopost import InputError, lora
 from nanopost.dist import gather
-from nanopost.hf import read_json, to_disk
+from nanopost.save import to_disk
+from nanopost.storage import read_json
 
 OURS = re.compile(r"step-\d{6,}(\.tmp|\.damaged)?")  # other folders beside them are left alone
 SUMS = "checksums.json"

@@ -421,7 +421,7 @@ def _activation(text):
 
 
 def _is_nf4(quantised: dict | None) -> bool:
-    """Whether weights are not quantised, or so that hf.py reads them: by bitsandbytes to NF4."""
+    """Whether weights are not quantised, or as storage.py reads them: by bitsandbytes to NF4."""
     if not quantised:
         return True
     by = quantised.get("quant_method"), quantised.get("bnb_4bit_quant_type")

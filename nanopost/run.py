@@ -26,6 +26,8 @@ from nanopost import InputError, checkpoint, dist, hf, lora, manifest, moe, reco
 from nanopost.alarms import Alarms
 from nanopost.batch import Example
 from nanopost.boards import Boards
+from nanopost.save import carried_hash, save_adapter, save_model, to_disk
+from nanopost.storage import read_json
 from nanopost.tape import Tape
 from nanopost.terminal import printable
 from nanopost.tokenizer import FILES
@@ -130,7 +132,7 @@ class Run:
         carried = _carried(model) if self.writes else {}
         meaning = lora.meaning(model)
         if found:
-            saved = hf.read_json(found / "state.json").get("adapters", meaning)
+            saved = read_json(found / "state.json").get("adapters", meaning)
             if changed := changed_arguments(saved, meaning):
                 raise InputError(
                     f"--resume: adapters go on as they began, but {'; '.join(changed)}: give the "
@@ -270,7 +272,7 @@ class Run:
             )
         last = {"step": 0, **(starts_of(self.out) or [{}])[-1]}
         if found:
-            last = hf.read_json(found / "state.json")
+            last = read_json(found / "state.json")
         foreign = sorted(last.get("args", {}).keys() - self.arguments.keys())
         if foreign:
             raise InputError(
@@ -551,7 +553,7 @@ class Run:
         """Write a model for transformers and vLLM to the folder, or its subfolder `part`. A
         collective. Adapters are merged, and also written by themselves, to `adapter` in it.
 
-        named_tensors, config, files: see hf.save_model. dtype: fp32, bf16, or auto, which is that
+        named_tensors, config, files: see save_model. dtype: fp32, bf16, or auto, which is that
         of the folder from which the model was loaded.
         """
         adapted = getattr(named_tensors, "adapted", False)
@@ -561,7 +563,7 @@ class Run:
         written = {"fp32": torch.float32, "bf16": torch.bfloat16, "auto": read}[dtype]
         folder = self.out / part
         carried = self.carried.get(config.carried.folder, "") if config.carried else ""
-        hf.save_model(
+        save_model(
             folder, named_tensors, config, files, written, write=self.writes, carried=carried
         )
         note = ""
@@ -592,7 +594,7 @@ class Run:
         about = json.loads(files[lora.ABOUT]) if files.get(lora.ABOUT) else {}
         about |= {"base": self.bases.get(weights.root.folder, ""), "base_nf4": nf4}
         files = {**files, lora.ABOUT: json.dumps(about, indent=1) + "\n"}
-        hf.save_adapter(folder, weights.trained(), config, files, write=self.writes)
+        save_adapter(folder, weights.trained(), config, files, write=self.writes)
         note = ""
         if nf4:
             note = " in NF4 (for peft: load_in_4bit, nf4, bnb_4bit_use_double_quant)"
@@ -707,7 +709,7 @@ def _bases(model) -> dict[str, str]:
 def _carried(model) -> dict[str, str]:
     """{folder from which a model carries weights: hash of these}."""
     configs = [module.config for module in model.modules() if hasattr(module, "folder")]
-    return {c.carried.folder: hf.carried_hash(c) for c in configs if c.carried}
+    return {c.carried.folder: carried_hash(c) for c in configs if c.carried}
 
 
 def _is_text(path, text) -> bool:
@@ -721,7 +723,7 @@ def _replace(path, text):
     """Write a file so that a kill leaves the old one or the new one, whole."""
     temporary = path.with_suffix(".tmp")
     temporary.write_text(text, encoding="utf-8")
-    hf.to_disk(temporary)
+    to_disk(temporary)
     temporary.replace(path)
 
 

@@ -20,8 +20,9 @@ from tokenizers import processors
 
 from nanopost import InputError, lora
 from nanopost.batch import Example
-from nanopost.hf import PROCESSOR, is_own
+from nanopost.hf import is_own
 from nanopost.rows import errors_at, place
+from nanopost.save import PROCESSOR
 from nanopost.spans import answer_spans
 from nanopost.template import Template
 from nanopost.terminal import progress

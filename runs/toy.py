@@ -29,6 +29,7 @@ from nanopost import hf
 from nanopost.config import FAMILIES, Config
 from nanopost.engine import Engine, Sampling, prompt_seed
 from nanopost.model import CausalLM
+from nanopost.save import save_model
 from nanopost.tokenizer import Tokenizer
 from nanopost.tools import call, schema
 
@@ -121,7 +122,7 @@ def write_model(folder, seed: int = 0, with_tools: bool = False, arch: str = "qw
         }
     )
     model = CausalLM(config).init_weights(seed)
-    hf.save_model(folder, model.state_dict().items(), config, tokenizer_files(with_tools))
+    save_model(folder, model.state_dict().items(), config, tokenizer_files(with_tools))
 
 
 def tokenizer_files(with_tools: bool = False) -> dict[str, str]:

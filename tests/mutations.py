@@ -999,9 +999,17 @@ MUTATIONS = [
     mutation(
         "a-little-is-shared-too",
         "nanopost/batch.py",
-        "return count if count >= SHARED * len(example) else 0",
+        "return count if count >= SHARED * len(example) + FEW else 0",
         "return count",
         "test_batch.py::test_how_much_a_sequence_shares",
+    ),
+    mutation(
+        "a-few-tokens-are-shared-too",
+        "nanopost/batch.py",
+        "return count if count >= SHARED * len(example) + FEW else 0",
+        "return count if count >= SHARED * len(example) else 0",
+        "test_batch.py::test_a_few_tokens_are_not_worth_sharing[16-4-0]",
+        "test_batch.py::test_a_few_tokens_are_not_worth_sharing[17-5-0]",
     ),
     mutation(
         "each-completion-a-prefix-of-its-own",
@@ -3357,7 +3365,7 @@ MUTATIONS = [
     ),
     mutation(
         "nf4-adapter-beside-a-dense-base",
-        "nanopost/hf.py",
+        "nanopost/storage.py",
         "if adapter and adapter.nf4 and self.is_matrix:",
         "if False:",
         "test_nf4.py::test_an_adapter_trains_on_in_4_bits",
@@ -3580,7 +3588,7 @@ MUTATIONS = [
     # ---- names of folders, and what they carry
     mutation(
         "carried-weights-dropped",
-        "nanopost/hf.py",
+        "nanopost/save.py",
         "    for name, tensor in carried_tensors(config):\n        sums[name]",
         "    for name, tensor in ():\n        sums[name]",
         "test_names.py::test_a_decoder_beside_a_vision_tower_is_read_and_saved_with_all_that_is_"
@@ -3588,7 +3596,7 @@ MUTATIONS = [
     ),
     mutation(
         "carried-weights-cast",
-        "nanopost/hf.py",
+        "nanopost/save.py",
         "        sums[name] = _sum(tensor)\n        yield name, tensor\n",
         "        sums[name] = _sum(tensor)\n        yield name, tensor.float()\n",
         "test_names.py::test_a_decoder_beside_a_vision_tower_is_read_and_saved_with_all_that_is_"
@@ -3596,7 +3604,7 @@ MUTATIONS = [
     ),
     mutation(
         "carried-weights-say-the-dtype",
-        "nanopost/hf.py",
+        "nanopost/save.py",
         "saved_as = saved_as or next(",
         "saved_as = next(",
         "test_names.py::test_a_decoder_beside_a_vision_tower_is_read_and_saved_with_all_that_is_"
@@ -3604,7 +3612,7 @@ MUTATIONS = [
     ),
     mutation(
         "carried-weights-may-change",
-        "nanopost/hf.py",
+        "nanopost/save.py",
         "if carried and _hash_of(sums) != carried:",
         "if False:",
         "test_names.py::test_a_folder_that_has_changed_or_is_gone_is_never_saved_without_what_it_"
@@ -3619,7 +3627,7 @@ MUTATIONS = [
     ),
     mutation(
         "carried-weights-may-go",
-        "nanopost/hf.py",
+        "nanopost/save.py",
         "if missing := set(names) - set(stored):",
         "names = [name for name in names if name in stored]\n    if missing := set():",
         "test_names.py::test_a_folder_that_has_changed_or_is_gone_is_never_saved_without_what_it_"
@@ -3641,7 +3649,7 @@ MUTATIONS = [
     ),
     mutation(
         "a-reward-model-gets-the-files-of-a-processor",
-        "nanopost/hf.py",
+        "nanopost/save.py",
         "    if config.is_inside:\n        return files\n",
         "    return files\n",
         "test_names.py::test_a_reward_model_of_such_a_folder_is_one_of_text",
@@ -3655,7 +3663,7 @@ MUTATIONS = [
     ),
     mutation(
         "decays-rounded",
-        "nanopost/hf.py",
+        "nanopost/save.py",
         "if dtype and not (name in fp32 and tensor.dtype == torch.float32):",
         "if dtype:",
         "test_names.py::test_decays_in_fp32_among_bf16_stay_so",
@@ -3698,7 +3706,7 @@ MUTATIONS = [
     ),
     mutation(
         "a-rank-reads-the-first-experts",
-        "nanopost/hf.py",
+        "nanopost/storage.py",
         "for parts in self.matrices[experts]:",
         "for parts in self.matrices[: experts.stop - experts.start]:",
         "test_names.py::test_experts_are_taken_apart_and_put_together_as_by_transformers",
@@ -3712,7 +3720,7 @@ MUTATIONS = [
     ),
     mutation(
         "text-config-says-another-tie",
-        "nanopost/hf.py",
+        "nanopost/save.py",
         'text = hf["text_config"] | {"tie_word_embeddings": config.tied}',
         'text = hf["text_config"]',
         "test_names.py::test_both_forms_of_gemma_3_keep_their_names",
@@ -4472,7 +4480,7 @@ MUTATIONS = [
     ),
     mutation(
         "an-adapters-base-in-nf4-has-rounded-routers",
-        "nanopost/hf.py",
+        "nanopost/storage.py",
         "if adapter and adapter.nf4 and self.is_matrix:",
         'if adapter and adapter.nf4 and ".layers." in self.name and len(found.get_shape()) == 2:',
         "test_nf4.py::test_of_an_adapters_base_in_4_bits_only_linear_layers_are_rounded",

@@ -17,9 +17,10 @@ from inprocess import run_here
 from scripts import SCRIPTS, metrics, parser_of
 from small import small_config
 
-from nanopost import alarms, hf
+from nanopost import alarms
 from nanopost.alarms import ALARMS, REST, Alarms, Metrics, differ, learnt
 from nanopost.model import CausalLM
+from nanopost.save import save_model
 from runs import toy
 
 SEEDS = range(12)
@@ -578,7 +579,7 @@ def flags(tmp_path):
     """Of GRPO with a constant reward, on a random model of the toy's tokens."""
     config = small_config(vocab_size=264, eos_token_id=1)
     weights = CausalLM(config).init_weights(0).state_dict()
-    hf.save_model(tmp_path / "model", weights.items(), config, toy.tokenizer_files())
+    save_model(tmp_path / "model", weights.items(), config, toy.tokenizer_files())
     toy.write_rows(tmp_path / "prompts.jsonl", toy.prompt_rows(held_out=False)[:12])
     (tmp_path / "reward.py").write_text(CONSTANT)
     return (

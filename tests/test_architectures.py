@@ -18,6 +18,7 @@ from nanopost import dist, hf, optim
 from nanopost.batch import Example, batch_of
 from nanopost.forward import batches
 from nanopost.model import CausalLM
+from nanopost.save import save_model
 from runs import toy
 
 CPU = torch.device("cpu")
@@ -195,7 +196,7 @@ def place(tmp_path_factory):
         toys = {"vocab_size": 264, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": None}
         model = small_model(model_type=name, **toys)
         tensors = model.state_dict().items()
-        hf.save_model(folder / name, tensors, model.config, toy.tokenizer_files())
+        save_model(folder / name, tensors, model.config, toy.tokenizer_files())
     prompts = toy.prompt_rows(held_out=False)[:24]
     chats, pairs = [], []
     for row in prompts:

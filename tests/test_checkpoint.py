@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from nanopost import InputError, checkpoint, hf, optim
+from nanopost.save import save_model
 from nanopost.tokenizer import Tokenizer, tokenizer_files
 from runs import toy
 
@@ -319,7 +320,7 @@ def test_a_folder_that_another_model_used_holds_the_new_one_alone(tmp_path):
         ("b", base),
     ):
         files = tokenizer_files(tmp_path / source, t)
-        hf.save_model(tmp_path / "out", model.state_dict().items(), model.config, files)
+        save_model(tmp_path / "out", model.state_dict().items(), model.config, files)
         assert (tmp_path / "out" / "config.json").exists()
     assert not (tmp_path / "out" / "generation_config.json").exists()
     assert not (tmp_path / "out" / "chat_template.jinja").exists()

@@ -14,10 +14,11 @@ from small import random_ids, small_model
 from syncs import counted
 
 import nanopost.engine as engine_module
-from nanopost import InputError, hf
+from nanopost import InputError
 from nanopost.attention import Cache
 from nanopost.batch import Example, batch_of
 from nanopost.engine import Engine, Sampling, cut, prompt_seed, sample
+from nanopost.save import save_model
 
 PROMPTS = [random_ids(n, seed=n) for n in (5, 1, 17, 9)]
 SEEDS = [prompt_seed(0, i) for i in range(len(PROMPTS))]
@@ -140,7 +141,7 @@ def test_shared_weights_are_seen_without_a_copy():
 )
 def test_a_scripts_engine_shares_the_weights_of_one_process_in_fp32(tmp_path, size, dtype, shares):
     model = small_model()
-    hf.save_model(tmp_path, model.state_dict().items(), model.config, {})
+    save_model(tmp_path, model.state_dict().items(), model.config, {})
     world = SimpleNamespace(size=size, dtype=dtype, device=torch.device("cpu"))
     tokenizer = SimpleNamespace(stop_ids={3}, decode=str, unused_ids=lambda size: [size - 1])
     engine = Engine.beside(model, tmp_path, world, tokenizer, rows=7, tokens=900)

@@ -29,6 +29,7 @@ from nanopost.eval import (
     student,
     wilson,
 )
+from nanopost.save import save_model
 from nanopost.tokenizer import Tokenizer
 from nanopost.verify import answer_of
 from runs import toy
@@ -168,7 +169,7 @@ def noisy(source, folder):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    hf.save_model(folder, model.state_dict().items(), model.config)
+    save_model(folder, model.state_dict().items(), model.config)
 
 
 def write(path, rows):

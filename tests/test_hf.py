@@ -16,6 +16,8 @@ from torch.distributed.fsdp import fully_shard
 
 from nanopost import InputError, hf
 from nanopost.model import CausalLM
+from nanopost.save import SHARDS, save_model
+from nanopost.storage import INDEX, SINGLE, weight_files
 from nanopost.tokenizer import Tokenizer
 
 SMALL = {
@@ -100,7 +102,7 @@ def equal(model, other):
 
 
 def save(folder, model, **given):
-    hf.save_model(folder, model.state_dict().items(), model.config, **given)
+    save_model(folder, model.state_dict().items(), model.config, **given)
 
 
 # ----------------------------------------------------------------------------------- there and back
@@ -112,10 +114,10 @@ def test_what_transformers_writes_is_read_and_it_reads_what_we_write_with_no_key
     theirs, ids = oracle(family), random_ids(90, 0)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size=shard_size)
     ours = hf.load_model(tmp_path / "theirs")
-    assert (tmp_path / "theirs" / hf.INDEX).exists() == (shard_size == "50KB")
+    assert (tmp_path / "theirs" / INDEX).exists() == (shard_size == "50KB")
     assert (logits(ours, ids) - logits(theirs, ids)).abs().max() <= 1e-4
     save(tmp_path / "ours", ours, max_shard_bytes=50_000 if shard_size == "50KB" else 2**30)
-    assert (tmp_path / "ours" / hf.INDEX).exists() == (shard_size == "50KB")
+    assert (tmp_path / "ours" / INDEX).exists() == (shard_size == "50KB")
     again, report = type(theirs).from_pretrained(
         tmp_path / "ours", attn_implementation="eager", output_loading_info=True
     )
@@ -123,7 +125,7 @@ def test_what_transformers_writes_is_read_and_it_reads_what_we_write_with_no_key
         report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
     )
     assert again.dtype == torch.float32 and torch.equal(logits(again, ids), logits(theirs, ids))
-    names = [set(hf._weight_files(tmp_path / folder)) for folder in ("theirs", "ours")]
+    names = [set(weight_files(tmp_path / folder)) for folder in ("theirs", "ours")]
     assert names[0] == names[1]
     assert equal(hf.load_model(tmp_path / "ours"), ours)
 
@@ -139,13 +141,13 @@ def test_the_written_folder_says_what_is_in_it(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "bfloat16" and config["my_own_key"] == [1, 2]
     assert config["architectures"] == ["Qwen3ForCausalLM"] and config["tie_word_embeddings"] is True
-    with safe_open(tmp_path / hf.SINGLE, "pt") as file:
+    with safe_open(tmp_path / SINGLE, "pt") as file:
         assert file.metadata() == {"format": "pt"} and set(file.keys()) == set(tensors(model))
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "config.json",
         "generation_config.json",
-        hf.SINGLE,
+        SINGLE,
         "tokenizer.json",
     ]
     assert (tmp_path / "generation_config.json").read_bytes() == b'{"eos_token_id": 7}'
@@ -157,7 +159,7 @@ def test_the_written_folder_says_what_is_in_it(tmp_path):
 def test_the_index_counts_bytes_and_no_shard_is_larger_than_asked(tmp_path):
     model = small_model()
     save(tmp_path, model, max_shard_bytes=10_000)
-    index = json.loads((tmp_path / hf.INDEX).read_text())
+    index = json.loads((tmp_path / INDEX).read_text())
     assert index["metadata"]["total_size"] == sum(p.nbytes for p in tensors(model).values())
     for name in set(index["weight_map"].values()):
         held = load_file(tmp_path / name)
@@ -176,14 +178,14 @@ def test_tensors_are_taken_one_by_one(tmp_path):
             made.append(name)
             yield name, p
 
-    hf.save_model(tmp_path, stream(), model.config, max_shard_bytes=1)
+    save_model(tmp_path, stream(), model.config, max_shard_bytes=1)
     assert equal(hf.load_model(tmp_path), model)
 
 
 def test_a_rank_that_does_not_write_still_takes_every_tensor(tmp_path):
     model, taken = small_model(), []
     stream = (taken.append(n) or (n, p) for n, p in model.state_dict().items())
-    hf.save_model(tmp_path, stream, model.config, write=False)
+    save_model(tmp_path, stream, model.config, write=False)
     assert taken == list(tensors(model)) and not list(tmp_path.iterdir())
 
 
@@ -202,7 +204,7 @@ def _rank(rank, folder, store, size):
     local = {n: tuple(p.to_local().shape) for n, p in model.named_parameters()}
     torch.save(local, folder / f"local-{rank}.pt")
     full = ((n, p.full_tensor()) for n, p in model.state_dict().items())
-    hf.save_model(folder / "again", full, model.config, max_shard_bytes=4_000, write=rank == 0)
+    save_model(folder / "again", full, model.config, max_shard_bytes=4_000, write=rank == 0)
     torch.distributed.destroy_process_group()
 
 
@@ -300,10 +302,10 @@ def test_folders_that_are_something_else_say_so(tmp_path):
 def change(folder, edit):
     """Rewrite the weights as one file after edit(tensors)."""
     weights = tensors(hf.load_model(folder))
-    for path in [*folder.glob(hf.SHARDS), folder / hf.INDEX]:
+    for path in [*folder.glob(SHARDS), folder / INDEX]:
         path.unlink(missing_ok=True)
     edit(weights)
-    save_file(weights, folder / hf.SINGLE)
+    save_file(weights, folder / SINGLE)
 
 
 def test_missing_unexpected_and_misshapen_weights_are_named(folder):
@@ -311,8 +313,8 @@ def test_missing_unexpected_and_misshapen_weights_are_named(folder):
     refused(folder, "missing: model.norm.weight", "unexpected: model.norm.bias")
     change_back = tensors(small_model())
     change_back["model.embed_tokens.weight"] = torch.zeros(60, 32)
-    save_file(change_back, folder / hf.SINGLE)
-    refused(folder, hf.SINGLE, "model.embed_tokens.weight", "[60, 32]", "[61, 32]")
+    save_file(change_back, folder / SINGLE)
+    refused(folder, SINGLE, "model.embed_tokens.weight", "[60, 32]", "[61, 32]")
 
 
 def test_an_untied_config_without_a_head_says_so(folder):
@@ -345,7 +347,7 @@ def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(folder)
 
 
 def test_damaged_files_are_named(folder):
-    first = folder / json.loads((folder / hf.INDEX).read_text())["weight_map"]["model.norm.weight"]
+    first = folder / json.loads((folder / INDEX).read_text())["weight_map"]["model.norm.weight"]
     whole = first.read_bytes()
     for content in (
         b"",
@@ -358,9 +360,9 @@ def test_damaged_files_are_named(folder):
     save_file({"other": torch.zeros(1)}, first)
     refused(folder, first.name, "does not contain tensor model.layers.1.mlp.down_proj.weight")
     first.unlink()
-    refused(folder, hf.INDEX, first.name, "not there")
-    (folder / hf.INDEX).write_text("{")
-    refused(folder, hf.INDEX, "not valid JSON")
+    refused(folder, INDEX, first.name, "not there")
+    (folder / INDEX).write_text("{")
+    refused(folder, INDEX, "not valid JSON")
 
 
 # --------------------------------------------------------------------------------- kills, full disk
@@ -427,11 +429,11 @@ def test_a_save_killed_at_any_instant_leaves_the_old_model_or_the_new_one(
             save(folder, old, max_shard_bytes=new_bytes, files=files)
             assert equal(hf.load_model(folder), old)
             assert not (folder / ".saving").exists()
-            assert len({*folder.glob("*.safetensors")}) == len({*hf._weight_files(folder).values()})
+            assert len({*folder.glob("*.safetensors")}) == len({*weight_files(folder).values()})
     assert states == sorted(states, reverse=True) and states[0] == "old" and states[-1] == "new"
     assert len(states) > 8 and states.count("new") > 1
     assert not (folder / ".saving").exists()
-    assert {*folder.glob("*.safetensors")} == {*hf._weight_files(folder).values()}
+    assert {*folder.glob("*.safetensors")} == {*weight_files(folder).values()}
 
 
 @pytest.mark.parametrize("old_bytes, new_bytes", [(2**30, 2**30), (20_000, 20_000)])
@@ -460,7 +462,7 @@ def test_transformers_and_we_read_the_same_of_two_models_in_one_folder(tmp_path)
     old, new = small_model(0), small_model(1)
     save(tmp_path, new, max_shard_bytes=20_000)
     save(tmp_path / "old", old)
-    shutil.copy(tmp_path / "old" / hf.SINGLE, tmp_path)
+    shutil.copy(tmp_path / "old" / SINGLE, tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert equal(hf.load_model(tmp_path), old) and torch.equal(
         theirs.lm_head.weight, old.lm_head.weight
@@ -497,7 +499,7 @@ def test_the_umask_decides_who_may_read_every_file(tmp_path, mask, mode, shard_b
     model = small_model()
     before = os.umask(mask)
     try:
-        hf.save_model(
+        save_model(
             tmp_path,
             model.state_dict().items(),
             model.config,
@@ -541,13 +543,13 @@ def test_a_file_is_a_folders_own_unless_it_is_a_link_to_elsewhere(tmp_path):
 def test_an_index_of_files_that_are_not_there_is_refused_by_a_dry_run_too(tmp_path):
     model = small_model()
     tensors = model.state_dict().items()
-    hf.save_model(tmp_path, tensors, model.config, max_shard_bytes=20_000)
+    save_model(tmp_path, tensors, model.config, max_shard_bytes=20_000)
     gone = sorted(tmp_path.glob("model-*.safetensors"))[1]
     gone.unlink()
     for device in ("cpu", "meta"):
         with pytest.raises(InputError, match=f"names {gone.name}, which is not there; copy the"):
             hf.load_model(tmp_path, device)
-    (tmp_path / hf.INDEX).unlink()
+    (tmp_path / INDEX).unlink()
     for path in tmp_path.glob("*.safetensors"):
         path.unlink()
     hf.load_model(tmp_path, "meta")  # config.json is enough for --dry_run

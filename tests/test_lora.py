@@ -22,6 +22,8 @@ from nanopost.engine import Engine, Sampling
 from nanopost.eval import main as eval_main
 from nanopost.forward import batches, logprobs
 from nanopost.model import ScalarModel
+from nanopost.save import save_adapter, save_model
+from nanopost.storage import SINGLE
 from nanopost.teacher import Teacher
 from nanopost.tokenizer import Tokenizer, tokenizer_files
 from runs import toy
@@ -33,7 +35,7 @@ ALL = {"k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def save(folder, model, dtype=None):
-    hf.save_model(folder, model.state_dict().items(), model.config, dtype=dtype)
+    save_model(folder, model.state_dict().items(), model.config, dtype=dtype)
     return folder
 
 
@@ -70,7 +72,7 @@ def adapted(folder, rank=3, load=hf.load_model, noise=0.1, **options):
 
 
 def write_adapter(model, folder):
-    hf.save_adapter(folder, dist.full_weights(model).trained(), lora.peft_config(model))
+    save_adapter(folder, dist.full_weights(model).trained(), lora.peft_config(model))
     return folder
 
 
@@ -589,7 +591,7 @@ def test_an_adapters_folder_is_a_model_wherever_one_is_named(place, tmp_path, mo
         asked = f"--model {model} --kl {model} --max_new_tokens 6 --data {place / 'prompts.jsonl'}"
         eval_main(asked.split())
     torch.set_flush_denormal(False)
-    one, two = load_file(tmp_path / "ppo0" / hf.SINGLE), load_file(tmp_path / "ppo1" / hf.SINGLE)
+    one, two = load_file(tmp_path / "ppo0" / SINGLE), load_file(tmp_path / "ppo1" / SINGLE)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-4)
     assert (tmp_path / "ppo0" / "tokenizer.json").exists()
@@ -616,7 +618,7 @@ def test_adapters_of_a_merged_adapter_are_not_written_by_themselves(place, tmp_p
     train("dpo", place, tmp_path / "dpo", model=tmp_path / "sft" / "adapter")
     assert "dpo/adapter is not written: the base of its adapters" in capsys.readouterr().out
     assert not (tmp_path / "dpo" / "adapter").exists()
-    assert (tmp_path / "dpo" / hf.SINGLE).exists()
+    assert (tmp_path / "dpo" / SINGLE).exists()
 
 
 @pytest.mark.parametrize("more", [[], ["--quantize", "nf4"]])
@@ -672,7 +674,7 @@ def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(
     names = {n for n in stored_names(checkpoint.latest(tmp_path / "out")) if n.startswith("model.")}
     assert names and all(lora.is_trained(name.removeprefix("model.")) for name in names)
     train(script, place, tmp_path / "out", *more, "--resume")
-    for name in (hf.SINGLE, f"adapter/{lora.WEIGHTS}"):
+    for name in (SINGLE, f"adapter/{lora.WEIGHTS}"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
@@ -687,7 +689,7 @@ def test_a_changed_base_or_other_adapters_are_not_resumed(place, tmp_path, monke
             train("sft", place, tmp_path / "out", "--resume", model=tmp_path / "toy", rank=rank)
     model = hf.load_model(tmp_path / "toy")
     model.model.norm.weight.data += 1e-3
-    hf.save_model(tmp_path / "toy", model.state_dict().items(), model.config)
+    save_model(tmp_path / "toy", model.state_dict().items(), model.config)
     with pytest.raises(InputError, match="toy no longer has the weights that they belong to"):
         train("sft", place, tmp_path / "out", "--resume", model=tmp_path / "toy")
     # A base may move.
@@ -706,7 +708,7 @@ def test_an_adapter_knows_its_base_and_its_rank(place, tmp_path):
     (folder / lora.CONFIG).write_text(json.dumps(config))
     model = hf.load_model(tmp_path / "toy")
     model.model.norm.weight.data += 1e-3
-    hf.save_model(tmp_path / "toy", model.state_dict().items(), model.config)
+    save_model(tmp_path / "toy", model.state_dict().items(), model.config)
     with pytest.raises(InputError, match="toy, has other weights than it was trained beside"):
         hf.load_model(folder)
 

@@ -25,6 +25,7 @@ from nanopost.forward import batches, logprobs
 from nanopost.model import ActorCritic, CausalLM, MoE
 from nanopost.retrace import Recorded
 from nanopost.rollout import Rollout
+from nanopost.save import save_model
 from nanopost.server import ServerError
 from nanopost.vllm import Servers
 from runs import toy
@@ -625,7 +626,7 @@ def place(tmp_path_factory):
     model = CausalLM(config).init_weights(0)
     for mixture in mixtures(model):
         mixture.gate.weight.data.mul_(0.01)
-    hf.save_model(folder / "toy", model.state_dict().items(), config, toy.tokenizer_files())
+    save_model(folder / "toy", model.state_dict().items(), config, toy.tokenizer_files())
     toy.write_rows(folder / "prompts.jsonl", toy.prompt_rows(held_out=False)[:8])
     reward = "def ids(completions, completion_ids, **columns):\n"
     reward += "    return [float(sum(ids) % 7) for ids in completion_ids]\n"

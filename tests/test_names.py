@@ -21,12 +21,14 @@ from test_hf import (
     tensors,
 )
 
-from nanopost import InputError, dist, hf, lora
+from nanopost import InputError, dist, hf, lora, storage
 from nanopost.config import Config
 from nanopost.dist import World
 from nanopost.engine import Engine, Sampling
 from nanopost.model import CausalLM
 from nanopost.names import Form
+from nanopost.save import carried_hash, carried_tensors, save_adapter, save_model
+from nanopost.storage import INDEX, SINGLE
 
 IDS = random_ids(40, 0)
 SMALL = SMALL | {"head_dim": 16, "pad_token_id": None}
@@ -89,9 +91,9 @@ def weights(folder):
 
 def rewrite(folder, held):
     """Replace a folder's weights."""
-    for path in [*folder.glob("*.safetensors"), folder / hf.INDEX]:
+    for path in [*folder.glob("*.safetensors"), folder / INDEX]:
         path.unlink(missing_ok=True)
-    save_file(held, folder / hf.SINGLE, metadata={"format": "pt"})
+    save_file(held, folder / SINGLE, metadata={"format": "pt"})
 
 
 def is_carried(name):
@@ -144,7 +146,7 @@ def test_a_decoder_beside_a_vision_tower_is_read_and_saved_with_all_that_is_carr
     ours = hf.load_model(tmp_path / "theirs")
     assert (logits(ours, IDS) - logits(theirs, IDS)).abs().max() <= 1e-4
     save(tmp_path / "ours", ours, max_shard_bytes=50_000)
-    assert (tmp_path / "ours" / hf.INDEX).is_file()
+    assert (tmp_path / "ours" / INDEX).is_file()
     check_saved(theirs, tmp_path / "theirs", tmp_path / "ours")
     before = json.loads((tmp_path / "theirs/config.json").read_text())
     after = json.loads((tmp_path / "ours/config.json").read_text())
@@ -286,11 +288,11 @@ def test_experts_are_taken_apart_and_put_together_as_by_transformers(tmp_path):
     assert form == Form("model.", split=True)
     apart = dict(form.published(stacked.items()))
     assert apart.keys() == held.keys() and all(torch.equal(apart[n], held[n]) for n in held)
-    source = hf._Source(tmp_path, Config.of(json.loads((tmp_path / "config.json").read_text())))
+    source = storage.Source(tmp_path, Config.of(json.loads((tmp_path / "config.json").read_text())))
     for name in ("gate_up_proj", "down_proj"):
         name = f"model.layers.1.mlp.experts.{name}"
         whole = stacked[name]
-        with hf._experts(source, form.matrices(name, 4), whole.shape) as stack:
+        with storage.experts(source, form.matrices(name, 4), whole.shape) as stack:
             for experts in (slice(0, 4), slice(1, 3), slice(4, 4)):
                 assert torch.equal(stack[experts, :, 5:], whole[experts, :, 5:])
 
@@ -325,7 +327,7 @@ def test_decays_in_fp32_among_bf16_stay_so(whole):
     for adapters in (False, True):  # beside adapters all else is held in bf16
         model = hf.load_model(whole, shard=beside_adapters if adapters else lambda model: model)
         out, named = whole.with_name(f"out{adapters}"), dist.full_weights(model)
-        hf.save_model(out, named, model.config, dtype=torch.bfloat16)
+        save_model(out, named, model.config, dtype=torch.bfloat16)
         saved = weights(out)
         assert held[decay].dtype == torch.float32
         assert held.keys() == saved.keys() and all(same(held[name], saved[name]) for name in held)
@@ -373,7 +375,7 @@ def test_what_no_decoder_of_this_family_carries_is_unexpected(whole):
 
 def test_a_folder_that_has_changed_or_is_gone_is_never_saved_without_what_it_carried(whole):
     model, out = hf.load_model(whole), whole.with_name("out")
-    before, held = hf.carried_hash(model.config), weights(whole)
+    before, held = carried_hash(model.config), weights(whole)
     save(out, model, carried=before)
     assert before and weights(out).keys() == held.keys()
     files = {path.name: path.read_bytes() for path in out.iterdir()}
@@ -399,7 +401,7 @@ def test_a_killed_save_has_all_that_is_carried_or_is_the_model_before(whole):
     for folder in killed_saves(whole.parent, old, new, 150_000, 150_000, None, None):
         loaded = hf.load_model(folder)
         states.append(bool(torch.equal(loaded.model.norm.weight, new.model.norm.weight)))
-        carried = dict(hf.carried_tensors(loaded.config))
+        carried = dict(carried_tensors(loaded.config))
         assert all(same(carried[n], held[n]) for n in held if is_carried(n)) and len(carried) == 2
     assert states == sorted(states) and not states[0] and states[-1]
 
@@ -430,7 +432,7 @@ def test_adapters_are_on_the_decoder_alone_and_peft_s(tmp_path, kind):
     for layer in lora.layers(model).values():
         layer.lora_B.data += 0.1 * torch.randn(layer.lora_B.shape, generator=draw)
     written = dist.full_weights(model).trained()
-    hf.save_adapter(tmp_path / "adapter", written, lora.peft_config(model))
+    save_adapter(tmp_path / "adapter", written, lora.peft_config(model))
     adapted = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     assert (logits(model, IDS) - logits(adapted, IDS)).abs().max() <= 1e-4
     with adapted.disable_adapter():
@@ -440,7 +442,7 @@ def test_adapters_are_on_the_decoder_alone_and_peft_s(tmp_path, kind):
     assert ours.keys() == again.keys() and all(torch.equal(ours[n], again[n]) for n in ours)
     merged = hf.load_model(tmp_path / "adapter")
     assert (logits(merged, IDS) - logits(model, IDS)).abs().max() <= 1e-4
-    hf.save_model(tmp_path / "merged", dist.full_weights(model), model.config)
+    save_model(tmp_path / "merged", dist.full_weights(model), model.config)
     base, saved = weights(tmp_path / "base"), weights(tmp_path / "merged")
     assert base.keys() == saved.keys()
     assert all(same(base[name], saved[name]) for name in base if is_carried(name))

@@ -13,6 +13,7 @@ from nanopost import InputError, dist, hf, lora, nf4, optim
 from nanopost.batch import Example, batch_of
 from nanopost.engine import Engine, Sampling
 from nanopost.forward import batches, logprobs
+from nanopost.save import save_adapter, save_model
 from runs import toy
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -120,7 +121,7 @@ def base(tmp_path_factory):
     kind = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True}
     model = small_model(4, **kind, **SIZES, num_hidden_layers=3)
     folder = tmp_path_factory.mktemp("base")
-    hf.save_model(folder, model.state_dict().items(), model.config, dtype=torch.bfloat16)
+    save_model(folder, model.state_dict().items(), model.config, dtype=torch.bfloat16)
     return folder
 
 
@@ -155,7 +156,7 @@ def logits(model):
 
 
 def write_adapter(model, folder):
-    hf.save_adapter(folder, dist.full_weights(model).trained(), lora.peft_config(model))
+    save_adapter(folder, dist.full_weights(model).trained(), lora.peft_config(model))
     return folder
 
 
@@ -241,7 +242,7 @@ def test_layers_without_adapters_are_packed_too(base):
 def test_linear_attention_is_packed_where_bitsandbytes_packs_it(tmp_path):
     """Its projections, as narrow as some are; not its convolution, decays and norm."""
     model = small_model(4, model_type="qwen3_5_text", **SIZES, linear_value_head_dim=16)
-    hf.save_model(tmp_path / "dense", model.state_dict().items(), model.config)
+    save_model(tmp_path / "dense", model.state_dict().items(), model.config)
     theirs = bitsandbytes_model(tmp_path / "dense")
     theirs.save_pretrained(tmp_path / "packed")
     ours = in_4_bits(tmp_path / "packed", noise=0.0)
@@ -273,7 +274,7 @@ def test_other_quantisations_are_refused(quantised, tmp_path):
 
 def test_a_width_of_no_whole_blocks_is_refused(tmp_path):
     model = small_model()
-    hf.save_model(tmp_path, model.state_dict().items(), model.config)
+    save_model(tmp_path, model.state_dict().items(), model.config)
     with pytest.raises(InputError, match="q_proj is 32 wide, which is no multiple of 64: train"):
         in_4_bits(tmp_path)
 
@@ -411,11 +412,11 @@ def test_of_an_adapters_base_in_4_bits_only_linear_layers_are_rounded(tmp_path):
     sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     made = small_model(4, model_type="qwen3_moe", **sizes)
-    hf.save_model(base, made.state_dict().items(), made.config)
+    save_model(base, made.state_dict().items(), made.config)
     model = in_4_bits(base)
     files = {lora.ABOUT: json.dumps({"base_nf4": True})}
     trained = dist.full_weights(model).trained()
-    hf.save_adapter(adapter, trained, lora.peft_config(model), files)
+    save_adapter(adapter, trained, lora.peft_config(model), files)
     read = hf.load_model(adapter).state_dict()
     for name, x in dist.full_weights(model):
         torch.testing.assert_close(read[name], x, rtol=0, atol=1e-6)
@@ -425,7 +426,7 @@ def test_of_an_adapters_base_in_4_bits_only_linear_layers_are_rounded(tmp_path):
 def test_a_base_that_is_not_finite_is_refused_in_4_bits_too(tmp_path):
     model = small_model(**SIZES)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
-    hf.save_model(tmp_path, model.state_dict().items(), model.config)
+    save_model(tmp_path, model.state_dict().items(), model.config)
     with pytest.raises(InputError, match="not all weights are finite .*layers.1.mlp.up_proj"):
         in_4_bits(tmp_path)
 

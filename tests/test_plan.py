@@ -24,10 +24,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.plan import SHAPES
-from nanopost import InputError, dist, divergence, footprint, hf, lora, packing, plan
+from nanopost import InputError, dist, divergence, footprint, lora, packing, plan
 from nanopost.batch import Example, batch_of
 from nanopost.config import Config
 from nanopost.model import ActorCritic, CausalLM, ScalarModel
+from nanopost.save import save_model
 from nanopost.tokenizer import Tokenizer
 from runs import toy
 
@@ -95,7 +96,7 @@ def write_inputs(folder, prompt: int, answer: int, **sizes):
     more = {"hidden_act": "silu", "rope_theta": 1e4, "eos_token_id": 1, "pad_token_id": 0}
     config = Config.of({**plan_worker.SIZES, **more, "initializer_range": 0.02, **sizes})
     weights = CausalLM(config).init_weights(0).state_dict().items()
-    hf.save_model(folder / "model", weights, config, toy.tokenizer_files())
+    save_model(folder / "model", weights, config, toy.tokenizer_files())
     user = [{"role": "user", "content": "a" * (prompt - 2)}]
     b, c = ([{"role": "assistant", "content": letter * (answer - 1)}] for letter in "bc")
     rows = {

@@ -14,6 +14,7 @@ from scripts import metrics, run, weights
 
 from nanopost import InputError, dist, hf, packing, pairs, preference, rows
 from nanopost.batch import batch_of
+from nanopost.save import save_model
 from nanopost.tokenizer import Tokenizer, tokenizer_files
 from runs import toy
 
@@ -33,7 +34,7 @@ def place(tmp_path_factory):
             noise = torch.Generator().manual_seed(p.numel())
             p.add_(0.02 * torch.randn(p.shape, generator=noise))
     files = toy.tokenizer_files()
-    hf.save_model(folder / "moved", model.state_dict().items(), model.config, files)
+    save_model(folder / "moved", model.state_dict().items(), model.config, files)
     stored = []
     for a in range(10, 34):
         right, wrong = (a + 17) * 7 ** (a % 3), str(a + 16) * (1 + a % 2)
@@ -338,7 +339,7 @@ def test_a_reference_with_another_template_is_told(place, tmp_path, capsys):
     )
     model = hf.load_model(place / "toy")
     files = tokenizer_files(place / "toy", other)
-    hf.save_model(tmp_path / "ref", model.state_dict().items(), model.config, files)
+    save_model(tmp_path / "ref", model.state_dict().items(), model.config, files)
     run_here("train_dpo.py", *stored(place, tmp_path / "x", "--reference_model", tmp_path / "ref"))
     assert f"{tmp_path}/ref was trained with another template" in capsys.readouterr().out
 

@@ -22,6 +22,7 @@ from nanopost import InputError, checkpoint, dist, hf, optim
 from nanopost.batch import Example, batch_of
 from nanopost.dist import World
 from nanopost.run import ALARM, Run, changed_arguments, starts_of, step_text
+from nanopost.save import save_model
 from nanopost.tape import Tape
 from nanopost.tokenizer import Tokenizer, check_stage, tokenizer_files
 from runs import toy
@@ -1001,9 +1002,7 @@ def test_a_model_is_written_in_the_dtype_asked_for_and_a_change_is_said(
     tmp_path, capsys, read, flag, written, said
 ):
     model = small_model()
-    hf.save_model(
-        tmp_path / "in", model.state_dict().items(), model.config, {}, getattr(torch, read)
-    )
+    save_model(tmp_path / "in", model.state_dict().items(), model.config, {}, getattr(torch, read))
     lying = json.loads((tmp_path / "in" / "config.json").read_text())
     lying["dtype"] = lying["torch_dtype"] = "float64"  # the weights themselves decide
     (tmp_path / "in" / "config.json").write_text(json.dumps(lying))

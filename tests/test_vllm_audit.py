@@ -14,6 +14,7 @@ from nanopost.audit import Audit
 from nanopost.dist import World
 from nanopost.hf import EMBEDDING
 from nanopost.model import CausalLM
+from nanopost.save import save_model
 from nanopost.tokenizer import Tokenizer
 from nanopost.vllm import Servers
 from runs import toy
@@ -48,7 +49,7 @@ def write_model(folder, tied=True):
         pad_token_id=0,
     )
     model = CausalLM(config).init_weights(0)
-    hf.save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
+    save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
 
 
 class Synced:
@@ -168,7 +169,7 @@ def test_a_stale_tied_head_is_named(synced, tmp_path):
         pytest.skip("the head is not tied")
     synced.train()
     config, state = synced.model.config, synced.model.state_dict()
-    hf.save_model(tmp_path, state.items(), config, {})
+    save_model(tmp_path, state.items(), config, {})
     body = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path)}}
     synced.engine.servers[0].post("/collective_rpc", body)
     auditor = synced.engine.audit
@@ -219,7 +220,7 @@ def test_the_command_names_a_fault_of_a_server_of_somebody_else(
         synced.sync(FAULTS[name][0])
     files = {path.name: path.read_text() for path in synced.folder.glob("token*")}
     for folder, state in (("new", synced.model.state_dict()), ("old", synced.old)):
-        hf.save_model(tmp_path / folder, state.items(), synced.model.config, files)
+        save_model(tmp_path / folder, state.items(), synced.model.config, files)
     flags = ("--model", tmp_path / "new", "--before", tmp_path / "old", "--vllm", synced.url)
     status, text = run(capsys, *flags)
     assert status == 1 and BY_SCORES[name] in text, text
@@ -281,9 +282,9 @@ def test_after_update_audits_before_and_after(synced, tmp_path, capsys):
     """The command trains and sends nothing: the server is stale."""
     config, state = synced.model.config, synced.model.state_dict()
     files = {path.name: path.read_text() for path in synced.folder.glob("token*")}
-    hf.save_model(tmp_path / "model", state.items(), config, files)
+    save_model(tmp_path / "model", state.items(), config, files)
     synced.train()
-    hf.save_model(tmp_path / "next", synced.model.state_dict().items(), config, files)
+    save_model(tmp_path / "next", synced.model.state_dict().items(), config, files)
     copy = f"cp {tmp_path}/next/model.safetensors {tmp_path}/model"
     status, text = run(
         capsys, "--model", tmp_path / "model", "--vllm", synced.url, "--after_update", copy
@@ -300,7 +301,7 @@ def test_another_tokenizer_and_another_model_are_named(synced, tmp_path, capsys)
     vocab = tokenizer["model"]["vocab"]
     vocab["1"], vocab["2"] = vocab["2"], vocab["1"]
     other = files | {"tokenizer.json": json.dumps(tokenizer)}
-    hf.save_model(tmp_path / "text", state.items(), config, other)
+    save_model(tmp_path / "text", state.items(), config, other)
     status, text = run(capsys, "--model", tmp_path / "text", "--vllm", synced.url)
     assert status == 1 and "its tokenizer is another one than --model's" in text, text
     with pytest.raises(InputError, match="has another tokenizer than --model"):

@@ -15,6 +15,7 @@ from nanopost import hf
 from nanopost.config import FAMILIES, Config
 from nanopost.engine import Sampling
 from nanopost.model import CausalLM
+from nanopost.save import save_model
 from nanopost.tokenizer import Tokenizer
 from nanopost.vllm import Servers
 from runs import toy
@@ -62,7 +63,7 @@ def write_model(folder, family, seed=0):
         for p in model.parameters():
             if p.ndim == 1:  # or a norm that is left out would not be seen
                 p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
-    hf.save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
+    save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
 
 
 @vllm_servers.needed

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from nanopost import hf
 from nanopost.config import Config
 from nanopost.model import CausalLM
+from nanopost.save import save_model
 from runs import toy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,7 +59,7 @@ def write_model(folder, seed: int = 0, tied: bool = True):
         config |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     config = Config.of(config)
     model = CausalLM(config).init_weights(seed)
-    hf.save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
+    save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
 
 
 def free_port() -> int:

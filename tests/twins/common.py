@@ -23,8 +23,9 @@ from scripts import ROOT, metrics, parser_of
 from small import small_config
 
 import forks
-from nanopost import hf, plain
+from nanopost import plain
 from nanopost.model import CausalLM, ScalarModel
+from nanopost.save import save_model
 from runs import toy
 from twins import double
 
@@ -553,7 +554,7 @@ def write_model(folder, seed=0, scalar=False, **changes):
     for i, p in enumerate(model.parameters()):
         noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(1000 * seed + i))
         p.data.copy_(0.2 * noise if p.ndim > 1 else 1 + noise / 8)  # norms other than 1
-    hf.save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
+    save_model(folder, model.state_dict().items(), config, toy.tokenizer_files())
 
 
 def message(role, content):
