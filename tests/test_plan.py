@@ -895,7 +895,7 @@ def test_a_dry_run_plans_with_what_pairs_share_on_average(bare, tmp_path, capsys
     assert f"--prompt {sum(both) // 3} " in capsys.readouterr().out
 
 
-def test_a_dry_run_of_sides_that_differ_in_their_last_token_alone_has_a_plan(bare, capsys):
+def test_a_dry_run_of_sides_that_differ_in_their_last_token_alone_has_a_plan(bare, capsys, few):
     """4 and 5 tokens, of which 4 are shared: 4 on average, rounded."""
     pair = tuple(Example(range(size), [False] + [True] * (size - 1)) for size in (4, 5))
     world = dist.World(0, 1, torch.device("cpu"), torch.float32)

@@ -40,6 +40,7 @@ def test_attention_calls_the_cuda_kernel_for_what_the_cpu_computes(version, grou
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("window", [None, 3, 100])
+@pytest.mark.usefixtures("few")
 def test_the_cuda_kernel_gets_the_keys_of_a_shared_prefix(version, window):
     ids = [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7], [1, 2, 3, 4, 7, 8, 9], [5], [5, 6, 7]]
     batch = batch_of([Example(x, [True] * len(x)) for x in ids])
