@@ -37,8 +37,14 @@ SHORT = {
 }
 
 
+LONG = ("resume", "kernels", "prefixes", "steps")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("part", EXPECTED)
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param(part, marks=pytest.mark.long if part in LONG else ()) for part in EXPECTED],
+)
 def test_each_part_of_a_gpu_day_works(part, tmp_path):
     short = SHORT.get(part, [])
     path = f"{Path(sys.executable).parent}:{ENVIRONMENT['PATH']}"

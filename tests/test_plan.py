@@ -219,6 +219,7 @@ LONG = (
     "sft, recomputed",
     "distill, bf16",
     "ppo, a value model",
+    "sft, adapters beside NF4, bf16",
 )
 
 

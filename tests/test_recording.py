@@ -147,8 +147,8 @@ def killed(process, out, seconds):
     wait_until_gone(process, out, "killed")  # its workers end a moment later
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_that_is_killed_and_resumed_loses_and_doubles_no_prompt_and_replays(
     place, tmp_path, ranks
 ):

@@ -300,7 +300,7 @@ def test_a_run_has_the_same_bytes_on_any_number_of_ranks(place, tmp_path, script
     assert found[0] == found[1] == found[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_killed_on_four_ranks_and_resumed_on_one_is_one_on_two(place, tmp_path):
     script = "train_grpo.py"
     out, log = tmp_path / "killed", tmp_path / "log"

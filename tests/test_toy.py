@@ -187,7 +187,7 @@ def test_grpo_learns_from_rollouts_that_run_ahead(folder, sft, tmp_path):
     assert sum(line["staleness/mean"] > 0 for line in steps) > len(steps) / 2
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ppo_learns_from_the_exact_reward(folder, sft, tmp_path):
     flags = ("--steps", 15, "--prompts", 256, "--lr", 5e-4, "--warmup", 3, "--max_new_tokens", 8)
     flags += ("--reward", "exact", *data(folder, "prompts"), *QUIET)

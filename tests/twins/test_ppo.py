@@ -42,7 +42,7 @@ def test_it_agrees_after_a_resume(place, tmp_path, folder, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["ppo", "fork adaptive_kl", *common.long("warmed up", "the engine's", "lora")]
+    "name", ["ppo", *common.long("warmed up", "the engine's", "lora", "fork adaptive_kl")]
 )
 def test_it_agrees_after_a_resume_on_two_ranks(place, tmp_path, folder, name):
     common.check(ppo, name, place, tmp_path, ranks=2, resume=True)
