@@ -318,9 +318,10 @@ def trainer_gap(models, rollout, temperature) -> float:
 
 # ----------------------------------------------------------------------------------------- scripts
 def small(tiny: bool = False) -> Config:
-    """Of train_step.py's family, with heads of 64 and a vocabulary that fills no tile."""
+    """Of train_step.py's family, with heads of 64 (tiny: of 16) and a vocabulary that fills no
+    tile."""
     sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
-    if tiny:  # bf16 takes a CPU long
+    if tiny:  # bf16 is slow on a CPU
         sizes = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
     return Config.of({**shape(tiny=True).hf, **sizes, "vocab_size": 531})
 

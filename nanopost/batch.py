@@ -19,8 +19,8 @@ import torch
 from nanopost import InputError, StepError
 
 IGNORED = -100
-# A sequence shares what it begins with if that is this part of it and a few tokens more: less
-# is not worth the pieces that attention is then made of. Above 1, nothing is shared.
+# A sequence shares its beginning if that is at least this part of it and a few tokens more: less
+# costs more, in pieces of attention, than it saves. Above 1, nothing is shared.
 SHARED = 1 / 16
 FEW = 4
 

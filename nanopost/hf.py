@@ -328,7 +328,8 @@ def _check_tied(source, form, config):
     head, embedding = form.there(HEAD), form.there(EMBEDDING)
     if head not in source.file_of:
         return
-    if not torch.equal(*(storage.whole(source.file_of, name) for name in (head, embedding))):
+    one, other = (storage.whole(source.file_of, name) for name in (head, embedding))
+    if not torch.equal(one, other):
         place = "config.json (not in its text_config)" if config.is_inside else "config.json"
         raise InputError(
             f"{source.base}: config.json ties the head to the embedding, but the weights hold a "

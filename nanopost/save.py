@@ -134,11 +134,10 @@ def carried_tensors(config: Config) -> Iterator[tuple[str, torch.Tensor]]:
             for name in names:
                 if stored[name] != path:
                     continue
-                is_quantised = name in quantised
-                yield (
-                    name,
-                    storage.dequantised(stored, name) if is_quantised else file.get_tensor(name),
-                )
+                if name in quantised:
+                    yield name, storage.dequantised(stored, name)
+                else:
+                    yield name, file.get_tensor(name)
 
 
 def carried_hash(config: Config) -> str:

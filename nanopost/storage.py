@@ -1,5 +1,5 @@
 """The tensors of a model folder, as its safetensors files hold them: sharded, quantised to NF4 by
-bitsandbytes, or beside an adapter. Only what is asked for is read.
+bitsandbytes, or beside an adapter. Only what is asked for is read. And its JSON files.
 
 Shapes: E experts, R rows and C columns of a matrix.
 """

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def few(monkeypatch):
-    """Sequences share the few tokens that small tests have."""
+    """Sequences share even the few tokens that small tests have in common."""
     monkeypatch.setattr(batch, "FEW", 0)
 
 

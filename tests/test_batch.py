@@ -244,7 +244,7 @@ def test_how_much_a_sequence_shares(ids, prompt, expected):
 
 @pytest.mark.parametrize("length, alike, expected", [(16, 4, 0), (16, 5, 5), (17, 5, 0)])
 def test_a_few_tokens_are_not_worth_sharing(length, alike, expected, monkeypatch):
-    monkeypatch.undo()
+    monkeypatch.undo()  # the real FEW, not that of the fixture
     one, other = ([*[1] * alike, *[n] * (length - alike)] for n in (2, 3))
     assert batch_module.shared(sequences(one, other, prompt=1)) == [0, expected]
 

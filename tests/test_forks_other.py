@@ -319,7 +319,7 @@ def test_a_resumed_run_with_muon_ends_with_the_same_weights(sft_place, tmp_path)
     assert lines[-1]["loss"] < 0.9 * lines[1]["loss"]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_muon_on_two_ranks_is_muon_on_one(sft_place, tmp_path):
     """Matrices and momentum are sharded over ranks; their orthogonalisation needs them whole."""
     script = patched(tmp_path, "muon") / "train_sft.py"

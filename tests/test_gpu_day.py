@@ -37,7 +37,7 @@ SHORT = {
 }
 
 
-LONG = ("resume", "kernels", "prefixes", "steps")
+LONG = ("resume", "kernels", "steps")
 
 
 @pytest.mark.slow

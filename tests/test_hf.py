@@ -1,4 +1,5 @@
-"""Model folders: transformers and back, shards, ranks, saves that are killed or out of room."""
+"""Model folders (hf.py, save.py, storage.py): transformers and back, shards, ranks, saves that are
+killed or out of room."""
 
 import json
 import os

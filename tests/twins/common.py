@@ -92,7 +92,7 @@ def parsed(module, name, place, out, folder=ROOT) -> Namespace:
 
 
 def long(*names):
-    """Runs that only `pytest -m long` takes."""
+    """Runs left to `pytest -m long`."""
     return [pytest.param(name, marks=pytest.mark.long) for name in names]
 
 
