@@ -1,4 +1,4 @@
-"""The toy's files, and the toy learned in short: one seed, SFT, three preference losses, PPO.
+"""The toy's files, and the toy learned in short, one seed: SFT and GRPO; with -m long more losses, PPO.
 
 The whole of it, over three seeds and all losses, is `python -m bench.toy`.
 """
@@ -149,16 +149,13 @@ def exact_match(model) -> float:
     return float(score(functions, tokenizer, rows, groups).mean())
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "script, flags, rise",
     [
         ("train_dpo.py", ("--beta", 1), 0.5),
-        pytest.param(
-            *("train_dpo.py", ("--loss", "simpo", "--beta", 2, "--gamma", 1), 0.1),  # per token
-            marks=pytest.mark.long,
-        ),
-        pytest.param("train_kto.py", ("--loss", "kto", "--beta", 1), 0.5, marks=pytest.mark.long),
+        ("train_dpo.py", ("--loss", "simpo", "--beta", 2, "--gamma", 1), 0.1),  # per token
+        ("train_kto.py", ("--loss", "kto", "--beta", 1), 0.5),
     ],
 )
 def test_a_preference_loss_tells_pairs_apart_and_raises_held_out_exact_match(
