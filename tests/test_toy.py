@@ -1,4 +1,4 @@
-"""The toy's files, and the toy learned in short, one seed: SFT and GRPO; with -m long more losses, PPO.
+"""The toy's files, and the toy learned in short: SFT and GRPO; with -m long more losses, and PPO.
 
 The whole of it, over three seeds and all losses, is `python -m bench.toy`.
 """
