@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -60,9 +61,7 @@ def save_model(
         return
     folder = Path(folder)
     saving = folder / ".saving"
-    shutil.rmtree(saving, ignore_errors=True)
-    saving.mkdir(parents=True)
-    try:
+    with _new_folder(saving, f"{folder}: the disk is full; the model that was there is untouched"):
         paths, sizes_of, saved_as, sums = [], [], None, {}
         weights = _to_save(named_tensors, config, dtype, sums)
         for tensors in _shards(weights, max_shard_bytes):
@@ -77,12 +76,20 @@ def save_model(
             )
         files = {**_files_of(config, files or {}), "config.json": _config_text(config, saved_as)}
         _install(folder, saving, paths, sizes_of, files)
+
+
+@contextmanager
+def _new_folder(saving, full):
+    """A new folder, removed if what is written to it fails. full: what is said if the disk is."""
+    shutil.rmtree(saving, ignore_errors=True)
+    saving.mkdir(parents=True)
+    try:
+        yield
     except (OSError, SafetensorError, InputError) as error:
         shutil.rmtree(saving, ignore_errors=True)
         if _full_disk(error):
             raise InputError(
-                f"{folder}: the disk is full; the model that was there is untouched: free some "
-                "disk space, then --resume from the last checkpoint."
+                f"{full}: free some disk space, then --resume from the last checkpoint."
             ) from error
         raise
 
@@ -171,22 +178,12 @@ def save_adapter(
         return
     folder = Path(folder)
     saving = folder.with_name(f".{folder.name}")
-    shutil.rmtree(saving, ignore_errors=True)
-    saving.mkdir(parents=True)
-    try:
+    with _new_folder(saving, f"{folder}: the disk is full"):
         save_file(tensors, saving / lora.WEIGHTS, metadata={"format": "pt"})
         _write_files(saving, {**(files or {}), lora.CONFIG: json.dumps(config, indent=2) + "\n"})
         (saving / lora.WEIGHTS).chmod((saving / lora.CONFIG).stat().st_mode)
         for path in (*saving.iterdir(), saving):
             to_disk(path)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(saving, ignore_errors=True)
-        if _full_disk(error):
-            raise InputError(
-                f"{folder}: the disk is full: free some disk space, then --resume from the last "
-                "checkpoint."
-            ) from error
-        raise
     shutil.rmtree(folder, ignore_errors=True)
     saving.rename(folder)
     to_disk(folder.parent)
