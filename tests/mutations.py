@@ -3603,6 +3603,22 @@ MUTATIONS = [
         "carried",
     ),
     mutation(
+        "every-rank-writes-the-adapter",
+        "nanopost/save.py",
+        "        return\n    folder = Path(folder)\n    saving = folder.with_name",
+        "        pass\n    folder = Path(folder)\n    saving = folder.with_name",
+        "test_lora.py::test_an_adapter_is_written_by_the_rank_that_writes_and_replaces_the_old_one_"
+        "whole",
+    ),
+    mutation(
+        "what-a-full-disk-cut-off-stays",
+        "nanopost/save.py",
+        "as error:\n        shutil.rmtree(saving, ignore_errors=True)\n",
+        "as error:\n",
+        "test_lora.py::test_an_adapter_is_written_by_the_rank_that_writes_and_replaces_the_old_one_"
+        "whole",
+    ),
+    mutation(
         "carried-weights-say-the-dtype",
         "nanopost/save.py",
         "saved_as = saved_as or next(",

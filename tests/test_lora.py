@@ -2,6 +2,7 @@
 
 import gc
 import json
+import resource
 import shutil
 import sys
 
@@ -13,6 +14,7 @@ from inprocess import run_here
 from safetensors.torch import load_file, save_file
 from scripts import metrics
 from small import random_ids, small_config, small_model
+from test_hf import in_child
 from torch._subclasses.fake_tensor import is_fake
 from torch.distributed.tensor import DTensor
 
@@ -124,6 +126,37 @@ def test_an_adapter_written_here_is_the_same_model_in_peft(base, tmp_path, optio
     again = load_file(tmp_path / "again" / lora.WEIGHTS)
     assert ours.keys() == again.keys()
     assert all(torch.equal(ours[name], again[name]) for name in ours)
+
+
+def test_an_adapter_is_written_by_the_rank_that_writes_and_replaces_the_old_one_whole(
+    base, tmp_path
+):
+    """A limit on file sizes acts as a full disk."""
+    model, taken = adapted(base), []
+    trained = list(dist.full_weights(model).trained())
+    given = lora.peft_config(model)
+    stream = (taken.append(name) or (name, x) for name, x in trained)
+    save_adapter(tmp_path / "adapter", stream, given, write=False)
+    assert taken == [name for name, _ in trained] and not list(tmp_path.iterdir())
+
+    write_adapter(model, tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    changed = [(name, x + 1) for name, x in trained]
+
+    def save_without_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+        with pytest.raises(InputError, match=r"adapter: the disk is full: free.*--resume.*[.]$"):
+            save_adapter(tmp_path / "adapter", changed, given)
+
+    assert in_child(save_without_room) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    assert files == before
+    save_adapter(tmp_path / "adapter", changed, given, {"more.txt": "more"})
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    assert files.keys() == before.keys() | {"more.txt"}
+    assert files[lora.WEIGHTS] != before[lora.WEIGHTS]
 
 
 def test_the_default_layers_are_those_of_peft_and_so_is_the_first_draw(base):

@@ -385,6 +385,12 @@ SHARDED = {
     },
     "adapters": {"rows": 2, "length": 256, "how": {"lora": 16}, **BF16},
     "recomputed linear attention": {"rows": 1, "length": 128, "how": FULL, **TWO},
+    "kept products of linear attention": {
+        "rows": 1,
+        "length": 256,
+        "how": {"checkpointing": "selective"},
+        **TWO,
+    },
     "fewer experts than ranks": {
         "rows": 2,
         "length": 256,
