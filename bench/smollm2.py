@@ -14,16 +14,18 @@ are not repeated: delete their folders in out/smollm2.
     reward, dpo             preference pairs                    --pairs
     given, distill          four of its layers learn from it, first on the last answers of
                             conversations, then on policy       --messages
+    beside_trl              TRL's GRPOTrainer on what grpo trains on, and both curves
 """
 
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from bench import common
 from bench.common import flags
-from nanopost import hf
+from nanopost import hf, packing
 from nanopost.config import Config
 from nanopost.save import save_model
 from nanopost.tokenizer import Tokenizer, tokenizer_files
@@ -32,6 +34,7 @@ SUMS = "out/smollm2/train.jsonl", "out/smollm2/held_out.jsonl"
 ASKED = Path("out/smollm2/gsm8k.jsonl")
 ANSWERED, STUDENT = Path("out/smollm2/answered.jsonl"), Path("out/smollm2/student")
 KEPT = 0, 10, 20, 29  # of 30 layers
+GRPO_STEPS = 80
 HINT = "\nThink step by step, then give the answer on a last line: #### number"
 
 
@@ -58,7 +61,7 @@ def jobs(args) -> dict[str, list[str]]:
     found = {}
     for seed in (0, 1, 2):
         name = f"grpo-{seed}" if seed else "grpo"
-        found[name] = ["train_grpo.py", *sampled(*SUMS, "gsm8k", steps=80, seed=seed)]
+        found[name] = ["train_grpo.py", *sampled(*SUMS, "gsm8k", steps=GRPO_STEPS, seed=seed)]
     found["ppo"] = [
         "train_ppo.py",
         *sampled(*SUMS, "gsm8k", steps=60, value_lr=2e-5, lam=1, ppo_epochs=1),
@@ -114,6 +117,43 @@ def write_student(model):
     save_model(STUDENT, kept, config, tokenizer_files(model, Tokenizer.load(model)))
 
 
+def beside_trl(model: str):
+    """TRL's GRPOTrainer as `grpo` trains: the same prompts in the same order, steps and rates. Its
+    metrics are those of a run, so that nanopost.plot lays both curves over each other."""
+    out = Path("out/smollm2/trl")
+    lines = Path(SUMS[0]).read_text().splitlines(keepends=True)
+    order = packing.take(len(lines), 0, 0, 8 * GRPO_STEPS)
+    out.mkdir(parents=True, exist_ok=True)
+    ordered = out / "ordered.jsonl"
+    ordered.write_text("".join(lines[i] for i in order))
+    shared = flags(model=model, data=ordered, steps=GRPO_STEPS, lr=1e-5, weight_decay=0)
+    batch = flags(batch=8, accumulate=8, group=8, max_new_tokens=16)
+    command = ["-m", "bench.trl_grpo", *shared, *batch, *flags(reward="gsm8k", out=out)]
+    done = common.run(command, stdout=subprocess.PIPE, text=True)
+    theirs = json.loads(done.stdout.splitlines()[-1])
+    names = "reward", "reward_std", "loss", "grad_norm", "entropy", "time/step"
+    theirs["time/step"] = theirs["seconds"]
+    steps = [
+        {"step": k + 1, **{name: theirs[name][k] for name in names}} for k in range(GRPO_STEPS)
+    ]
+    for name, temperature in (("eval/accuracy", 1), ("eval/greedy", 0)):
+        steps[-1][name] = held_out(out, temperature)
+    (out / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    picture = common.RESULTS / "smollm2_grpo_trl.png"
+    drawn = flags(metrics=["reward", "reward_std", "entropy", "grad_norm"], out=picture)
+    common.run(["-m", "nanopost.plot", "out/smollm2/grpo", out, *drawn])
+    shutil.copy(out / "metrics.jsonl", common.RESULTS / "smollm2_grpo_trl.jsonl")
+
+
+def held_out(model, temperature: float) -> float:
+    """The share of a hundred held-out sums that a model gets right."""
+    scored = Path("out/smollm2/scored.jsonl")
+    asked = flags(model=model, data=SUMS[1], reward="gsm8k", limit=100, max_new_tokens=16)
+    more = flags(temperature=temperature, device="cpu", out=scored)
+    common.run(["-m", "nanopost.eval", *asked, *more])
+    return sum(json.loads(line)["rewards"][0][0] for line in scored.open()) / 100
+
+
 def run(name: str, command: list[str], model: str):
     """One run, from where it is; then its metrics and its picture among the results."""
     out = Path("out/smollm2", name)
@@ -138,9 +178,10 @@ def main():
     )
     args = parser.parse_args()
     found = jobs(args)
-    for name in args.only or found:
-        if name not in found:
-            parser.error(f"no run {name!r}: there are {', '.join(found)}, given their files")
+    names = [*found, "beside_trl"]
+    for name in args.only or ():
+        if name not in names:
+            parser.error(f"no run {name!r}: there are {', '.join(names)}, given their files")
     if not Path(SUMS[0]).exists():
         common.run(["runs/smollm2_sums.py", Path(SUMS[0]).parent])
     if args.gsm8k:
@@ -148,8 +189,11 @@ def main():
     if args.messages:
         write_answered(args.messages)
         write_student(args.model)
-    for name in args.only or found:
-        run(name, found[name], args.model)
+    for name in args.only or names:
+        if name == "beside_trl":
+            beside_trl(args.model)
+        else:
+            run(name, found[name], args.model)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
     python -m bench.trl_grpo --model DIR --data PROMPTS.jsonl --batch 16 --accumulate 4
 
 A step samples --batch x --accumulate completions with transformers' generate and trains on them
-once.
+once. Rows are taken in the file's order.
 """
 
 import json
@@ -13,6 +13,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from bench.reward import length_modulo_7
 from bench.trl_sft import Recorder, load, parser, rows_of, settings, synchronize
+from nanopost.verify import gsm8k
+
+REWARDS = {"length": length_modulo_7, "gsm8k": gsm8k}
 
 
 def record_generation(trainer) -> tuple[list[float], list[int]]:
@@ -38,6 +41,8 @@ def main():
     p.add_argument("--group", type=int, default=8)
     p.add_argument("--max_new_tokens", type=int, default=128)
     p.add_argument("--beta", type=float, default=0.0)
+    p.add_argument("--reward", default="length", choices=REWARDS)
+    p.add_argument("--out", help="folder for the trained model; default: it is not kept")
     p.add_argument("--continuous", action="store_true", help="transformers' continuous batching")
     args = p.parse_args()
     model, tokenizer = load(args.model, attention=args.attention)
@@ -49,11 +54,12 @@ def main():
         temperature=1.0,
         beta=args.beta,
         loss_type="dapo",
+        shuffle_dataset=False,
         use_transformers_continuous_batching=args.continuous,
     )
     trainer = GRPOTrainer(
         model=model,
-        reward_funcs=length_modulo_7,
+        reward_funcs=REWARDS[args.reward],
         args=config,
         train_dataset=rows_of(args.data),
         processing_class=tokenizer,
@@ -61,8 +67,10 @@ def main():
     )
     seconds, tokens = record_generation(trainer)
     trainer.train()
-    result = {"seconds": recorder.seconds, "generate_seconds": seconds, "tokens": tokens}
-    print(json.dumps(result))
+    if args.out:
+        trainer.save_model(args.out)
+    result = recorder.result(["loss", "reward", "reward_std", "grad_norm", "entropy"])
+    print(json.dumps({**result, "generate_seconds": seconds, "tokens": tokens}))
 
 
 if __name__ == "__main__":
