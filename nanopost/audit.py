@@ -32,8 +32,9 @@ from nanopost.probe import (
     Digests,
     ask,
     compare,
-    examples,
+    example,
     failed,
+    fixed,
     gap,
     has_print,
     ours_of,
@@ -131,14 +132,9 @@ class Audit:
                 causes = dist.gather([sentence(url, f"step {version}: ", rows, cause)])
                 raise StepError(causes[0])
 
-    def _score(self, sequences, temperature):
-        return logprobs(
-            self.model,
-            examples(sequences),
-            sum(map(len, sequences)),
-            temperature,
-            self.world.device,
-        )
+    def _score(self, examples, temperature):
+        tokens = sum(map(len, examples))
+        return logprobs(self.model, examples, tokens, temperature, self.world.device)
 
     def _check_tokenizer(self, server):
         if server.url not in self.known:
@@ -217,6 +213,7 @@ class Command:
                 f"{folder} has a vocabulary of {model.config.vocab_size} tokens and --model one of "
                 f"{self.config.vocab_size}: give the same model before its update."
             )
+        model.model.replays = True  # the experts that the server names
         return model
 
     def audit(self, model, before) -> tuple[bool, Answer]:
@@ -235,9 +232,9 @@ class Command:
         chosen = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(args.dtype)
         dtype = chosen or (torch.float32 if full else torch.bfloat16)
 
-        def score(sequences, temperature):
-            total = sum(map(len, sequences))
-            return logprobs(model, examples(sequences), total, temperature, self.device)
+        def score(examples, temperature):
+            tokens = sum(map(len, examples))
+            return logprobs(model, examples, tokens, temperature, self.device)
 
         def prints(state):
             return {n: print_of(x.to(dtype)) for n, x in state.items() if has_print(x)}
@@ -246,7 +243,10 @@ class Command:
         more = {}
         if before is not None:
             with Edited(model).tensors(before):
-                more = {"before": prints(before), "scores_before": score(sequences, 1.0)}
+                more = {
+                    "before": prints(before),
+                    "scores_before": score(fixed(sequences, answer), 1.0),
+                }
         kind = self._dtype_of(answer) or dtype
         digests = Digests.of(own.items(), kind)
         ours = ours_of(score, sequences, answer, prints(own), digests, **more)
@@ -305,7 +305,7 @@ class Command:
 
     def _search(self, model, answer, score, before, dtype) -> str:
         def scores():
-            return score(self.sequences, 1.0)
+            return score(fixed(self.sequences, answer), 1.0)
 
         if dtype == torch.float32:
             exact = scores()
@@ -384,7 +384,7 @@ def _kind(name) -> tuple[str, ...]:
 @torch.no_grad()
 def all_logits(model, ids: list[int], device) -> torch.Tensor:
     """fp32 [T, V] of a model that is not sharded."""
-    batch = batch_of(examples([ids]), device)
+    batch = batch_of([example(ids)], device)
     about = (batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen)
     return model.logits(model.model.packed(*about)).float().cpu()
 

@@ -1,6 +1,7 @@
 """What a vLLM server computes with its weights, in a few numbers, and what the trainer computes.
 
-Three comparisons. Scores: log-probs of fixed sequences, and of tokens that the server samples.
+Three comparisons. Scores: log-probs of fixed sequences, and of tokens that the server samples; of a
+model with experts both sides take those that the server names (moe.py), if it names any.
 Prints: each matrix times a fixed vector, as the server computes it, whatever it has packed the
 weights into (needs a server of nanopost.vllm_worker). Bytes: vLLM's own checksums.
 
@@ -19,7 +20,7 @@ import torch
 
 from nanopost.batch import Example
 from nanopost.hf import EMBEDDING, HEAD
-from nanopost.server import Refused, Server, ServerError
+from nanopost.server import Refused, Server, ServerError, routes_of
 
 LENGTHS = (16, 32, 136)  # tokens of the scored sequences; the last one fills a block of a cache
 SAMPLED = 24  # tokens that the server samples
@@ -60,6 +61,8 @@ class Answer:
     prints: dict | None = None
     about: dict = field(default_factory=dict)
     checksums: dict[str, str] = field(default_factory=dict)
+    # key of DRAWN, or which probe -> Example.routes of it, where the server names experts
+    routes: dict[str | int, np.ndarray] = field(default_factory=dict)
 
 
 def ask(server: Server, sequences: list[list[int]], config) -> Answer:
@@ -68,49 +71,54 @@ def ask(server: Server, sequences: list[list[int]], config) -> Answer:
     tokens_route = _has(server, "/inference/v1/generate", {"token_ids": []})
     model = server.get("/v1/models")["data"][0]["id"]
 
-    def complete(ids, **sampling):
-        """-> what the server says of the prompt, sampled ids, their log-probs."""
+    def complete(which, key, **sampling):
+        """-> what the server says of the prompt, sampled ids, their log-probs. key: of routes."""
+        ids = sequences[which]
         try:
-            return request(ids, **sampling)
+            prompt, found, routes = request(ids, **sampling)
         except Refused as error:
             if "float values" not in str(error):
                 raise
             return [{}] * len(ids), ([0] * SAMPLED, [np.nan] * SAMPLED)  # JSON has no nan
+        if config.experts is not None and routes is not None:
+            total = len(ids) + sampling["max_tokens"]
+            answer.routes[key] = routes_of(server.url, routes, total, config)
+        return prompt, found
 
     def request(ids, **sampling):
         sampling = {"n": 1, "temperature": 1.0, "logprobs": 0, "seed": 0, **sampling}
         if tokens_route:
             body = {"token_ids": ids, "sampling_params": sampling}
-            answer = server.post("/inference/v1/generate", body)
-            content = answer["choices"][0]["logprobs"]["content"]
+            said = server.post("/inference/v1/generate", body)
+            (choice,) = said["choices"]
+            content = choice["logprobs"]["content"]
             found = [x["token_id"] for x in content], [x["logprob"] for x in content]
-            return answer["prompt_logprobs"], found
+            return said["prompt_logprobs"], found, choice.get("routed_experts")
         body = {"model": model, "prompt": ids, "return_token_ids": True, **sampling}
         choice = server.post("/v1/completions", body)["choices"][0]
-        return choice["prompt_logprobs"], (
-            choice["token_ids"],
-            choice["logprobs"]["token_logprobs"],
-        )
+        found = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        return choice["prompt_logprobs"], found, None
 
-    def score(ids):
-        prompt, _ = complete(ids, max_tokens=1, prompt_logprobs=0)
+    def score(which):
+        ids = sequences[which]
+        prompt, _ = complete(which, which, max_tokens=1, prompt_logprobs=0)
         if not prompt or len(prompt) != len(ids):
             raise ServerError(f"{server.url}: no log-probs of a prompt's tokens")
         found = [0.0] + [prompt[t].get(str(ids[t]), {}).get("logprob") for t in range(1, len(ids))]
         return np.array([np.nan if x is None or x < -9000 else x for x in found], np.float32)
 
-    def sample(which, top_p):
+    def sample(name):
+        which, top_p = DRAWN[name]
         sampling = {"temperature": TEMPERATURE, "top_p": top_p, "ignore_eos": True}
-        _, (ids, logps) = complete(sequences[which], max_tokens=SAMPLED, **sampling)
+        _, (ids, logps) = complete(which, name, max_tokens=SAMPLED, **sampling)
         return ids, np.array(logps, np.float32)
 
+    answer = Answer([], {})
     with ThreadPoolExecutor(len(sequences) + len(DRAWN)) as pool:
-        scores = [pool.submit(score, ids) for ids in sequences]
-        sampled = {name: pool.submit(sample, *how) for name, how in DRAWN.items()}
-        answer = Answer(
-            [task.result() for task in scores],
-            {name: task.result() for name, task in sampled.items()},
-        )
+        scores = [pool.submit(score, which) for which in range(len(sequences))]
+        sampled = {name: pool.submit(sample, name) for name in DRAWN}
+        answer.scores = [task.result() for task in scores]
+        answer.sampled = {name: task.result() for name, task in sampled.items()}
     answer.prints, answer.about = prints_of(server, config)
     answer.checksums = checksums(server)
     return answer
@@ -287,10 +295,13 @@ class Ours:
 
 
 def ours_of(score: Callable, sequences, answer: Answer, prints, digests, **before) -> Ours:
-    """score(sequences, temperature) -> fp32 [T] of each, by the trainer. Calls it twice."""
+    """score(examples, temperature) -> fp32 [T] of each, by the trainer. Calls it twice."""
     prompts = {name: sequences[which] for name, (which, _) in DRAWN.items()}
-    longer = {name: prompts[name] + ids for name, (ids, _) in answer.sampled.items()}
-    *scores, raw = score([*sequences, longer[PLAIN]], 1.0)
+    longer = {
+        name: example(prompts[name] + ids, answer.routes.get(name))
+        for name, (ids, _) in answer.sampled.items()
+    }
+    *scores, raw = score([*fixed(sequences, answer), longer[PLAIN]], 1.0)
     sampled = {
         name: logp_T[len(prompts[name]) :]
         for name, logp_T in zip(longer, score([*longer.values()], TEMPERATURE))
@@ -336,5 +347,14 @@ def failed(rows) -> list[tuple[str, float, float]]:
     return [row for row in rows if not row[1] <= row[2]]  # nan too
 
 
-def examples(sequences) -> list[Example]:
-    return [Example(ids, np.arange(len(ids)) > 0) for ids in sequences]
+def fixed(sequences, answer: Answer) -> list[Example]:
+    """The probes, with the experts that the server took."""
+    found = []
+    for which, ids in enumerate(sequences):
+        routes = answer.routes.get(which)
+        found.append(example(ids, None if routes is None else routes[: len(ids)]))
+    return found
+
+
+def example(ids, routes=None) -> Example:
+    return Example(ids, np.arange(len(ids)) > 0, routes=routes)

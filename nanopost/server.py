@@ -1,11 +1,15 @@
 """The routes of one vLLM server, over HTTP."""
 
+import base64
 import http.client
+import io
 import json
 import os
 import socket
 import threading
 from urllib.parse import urlsplit
+
+import numpy as np
 
 from nanopost import InputError
 
@@ -153,3 +157,21 @@ def as_server_error(server, error) -> Exception:
     if isinstance(error, ServerError):
         return error
     return ServerError(f"{server.url}: an answer of another form: {error!r}")
+
+
+def routes_of(url: str, text: str, tokens: int, config) -> np.ndarray:
+    """The experts that a server names -> int16 [tokens, L, A] (Example.routes).
+
+    text: the base64 of an .npy file, with those of every layer, whether it has any, and of all
+    tokens but the last, whose are -1 here. ServerError if they are not of a model of this config.
+    """
+    given = np.load(io.BytesIO(base64.b64decode(text)))
+    expected = tokens - 1, config.layers, config.experts.active
+    if given.shape != expected or given.max(initial=0) >= config.experts.count:
+        raise ServerError(
+            f"{url}: experts up to {given.max(initial=0)} of {given.shape} tokens, layers and "
+            f"places, instead of {config.experts.count} of {expected}"
+        )
+    routes = given[:, [i for i, block in enumerate(config.blocks) if block.experts]]
+    routes = routes.astype(np.int16)
+    return np.concatenate([routes, np.full_like(routes[:1], -1)])

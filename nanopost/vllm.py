@@ -13,8 +13,6 @@ fails in a sync stays paused until a whole one succeeds; if the trainer dies, se
 vllm_worker.py.
 """
 
-import base64
-import io
 import os
 import secrets
 import socket
@@ -40,6 +38,7 @@ from nanopost.server import (
     ServerError,
     as_server_error,
     is_over,
+    routes_of,
 )
 from nanopost.terminal import say
 
@@ -306,7 +305,7 @@ class Servers:
     def _routes(self, server, choice, tokens) -> np.ndarray | None:
         """Rollout.routes of one choice; None, which is said once, if the server names no experts.
 
-        It names those of every layer, whether it has any, and of all tokens but the last.
+        tokens: of prompt and completion.
         """
         if choice.get("routed_experts") is None:
             if not self.warned:
@@ -318,17 +317,7 @@ class Servers:
                 )
             self.warned = True
             return None
-        c = self.config
-        routes = np.load(io.BytesIO(base64.b64decode(choice["routed_experts"])))
-        expected = tokens - 1, c.layers, c.experts.active
-        if routes.shape != expected or routes.max(initial=0) >= c.experts.count:
-            raise ServerError(
-                f"{server.url}: experts up to {routes.max(initial=0)} of {routes.shape} tokens, "
-                f"layers and places, instead of {c.experts.count} of {expected}"
-            )
-        routes = routes[:, [i for i, block in enumerate(c.blocks) if block.experts]]
-        routes = routes.astype(np.int16)
-        return np.concatenate([routes, np.full_like(routes[:1], -1)])
+        return routes_of(server.url, choice["routed_experts"], tokens, self.config)
 
     # ----------------------------------------------------------------------------------------- sync
     def _name(self, version: int) -> str:

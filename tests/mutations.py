@@ -4482,10 +4482,24 @@ MUTATIONS = [
     ),
     mutation(
         "routes-of-a-servers-first-layers",
-        "nanopost/vllm.py",
-        "routes[:, [i for i, block in enumerate(c.blocks) if block.experts]]",
-        "routes[:, : c.mixtures]",
+        "nanopost/server.py",
+        "given[:, [i for i, block in enumerate(config.blocks) if block.experts]]",
+        "given[:, : config.mixtures]",
         "test_moe.py::test_a_vllm_servers_experts_are_those_of_its_layers_that_have_them",
+    ),
+    mutation(
+        "an-audit-scores-its-probes-with-other-experts",
+        "nanopost/probe.py",
+        "None if routes is None else routes[: len(ids)]",
+        "None",
+        "test_moe.py::test_an_audit_takes_the_experts_that_the_server_names",
+    ),
+    mutation(
+        "an-audit-scores-sampled-tokens-with-other-experts",
+        "nanopost/probe.py",
+        "example(prompts[name] + ids, answer.routes.get(name))",
+        "example(prompts[name] + ids)",
+        "test_moe.py::test_an_audit_takes_the_experts_that_the_server_names",
     ),
     mutation(
         "experts-of-transformers-5-unread",

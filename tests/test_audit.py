@@ -224,8 +224,9 @@ def test_digests_are_those_of_fused_and_padded_weights():
 SEQUENCES = [random_ids(length, length) for length in (8, 16, 24)]
 
 
-def score(model, sequences=SEQUENCES, temperature=1.0):
-    return forward.logprobs(model, probe.examples(sequences), 512, temperature, CPU)
+def score(model, examples=None, temperature=1.0):
+    examples = examples or [*map(probe.example, SEQUENCES)]
+    return forward.logprobs(model, examples, 512, temperature, CPU)
 
 
 def answer_of(model, raw=False, uncut=False, **more):
@@ -248,8 +249,8 @@ def answer_of(model, raw=False, uncut=False, **more):
 def judged(answer, model, old=None, dtype=FP32):
     """-> (the comparisons that fail, the cause)."""
 
-    def scores(sequences, temperature):
-        return score(model, sequences, temperature)
+    def scores(examples, temperature):
+        return score(model, examples, temperature)
 
     more = {}
     if old is not None:

@@ -17,7 +17,7 @@ from small import SIZES as SMALL
 from small import random_ids
 from syncs import counted
 
-from nanopost import InputError, cli, dist, hf, lora, moe, optim, recording, replay
+from nanopost import InputError, cli, dist, hf, lora, moe, optim, probe, recording, replay
 from nanopost.batch import Example, batch_of, shared
 from nanopost.config import Config
 from nanopost.engine import Engine, Sampling, prompt_seed
@@ -26,7 +26,7 @@ from nanopost.model import ActorCritic, CausalLM, MoE
 from nanopost.retrace import Recorded
 from nanopost.rollout import Rollout
 from nanopost.save import save_model
-from nanopost.server import ServerError
+from nanopost.server import Refused, ServerError
 from nanopost.vllm import Servers
 from runs import toy
 
@@ -582,9 +582,7 @@ def test_a_vllm_servers_experts_are_those_of_its_layers_that_have_them(capsys):
     given = np.random.default_rng(0).integers(0, 16, (6, 3, 3)).astype(np.uint8)
 
     def answer(array):
-        with io.BytesIO() as file:
-            np.save(file, array, allow_pickle=False)
-            return {"routed_experts": base64.b64encode(file.getvalue()).decode()}
+        return {"routed_experts": as_vllm(array)}
 
     routes = servers._routes(server, answer(given), 7)
     assert routes.dtype == np.int16 and (routes[-1] == -1).all()
@@ -594,6 +592,74 @@ def test_a_vllm_servers_experts_are_those_of_its_layers_that_have_them(capsys):
             servers._routes(server, answer(wrong), 7)
     assert servers._routes(server, {}, 7) is servers._routes(server, {}, 7) is None
     assert capsys.readouterr().out.count("--enable-return-routed-experts") == 1
+
+
+class NamesExperts:
+    """What a server says over HTTP whose engine rounds, and which names its experts: vLLM does that
+    on GPUs only."""
+
+    url = "http://there"
+
+    def __init__(self, model, names=True):
+        self.model, self.names = with_rounding(model), names
+
+    def get(self, path):
+        return {"data": [{"id": "served"}]}
+
+    def post(self, path, body, timeout=None):
+        if path != "/inference/v1/generate":
+            raise ServerError(f"{self.url}: no {path}")
+        if not body["token_ids"]:
+            raise Refused(f"{self.url}: 400: no token_ids")
+        prompt, how = body["token_ids"], body["sampling_params"]
+        sampling = Sampling(how["max_tokens"], how["temperature"], top_p=how.get("top_p", 1.0))
+        ((rollout,),) = Engine(self.model, stop_ids=[]).generate([prompt], 1, sampling)
+        pairs = zip(rollout.ids, rollout.logp.tolist())
+        content = [{"token_id": i, "logprob": logp} for i, logp in pairs]
+        routes_TLA, of_prompt = rollout.routes[:-1], None
+        if "prompt_logprobs" in how:
+            logp_T, routes_TLA = self.scored(prompt)
+            of_prompt = [None, *({str(i): {"logprob": x}} for i, x in zip(prompt[1:], logp_T))]
+        choice = {"logprobs": {"content": content}}
+        if self.names:
+            choice["routed_experts"] = as_vllm(routes_TLA.astype(np.uint8))
+        return {"choices": [choice], "prompt_logprobs": of_prompt}
+
+    @torch.no_grad()
+    def scored(self, ids):
+        """-> log-probs of all tokens but the first, and the experts of all."""
+        batch, routes = batch_of([probe.example(ids)]), moe.Routes()
+        where = batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen
+        logits_TV = self.model.logits(self.model.model.packed(*where, routes=routes))
+        logp_TV = logits_TV.log_softmax(-1)
+        return logp_TV[torch.arange(len(ids) - 1), ids[1:]].tolist(), routes.taken_NLA().numpy()
+
+
+def as_vllm(array) -> str:
+    with io.BytesIO() as file:
+        np.save(file, array, allow_pickle=False)
+        return base64.b64encode(file.getvalue()).decode()
+
+
+def test_an_audit_takes_the_experts_that_the_server_names(alone):
+    model, sequences = replaying(small()), [random_ids(n, seed=n) for n in (8, 16, 24)]
+
+    def failed(server):
+        answer = probe.ask(server, sequences, model.config)
+
+        def score(examples, temperature):
+            return logprobs(model, examples, 1000, temperature, "cpu")
+
+        digests = probe.Digests(torch.float32)
+        ours = probe.ours_of(score, sequences, answer, {}, digests)
+        rows = probe.compare(answer, ours, torch.float32)
+        assert len(rows) == 4
+        return [what for what, *_ in probe.failed(rows)]
+
+    assert failed(NamesExperts(model)) == []
+    assert len(failed(NamesExperts(model, names=False))) == 4
+    stale = small(seed=1)
+    assert len(failed(NamesExperts(stale))) == 4
 
 
 # ------------------------------------------------------------------------------------- the scripts
