@@ -51,7 +51,7 @@ PANELS = [
     Panel(("tools/call_frequency",), ("tools/failure_frequency",)),
     Panel(("completions/clipped_ratio",), ("completions/unrewarded",)),
     Panel(("clip_ratio/region_mean", "policy/clipfrac_avg", "cispo_clip_ratio")),
-    Panel(("val/explained_variance",)),
+    Panel(("val/explained_variance",), log=True),
     Panel(("loss/value_avg",)),
     Panel(("experts/max_violation",), ("experts/unused_ratio",)),
     Panel(("sampling/sampling_logp_difference/mean",), log=True),
@@ -343,7 +343,9 @@ def _scale(axis, panel, runs):
         if min(values) > 0:
             axis.set_yscale("log")
         else:
-            axis.set_yscale("symlog", linthresh=sizes[len(sizes) // 2])
+            # Linear around 0 up to a power of ten: below one, ticks would run into each other.
+            power = math.ceil(math.log10(sizes[len(sizes) // 2]))
+            axis.set_yscale("symlog", linthresh=10.0**power)
     else:
         axis.yaxis.set_major_formatter(lambda x, _: f"{x:.10g}")
 

@@ -55,6 +55,7 @@ def dpo(step):
 
 def ppo(step):
     names = {"objective/scores": 0.5, "policy/entropy_avg": 0.1, "policy/clipfrac_avg": 0.1}
+    names["val/explained_variance"] = -80.0 / step**2 if step < 15 else 0.04 * (-1) ** step
     return {"step": step, **names, "policy/approxkl_avg": 10.0 ** (step % 5), "eval/accuracy": 0.5}
 
 
@@ -181,7 +182,7 @@ def test_the_alarms_of_a_run_that_has_no_log_of_them_are_computed(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 7])
 def test_nothing_lies_on_anything_else(tmp_path, count):
-    """Titles, legends and the names of alarms, with long names of runs."""
+    """Titles, legends, numbers and the names of alarms, with long names of runs."""
     sounded = [
         {"step": 5 + i, "alarm": name, "since": 1, "message": ""}
         for i, name in enumerate(alarms.ALARMS)
@@ -202,9 +203,10 @@ def test_nothing_lies_on_anything_else(tmp_path, count):
             boxes[f"legend {title}"] = (
                 axis.get_legend().legend_handles[0].get_window_extent(renderer)
             )
-        if title == "alarms":
-            for label in axis.get_yticklabels():
-                boxes[label.get_text()] = label.get_window_extent(renderer)
+        low, high = sorted(axis.get_ylim())
+        for label in axis.get_yticklabels():
+            if low <= label.get_position()[1] <= high:
+                boxes[f"{label.get_text()} of {title}"] = label.get_window_extent(renderer)
     width, height = figure.canvas.get_width_height()
     names = list(boxes)
     for i, name in enumerate(names):
@@ -212,6 +214,8 @@ def test_nothing_lies_on_anything_else(tmp_path, count):
         assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width + 1 and box.y1 <= height + 1, name
         for another in names[:i]:
             assert not box.overlaps(boxes[another]), f"{name} lies on {another}"
+    if count > 1:
+        assert axes_of(figure)["val/explained_variance"].get_yscale() == "symlog"
 
 
 def test_a_running_mean_is_of_the_last_steps_without_gaps():
