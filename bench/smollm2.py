@@ -21,6 +21,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from bench import common
@@ -35,6 +36,8 @@ ASKED = Path("out/smollm2/gsm8k.jsonl")
 ANSWERED, STUDENT = Path("out/smollm2/answered.jsonl"), Path("out/smollm2/student")
 KEPT = 0, 10, 20, 29  # of 30 layers
 GRPO_STEPS = 80
+# Metrics that TRL logs too and that mean the same there: not its reward_std and entropy.
+BOTH = ("reward", "completions/mean_length", "completions/clipped_ratio", "grad_norm")
 HINT = "\nThink step by step, then give the answer on a last line: #### number"
 
 
@@ -118,31 +121,38 @@ def write_student(model):
 
 
 def beside_trl(model: str):
-    """TRL's GRPOTrainer as `grpo` trains: the same prompts in the same order, steps and rates. Its
-    metrics are those of a run, so that nanopost.plot lays both curves over each other."""
-    out = Path("out/smollm2/trl")
-    lines = Path(SUMS[0]).read_text().splitlines(keepends=True)
-    order = packing.take(len(lines), 0, 0, 8 * GRPO_STEPS)
-    out.mkdir(parents=True, exist_ok=True)
-    ordered = out / "ordered.jsonl"
-    ordered.write_text("".join(lines[i] for i in order))
-    shared = flags(model=model, data=ordered, steps=GRPO_STEPS, lr=1e-5, weight_decay=0)
-    batch = flags(batch=8, accumulate=8, group=8, max_new_tokens=16)
-    command = ["-m", "bench.trl_grpo", *shared, *batch, *flags(reward="gsm8k", out=out)]
-    done = common.run(command, stdout=subprocess.PIPE, text=True)
-    theirs = json.loads(done.stdout.splitlines()[-1])
-    names = "reward", "reward_std", "loss", "grad_norm", "entropy", "time/step"
-    theirs["time/step"] = theirs["seconds"]
-    steps = [
-        {"step": k + 1, **{name: theirs[name][k] for name in names}} for k in range(GRPO_STEPS)
-    ]
-    for name, temperature in (("eval/accuracy", 1), ("eval/greedy", 0)):
-        steps[-1][name] = held_out(out, temperature)
-    (out / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
+    """TRL's GRPOTrainer on the rows of `grpo`, in their order, with its rates and settings.
+
+    Its metrics are written as those of a run, so that nanopost.plot lays both curves over each
+    other. Where all groups have equal rewards TRL steps all the same, on gradients of zero.
+    """
+    ours, out = Path("out/smollm2/grpo"), Path("out/smollm2/trl")
+    if not (ours / "metrics.jsonl").exists():
+        sys.exit(f"{ours} is not there: run --only grpo first")
+    if not (out / "metrics.jsonl").exists():
+        lines = Path(SUMS[0]).read_text().splitlines(keepends=True)
+        order = packing.take(len(lines), 0, 0, 8 * GRPO_STEPS)
+        out.mkdir(parents=True, exist_ok=True)
+        ordered = out / "ordered.jsonl"
+        ordered.write_text("".join(lines[i] for i in order))
+        shared = flags(model=model, data=ordered, steps=GRPO_STEPS, lr=1e-5, weight_decay=0)
+        batch = flags(batch=8, accumulate=8, group=8, max_new_tokens=16)
+        command = ["-m", "bench.trl_grpo", *shared, *batch, *flags(reward="gsm8k", out=out)]
+        done = common.run(command, stdout=subprocess.PIPE, text=True)
+        theirs = json.loads(done.stdout.splitlines()[-1])
+        columns = zip(*(theirs[name] for name in BOTH))
+        steps = [{"step": k, **dict(zip(BOTH, values))} for k, values in enumerate(columns, 1)]
+        for name, temperature in (("eval/accuracy", 1), ("eval/greedy", 0)):
+            steps[-1][name] = held_out(out, temperature)
+        text = "".join(json.dumps(step) + "\n" for step in steps)
+        (out / "metrics.jsonl").write_text(text)
+        common.save(
+            common.RESULTS / "smollm2_grpo_trl.json",
+            {**common.origin("torch", "transformers", "trl"), "steps": steps},
+        )
     picture = common.RESULTS / "smollm2_grpo_trl.png"
-    drawn = flags(metrics=["reward", "reward_std", "entropy", "grad_norm"], out=picture)
-    common.run(["-m", "nanopost.plot", "out/smollm2/grpo", out, *drawn])
-    shutil.copy(out / "metrics.jsonl", common.RESULTS / "smollm2_grpo_trl.jsonl")
+    command = ["-m", "nanopost.plot", ours, out, *flags(metrics=BOTH, smooth=5, out=picture)]
+    common.run(command)
 
 
 def held_out(model, temperature: float) -> float:

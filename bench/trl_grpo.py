@@ -69,7 +69,8 @@ def main():
     trainer.train()
     if args.out:
         trainer.save_model(args.out)
-    result = recorder.result(["loss", "reward", "reward_std", "grad_norm", "entropy"])
+    lengths = ["completions/mean_length", "completions/clipped_ratio"]
+    result = recorder.result(["loss", "reward", "grad_norm", *lengths])
     print(json.dumps({**result, "generate_seconds": seconds, "tokens": tokens}))
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from nanopost.hf import EMBEDDING, HEAD
 from nanopost.probe import (
     CACHED,
+    CHANGED,
     CUT,
     PLAIN,
     PRINT,
@@ -177,6 +178,12 @@ def conclusion(causes: dict[str, str], names: list[str], changed: list[str]) -> 
     return "; ".join(clauses[:3]) + more
 
 
+OTHER_EXPERTS = (
+    "its tokens take other experts than the trainer's router would choose: another order of the "
+    "experts, groups of them, or a bias of the router"
+)
+
+
 def why(
     answer: Answer, ours: Ours, dtype, config, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> str:
@@ -197,6 +204,7 @@ def why(
     if causes:
         return conclusion({name: causes[name] for name in bad}, names, changed)
 
+    other_experts = ours.changed is not None and ours.changed > CHANGED
     found = gap(answer.scores, ours.scores)
     if not found <= limit:
         if not np.isfinite(found):
@@ -208,12 +216,22 @@ def why(
                 f"low precision: it computes in {answer.about['dtype']} and the trainer in "
                 f"{str(dtype).removeprefix('torch.')}; all {len(names)} tensors are the trainer's"
             )
+        if other_experts:
+            return OTHER_EXPERTS
+        if answer.prints is not None and config.experts is not None and not answer.routes:
+            return (
+                "it does not name its experts: rounding may have chosen others than the trainer's, "
+                "or they are not the trainer's; start it with --enable-return-routed-experts (GPUs "
+                "only)"
+            )
         if answer.prints is not None:
             return (
                 "not the weights, which are all the trainer's: it computes something else with "
                 "them (config.json, say rope_theta; a quantised cache; an attention kernel)"
             )
         return ""
+    if other_experts:
+        return OTHER_EXPERTS
     off = {
         name: np.abs(logp_T - ours.sampled[name]) for name, (_, logp_T) in answer.sampled.items()
     }

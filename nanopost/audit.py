@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nanopost import InputError, StepError, dist, hf
+from nanopost import InputError, StepError, dist, hf, moe
 from nanopost.attribution import Edited, search, why
 from nanopost.batch import batch_of
 from nanopost.engine import cut
@@ -30,6 +30,7 @@ from nanopost.probe import (
     SCORE,
     Answer,
     Digests,
+    Ours,
     ask,
     compare,
     example,
@@ -70,7 +71,7 @@ class Audit:
         self.fit(config.max_positions)
         self.part = "policy." if hasattr(model, "policy") else ""
         self.count = -1  # of syncs before this one
-        self.prints, self.before, self.scores = {}, None, None
+        self.prints, self.before, self.scores = {}, None, {}
         self.digests = Digests(world.dtype)
         self.known = set()  # servers whose tokenizer is right
 
@@ -112,7 +113,6 @@ class Audit:
             except (ServerError, *WRONG) as error:
                 answers[server.url] = as_server_error(server, error)
         (answers,) = dist.gather([answers] if self.world.rank == 0 else [])
-        scores = self.scores if self.every == 1 else None  # those of the sync before
         for url, answer in answers.items():
             if isinstance(answer, InputError):
                 raise answer
@@ -120,9 +120,11 @@ class Audit:
                 if self.world.rank == 0:
                     say(f"warning: not audited: {answer}")
                 continue
+            scores = self.scores.get(url) if self.every == 1 else None  # of the sync before
             before = {"before": self.before, "scores_before": scores}
-            ours = ours_of(self._score, self.sequences, answer, self.prints, self.digests, **before)
-            self.scores = ours.scores
+            given = self._score, self.sequences, answer, self.prints, self.digests
+            ours = ours_with(self.model, *given, **before)
+            self.scores[url] = ours.scores
             rows = compare(answer, ours, self.world.dtype)
             if dist.all_max(bool(failed(rows)))[0]:
                 weights = iter(dist.full_weights(self.model, self.part))
@@ -154,6 +156,16 @@ def same_text(server: Server, tokenizer) -> bool:
         return server.post("/tokenize", body)["tokens"] == list(tokenizer.encode(TEXT))
     except ServerError:
         return True
+
+
+def ours_with(model, *given, **before) -> Ours:
+    """ours_of, and how many of the experts that the server names the model would not take."""
+    first_2 = moe.replayed(model)
+    ours = ours_of(*given, **before)
+    changed, named = (moe.replayed(model) - first_2).tolist()
+    if named:
+        ours.changed = changed / named
+    return ours
 
 
 # ----------------------------------------------------------------------------------- the command
@@ -249,7 +261,7 @@ class Command:
                 }
         kind = self._dtype_of(answer) or dtype
         digests = Digests.of(own.items(), kind)
-        ours = ours_of(score, sequences, answer, prints(own), digests, **more)
+        ours = ours_with(model, score, sequences, answer, prints(own), digests, **more)
         rows = compare(answer, ours, dtype)
         cause = ""
         if failed(rows):

@@ -148,6 +148,7 @@ class Routes:
         2510.11370, section 4)."""
         self.given_NLA = given_NLA
         self.taken = {}  # number of a mixture -> expert_NA
+        self.replayed_2 = 0  # of the experts given: those that are not among the best, and all
 
     def check(self, c: Config):
         """InputError if what is given cannot be of a model of this config."""
@@ -169,7 +170,10 @@ class Routes:
             expert_NA = score_NE.detach().topk(active).indices
             if self.given_NLA is not None:
                 given_NA = self.given_NLA[:, number].long()
-                expert_NA = given_NA.where(given_NA >= 0, expert_NA)
+                named_NA = given_NA >= 0
+                other_NA = named_NA & ~(given_NA[:, :, None] == expert_NA[:, None]).any(2)
+                self.replayed_2 = self.replayed_2 + torch.stack([other_NA.sum(), named_NA.sum()])
+                expert_NA = given_NA.where(named_NA, expert_NA)
             self.taken[number] = expert_NA
         return self.taken[number]
 
@@ -185,16 +189,18 @@ class Routes:
 
 
 def load_metrics(model) -> dict[str, float]:
-    """How evenly the passes since the last call, of all ranks, have used the experts; {} without
-    any. A collective if the model has experts.
+    """How the passes since the last call, of all ranks, have used the experts; {} without any. A
+    collective if the model has experts.
 
     experts/max_violation: how many more tokens than the mean the busiest expert of a mixture has,
     as a share of the mean (MaxVio, 2408.15664, section 4.1). experts/unused_ratio: the share of
-    experts that no token has taken. Both are means over mixtures.
+    experts that no token has taken. Both are means over mixtures, of training.
+    experts/replay_changed: of the experts that the engine named, the share that the policy's router
+    would not have taken.
     """
     violations, unused = [], []
-    decoders = [module for module in model.modules() if hasattr(module, "used_LE")]
-    for decoder in decoders:
+    changed, named = _replayed_by_all(model)
+    for decoder in _decoders(model):
         c, used_LE = decoder.config, decoder.used_LE
         if c.experts is None:
             continue
@@ -209,16 +215,41 @@ def load_metrics(model) -> dict[str, float]:
             unused += (used_LE == 0).double().mean(1).tolist()
     if not violations:
         return {}
-    return {
+    metrics = {
         "experts/max_violation": sum(violations) / len(violations),
         "experts/unused_ratio": sum(unused) / len(unused),
     }
+    if named:
+        metrics["experts/replay_changed"] = changed / named
+    return metrics
+
+
+def replayed(model) -> torch.Tensor:
+    """int64 [2] of this rank, on the CPU: of the experts that passes were given since load_metrics,
+    those that the router would not have taken, and all."""
+    found_2 = torch.zeros(2, dtype=torch.long)
+    for decoder in _decoders(model):
+        found_2 += torch.as_tensor(decoder.replayed_2).cpu()
+    return found_2
+
+
+def _replayed_by_all(model) -> list[int]:
+    found_2 = replayed(model)
+    for decoder in _decoders(model):
+        decoder.replayed_2 = 0
+    if any(decoder.config.experts is not None for decoder in _decoders(model)):
+        torch.distributed.all_reduce(found_2)
+    return found_2.tolist()
+
+
+def _decoders(model) -> list:
+    return [module for module in model.modules() if hasattr(module, "used_LE")]
 
 
 def no_auxiliary_loss(model) -> str:
     """A sentence, for a model whose config.json asks for an auxiliary loss; else ""."""
-    for decoder in model.modules():
-        if not hasattr(decoder, "used_LE") or decoder.config.experts is None:
+    for decoder in _decoders(model):
+        if decoder.config.experts is None:
             continue
         text = decoder.config.text
         weight = text.get("router_aux_loss_coef")

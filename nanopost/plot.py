@@ -54,6 +54,7 @@ PANELS = [
     Panel(("val/explained_variance",), log=True),
     Panel(("loss/value_avg",)),
     Panel(("experts/max_violation",), ("experts/unused_ratio",)),
+    Panel(("experts/replay_changed",)),
     Panel(("sampling/sampling_logp_difference/mean",), log=True),
     Panel(("grad_norm",), log=True),
     Panel(("lr",)),

@@ -35,6 +35,9 @@ PLAIN, CUT, CACHED = DRAWN
 # rounds by 0.1 on average in a sound SmolLM2-135M.
 SCORE = {torch.float32: 1e-4, torch.bfloat16: 0.4}
 PRINT = {torch.float32: 5e-5, torch.bfloat16: 4e-2}  # largest difference, in units of the rms
+CHANGED = (
+    0.2  # largest share of experts that rounding changes, with room: wrong ones are nearly all
+)
 INSIDE = "language_model."  # what vLLM's names of a decoder beside a vision tower begin with
 NOTHING = hashlib.sha256(b"").hexdigest()  # the checksum of a packed layer on a CPU
 
@@ -81,8 +84,7 @@ def ask(server: Server, sequences: list[list[int]], config) -> Answer:
                 raise
             return [{}] * len(ids), ([0] * SAMPLED, [np.nan] * SAMPLED)  # JSON has no nan
         if config.experts is not None and routes is not None:
-            total = len(ids) + sampling["max_tokens"]
-            answer.routes[key] = routes_of(server.url, routes, total, config)
+            answer.routes[key] = routes_of(server.url, routes, len(ids) + len(found[0]), config)
         return prompt, found
 
     def request(ids, **sampling):
@@ -97,7 +99,7 @@ def ask(server: Server, sequences: list[list[int]], config) -> Answer:
         body = {"model": model, "prompt": ids, "return_token_ids": True, **sampling}
         choice = server.post("/v1/completions", body)["choices"][0]
         found = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        return choice["prompt_logprobs"], found, None
+        return choice["prompt_logprobs"], found, choice.get("routed_experts")
 
     def score(which):
         ids = sequences[which]
@@ -292,6 +294,8 @@ class Ours:
     digests: Digests
     before: dict[str, np.ndarray] | None = None  # prints of the version before
     scores_before: list[np.ndarray] | None = None
+    # Of the experts that the server names, the share that the router would not take.
+    changed: float | None = None
 
 
 def ours_of(score: Callable, sequences, answer: Answer, prints, digests, **before) -> Ours:
@@ -318,6 +322,8 @@ def compare(answer: Answer, ours: Ours, dtype: torch.dtype) -> list[tuple[str, f
         if name == CUT:
             found = cut_gap(logp_T, ours.sampled[name], TOP_P)
         rows.append((f"of {len(ids)} sampled tokens, {name}", float(found), limit))
+    if ours.changed is not None:
+        rows.append(("experts that the router would not take, share", ours.changed, CHANGED))
     if answer.prints is not None:
         there = [name for name in (*ours.prints, HEAD) if name in answer.prints]
         pairs = [(answer.prints[name], ours.prints[own_name(name, ours.prints)]) for name in there]

@@ -163,9 +163,13 @@ def routes_of(url: str, text: str, tokens: int, config) -> np.ndarray:
     """The experts that a server names -> int16 [tokens, L, A] (Example.routes).
 
     text: the base64 of an .npy file, with those of every layer, whether it has any, and of all
-    tokens but the last, whose are -1 here. ServerError if they are not of a model of this config.
+    tokens but the last, whose are -1 here. ServerError if they are not of a model of this config,
+    or one is named twice for a token, as where the server has kept none.
     """
-    given = np.load(io.BytesIO(base64.b64decode(text)))
+    try:
+        given = np.load(io.BytesIO(base64.b64decode(text)))
+    except (ValueError, TypeError, EOFError) as error:
+        raise ServerError(f"{url}: experts of another form: {error!r}") from error
     expected = tokens - 1, config.layers, config.experts.active
     if given.shape != expected or given.max(initial=0) >= config.experts.count:
         raise ServerError(
@@ -174,4 +178,10 @@ def routes_of(url: str, text: str, tokens: int, config) -> np.ndarray:
         )
     routes = given[:, [i for i, block in enumerate(config.blocks) if block.experts]]
     routes = routes.astype(np.int16)
+    twice = (np.diff(np.sort(routes, -1), axis=-1) == 0).any((1, 2))
+    if twice.any():
+        raise ServerError(
+            f"{url}: an expert is named twice for token {int(twice.argmax())}, and for "
+            f"{int(twice.sum())} tokens of {len(routes)}: it has not kept what they took"
+        )
     return np.concatenate([routes, np.full_like(routes[:1], -1)])

@@ -16,6 +16,7 @@ from nanopost.dist import World
 from nanopost.engine import cut
 from nanopost.hf import EMBEDDING, HEAD
 from nanopost.probe import Answer, Digests, compare, cut_gap, print_of
+from nanopost.save import save_model
 from nanopost.server import Refused, ServerError
 
 CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
@@ -384,6 +385,14 @@ def test_a_sentence_has_what_where_and_why():
         "step 3: http://x is not the trainer's policy (b: 2, limit 1): stale weights."
     )
     assert "no explanation that was tried" in audit.sentence("http://x", "", rows, "")
+
+
+def test_the_model_of_the_command_takes_the_experts_that_a_server_names(tmp_path):
+    model = small_model(model_type="qwen3_moe")
+    save_model(tmp_path, model.state_dict().items(), model.config)
+    command = object.__new__(audit.Command)
+    command.device, command.config = CPU, model.config
+    assert command.load(tmp_path).model.replays
 
 
 # ---------------------------------------------------------------------------------------- in a run

@@ -17,7 +17,20 @@ from small import SIZES as SMALL
 from small import random_ids
 from syncs import counted
 
-from nanopost import InputError, cli, dist, hf, lora, moe, optim, probe, recording, replay
+from nanopost import (
+    InputError,
+    attribution,
+    audit,
+    cli,
+    dist,
+    hf,
+    lora,
+    moe,
+    optim,
+    probe,
+    recording,
+    replay,
+)
 from nanopost.batch import Example, batch_of, shared
 from nanopost.config import Config
 from nanopost.engine import Engine, Sampling, prompt_seed
@@ -579,7 +592,8 @@ def test_a_vllm_servers_experts_are_those_of_its_layers_that_have_them(capsys):
     servers = object.__new__(Servers)
     servers.config, servers.warned = config, False
     server = SimpleNamespace(url="http://there")
-    given = np.random.default_rng(0).integers(0, 16, (6, 3, 3)).astype(np.uint8)
+    given = np.random.default_rng(0).permuted(np.tile(np.arange(16), (6, 3, 1)), axis=-1)
+    given = given[:, :, :3].astype(np.uint8)
 
     def answer(array):
         return {"routed_experts": as_vllm(array)}
@@ -590,6 +604,13 @@ def test_a_vllm_servers_experts_are_those_of_its_layers_that_have_them(capsys):
     for wrong in (given[1:], given[:, :2], given[:, :, :2], given + 16):
         with pytest.raises(ServerError, match="instead of 16 of .6, 3, 3."):
             servers._routes(server, answer(wrong), 7)
+    empty = given.copy()
+    empty[2:4] = 0
+    with pytest.raises(ServerError, match="named twice for token 2, and for 2 tokens of 6"):
+        servers._routes(server, answer(empty), 7)
+    for text in ("", "AAAA"):
+        with pytest.raises(ServerError, match="experts of another form"):
+            servers._routes(server, {"routed_experts": text}, 7)
     assert servers._routes(server, {}, 7) is servers._routes(server, {}, 7) is None
     assert capsys.readouterr().out.count("--enable-return-routed-experts") == 1
 
@@ -600,18 +621,20 @@ class NamesExperts:
 
     url = "http://there"
 
-    def __init__(self, model, names=True):
-        self.model, self.names = with_rounding(model), names
+    def __init__(self, model, names=True, completions=False):
+        self.model, self.names, self.completions = model, names, completions
 
     def get(self, path):
         return {"data": [{"id": "served"}]}
 
     def post(self, path, body, timeout=None):
-        if path != "/inference/v1/generate":
-            raise ServerError(f"{self.url}: no {path}")
-        if not body["token_ids"]:
+        tokens_route = "/inference/v1/generate"
+        if path != ("/v1/completions" if self.completions else tokens_route):
+            raise (Refused if path == tokens_route else ServerError)(f"{self.url}: 404: no {path}")
+        if not self.completions and not body["token_ids"]:
             raise Refused(f"{self.url}: 400: no token_ids")
-        prompt, how = body["token_ids"], body["sampling_params"]
+        prompt = body["prompt"] if self.completions else body["token_ids"]
+        how = body if self.completions else body["sampling_params"]
         sampling = Sampling(how["max_tokens"], how["temperature"], top_p=how.get("top_p", 1.0))
         ((rollout,),) = Engine(self.model, stop_ids=[]).generate([prompt], 1, sampling)
         pairs = zip(rollout.ids, rollout.logp.tolist())
@@ -620,7 +643,8 @@ class NamesExperts:
         if "prompt_logprobs" in how:
             logp_T, routes_TLA = self.scored(prompt)
             of_prompt = [None, *({str(i): {"logprob": x}} for i, x in zip(prompt[1:], logp_T))]
-        choice = {"logprobs": {"content": content}}
+        choice = {"logprobs": {"content": content, "token_logprobs": rollout.logp.tolist()}}
+        choice |= {"token_ids": rollout.ids, "prompt_logprobs": of_prompt}
         if self.names:
             choice["routed_experts"] = as_vllm(routes_TLA.astype(np.uint8))
         return {"choices": [choice], "prompt_logprobs": of_prompt}
@@ -641,25 +665,80 @@ def as_vllm(array) -> str:
         return base64.b64encode(file.getvalue()).decode()
 
 
-def test_an_audit_takes_the_experts_that_the_server_names(alone):
-    model, sequences = replaying(small()), [random_ids(n, seed=n) for n in (8, 16, 24)]
+class Worst:
+    """Routes of an engine that takes the experts that its router finds worst."""
 
-    def failed(server):
-        answer = probe.ask(server, sequences, model.config)
+    def __init__(self, routes):
+        self.routes = routes
 
-        def score(examples, temperature):
-            return logprobs(model, examples, 1000, temperature, "cpu")
+    def choose(self, number, score_NE, active):
+        return self.routes.choose(number, -score_NE, active)
 
-        digests = probe.Digests(torch.float32)
-        ours = probe.ours_of(score, sequences, answer, {}, digests)
-        rows = probe.compare(answer, ours, torch.float32)
-        assert len(rows) == 4
-        return [what for what, *_ in probe.failed(rows)]
 
-    assert failed(NamesExperts(model)) == []
-    assert len(failed(NamesExperts(model, names=False))) == 4
-    stale = small(seed=1)
-    assert len(failed(NamesExperts(stale))) == 4
+def with_worst(model):
+    other = copy.deepcopy(model)
+    for mixture in mixtures(other):
+        forward = mixture.forward
+        mixture.forward = lambda x, routes, f=forward: f(x, Worst(routes))
+    return other
+
+
+def audited(model, server):
+    """-> (what differs, the cause)."""
+    sequences = [random_ids(n, seed=n) for n in (8, 16, 24)]
+    answer = probe.ask(server, sequences, model.config)
+
+    def score(examples, temperature):
+        return logprobs(model, examples, 1000, temperature, "cpu")
+
+    own = {name: x.detach() for name, x in model.state_dict().items()}
+    prints = {name: probe.print_of(x) for name, x in own.items() if probe.has_print(x)}
+    answer.prints, answer.about = prints, {"dtype": "float32"}
+    digests = probe.Digests(torch.float32)
+    ours = audit.ours_with(model, score, sequences, answer, prints, digests)
+    rows = probe.compare(answer, ours, torch.float32)
+    cause = attribution.why(answer, ours, torch.float32, model.config, own.items())
+    return [what for what, *_ in probe.failed(rows)], cause
+
+
+@pytest.mark.parametrize("completions", [False, True])
+def test_an_audit_takes_the_experts_that_the_server_names(alone, completions):
+    """But if they are not those that the trainer's router would choose, it says so."""
+    model = replaying(small())
+    server = NamesExperts(with_rounding(model), completions=completions)
+    assert audited(model, server) == ([], "")
+    server.names = False
+    bad, cause = audited(model, server)
+    assert len(bad) == 4 and "start it with --enable-return-routed-experts" in cause
+    server = NamesExperts(with_worst(model), completions=completions)
+    bad, cause = audited(model, server)
+    assert bad == ["experts that the router would not take, share"]
+    assert cause == attribution.OTHER_EXPERTS
+
+
+def test_experts_that_the_router_would_not_take_are_counted(alone):
+    """Of the last mixture, which no other router sees."""
+    model = replaying(small())
+    ids = random_ids(20, 1)
+    batch, routes = batch_of([probe.example(ids)]), moe.Routes()
+    where = batch.token_N, batch.position_N, batch.cu_seqlens, batch.max_seqlen
+    model.model.packed(*where, routes=routes)
+    taken_NLA = routes.taken_NLA().numpy()
+    changed = taken_NLA.copy()
+    for n, place in ((0, 0), (7, 1), (7, 2), (12, 1)):
+        changed[n, -1, place] = min({*range(16)} - {*taken_NLA[n, -1]} - {*changed[n, -1]})
+    changed[3] = -1  # the router's own
+    changed[9, -1] = changed[9, -1, [1, 2, 0]]  # the same in another order
+    for given, counts in ((taken_NLA, [0, 20 * 2 * 3]), (changed, [4, 19 * 2 * 3])):
+        example = probe.example(ids, given)
+        logp_N, _ = model(batch_of([example]))
+        assert moe.replayed(model).tolist() == counts
+        found = moe.load_metrics(model)
+        assert found["experts/replay_changed"] == counts[0] / counts[1]
+        assert moe.replayed(model).tolist() == [0, 0]
+    small(seed=1)(batch_of([example]))  # of a model that does not replay
+    model(batch_of([probe.example(ids)]))
+    assert "experts/replay_changed" not in moe.load_metrics(model)
 
 
 # ------------------------------------------------------------------------------------- the scripts
