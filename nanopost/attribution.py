@@ -204,7 +204,6 @@ def why(
     if causes:
         return conclusion({name: causes[name] for name in bad}, names, changed)
 
-    other_experts = ours.changed is not None and ours.changed > CHANGED
     found = gap(answer.scores, ours.scores)
     if not found <= limit:
         if not np.isfinite(found):
@@ -216,13 +215,16 @@ def why(
                 f"low precision: it computes in {answer.about['dtype']} and the trainer in "
                 f"{str(dtype).removeprefix('torch.')}; all {len(names)} tensors are the trainer's"
             )
-        if other_experts:
-            return OTHER_EXPERTS
         if answer.prints is not None and config.experts is not None and not answer.routes:
             return (
                 "it does not name its experts: rounding may have chosen others than the trainer's, "
                 "or they are not the trainer's; start it with --enable-return-routed-experts (GPUs "
                 "only)"
+            )
+        if answer.prints is not None and config.experts is not None:
+            return (
+                "not the tensors that were compared, which are all the trainer's: its experts, "
+                "which were not, or what it computes with them"
             )
         if answer.prints is not None:
             return (
@@ -230,7 +232,7 @@ def why(
                 "them (config.json, say rope_theta; a quantised cache; an attention kernel)"
             )
         return ""
-    if other_experts:
+    if ours.changed is not None and ours.changed > CHANGED:
         return OTHER_EXPERTS
     off = {
         name: np.abs(logp_T - ours.sampled[name]) for name, (_, logp_T) in answer.sampled.items()

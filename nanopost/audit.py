@@ -159,10 +159,11 @@ def same_text(server: Server, tokenizer) -> bool:
 
 
 def ours_with(model, *given, **before) -> Ours:
-    """ours_of, and how many of the experts that the server names the model would not take."""
-    first_2 = moe.replayed(model)
-    ours = ours_of(*given, **before)
-    changed, named = (moe.replayed(model) - first_2).tolist()
+    """ours_of, and which share of the experts that the server names the model would not take. A
+    collective: each rank scores a part."""
+    with moe.counted(model) as counts:
+        ours = ours_of(*given, **before)
+    changed, named = dist.all_sums(*counts)
     if named:
         ours.changed = changed / named
     return ours

@@ -12,6 +12,8 @@ Shapes: N tokens, E experts, A of them active for a token, R = N A rows, sorted 
 F width of an expert, I and O inputs and outputs of a matrix, L mixtures of a model.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -195,8 +197,8 @@ def load_metrics(model) -> dict[str, float]:
     experts/max_violation: how many more tokens than the mean the busiest expert of a mixture has,
     as a share of the mean (MaxVio, 2408.15664, section 4.1). experts/unused_ratio: the share of
     experts that no token has taken. Both are means over mixtures, of training.
-    experts/replay_changed: of the experts that the engine named, the share that the policy's router
-    would not have taken.
+    experts/replay_changed: of the experts that the engine named for what was trained on, the share
+    that the policy's router would not have taken.
     """
     violations, unused = [], []
     changed, named = _replayed_by_all(model)
@@ -225,12 +227,28 @@ def load_metrics(model) -> dict[str, float]:
 
 
 def replayed(model) -> torch.Tensor:
-    """int64 [2] of this rank, on the CPU: of the experts that passes were given since load_metrics,
-    those that the router would not have taken, and all."""
+    """int64 [2] of this rank, on the CPU: of the experts that were given in training since
+    load_metrics, those that the router would not have taken, and all."""
     found_2 = torch.zeros(2, dtype=torch.long)
     for decoder in _decoders(model):
         found_2 += torch.as_tensor(decoder.replayed_2).cpu()
     return found_2
+
+
+@contextmanager
+def counted(model) -> Iterator[list[int]]:
+    """Yields a list that gets the same of the passes inside, with or without gradients; what
+    training has counted stays as it is."""
+    decoders, found = _decoders(model), []
+    kept = [decoder.replayed_2 for decoder in decoders]
+    for decoder in decoders:
+        decoder.replayed_2, decoder.counts = 0, True
+    try:
+        yield found
+        found += replayed(model).tolist()
+    finally:
+        for decoder, before in zip(decoders, kept):
+            decoder.replayed_2, decoder.counts = before, False
 
 
 def _replayed_by_all(model) -> list[int]:

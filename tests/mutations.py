@@ -4376,17 +4376,24 @@ MUTATIONS = [
         "test_moe.py::test_the_load_is_counted_once_in_training_alone",
     ),
     mutation(
+        "replays-of-evaluations-count",
+        "nanopost/model.py",
+        "    if trains or decoder.counts:",
+        "    if True:",
+        "test_moe.py::test_experts_that_the_router_would_not_take_are_counted",
+    ),
+    mutation(
         "load-of-dummies",
         "nanopost/model.py",
-        "    if torch.is_grad_enabled() and not batch.dummy:",
-        "    if torch.is_grad_enabled():",
+        "    trains = torch.is_grad_enabled() and not batch.dummy",
+        "    trains = torch.is_grad_enabled()",
         "test_moe.py::test_the_load_is_counted_once_in_training_alone",
     ),
     mutation(
         "load-of-evaluations",
         "nanopost/model.py",
-        "    if torch.is_grad_enabled() and not batch.dummy:",
-        "    if not batch.dummy:",
+        "    trains = torch.is_grad_enabled() and not batch.dummy",
+        "    trains = not batch.dummy",
         "test_moe.py::test_the_load_is_counted_once_in_training_alone",
     ),
     mutation(

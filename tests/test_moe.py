@@ -731,7 +731,12 @@ def test_experts_that_the_router_would_not_take_are_counted(alone):
     changed[9, -1] = changed[9, -1, [1, 2, 0]]  # the same in another order
     for given, counts in ((taken_NLA, [0, 20 * 2 * 3]), (changed, [4, 19 * 2 * 3])):
         example = probe.example(ids, given)
-        logp_N, _ = model(batch_of([example]))
+        with torch.no_grad():  # of what is not trained on, only if it is asked for
+            model(batch_of([example]))
+            with moe.counted(model) as found:
+                model(batch_of([example]))
+        assert found == counts and moe.replayed(model).tolist() == [0, 0]
+        model(batch_of([example]))
         assert moe.replayed(model).tolist() == counts
         found = moe.load_metrics(model)
         assert found["experts/replay_changed"] == counts[0] / counts[1]
