@@ -14,7 +14,8 @@ are not repeated: delete their folders in out/smollm2.
     reward, dpo             preference pairs                    --pairs
     given, distill          four of its layers learn from it, first on the last answers of
                             conversations, then on policy       --messages
-    beside_trl              TRL's GRPOTrainer on what grpo trains on, and both curves
+    beside_trl              TRL's GRPOTrainer on what grpo trains on -> smollm2_grpo_trl.json, and
+                            .png with both curves
 """
 
 import json
@@ -144,12 +145,10 @@ def beside_trl(model: str):
         steps = [{"step": k, **dict(zip(BOTH, values))} for k, values in enumerate(columns, 1)]
         for name, temperature in (("eval/accuracy", 1), ("eval/greedy", 0)):
             steps[-1][name] = held_out(out, temperature)
+        result = {**common.origin("torch", "transformers", "trl"), "steps": steps}
+        common.save(common.RESULTS / "smollm2_grpo_trl.json", result)
         text = "".join(json.dumps(step) + "\n" for step in steps)
         (out / "metrics.jsonl").write_text(text)
-        common.save(
-            common.RESULTS / "smollm2_grpo_trl.json",
-            {**common.origin("torch", "transformers", "trl"), "steps": steps},
-        )
     picture = common.RESULTS / "smollm2_grpo_trl.png"
     command = ["-m", "nanopost.plot", ours, out, *flags(metrics=BOTH, smooth=5, out=picture)]
     common.run(command)

@@ -113,6 +113,7 @@ class Audit:
             except (ServerError, *WRONG) as error:
                 answers[server.url] = as_server_error(server, error)
         (answers,) = dist.gather([answers] if self.world.rank == 0 else [])
+        scored, self.scores = self.scores, {}
         for url, answer in answers.items():
             if isinstance(answer, InputError):
                 raise answer
@@ -120,10 +121,9 @@ class Audit:
                 if self.world.rank == 0:
                     say(f"warning: not audited: {answer}")
                 continue
-            scores = self.scores.get(url) if self.every == 1 else None  # of the sync before
-            before = {"before": self.before, "scores_before": scores}
             given = self._score, self.sequences, answer, self.prints, self.digests
-            ours = ours_with(self.model, *given, **before)
+            scores = scored.get(url) if self.every == 1 else None  # of the sync before
+            ours = ours_with(self.model, *given, before=self.before, scores_before=scores)
             self.scores[url] = ours.scores
             rows = compare(answer, ours, self.world.dtype)
             if dist.all_max(bool(failed(rows)))[0]:

@@ -145,14 +145,15 @@ class Decoder(nn.Module):
     replays: whether it takes the experts that a batch names (moe.Routes): the policy, which sampled
     with them, does; a reference, a teacher or a value model chooses its own. Until moe.load_metrics
     has read them, used_LE: how many tokens each expert has had in training; replayed_2: how many of
-    the experts named there its router would not have taken, and all. counts: passes without
+    the experts named there its router would not have taken, and all. counting: passes without
     gradients count too (moe.counted).
     """
 
     def __init__(self, c: Config):
         super().__init__()
         self.config, self.checkpointing = c, "none"
-        self.replays, self.used_LE, self.replayed_2, self.counts = False, None, 0, False
+        self.replays, self.used_LE, self.replayed_2 = False, None, 0
+        self.counting = False
         self.embed_tokens = nn.Embedding(c.vocab_size, c.width)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.layers))
         self.norm = RMSNorm(c.width, c)
@@ -458,7 +459,7 @@ def _hidden(decoder, batch):
     routes.check(decoder.config)
     hidden_UD = decoder.packed(batch.token_N, *where, routes)
     trains = torch.is_grad_enabled() and not batch.dummy
-    if trains or decoder.counts:
+    if trains or decoder.counting:
         decoder.replayed_2 = decoder.replayed_2 + routes.replayed_2
     if trains:
         count_LE = routes.count_LE(decoder.config.experts.count)

@@ -242,13 +242,13 @@ def counted(model) -> Iterator[list[int]]:
     decoders, found = _decoders(model), []
     kept = [decoder.replayed_2 for decoder in decoders]
     for decoder in decoders:
-        decoder.replayed_2, decoder.counts = 0, True
+        decoder.replayed_2, decoder.counting = 0, True
     try:
         yield found
         found += replayed(model).tolist()
     finally:
         for decoder, before in zip(decoders, kept):
-            decoder.replayed_2, decoder.counts = before, False
+            decoder.replayed_2, decoder.counting = before, False
 
 
 def _replayed_by_all(model) -> list[int]:

@@ -1,9 +1,9 @@
 """What a vLLM server computes with its weights, in a few numbers, and what the trainer computes.
 
-Three comparisons. Scores: log-probs of fixed sequences, and of tokens that the server samples; of a
-model with experts both sides take those that the server names (moe.py), if it names any.
-Prints: each matrix times a fixed vector, as the server computes it, whatever it has packed the
-weights into (needs a server of nanopost.vllm_worker). Bytes: vLLM's own checksums.
+Three comparisons. Scores: log-probs of fixed sequences, and of tokens that the server samples; if
+it names the experts that its tokens took, the trainer takes the same (moe.py). Prints: each matrix
+times a fixed vector, as the server computes it, whatever it has packed the weights into (needs a
+server of nanopost.vllm_worker). Bytes: vLLM's own checksums.
 
 Shapes: T tokens of a sequence, I inputs and O outputs of a matrix.
 """
@@ -35,7 +35,7 @@ PLAIN, CUT, CACHED = DRAWN
 # rounds by 0.1 on average in a sound SmolLM2-135M.
 SCORE = {torch.float32: 1e-4, torch.bfloat16: 0.4}
 PRINT = {torch.float32: 5e-5, torch.bfloat16: 4e-2}  # largest difference, in units of the rms
-CHANGED = 0.2  # largest share of experts that rounding may change: more than it does
+CHANGED = 0.2  # largest share of named experts that our router would not take; rounding: a few %
 INSIDE = "language_model."  # what vLLM's names of a decoder beside a vision tower begin with
 NOTHING = hashlib.sha256(b"").hexdigest()  # the checksum of a packed layer on a CPU
 

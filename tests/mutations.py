@@ -4378,7 +4378,7 @@ MUTATIONS = [
     mutation(
         "replays-of-evaluations-count",
         "nanopost/model.py",
-        "    if trains or decoder.counts:",
+        "    if trains or decoder.counting:",
         "    if True:",
         "test_moe.py::test_experts_that_the_router_would_not_take_are_counted",
     ),

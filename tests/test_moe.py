@@ -684,7 +684,7 @@ def with_worst(model):
 
 
 def audited(model, server):
-    """-> (what differs, the cause)."""
+    """-> (what differs, the cause, the share of experts that the router would not take)."""
     sequences = [random_ids(n, seed=n) for n in (8, 16, 24)]
     answer = probe.ask(server, sequences, model.config)
 
@@ -698,7 +698,7 @@ def audited(model, server):
     ours = audit.ours_with(model, score, sequences, answer, prints, digests)
     rows = probe.compare(answer, ours, torch.float32)
     cause = attribution.why(answer, ours, torch.float32, model.config, own.items())
-    return [what for what, *_ in probe.failed(rows)], cause
+    return [what for what, *_ in probe.failed(rows)], cause, ours.changed
 
 
 @pytest.mark.parametrize("completions", [False, True])
@@ -706,14 +706,36 @@ def test_an_audit_takes_the_experts_that_the_server_names(alone, completions):
     """But if they are not those that the trainer's router would choose, it says so."""
     model = replaying(small())
     server = NamesExperts(with_rounding(model), completions=completions)
-    assert audited(model, server) == ([], "")
+    bad, cause, changed = audited(model, server)
+    assert bad == [] and cause == "" and 0 < changed < probe.CHANGED
     server.names = False
-    bad, cause = audited(model, server)
+    bad, cause, _ = audited(model, server)
     assert len(bad) == 4 and "start it with --enable-return-routed-experts" in cause
     server = NamesExperts(with_worst(model), completions=completions)
-    bad, cause = audited(model, server)
-    assert bad == ["experts that the router would not take, share"]
+    bad, cause, changed = audited(model, server)
+    assert changed > 0.9 and bad == ["experts that the router would not take, share"]
     assert cause == attribution.OTHER_EXPERTS
+
+
+def _auditor(rank, size, folder):
+    store = torch.distributed.FileStore(str(folder / f"audit {size}"), size)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=size, store=store)
+    model = replaying(small())
+    found = audited(model, NamesExperts(with_worst(model)))
+    torch.save((found, moe.replayed(model)), folder / f"{rank} of {size}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_all_ranks_audit_alike_and_leave_the_counts_of_training(tmp_path):
+    """Each rank scores some of the sequences."""
+    for size in (1, 2):
+        mp.start_processes(_auditor, (size, tmp_path), nprocs=size, start_method="fork")
+    names = "0 of 1", "0 of 2", "1 of 2"
+    found = [torch.load(tmp_path / f"{name}.pt", weights_only=False) for name in names]
+    (whole, counts), *others = found
+    assert whole[2] > 0.9 and counts.tolist() == [0, 0]
+    for part, counts in others:
+        assert part == whole and counts.tolist() == [0, 0]
 
 
 def test_experts_that_the_router_would_not_take_are_counted(alone):
